@@ -1,0 +1,38 @@
+# Two commands from a bare machine with Python 3.10 or newer: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Pip's own record that an extra is installed: made anew when what it was made from changes.
+INSTALLED = $(VENV)/.installed-$(1)
+
+.PHONY: demo test lint types tests bench clean
+ARGS ?=
+
+demo: $(call INSTALLED,demo)
+	$(RUN) -m apollo_triton demo $(ARGS)
+
+test: lint types tests
+
+lint: $(call INSTALLED,test)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(call INSTALLED,test)
+	$(RUN) -m mypy
+
+tests: $(call INSTALLED,test)
+	$(RUN) -m pytest --doctest-modules -n 2 $(ARGS)
+
+bench: $(call INSTALLED,bench)
+	$(RUN) -m bench.cpu_step $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,12 @@
+"""APOLLO (arXiv 2412.05270) for PyTorch: AdamW's quality at SGD's memory.
+
+>>> from apollo_triton import APOLLOAdamW
+>>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
+"""
+
+from .optimizer import APOLLOAdamW
+from .param_groups import apollo_param_groups
+from .projection import projection_matrix
+from .version import __version__
+
+__all__ = ["APOLLOAdamW", "__version__", "apollo_param_groups", "projection_matrix"]

@@ -1,0 +1,82 @@
+"""Batches: matrices of one geometry and one set of hyperparameters, which the three verbs treat together.
+
+A ``Batch`` is all that an engine sees of a step: lists of ``[rows, columns]`` views with their state, one entry
+per matrix (an expert tensor contributes one per expert). It owns nothing and lives for one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from .geometry import Geometry, as_matrices, per_matrix
+from .settings import Settings
+
+# What one pass of the reference engine works on: parts of a batch whose gradients stay in a CPU's last-level
+# cache between the two reads (32 MB on the machine this was tuned on) ...
+PART_ELEMENTS = 1 << 21
+# ... and whose moments are few enough to be stacked, so that rank-1 batches take one small operation for many
+# matrices. A larger R is a matrix of its own.
+STACK_ELEMENTS = 1 << 16
+
+
+@dataclass
+class Batch:
+    """Matrices alike but for their values, entry i of every list belonging to matrix i.
+
+    weights, gradients ``[rows, columns]``; exp_avg, exp_avg_sq ``[channels, rank]``; update_norm (u_prev), float32
+    scalars; projections ``[rank, width]``, float32; positions: which matrix of its parameter each one is.
+    ``step`` is t, counted from 1; ``gradient_scale`` a float32 scalar that multiplies every gradient (clipping),
+    None for 1.
+    """
+
+    geometry: Geometry
+    settings: Settings
+    step: int
+    seed: int
+    gradient_scale: Tensor | None = None
+    weights: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+    exp_avg: list[Tensor] = field(default_factory=list)
+    exp_avg_sq: list[Tensor] = field(default_factory=list)
+    update_norm: list[Tensor] = field(default_factory=list)
+    projections: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    _copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def add(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], projection: Tensor) -> None:
+        """Append the matrices of one parameter; ``projection`` is shared, or ``[experts, rank, width]`` for svd."""
+        geometry = self.geometry
+        weights = as_matrices(parameter, geometry)
+        if weights[0].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            self._copies.append((parameter, weights[0]))
+        self.weights += weights
+        self.gradients += as_matrices(gradient, geometry)
+        self.exp_avg += per_matrix(state["exp_avg"], geometry.matrices)
+        self.exp_avg_sq += per_matrix(state["exp_avg_sq"], geometry.matrices)
+        self.update_norm += per_matrix(state["update_norm"], geometry.matrices)
+        self.projections += list(projection) if projection.dim() == 3 else [projection] * geometry.matrices
+        self.positions += range(geometry.matrices)
+
+    def parts(self) -> Iterator[Batch]:
+        """The batch cut into runs of matrices that fit the cache, in order; results do not depend on the cut."""
+        geometry, rank = self.geometry, self.settings.rank or 1
+        count = max(
+            1, min(PART_ELEMENTS // (geometry.rows * geometry.columns), STACK_ELEMENTS // (geometry.channels * rank))
+        )
+        for start in range(0, len(self), count):
+            cut = slice(start, start + count)
+            yield replace(self, **{name: getattr(self, name)[cut] for name in _LISTS})
+
+    def write_back(self) -> None:
+        """Bring weights whose matrices had to be copies (``channels_last`` convolutions) back into their parameters."""
+        for parameter, matrix in self._copies:
+            parameter.copy_(matrix.view(parameter.shape))
+
+
+_LISTS = ("weights", "gradients", "exp_avg", "exp_avg_sq", "update_norm", "projections", "positions")

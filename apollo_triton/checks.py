@@ -1,0 +1,123 @@
+"""What a parameter, a gradient and a loaded state may be, and errors that name the parameter and what to do.
+
+Nothing here changes anything: the optimizer calls these before it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry
+from .settings import Settings
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Label(NamedTuple):
+    """How an error names a parameter: its number over all groups, and its name if the optimizer was given names."""
+
+    number: int
+    name: str
+    parameter: Tensor
+
+    def __str__(self) -> str:
+        name = f" ({self.name!r})" if self.name else ""
+        return f"parameter {self.number}{name} of shape {tuple(self.parameter.shape)}"
+
+
+def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
+    """The parameter's low-rank geometry; None for dense AdamW: no rank, fewer than two dimensions, or no elements."""
+    if settings.rank is None or parameter.dim() < 2 or parameter.numel() == 0:
+        return None
+    return Geometry.of(parameter.shape, settings.proj_type)
+
+
+def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The shape of each state tensor of a parameter but ``step``."""
+    geometry = geometry_of(parameter, settings)
+    if geometry is None:
+        return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+    experts = (geometry.matrices,) if geometry.matrices > 1 else ()
+    rank = settings.rank or 0
+    shapes = {
+        "exp_avg": (*experts, geometry.channels, rank),
+        "exp_avg_sq": (*experts, geometry.channels, rank),
+        "update_norm": experts,
+    }
+    if settings.proj == "svd":
+        shapes["projection"] = (*experts, rank, geometry.width)
+    return shapes
+
+
+def check_parameter(label: Label, settings: Settings) -> None:
+    """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
+    parameter = label.parameter
+    if parameter.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
+            "convert the model first, e.g. model.float()"
+        )
+    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
+        raise ValueError(
+            f"{label} is a DTensor (FSDP2 or tensor parallel), which this version cannot update yet; "
+            "train it unsharded, e.g. with DistributedDataParallel"
+        )
+    if settings.rank is not None and getattr(parameter, "_is_flat_param", False):
+        raise ValueError(
+            f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
+            "wrap with FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
+            "or put it into a group without 'rank'"
+        )
+    geometry = geometry_of(parameter, settings)
+    if geometry is None or settings.rank is None:
+        return
+    if settings.rank > geometry.width:
+        raise ValueError(
+            f"{label}: rank {settings.rank} is above its projected width {geometry.width}, which would inflate the "
+            f"state; use a rank of at most {geometry.width}, or put it into a group without 'rank'"
+        )
+    if settings.proj == "svd" and settings.rank > min(geometry.rows, geometry.columns):
+        raise ValueError(
+            f"{label}: rank {settings.rank} is above its {min(geometry.rows, geometry.columns)} singular vectors; "
+            "use a smaller rank or proj='random'"
+        )
+
+
+def check_gradient(label: Label, gradient: Tensor) -> None:
+    """Raise RuntimeError or ValueError unless the gradient is a dense real one like its parameter."""
+    parameter = label.parameter
+    if gradient.layout != torch.strided:
+        raise RuntimeError(
+            f"{label}: APOLLOAdamW does not support sparse gradients; use sparse=False in the embedding, "
+            "or torch.optim.SparseAdam for it"
+        )
+    if not gradient.is_floating_point():
+        raise RuntimeError(f"{label}: its gradient has dtype {gradient.dtype}, which is not a real floating-point type")
+    if gradient.shape != parameter.shape or gradient.device != parameter.device:
+        raise ValueError(
+            f"{label} on {parameter.device}: its gradient has shape {tuple(gradient.shape)} on {gradient.device}; "
+            "both must agree (was the parameter resized or moved after its gradient was made?)"
+        )
+
+
+def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ValueError unless the state fits the parameter's shape and settings. Foreign keys are left alone."""
+    for name, shape in state_shapes(label.parameter, settings).items():
+        value = state.get(name)
+        if isinstance(value, Tensor):
+            found = tuple(value.shape)
+            if found == shape:
+                continue
+            problem = f"has shape {found}, not {shape}"
+        elif value is None and name == "projection":
+            continue  # made at the next step: a group may turn to svd at any time
+        else:
+            problem = "is missing"
+        raise ValueError(
+            f"{label}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
+            "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
+        )

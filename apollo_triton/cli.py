@@ -1,0 +1,32 @@
+"""The console script ``apollo-triton``: one subcommand a module, each module imported with torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import demo, memory
+from .version import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; the exit status is 0, or 2 with one line on standard error for an input that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="apollo-triton", description="APOLLO for PyTorch: AdamW's quality at SGD's memory."
+    )
+    parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in (("demo", demo), ("memory", memory)):
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"apollo-triton {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"apollo-triton {options.command}: interrupted", file=sys.stderr)
+        return 130

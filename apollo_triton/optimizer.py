@@ -1,0 +1,384 @@
+"""APOLLOAdamW: parameter groups, state and ``step``; the only file that knows ``torch.optim``.
+
+A step checks every gradient first, so that a bad one changes nothing, then sorts the low-rank parameters into
+batches of one geometry and runs sketch, rescale and apply on each, and AdamW on the dense rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import reference
+from .batches import Batch
+from .checks import Label, check_gradient, check_parameter, check_state, geometry_of, state_shapes
+from .geometry import Geometry, as_matrices
+from .param_groups import apollo_param_groups
+from .philox import parameter_seed
+from .projection import ProjectionCache, top_singular_vectors
+from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
+
+
+class Backend(NamedTuple):
+    """Which engine updates a parameter, and why."""
+
+    name: str
+    reason: str
+
+
+class Work(NamedTuple):
+    """One parameter with a gradient in this step. ``geometry`` is None for dense AdamW."""
+
+    label: Label
+    parameter: Tensor
+    gradient: Tensor
+    settings: Settings
+    geometry: Geometry | None
+
+
+class APOLLOAdamW(Optimizer):
+    """APOLLO and APOLLO-Mini (arXiv 2412.05270): AdamW's quality at SGD's memory.
+
+    A group with a ``rank`` is low-rank: the gradient of each weight matrix is projected to ``[channels, rank]``,
+    Adam's moments live there, and their ratio to the projected gradient rescales the gradient per channel
+    (``scale_type="channel"``, APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without
+    ``rank``, and any weight with fewer than two dimensions, is dense AdamW.
+
+    Args:
+        params: parameters, named parameters or groups; ``apollo_param_groups(model)`` makes the groups.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of the first and second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: W <- W - lr * weight_decay * W, after the update.
+        correct_bias: whether to apply Adam's bias correction.
+        scale_front: multiply by sqrt(scale) before the norm-growth limiter instead of after it; to rounding the same.
+        disable_nl: turn the norm-growth limiter off.
+        no_deprecation_warning: accepted for apollo-torch's sake; there is no such warning here.
+        seed: the projections' seed, 0 to 2**32 - 1; matrices of one width share a projection.
+        seed_per_param: give each parameter a projection of its own, drawn from ``seed``.
+        backend: "auto" or "reference"; see ``backend_for``.
+        state_dtype: float32, or bfloat16, which is stored with stochastic rounding.
+        state_bits: 32.
+        stochastic_rounding: round bfloat16 weights stochastically at the store.
+        max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
+        capturable: False.
+
+    Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
+    ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
+    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher").
+
+    State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
+    ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; an expert tensor
+    ``[experts, rows, columns]`` has a leading dimension of experts in each. Weights are float32, bfloat16 or
+    float16; all arithmetic is float32. A gradient that is not finite moves nothing and is counted in
+    ``skipped_updates``.
+
+    Raises:
+        ValueError: a hyperparameter that is not allowed, or a rank above a weight's width.
+        RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
+
+    >>> layer = torch.nn.Linear(64, 256)
+    >>> optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 16}, {"params": [layer.bias]}], lr=1e-2)
+    >>> layer(torch.ones(64)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[layer.weight]["exp_avg"].shape
+    torch.Size([256, 16])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        no_deprecation_warning: bool = True,
+        *,
+        seed: int = 0,
+        seed_per_param: bool = False,
+        backend: str = "auto",
+        state_dtype: torch.dtype = torch.float32,
+        state_bits: int = 32,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "scale_front": scale_front,
+            "disable_nl": disable_nl,
+            "seed": seed,
+            "seed_per_param": seed_per_param,
+            "backend": backend,
+            "state_dtype": state_dtype,
+            "state_bits": state_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "max_grad_norm": max_grad_norm,
+            "capturable": capturable,
+        }
+        Settings.of(defaults)
+        self._reset_transients()
+        super().__init__(params, defaults)
+
+    @classmethod
+    def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
+        """APOLLO for a whole model: attention and MLP weights at ``rank``, per-channel scaling, the rest dense.
+
+        ``options`` are the constructor's, ``target_modules``, and group keys, which win over APOLLO's own.
+
+        >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
+        """
+        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": 1.0} | options)
+
+    @classmethod
+    def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
+        """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
+
+        ``options`` are the constructor's, ``target_modules``, and group keys, which win over Mini's own.
+        Below about a thousand hidden units a smaller ``scale`` trains better.
+
+        >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
+        """
+        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": 128.0} | options)
+
+    @classmethod
+    def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:
+        group_only = ("rank", "target_modules", *LOW_RANK_DEFAULTS)
+        group_keys = {name: options.pop(name) for name in group_only if name in options}
+        return cls(apollo_param_groups(model, **group_keys), **options)
+
+    def _reset_transients(self) -> None:
+        """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
+        self._projections = ProjectionCache()
+        self._skipped: dict[torch.device, Tensor] = {}
+        self.gradient_norm: Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_transients()
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            complete_group(group)
+
+    @property
+    def skipped_updates(self) -> Tensor:
+        """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
+        last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
+        counts = list(self._skipped.values())
+        if not counts:
+            return torch.zeros((), dtype=torch.int64)
+        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+    def backend_for(self, parameter: Tensor) -> Backend:
+        """Which engine updates ``parameter``, and why.
+
+        Raises ValueError for a parameter that is not this optimizer's.
+        """
+        for number, label in self._labels():
+            if label.parameter is parameter:
+                asked = self.param_groups[number]["backend"] == "reference"
+                return Backend("reference", 'backend="reference"' if asked else "this version has no Triton kernels")
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = dict(param_group)
+        params = group["params"]
+        if not isinstance(params, (Tensor, set)):
+            group["params"] = params = list(params)
+        for name, default in self.defaults.items():
+            group.setdefault(name, default)
+        complete_group(group)
+        number = len(self.param_groups)
+        settings = Settings.of(group, f"parameter group {number}")
+        if settings.max_grad_norm != self.defaults["max_grad_norm"]:
+            raise ValueError(
+                f"parameter group {number}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
+                f"{self.defaults['max_grad_norm']!r}; one norm is taken over all gradients: pass it to the constructor"
+            )
+        items = [params] if isinstance(params, Tensor) else params
+        names = group.get("param_names", [""] * len(items))
+        first = sum(len(known["params"]) for known in self.param_groups)
+        for index, (name, item) in enumerate(zip(names, items, strict=True), first):
+            name, parameter = item if isinstance(item, tuple) else (name, item)
+            if isinstance(parameter, Tensor):  # torch.optim complains of anything else
+                check_parameter(Label(index, name, parameter), settings)
+        super().add_param_group(group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of the same model, saved at any dtype or on any device; tensors are copied.
+
+        Raises ValueError, and changes nothing, if it was saved from other shapes or other group settings.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            loaded.update(state_dict)
+            saved_groups = state_dict["param_groups"]
+            indices = [index for saved in saved_groups for index in saved["params"]]
+            labels = [label for _, label in self._labels()]
+            if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+                return  # torch.optim says which
+            for number, saved in enumerate(saved_groups):
+                completed = self.defaults | saved
+                complete_group(completed)
+                settings = Settings.of(completed, f"state_dict, parameter group {number}")
+                for index in saved["params"]:
+                    if state := state_dict["state"].get(index):
+                        check_state(labels[indices.index(index)], state, settings)
+
+        def restore(optimizer: Optimizer) -> None:
+            # torch.optim casts all state but ``step`` to the parameter's dtype: float32 moments must stay so.
+            for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+                for index, parameter in zip(saved["params"], group["params"], strict=True):
+                    for name, value in loaded["state"].get(index, {}).items():
+                        if name == "step":
+                            value = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
+                        elif isinstance(value, Tensor):
+                            value = value.detach().to(parameter.device, copy=True)
+                        self.state[parameter][name] = value
+
+        # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what ``closure``, run with grad, returned.
+
+        Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._collect()
+        scales = self._gradient_scales(work)
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for item in work:
+            state, settings, scale = self._state_of(item), item.settings, scales.get(item.parameter.device)
+            state["step"] += 1
+            step = int(state["step"].tolist())  # host memory, read without a dispatch
+            if item.geometry is None:
+                self._count_skipped(
+                    reference.dense_adamw(item.parameter, item.gradient, state, settings, step, state["seed"], scale)
+                )
+                continue
+            weight, gradient, seed = item.parameter, item.gradient, state["seed"]
+            key = (item.geometry, id(settings), step, seed, weight.device, weight.dtype, gradient.dtype)
+            batch = batches.get(key)
+            if batch is None:
+                batches[key] = batch = Batch(item.geometry, settings, step, seed, scale)
+            batch.add(weight, gradient, state, self._projection(item, state, step))
+        for batch in batches.values():
+            # Autocast would round the projection's operands to half precision.
+            with torch.autocast(batch.weights[0].device.type, enabled=False):
+                for part in batch.parts():
+                    factors = reference.rescale(part, reference.sketch(part))
+                    self._count_skipped(reference.apply(part, factors))
+            batch.write_back()
+        return loss
+
+    def _labels(self) -> Iterator[tuple[int, Label]]:
+        """Every parameter with the number of its group, in order."""
+        index = 0
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names", [""] * len(group["params"]))
+            for name, parameter in zip(names, group["params"], strict=True):
+                yield number, Label(index, name, parameter)
+                index += 1
+
+    def _collect(self) -> list[Work]:
+        """Every parameter with a gradient, checked; raises before anything has changed."""
+        settings = [Settings.of(group, f"parameter group {i}") for i, group in enumerate(self.param_groups)]
+        if len({each.max_grad_norm for each in settings}) > 1:
+            raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
+        work = []
+        for number, label in self._labels():
+            parameter = label.parameter
+            if parameter.grad is None:
+                continue
+            check_gradient(label, parameter.grad)
+            geometry = geometry_of(parameter, settings[number])
+            if state := self.state.get(parameter):
+                check_state(label, state, settings[number])
+            elif geometry is not None:
+                check_parameter(label, settings[number])
+            work.append(Work(label, parameter, parameter.grad, settings[number], geometry))
+        return work
+
+    def _state_of(self, item: Work) -> dict[str, Any]:
+        """The parameter's state, made at its first step. Moments of a dense weight keep its memory layout."""
+        state = self.state[item.parameter]
+        if "step" not in state:
+            settings, device = item.settings, item.parameter.device
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["seed"] = (
+                parameter_seed(settings.seed, item.label.number) if settings.seed_per_param else settings.seed
+            )
+            for name, shape in state_shapes(item.parameter, settings).items():
+                dtype = torch.float32 if name == "update_norm" else settings.state_dtype
+                if item.geometry is None:
+                    state[name] = torch.zeros_like(item.parameter, dtype=dtype)
+                elif name != "projection":
+                    state[name] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
+
+    def _projection(self, item: Work, state: dict[str, Any], step: int) -> Tensor:
+        """P of this step: from the cache, or for svd from the gradient once a period, kept in the state."""
+        settings, geometry = item.settings, item.geometry
+        assert geometry is not None
+        assert settings.rank is not None
+        if settings.proj == "random":
+            return self._projections.get(
+                state["seed"],
+                settings.epoch(step),
+                settings.rank,
+                geometry.width,
+                settings.distribution,
+                item.parameter.device,
+            )
+        if "projection" not in state or (step - 1) % settings.update_proj_gap == 0:
+            vectors = [
+                top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
+                for matrix in as_matrices(item.gradient, geometry)
+            ]
+            state["projection"] = torch.stack(vectors) if geometry.matrices > 1 else vectors[0]
+        return state["projection"]
+
+    def _gradient_scales(self, work: list[Work]) -> dict[torch.device, Tensor]:
+        """The clipping coefficient on each device, min(1, max_grad_norm / (norm + 1e-6)) as in
+        ``torch.nn.utils.clip_grad_norm_``, over the finite gradients; empty without ``max_grad_norm``."""
+        limit = work[0].settings.max_grad_norm if work else None
+        if limit is None:
+            return {}
+        norms = [reference.squared_norm(item.gradient).to(work[0].parameter.device) for item in work]
+        squared = torch.stack(norms)
+        self.gradient_norm = torch.where(squared.isfinite(), squared, 0).sum().sqrt()
+        scale = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        return {device: scale.to(device) for device in {item.parameter.device for item in work}}
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        known = self._skipped.get(skipped.device)
+        self._skipped[skipped.device] = skipped if known is None else known + skipped

@@ -1,0 +1,125 @@
+"""The random projection P, made from four numbers, and the transient cache of materialised ones.
+
+P is never state: ``projection_matrix`` makes any slice of it from (seed, epoch, rank index, width index).
+``top_singular_vectors`` is the one projection that cannot be made again, for ``proj="svd"``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .philox import Stream, philox
+
+_WIDTH_PER_CALL = {"gaussian": 4, "rademacher": 128}
+
+
+def projection_matrix(
+    seed: int,
+    epoch: int,
+    rank: int,
+    width: int,
+    *,
+    distribution: str = "gaussian",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+    stop: int | None = None,
+) -> Tensor:
+    """Columns ``start`` to ``stop`` of the projection matrix P that a step uses: ``[rank, stop - start]``.
+
+    Entries have mean 0 and variance ``1 / rank``: normal by Box-Muller, or ``+-1 / sqrt(rank)`` for
+    ``rademacher``. Step t of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same numbers give
+    the same entry on every device, in every slice, in every version. APOLLO, arXiv 2412.05270, section 4;
+    spec: Philox4x32-10 keyed by (seed, epoch), counted by (width index, rank index).
+
+    Raises ValueError for a negative or too large number, an unknown distribution, or a slice outside the width.
+
+    >>> whole = projection_matrix(0, 0, rank=4, width=10)
+    >>> torch.equal(projection_matrix(0, 0, rank=4, width=10, start=3, stop=8), whole[:, 3:8])
+    True
+    """
+    stop = width if stop is None else stop
+    _check(seed, epoch, rank, width, distribution, start, stop)
+    if torch.device(device).type == "mps":  # no float64 there
+        return projection_matrix(
+            seed, epoch, rank, width, distribution=distribution, dtype=dtype, start=start, stop=stop
+        ).to(device)
+    per_call = _WIDTH_PER_CALL[distribution]
+    first = start // per_call
+    calls = torch.arange(first, -(-stop // per_call), device=device)
+    ranks = torch.arange(rank, device=device)[:, None]
+    entries = (
+        _gaussian(calls, ranks, (seed, epoch)) if distribution == "gaussian" else _signs(calls, ranks, (seed, epoch))
+    )
+    columns = entries.reshape(rank, -1)[:, start - first * per_call :][:, : stop - start]
+    return (columns / math.sqrt(rank)).to(torch.float32).to(dtype).contiguous()
+
+
+def _gaussian(calls: Tensor, ranks: Tensor, key: tuple[int, int]) -> Tensor:
+    """Four normals a call, by Box-Muller on 24-bit uniforms, which float32 holds exactly: ``[rank, calls, 4]``.
+
+    In float64 and rounded at the end, so that devices and vector widths cannot differ in the last bit.
+    """
+    uniforms = [word >> 8 for word in philox((calls, ranks, int(Stream.GAUSSIAN), 0), key)]
+    normals = []
+    for first, second in (uniforms[:2], uniforms[2:]):
+        radius = torch.sqrt(-2 * torch.log((first.double() + 1) * 2**-24))
+        angle = second.double() * (2 * math.pi * 2**-24)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1)
+
+
+def _signs(calls: Tensor, ranks: Tensor, key: tuple[int, int]) -> Tensor:
+    """128 signs a call, 32 consecutive widths a word, lowest bit first; a set bit is +1: ``[rank, calls, 4, 32]``."""
+    words = torch.stack(philox((calls, ranks, int(Stream.RADEMACHER), 0), key), dim=-1)
+    bits = words[..., None] >> torch.arange(32, device=words.device) & 1
+    return (2 * bits - 1).double()
+
+
+def _check(seed: int, epoch: int, rank: int, width: int, distribution: str, start: int, stop: int) -> None:
+    for name, value, least, most in (
+        ("seed", seed, 0, 2**32 - 1),
+        ("epoch", epoch, 0, 2**32 - 1),
+        ("rank", rank, 1, 2**31 - 1),
+        ("width", width, 0, 2**31 - 1),
+        ("start", start, 0, width),
+        ("stop", stop, start, width),
+    ):
+        if not least <= value <= most:
+            raise ValueError(f"Invalid {name}: {value} (allowed: {least} to {most})")
+    if distribution not in _WIDTH_PER_CALL:
+        raise ValueError(f"Invalid distribution: {distribution!r} (allowed: 'gaussian' or 'rademacher')")
+
+
+class ProjectionCache:
+    """The materialised projections of the current epochs: a cache, never state, rebuilt whenever it is missing.
+
+    One matrix ``[rank, width]`` in float32 per distinct (seed, rank, width, distribution, device): with the
+    default shared seed one per width, under ``seed_per_param`` one per parameter.
+    """
+
+    def __init__(self) -> None:
+        self._matrices: dict[tuple, tuple[int, Tensor]] = {}
+
+    def get(self, seed: int, epoch: int, rank: int, width: int, distribution: str, device: torch.device) -> Tensor:
+        """P of this epoch; a new epoch replaces the old one's matrix."""
+        key = (seed, rank, width, distribution, device)
+        known = self._matrices.get(key)
+        if known is None or known[0] != epoch:
+            known = epoch, projection_matrix(seed, epoch, rank, width, distribution=distribution, device=device)
+            self._matrices[key] = known
+        return known[1]
+
+
+def top_singular_vectors(gradient: Tensor, rank: int, keeps_rows: bool) -> Tensor:
+    """The top ``rank`` singular vectors of a ``[rows, columns]`` gradient along its projected side: ``[rank, width]``.
+
+    Orthonormal rows, float32 (``proj="svd"``; Fira and GaLore, arXiv 2403.03507, equation 12). Non-finite
+    entries count as 0, since a decomposition would raise on them.
+    """
+    matrix = torch.nan_to_num(gradient.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (right[:rank] if keeps_rows else left[:, :rank].mT).contiguous()

@@ -1,0 +1,183 @@
+"""A parameter group's hyperparameters: their defaults, what is allowed, and the texts of the errors.
+
+A group is an ordinary ``torch.optim`` dictionary. ``complete_group`` fills in what it leaves out, and
+``Settings.of`` reads it, checked, into one frozen object per step, which is what all other code sees.
+A group with a ``rank`` is low-rank (APOLLO); one without is dense AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What a low-rank group may leave out, with the paper's defaults.
+LOW_RANK_DEFAULTS: dict[str, Any] = {
+    "proj": "random",
+    "proj_type": "std",
+    "scale_type": "channel",
+    "scale": 1.0,
+    "update_proj_gap": 200,
+    "distribution": "gaussian",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked hyperparameters of one group, in the words of the paper (arXiv 2412.05270).
+
+    ``lr`` is a float or a one-element tensor; ``rank`` is None for a dense group, whose other low-rank
+    fields then hold their defaults and mean nothing.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    correct_bias: bool
+    scale_front: bool
+    disable_nl: bool
+    seed: int
+    seed_per_param: bool
+    backend: str
+    state_dtype: torch.dtype
+    state_bits: int
+    stochastic_rounding: bool
+    max_grad_norm: float | None
+    capturable: bool
+    rank: int | None = None
+    proj: str = "random"
+    proj_type: str = "std"
+    scale_type: str = "channel"
+    scale: float = 1.0
+    update_proj_gap: int = 200
+    distribution: str = "gaussian"
+
+    @classmethod
+    def of(cls, group: dict[str, Any], where: str = "") -> Settings:
+        """Read and check a completed group; ``where`` ("parameter group 1") opens the error messages.
+
+        Raises ValueError naming the key, its value and what is allowed. Keys that are not ours are ignored,
+        as ``torch.optim`` does.
+        """
+        values = {name: group[name] for name in FIELD_NAMES if name in group}
+        for name, value in values.items():
+            if name in LOW_RANK_DEFAULTS and values.get("rank") is None:
+                continue
+            check = CHECKS[name]
+            if not check.allows(value):
+                prefix = f"{where}: " if where else ""
+                raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
+        values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+    def step_size(self, step: int) -> float | Tensor:
+        """h of the update: the learning rate with Adam's bias correction (paper, algorithm 1)."""
+        if not self.correct_bias:
+            return self.lr
+        beta1, beta2 = self.betas
+        return self.lr * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+
+    def epoch(self, step: int) -> int:
+        """Which projection step ``step`` (1, 2, ...) uses: it changes every ``update_proj_gap`` steps."""
+        return (step - 1) // self.update_proj_gap
+
+
+FIELD_NAMES = tuple(field.name for field in fields(Settings))
+
+
+def complete_group(group: dict[str, Any]) -> None:
+    """Fill in the low-rank keys that a low-rank group leaves out; keys that are there stay as they are."""
+    if group.get("rank") is not None:
+        for name, default in LOW_RANK_DEFAULTS.items():
+            group.setdefault(name, default)
+
+
+class Check(NamedTuple):
+    """What a hyperparameter may be: the test, and the same in words."""
+
+    allows: Callable[[Any], bool]
+    allowed: str
+    complaint: Callable[[str, Any], str] = lambda name, value: f"Invalid {name}: {value!r}"
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def _lr_allowed(value: Any) -> bool:
+    # A tensor's value stays unread: a step never waits for the device. The constructor reads it once.
+    return value.numel() == 1 if isinstance(value, Tensor) else _is_number(value) and value >= 0
+
+
+def _lr_complaint(name: str, value: Any) -> str:
+    return "Tensor lr must be 1-element" if isinstance(value, Tensor) else f"Invalid learning rate: {value}"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _betas_allowed(value: Any) -> bool:
+    return _is_pair(value) and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+
+
+def _betas_complaint(name: str, value: Any) -> str:
+    if _is_pair(value):
+        for index, beta in enumerate(value):
+            if not (_is_number(beta) and 0 <= beta < 1):
+                return f"Invalid beta parameter at index {index}: {beta}"
+    return f"Invalid betas: {value!r}"
+
+
+def _one_of(*options: Any) -> Check:
+    return Check(lambda value: value in options, " or ".join(repr(option) for option in options))
+
+
+_FLAG = Check(lambda value: isinstance(value, bool), "True or False")
+_AT_LEAST_ZERO = "a finite number, 0 or more"
+
+# The wordings for lr, betas, eps and weight_decay are torch.optim's, which people search for.
+CHECKS: dict[str, Check] = {
+    "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a tensor of one element", _lr_complaint),
+    "betas": Check(_betas_allowed, "two numbers in [0, 1)", _betas_complaint),
+    "eps": Check(
+        lambda value: _is_number(value) and value >= 0,
+        _AT_LEAST_ZERO,
+        lambda name, value: f"Invalid epsilon value: {value}",
+    ),
+    "weight_decay": Check(
+        lambda value: _is_number(value) and value >= 0,
+        _AT_LEAST_ZERO,
+        lambda name, value: f"Invalid weight_decay value: {value}",
+    ),
+    "correct_bias": _FLAG,
+    "scale_front": _FLAG,
+    "disable_nl": _FLAG,
+    "seed": Check(lambda value: _is_integer(value) and 0 <= value < 2**32, "an integer from 0 to 2**32 - 1"),
+    "seed_per_param": _FLAG,
+    "backend": _one_of("auto", "reference"),
+    "state_dtype": _one_of(torch.float32, torch.bfloat16),
+    "state_bits": _one_of(32),
+    "stochastic_rounding": _FLAG,
+    "max_grad_norm": Check(
+        lambda value: value is None or (_is_number(value) and value > 0), "None or a number above 0"
+    ),
+    "capturable": _one_of(False),
+    "rank": Check(lambda value: value is None or (_is_integer(value) and value >= 1), "an integer of 1 or more"),
+    "proj": _one_of("random", "svd"),
+    "proj_type": _one_of("std", "reverse_std", "right", "left"),
+    "scale_type": _one_of("channel", "tensor"),
+    "scale": Check(lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "update_proj_gap": Check(lambda value: _is_integer(value) and value >= 1, "an integer of 1 or more"),
+    "distribution": _one_of("gaussian", "rademacher"),
+}

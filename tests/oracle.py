@@ -1,0 +1,98 @@
+"""A second implementation of the algorithm, in float64 and one matrix at a time: what the package is tested against.
+
+Written from the paper's equations alone and sharing no code with the package but ``projection_matrix``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from apollo_triton import projection_matrix
+
+
+class OracleMatrix:
+    """One matrix under APOLLO; ``weight`` is float64 and never rounded."""
+
+    def __init__(self, weight: Tensor, rank: int, **options: object) -> None:
+        self.weight = weight.detach().double().clone()
+        self.rank = rank
+        self.options = {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "eps": 1e-6,
+            "weight_decay": 0.0,
+            "correct_bias": True,
+            "scale_front": False,
+            "disable_nl": False,
+            "seed": 0,
+            "proj": "random",
+            "proj_type": "std",
+            "scale_type": "channel",
+            "scale": 1.0,
+            "update_proj_gap": 200,
+            "distribution": "gaussian",
+        } | options
+        rows, columns = weight.shape
+        self.keeps_rows = {
+            "std": rows >= columns,
+            "reverse_std": rows < columns,
+            "right": True,
+            "left": False,
+        }[self.options["proj_type"]]
+        channels = rows if self.keeps_rows else columns
+        self.M = torch.zeros(channels, rank, dtype=torch.float64)
+        self.V = torch.zeros_like(self.M)
+        self.update_norm: float | None = None
+        self.step_count = 0
+        self.P: Tensor | None = None
+
+    def step(self, gradient: Tensor) -> None:
+        o = self.options
+        G = gradient.double() if self.keeps_rows else gradient.double().T
+        b1, b2 = o["betas"]
+        self.step_count += 1
+        t = self.step_count
+        epoch, fresh = divmod(t - 1, o["update_proj_gap"])
+        if o["proj"] == "random":
+            self.P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).double()
+        elif fresh == 0:
+            self.P = torch.linalg.svd(G, full_matrices=False).Vh[: self.rank]
+        R = G @ self.P.T
+        self.M = b1 * self.M + (1 - b1) * R
+        self.V = b2 * self.V + (1 - b2) * R * R
+        N = self.M / (self.V.sqrt() + o["eps"])
+        if o["scale_type"] == "channel":
+            s = (N.norm(dim=1) / (R.norm(dim=1) + 1e-8))[:, None]
+        else:
+            s = N.norm() / (R.norm() + 1e-8)
+        update = s * G
+        if o["scale_front"]:
+            update = update * math.sqrt(o["scale"])
+        if not o["disable_nl"]:
+            u = update.norm().item()
+            limiter = 1.0 if self.update_norm is None else max(u / (self.update_norm + 1e-8), 1.01) / 1.01
+            if u > 0:
+                self.update_norm = u / limiter
+            update = update / limiter
+        if not o["scale_front"]:
+            update = update * math.sqrt(o["scale"])
+        h = o["lr"] * (math.sqrt(1 - b2**t) / (1 - b1**t) if o["correct_bias"] else 1)
+        self.weight -= h * (update if self.keeps_rows else update.T)
+        self.weight -= o["lr"] * o["weight_decay"] * self.weight
+
+
+def oracle_adamw(weight, gradients, lr, betas, eps, weight_decay, correct_bias=True):
+    """The dense rest in the same convention, float64."""
+    W = weight.detach().double().clone()
+    M, V = torch.zeros_like(W), torch.zeros_like(W)
+    for t, gradient in enumerate(gradients, 1):
+        G = gradient.double()
+        M = betas[0] * M + (1 - betas[0]) * G
+        V = betas[1] * V + (1 - betas[1]) * G * G
+        h = lr * (math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) if correct_bias else 1)
+        W -= h * M / (V.sqrt() + eps)
+        W -= lr * weight_decay * W
+    return W
