@@ -212,6 +212,8 @@ class APOLLOAdamW(Optimizer):
             )
         items = [params] if isinstance(params, Tensor) else params
         names = group.get("param_names", [""] * len(items))
+        if len(names) != len(items):
+            raise ValueError(f"parameter group {number}: {len(names)} param_names for {len(items)} params")
         first = sum(len(known["params"]) for known in self.param_groups)
         for index, (name, item) in enumerate(zip(names, items, strict=True), first):
             name, parameter = item if isinstance(item, tuple) else (name, item)

@@ -28,7 +28,6 @@ class OracleMatrix:
             "scale_front": False,
             "disable_nl": False,
             "seed": 0,
-            "proj": "random",
             "proj_type": "std",
             "scale_type": "channel",
             "scale": 1.0,
@@ -47,20 +46,19 @@ class OracleMatrix:
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
         self.step_count = 0
-        self.P: Tensor | None = None
 
-    def step(self, gradient: Tensor) -> None:
+    def step(self, gradient: Tensor, projection: Tensor | None = None) -> None:
+        """One update; ``projection`` replaces the random P (singular vectors are unique up to their signs only)."""
         o = self.options
         G = gradient.double() if self.keeps_rows else gradient.double().T
         b1, b2 = o["betas"]
         self.step_count += 1
         t = self.step_count
-        epoch, fresh = divmod(t - 1, o["update_proj_gap"])
-        if o["proj"] == "random":
-            self.P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).double()
-        elif fresh == 0:
-            self.P = torch.linalg.svd(G, full_matrices=False).Vh[: self.rank]
-        R = G @ self.P.T
+        epoch = (t - 1) // o["update_proj_gap"]
+        P = projection
+        if P is None:
+            P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).double()
+        R = G @ P.T
         self.M = b1 * self.M + (1 - b1) * R
         self.V = b2 * self.V + (1 - b2) * R * R
         N = self.M / (self.V.sqrt() + o["eps"])

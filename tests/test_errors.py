@@ -1,0 +1,224 @@
+"""Bad input: an error that names the argument or parameter and what is allowed, and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_triton import APOLLOAdamW
+
+
+def snapshot(optimizer):
+    """Everything a failed call must leave alone: groups, weights and state, as copies."""
+    weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    states = [copy.deepcopy(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return weights, states, groups
+
+
+def assert_unchanged(optimizer, before):
+    weights, states, groups = snapshot(optimizer)
+    assert groups == before[2]
+    assert all(torch.equal(a, b) for a, b in zip(weights, before[0], strict=True))
+    for now, then in zip(states, before[1], strict=True):
+        assert now.keys() == then.keys()
+        for name, value in now.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(then[name])), name
+
+
+@pytest.fixture
+def trained():
+    """Two matrices and a vector after two steps, by name."""
+    named = [
+        (name, nn.Parameter(torch.randn(shape))) for name, shape in (("up", (12, 8)), ("down", (8, 12)), ("b", (5,)))
+    ]
+    low_rank = {"params": named[:2], "rank": 4}
+    optimizer = APOLLOAdamW([low_rank, {"params": named[2:]}], lr=1e-2)
+    for _ in range(2):
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return optimizer, dict(named)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"lr": -1}, "Invalid learning rate: -1 "),
+        ({"lr": float("nan")}, "Invalid learning rate: nan"),
+        ({"lr": "fast"}, "Invalid learning rate: fast"),
+        ({"lr": torch.tensor([1.0, 2.0])}, "Tensor lr must be 1-element"),
+        ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
+        ({"betas": 0.9}, "Invalid betas: 0.9 .allowed: two numbers in .0, 1."),
+        ({"eps": -1e-3}, "Invalid epsilon value: -0.001"),
+        ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
+        ({"correct_bias": 1}, "Invalid correct_bias: 1 .allowed: True or False"),
+        ({"scale_front": "yes"}, "Invalid scale_front: 'yes'"),
+        ({"disable_nl": None}, "Invalid disable_nl: None"),
+        ({"seed": -1}, "Invalid seed: -1 .allowed: an integer from 0 to 2"),
+        ({"seed": True}, "Invalid seed: True"),
+        ({"seed_per_param": 2}, "Invalid seed_per_param: 2"),
+        ({"backend": "cuda"}, "Invalid backend: 'cuda' .allowed: 'auto' or 'reference'"),
+        (
+            {"state_dtype": torch.float16},
+            "Invalid state_dtype: torch.float16 .allowed: torch.float32 or torch.bfloat16",
+        ),
+        ({"state_bits": 8}, "Invalid state_bits: 8"),
+        ({"capturable": True}, "Invalid capturable: True"),
+        ({"stochastic_rounding": 0.5}, "Invalid stochastic_rounding: 0.5"),
+        ({"max_grad_norm": 0}, "Invalid max_grad_norm: 0 .allowed: None or a number above 0"),
+    ],
+)
+def test_constructor_options(options, text):
+    with pytest.raises(ValueError, match=text):
+        APOLLOAdamW([nn.Parameter(torch.zeros(4, 4))], **options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"rank": 0}, "parameter group 2: Invalid rank: 0 .allowed: an integer of 1 or more"),
+        ({"rank": 2.0}, "Invalid rank: 2.0"),
+        ({"rank": True}, "Invalid rank: True"),
+        ({"rank": 9}, r"parameter 3 of shape \(16, 8\): rank 9 is above its projected width 8"),
+        ({"rank": 9, "proj_type": "left"}, None),
+        ({"rank": 17, "proj_type": "left"}, r"rank 17 is above its projected width 16"),
+        ({"rank": 9, "proj_type": "left", "proj": "svd"}, r"rank 9 is above its 8 singular vectors"),
+        ({"rank": 2, "proj": "rand"}, "Invalid proj: 'rand' .allowed: 'random' or 'svd'"),
+        ({"rank": 2, "proj_type": "up"}, "Invalid proj_type: 'up'"),
+        ({"rank": 2, "scale_type": "row"}, "Invalid scale_type: 'row' .allowed: 'channel' or 'tensor'"),
+        ({"rank": 2, "scale": 0}, "Invalid scale: 0 "),
+        ({"rank": 2, "scale": float("inf")}, "Invalid scale: inf"),
+        ({"rank": 2, "update_proj_gap": 0}, "Invalid update_proj_gap: 0"),
+        ({"rank": 2, "distribution": "uniform"}, "Invalid distribution: 'uniform'"),
+        ({"rank": 2, "lr": -3.0}, "parameter group 2: Invalid learning rate: -3.0"),
+        ({"rank": 2, "max_grad_norm": 1.0}, "parameter group 2: max_grad_norm 1.0 differs from the optimizer's None"),
+        ({"param_names": ["a", "b"]}, "parameter group 2: 2 param_names for 1 params"),
+    ],
+)
+def test_added_groups(trained, keys, text):
+    optimizer, _ = trained
+    before = snapshot(optimizer)
+    group = {"params": [nn.Parameter(torch.zeros(16, 8))], **keys}
+    if "param_names" not in keys:
+        group["param_names"] = [""]
+    if text is None:
+        optimizer.add_param_group(group)
+        return
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group(group)
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text"),
+    [
+        (torch.zeros(4, 4, dtype=torch.float64), "dtype torch.float64; weights may be float32, bfloat16 or float16"),
+        (torch.zeros(4, 4, dtype=torch.complex64), "dtype torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize("rank", [2, None])
+def test_weight_dtypes(parameter, text, rank):
+    with pytest.raises(ValueError, match=rf"parameter 0 \('w'\) of shape \(4, 4\) has {text}"):
+        APOLLOAdamW([{"params": [("w", nn.Parameter(parameter))], "rank": rank}])
+
+
+def sparse(p):
+    return torch.zeros_like(p).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it", "error", "text"),
+    [
+        ("down", lambda p: setattr(p, "grad", sparse(p)), RuntimeError, "'down'.* does not support sparse gradients"),
+        ("b", lambda p: setattr(p, "grad", sparse(p)), RuntimeError, "'b'.* does not support sparse gradients"),
+        ("up", lambda p: setattr(p, "data", p.data.t()), ValueError, r"'up'.* gradient has shape \(12, 8\)"),
+        ("b", lambda p: setattr(p, "data", p.data[:2]), ValueError, r"'b'.* gradient has shape \(5,\)"),
+    ],
+)
+def test_gradients(trained, name, break_it, error, text):
+    optimizer, named = trained
+    break_it(named[name])
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=text):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("rank", 3, "parameter 0 .'up'.*exp_avg.* has shape .12, 4., not .12, 3."),
+        ("proj_type", "reverse_std", "'up'.*exp_avg"),
+        ("lr", -1.0, "parameter group 0: Invalid learning rate: -1.0"),
+        ("betas", (0.9, 1.0), "parameter group 0: Invalid beta parameter at index 1: 1.0"),
+        ("max_grad_norm", 1.0, "max_grad_norm differs between parameter groups"),
+    ],
+)
+def test_groups_changed_between_steps(trained, key, value, text):
+    optimizer, _ = trained
+    optimizer.param_groups[0][key] = value
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_state_of_another_model(trained):
+    optimizer, named = trained
+    foreign = []
+    for shapes, rank in ((((13, 8), (8, 12), (5,)), 4), (((12, 8), (8, 12), (6,)), 4), (((12, 8), (8, 12), (5,)), 2)):
+        params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        other = APOLLOAdamW([{"params": params[:2], "rank": rank}, {"params": params[2:]}])
+        for p in params:
+            p.grad = torch.ones_like(p)
+        other.step()
+        foreign.append(other.state_dict())
+    foreign[2]["param_groups"][0]["rank"] = 4
+    before = snapshot(optimizer)
+    for state_dict, name in zip(foreign, ("up", "b", "up"), strict=True):
+        with pytest.raises(ValueError, match=rf"'{name}'.*exp_avg.* belongs to another model"):
+            optimizer.load_state_dict(state_dict)
+        assert_unchanged(optimizer, before)
+    adamw = torch.optim.AdamW([{"params": list(named.values())[:2]}, {"params": [named["b"]]}])
+    adamw.step()
+    before = snapshot(optimizer)
+    wrong = adamw.state_dict()
+    wrong["param_groups"][0]["rank"] = 4
+    with pytest.raises(ValueError, match=r"'up'.*'exp_avg' has shape"):
+        optimizer.load_state_dict(wrong)
+    assert_unchanged(optimizer, before)
+    missing = copy.deepcopy(optimizer.state_dict())
+    del missing["state"][1]["exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"'down'.*'exp_avg_sq' is missing"):
+        optimizer.load_state_dict(missing)
+    fewer = copy.deepcopy(optimizer.state_dict())
+    fewer["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(fewer)
+    assert_unchanged(optimizer, before)
+
+
+def test_load_hooks_see_and_may_change_what_is_loaded(trained):
+    optimizer, named = trained
+    saved = optimizer.state_dict()
+
+    def rename(opt, state_dict):
+        return state_dict | {"param_groups": state_dict["renamed"]}
+
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.load_state_dict({"state": saved["state"], "renamed": saved["param_groups"]})
+    assert optimizer.state[named["up"]]["exp_avg"].shape == (12, 4)
+
+
+def test_empty_lists_and_parameters_without_gradients():
+    with pytest.raises(ValueError, match="empty parameter list"):
+        APOLLOAdamW([])
+    optimizer = APOLLOAdamW([{"params": [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(0, 4))], "rank": 2}])
+    optimizer.step()
+    assert not optimizer.state
+    assert optimizer.skipped_updates.item() == 0
