@@ -1,0 +1,34 @@
+"""What ``import apollo_triton`` adds to ``import torch``: median over fresh interpreters, alternating."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+from .results_file import save
+
+
+def seconds(module: str) -> float:
+    """Wall time of a fresh interpreter that imports ``module`` and ends."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    rounds = parser.parse_args().rounds
+    seconds("apollo_triton")  # fills the file cache
+    pairs = [(seconds("torch"), seconds("apollo_triton")) for _ in range(rounds)]
+    torch_time, our_time = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(ours / theirs for theirs, ours in pairs)
+    print(f"import torch {torch_time:.2f} s, import apollo_triton {our_time:.2f} s, ratio {ratio:.3f} (target 1.2)")
+    save("import_time", {"torch_s": torch_time, "apollo_triton_s": our_time, "ratio": ratio, "target": 1.2})
+
+
+if __name__ == "__main__":
+    main()
