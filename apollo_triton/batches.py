@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from .geometry import Geometry, as_matrices, per_matrix
+from .scratch import Scratch
 from .settings import Settings
 
 # What one pass of the reference engine works on: parts of a batch whose gradients stay in a CPU's last-level
 # cache between the two reads (32 MB on the machine this was tuned on) ...
-PART_ELEMENTS = 1 << 21
+PART_ELEMENTS = 1 << 22
 # ... and whose moments are few enough to be stacked, so that rank-1 batches take one small operation for many
 # matrices. A larger R is a matrix of its own.
 STACK_ELEMENTS = 1 << 16
@@ -36,6 +37,7 @@ class Batch:
     settings: Settings
     step: int
     seed: int
+    scratch: Scratch
     gradient_scale: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)

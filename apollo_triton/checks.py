@@ -66,7 +66,9 @@ def check_parameter(label: Label, settings: Settings) -> None:
             f"{label} is a DTensor (FSDP2 or tensor parallel), which this version cannot update yet; "
             "train it unsharded, e.g. with DistributedDataParallel"
         )
-    if settings.rank is not None and getattr(parameter, "_is_flat_param", False):
+    # FSDP1's one flat parameter, or with use_orig_params=True its shards, one vector a weight.
+    flattened = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+    if settings.rank is not None and flattened and parameter.dim() < 2:
         raise ValueError(
             f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
             "wrap with FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "

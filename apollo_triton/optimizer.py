@@ -20,6 +20,7 @@ from .geometry import Geometry, as_matrices
 from .param_groups import apollo_param_groups
 from .philox import parameter_seed
 from .projection import ProjectionCache, top_singular_vectors
+from .scratch import Scratch
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
 
 
@@ -161,6 +162,7 @@ class APOLLOAdamW(Optimizer):
     def _reset_transients(self) -> None:
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
         self._projections = ProjectionCache()
+        self._scratch = Scratch()
         self._skipped: dict[torch.device, Tensor] = {}
         self.gradient_norm: Tensor | None = None
 
@@ -283,15 +285,16 @@ class APOLLOAdamW(Optimizer):
             state["step"] += 1
             step = int(state["step"].tolist())  # host memory, read without a dispatch
             if item.geometry is None:
-                self._count_skipped(
-                    reference.dense_adamw(item.parameter, item.gradient, state, settings, step, state["seed"], scale)
+                skipped = reference.dense_adamw(
+                    item.parameter, item.gradient, state, settings, step, state["seed"], scale, self._scratch
                 )
+                self._count_skipped(skipped)
                 continue
             weight, gradient, seed = item.parameter, item.gradient, state["seed"]
             key = (item.geometry, id(settings), step, seed, weight.device, weight.dtype, gradient.dtype)
             batch = batches.get(key)
             if batch is None:
-                batches[key] = batch = Batch(item.geometry, settings, step, seed, scale)
+                batches[key] = batch = Batch(item.geometry, settings, step, seed, self._scratch, scale)
             batch.add(weight, gradient, state, self._projection(item, state, step))
         for batch in batches.values():
             # Autocast would round the projection's operands to half precision.
@@ -375,7 +378,7 @@ class APOLLOAdamW(Optimizer):
         limit = work[0].settings.max_grad_norm if work else None
         if limit is None:
             return {}
-        norms = [reference.squared_norm(item.gradient).to(work[0].parameter.device) for item in work]
+        norms = [reference.squared_norm(item.gradient, self._scratch).to(work[0].parameter.device) for item in work]
         squared = torch.stack(norms)
         self.gradient_norm = torch.where(squared.isfinite(), squared, 0).sum().sqrt()
         scale = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)

@@ -10,7 +10,6 @@ temporary has a weight's size. Nothing here reads a value back from an accelerat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from .batches import Batch
 from .philox import Stream, round_stochastic
+from .scratch import BLOCK_ELEMENTS, Scratch
 from .settings import Settings
 
-# Elements of a block: where values must be converted to float32, 2 MB of them at a time; where they need not be, a
-# block takes no memory and only keeps its two reads within the last-level cache.
-CONVERTED_BLOCK, FLOAT_BLOCK = 1 << 19, 1 << 20
 _NORM_EPS = 1e-8
 _GROWTH_LIMIT = 1.01
 
@@ -48,12 +45,12 @@ def sketch(batch: Batch) -> Sketch:
     keeps_rows = batch.geometry.keeps_rows
     per_channel = batch.settings.scale_type == "channel"
     projected, squared_norms = [], []
-    for gradient, projection in zip(batch.gradients, batch.projections, strict=True):
+    for gradient, projection in zip(batch.gradients, _doubled(batch), strict=True):
         R: list[Tensor] = []
         norms: list[Tensor] = []
-        for rows, block in float_blocks(gradient):
+        for rows, block in batch.scratch.blocks(gradient):
             if keeps_rows:
-                R.append(_product(block, projection))
+                R.append((block @ projection.mT)[:, : batch.settings.rank])
             elif not R:
                 R.append(block.mT @ projection[:, rows].mT)
             else:
@@ -77,7 +74,7 @@ def rescale(batch: Batch, sketch: Sketch) -> Factors:
     A channel whose R is not finite keeps its moments; the sums then tell ``apply`` not to move the weight.
     """
     matrices, channels, rank = sketch.projected.shape
-    step = max(1, CONVERTED_BLOCK // (matrices * rank))
+    step = max(1, BLOCK_ELEMENTS // (matrices * rank))
     parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, channels, step)]
     squared_N, squared_R = (torch.cat(norms, 1) for norms in zip(*parts, strict=True))
     if batch.settings.scale_type == "tensor":
@@ -95,8 +92,8 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     R2 = R * R
     squared_R = R2.sum(-1)
     finite = squared_R.isfinite()
-    M = _stack([as_float(state[channels]) for state in batch.exp_avg])
-    V = _stack([as_float(state[channels]) for state in batch.exp_avg_sq])
+    M = _stack([state[channels].to(torch.float32) for state in batch.exp_avg])
+    V = _stack([state[channels].to(torch.float32) for state in batch.exp_avg_sq])
     if all(_known(finite.all().view(1)) or [False]):
         M.lerp_(R, 1 - beta1)
         V.lerp_(R2, 1 - beta2)
@@ -133,8 +130,8 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
         if known and not known[index]:
             continue
         s = multipliers[index]
-        for rows, W in float_blocks(weight):
-            G = as_float(gradient[rows])
+        for rows, W in batch.scratch.blocks(weight):
+            G = batch.scratch.floats(gradient[rows], 1)
             if not known:
                 G = torch.where(moved[index], G, 0)
             W.addcmul_(G, s[rows] if len(s) > 1 else s, value=-1)
@@ -204,13 +201,14 @@ def dense_adamw(
     step: int,
     seed: int,
     gradient_scale: Tensor | None,
+    scratch: Scratch,
 ) -> Tensor:
     """AdamW in the same convention, W -= h M / (sqrt(V) + eps), then the decay; returns 1 if not moved, else 0.
 
     Bit for bit blind to the block size. ``state`` holds exp_avg and exp_avg_sq of the weight's shape.
     """
     beta1, beta2 = settings.betas
-    finite = squared_norm(gradient).isfinite()
+    finite = squared_norm(gradient, scratch).isfinite()
     scale = gradient_scale if gradient_scale is not None else 1.0
     tensors = _flattened([weight, gradient, state["exp_avg"], state["exp_avg_sq"]])
     weight = tensors[0]
@@ -218,8 +216,8 @@ def dense_adamw(
     h = torch.where(finite, settings.step_size(step), 0.0)
     decay = torch.where(finite, 1 - settings.lr * settings.weight_decay, 1.0)
     keep1, keep2 = finite * (1 - beta1), finite * (1 - beta2)
-    for rows, W in float_blocks(weight):
-        G, M, V = (as_float(x[rows]) for x in tensors[1:])
+    for rows, W in scratch.blocks(weight):
+        G, M, V = (scratch.floats(x[rows], slot) for slot, x in enumerate(tensors[1:], 1))
         G = torch.where(finite, G * scale, 0)
         M.lerp_(G, keep1)
         V.lerp_(G.square_(), keep2)
@@ -234,31 +232,13 @@ def dense_adamw(
     return (~finite).sum()
 
 
-def squared_norm(tensor: Tensor) -> Tensor:
+def squared_norm(tensor: Tensor, scratch: Scratch) -> Tensor:
     """|tensor|_F^2 as a float32 scalar, in blocks."""
     (tensor,) = _flattened([tensor])
     total = torch.zeros((), device=tensor.device)
-    for _, block in float_blocks(tensor):
+    for _, block in scratch.blocks(tensor):
         total += _dot(block)
     return total
-
-
-def float_blocks(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of ``tensor`` in float32, each with its slice: views where it is float32 already."""
-    length = tensor.shape[0]
-    size = FLOAT_BLOCK if tensor.dtype == torch.float32 else CONVERTED_BLOCK
-    step = max(1, size * length // max(1, tensor.numel()))
-    if step >= length:
-        yield slice(0, length), as_float(tensor)
-        return
-    for start in range(0, length, step):
-        rows = slice(start, min(start + step, length))
-        yield rows, as_float(tensor[rows])
-
-
-def as_float(values: Tensor) -> Tensor:
-    """The values in float32: the tensor itself where it is float32 already."""
-    return values if values.dtype == torch.float32 else values.to(torch.float32)
 
 
 def store(values: Tensor, target: Tensor, settings: Settings, seed: int, step: int, stream: Stream, start: int) -> None:
@@ -273,12 +253,18 @@ def store(values: Tensor, target: Tensor, settings: Settings, seed: int, step: i
     target.copy_(values)
 
 
-def _product(block: Tensor, projection: Tensor) -> Tensor:
-    """block P^T. For rank 1 on a CPU with a second row of P: MKL's sgemv leaves the second core idle there
-    (LLaMA-60M's tall matrices on 2 cores: 9.3 ms, against 4.8 ms for the product with two rows)."""
-    if len(projection) == 1 and block.device.type == "cpu":
-        return (block @ projection.repeat(2, 1).mT)[:, :1]
-    return block @ projection.mT
+def _doubled(batch: Batch) -> list[Tensor]:
+    """The projections; on a CPU at rank 1 with their row twice, whose second product nobody reads.
+
+    MKL's sgemv leaves the second core idle where rows are kept: LLaMA-60M's tall matrices take 9.3 ms on 2 cores,
+    the product with two rows 4.8 ms.
+    """
+    first = batch.projections[0]
+    if batch.settings.rank != 1 or not batch.geometry.keeps_rows or first.device.type != "cpu":
+        return batch.projections
+    if all(projection is first for projection in batch.projections):
+        return [first.repeat(2, 1)] * len(batch)
+    return [projection.repeat(2, 1) for projection in batch.projections]
 
 
 def _dot(block: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class OracleMatrix:
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
         self.step_count = 0
+        # The largest |G| |P| / |R| met, per channel or tensor: by so much does R's relative rounding error grow.
+        self.conditioning = 0.0
 
     def step(self, gradient: Tensor, projection: Tensor | None = None) -> None:
         """One update; ``projection`` replaces the random P (singular vectors are unique up to their signs only)."""
@@ -59,6 +61,8 @@ class OracleMatrix:
         if P is None:
             P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).double()
         R = G @ P.T
+        dims = {"dim": 1} if o["scale_type"] == "channel" else {}
+        self.conditioning = max(self.conditioning, (P.norm() * G.norm(**dims) / R.norm(**dims)).max().item())
         self.M = b1 * self.M + (1 - b1) * R
         self.V = b2 * self.V + (1 - b2) * R * R
         N = self.M / (self.V.sqrt() + o["eps"])

@@ -239,14 +239,14 @@ def test_a_weight_moves_alike_alone_and_in_company():
 
 
 def test_block_and_part_sizes_do_not_show(monkeypatch):
-    from apollo_triton import batches, reference
+    from apollo_triton import batches, reference, scratch
 
     results = []
     for size in (None, 64):
         if size:
             for module, name in (
-                (reference, "CONVERTED_BLOCK"),
-                (reference, "FLOAT_BLOCK"),
+                (scratch, "BLOCK_ELEMENTS"),
+                (reference, "BLOCK_ELEMENTS"),
                 (batches, "STACK_ELEMENTS"),
             ):
                 monkeypatch.setattr(module, name, size)
