@@ -1,12 +1,11 @@
-"""What a parameter, a gradient and a loaded state may be, and errors that name the parameter and what to do.
+"""What a parameter and its gradient may be, and errors that name the parameter and what to do.
 
 Nothing here changes anything: the optimizer calls these before it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,23 +33,6 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
     if settings.rank is None or parameter.dim() < 2 or parameter.numel() == 0:
         return None
     return Geometry.of(parameter.shape, settings.proj_type)
-
-
-def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
-    """The shape of each state tensor of a parameter but ``step``."""
-    geometry = geometry_of(parameter, settings)
-    if geometry is None:
-        return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
-    experts = (geometry.matrices,) if geometry.matrices > 1 else ()
-    rank = settings.rank or 0
-    shapes = {
-        "exp_avg": (*experts, geometry.channels, rank),
-        "exp_avg_sq": (*experts, geometry.channels, rank),
-        "update_norm": experts,
-    }
-    if settings.proj == "svd":
-        shapes["projection"] = (*experts, rank, geometry.width)
-    return shapes
 
 
 def check_parameter(label: Label, settings: Settings) -> None:
@@ -103,23 +85,4 @@ def check_gradient(label: Label, gradient: Tensor) -> None:
         raise ValueError(
             f"{label} on {parameter.device}: its gradient has shape {tuple(gradient.shape)} on {gradient.device}; "
             "both must agree (was the parameter resized or moved after its gradient was made?)"
-        )
-
-
-def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> None:
-    """Raise ValueError unless the state fits the parameter's shape and settings. Foreign keys are left alone."""
-    for name, shape in state_shapes(label.parameter, settings).items():
-        value = state.get(name)
-        if isinstance(value, Tensor):
-            found = tuple(value.shape)
-            if found == shape:
-                continue
-            problem = f"has shape {found}, not {shape}"
-        elif value is None and name == "projection":
-            continue  # made at the next step: a group may turn to svd at any time
-        else:
-            problem = "is missing"
-        raise ValueError(
-            f"{label}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
-            "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
         )

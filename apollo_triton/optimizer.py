@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from . import reference
 from .batches import Batch
-from .checks import Label, check_gradient, check_parameter, check_state, geometry_of, state_shapes
+from .checks import Label, check_gradient, check_parameter, geometry_of
 from .geometry import Geometry, as_matrices
 from .param_groups import apollo_param_groups
-from .philox import parameter_seed
 from .projection import ProjectionCache, top_singular_vectors
 from .scratch import Scratch
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
+from .state import check_state, make_state, restored
 
 
 class Backend(NamedTuple):
@@ -202,15 +202,16 @@ class APOLLOAdamW(Optimizer):
         params = group["params"]
         if not isinstance(params, (Tensor, set)):
             group["params"] = params = list(params)
-        for name, default in self.defaults.items():
+        number = len(self.param_groups)
+        limit = (self.param_groups[0] if number else self.defaults)["max_grad_norm"]
+        for name, default in (self.defaults | {"max_grad_norm": limit}).items():
             group.setdefault(name, default)
         complete_group(group)
-        number = len(self.param_groups)
         settings = Settings.of(group, f"parameter group {number}")
-        if settings.max_grad_norm != self.defaults["max_grad_norm"]:
+        if settings.max_grad_norm != limit:
             raise ValueError(
                 f"parameter group {number}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
-                f"{self.defaults['max_grad_norm']!r}; one norm is taken over all gradients: pass it to the constructor"
+                f"{limit!r}; one norm is taken over all gradients: pass it to the constructor"
             )
         items = [params] if isinstance(params, Tensor) else params
         names = group.get("param_names", [""] * len(items))
@@ -233,28 +234,22 @@ class APOLLOAdamW(Optimizer):
         def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
             loaded.update(state_dict)
             saved_groups = state_dict["param_groups"]
-            indices = [index for saved in saved_groups for index in saved["params"]]
-            labels = [label for _, label in self._labels()]
             if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return  # torch.optim says which
+            labels = (label for _, label in self._labels())
             for number, saved in enumerate(saved_groups):
                 completed = self.defaults | saved
                 complete_group(completed)
                 settings = Settings.of(completed, f"state_dict, parameter group {number}")
-                for index in saved["params"]:
+                for index, label in zip(saved["params"], labels, strict=False):
                     if state := state_dict["state"].get(index):
-                        check_state(labels[indices.index(index)], state, settings)
+                        check_state(label, state, settings)
 
         def restore(optimizer: Optimizer) -> None:
-            # torch.optim casts all state but ``step`` to the parameter's dtype: float32 moments must stay so.
             for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
                 for index, parameter in zip(saved["params"], group["params"], strict=True):
                     for name, value in loaded["state"].get(index, {}).items():
-                        if name == "step":
-                            value = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
-                        elif isinstance(value, Tensor):
-                            value = value.detach().to(parameter.device, copy=True)
-                        self.state[parameter][name] = value
+                        self.state[parameter][name] = restored(name, value, parameter)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
         handles = [
@@ -281,7 +276,9 @@ class APOLLOAdamW(Optimizer):
         scales = self._gradient_scales(work)
         batches: dict[tuple[Any, ...], Batch] = {}
         for item in work:
-            state, settings, scale = self._state_of(item), item.settings, scales.get(item.parameter.device)
+            state, settings, scale = self.state[item.parameter], item.settings, scales.get(item.parameter.device)
+            if "step" not in state:
+                state.update(make_state(item.label, settings))
             state["step"] += 1
             step = int(state["step"].tolist())  # host memory, read without a dispatch
             if item.geometry is None:
@@ -326,29 +323,12 @@ class APOLLOAdamW(Optimizer):
                 continue
             check_gradient(label, parameter.grad)
             geometry = geometry_of(parameter, settings[number])
-            if state := self.state.get(parameter):
-                check_state(label, state, settings[number])
+            if "step" in self.state.get(parameter, {}):
+                check_state(label, self.state[parameter], settings[number])
             elif geometry is not None:
                 check_parameter(label, settings[number])
             work.append(Work(label, parameter, parameter.grad, settings[number], geometry))
         return work
-
-    def _state_of(self, item: Work) -> dict[str, Any]:
-        """The parameter's state, made at its first step. Moments of a dense weight keep its memory layout."""
-        state = self.state[item.parameter]
-        if "step" not in state:
-            settings, device = item.settings, item.parameter.device
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["seed"] = (
-                parameter_seed(settings.seed, item.label.number) if settings.seed_per_param else settings.seed
-            )
-            for name, shape in state_shapes(item.parameter, settings).items():
-                dtype = torch.float32 if name == "update_norm" else settings.state_dtype
-                if item.geometry is None:
-                    state[name] = torch.zeros_like(item.parameter, dtype=dtype)
-                elif name != "projection":
-                    state[name] = torch.zeros(shape, dtype=dtype, device=device)
-        return state
 
     def _projection(self, item: Work, state: dict[str, Any], step: int) -> Tensor:
         """P of this step: from the cache, or for svd from the gradient once a period, kept in the state."""

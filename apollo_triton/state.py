@@ -1,0 +1,84 @@
+"""The optimizer's state of one parameter: made at its first step, checked, and brought back from a checkpoint.
+
+Tensors and numbers only, channel-major whichever side is kept; P is not among them, except for svd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import Label, geometry_of
+from .philox import parameter_seed
+from .settings import Settings
+
+
+def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """The shape of each state tensor of a parameter but ``step``."""
+    geometry = geometry_of(parameter, settings)
+    if geometry is None:
+        return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+    experts = (geometry.matrices,) if geometry.matrices > 1 else ()
+    rank = settings.rank or 0
+    shapes = {
+        "exp_avg": (*experts, geometry.channels, rank),
+        "exp_avg_sq": (*experts, geometry.channels, rank),
+        "update_norm": experts,
+    }
+    if settings.proj == "svd":
+        shapes["projection"] = (*experts, rank, geometry.width)
+    return shapes
+
+
+def make_state(label: Label, settings: Settings) -> dict[str, Any]:
+    """Zeros of the right shapes: float32 ``step`` on the host, ``seed``, the moments, and u_prev for low rank.
+
+    Moments of a dense weight keep its memory layout. svd's projection comes with the first gradient.
+    """
+    own = settings.seed_per_param
+    state: dict[str, Any] = {
+        "step": torch.zeros((), dtype=torch.float32),
+        "seed": parameter_seed(settings.seed, label.number) if own else settings.seed,
+    }
+    parameter = label.parameter
+    for name, shape in state_shapes(parameter, settings).items():
+        if geometry_of(parameter, settings) is None:
+            state[name] = torch.zeros_like(parameter, dtype=settings.state_dtype)
+        elif name != "projection":
+            dtype = torch.float32 if name == "update_norm" else settings.state_dtype
+            state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+    return state
+
+
+def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ValueError unless the state fits the parameter's shape and settings. Foreign keys are left alone."""
+    for name, shape in state_shapes(label.parameter, settings).items():
+        value = state.get(name)
+        if isinstance(value, Tensor):
+            if tuple(value.shape) != shape:
+                raise ValueError(_complaint(label, name, f"has shape {tuple(value.shape)}, not {shape}"))
+        elif name != "projection":  # made at the next step: a group may turn to svd at any time
+            raise ValueError(_complaint(label, name, "is missing"))
+    for name in ("step", "seed"):
+        if name not in state:
+            raise ValueError(_complaint(label, name, "is missing"))
+
+
+def _complaint(label: Label, name: str, problem: str) -> str:
+    return (
+        f"{label}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
+        "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
+    )
+
+
+def restored(name: str, value: Any, parameter: Tensor) -> Any:
+    """A saved value as it was, on the parameter's device and as a copy; ``step`` stays float32 on the host.
+
+    ``torch.optim`` itself would cast moments to the parameter's dtype.
+    """
+    if name == "step":
+        return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
+    return value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
