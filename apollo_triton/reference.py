@@ -94,7 +94,7 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     finite = squared_R.isfinite()
     M = _stack([state[channels].to(torch.float32) for state in batch.exp_avg])
     V = _stack([state[channels].to(torch.float32) for state in batch.exp_avg_sq])
-    if all(_known(finite.all().view(1)) or [False]):
+    if _known(finite.all().view(1)) == [True]:
         M.lerp_(R, 1 - beta1)
         V.lerp_(R2, 1 - beta2)
     else:

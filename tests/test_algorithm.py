@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OracleMatrix, oracle_adamw
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, reference
 
 GROUP = st.fixed_dictionaries(
     {
@@ -261,3 +261,29 @@ def test_stochastic_rounding_moves_weights_that_rounding_to_nearest_cannot():
     expected = ((1 - exact.detach()) * gradient.float()).sum().item()
     assert distances[False] < 0.2 * expected
     assert distances[True] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("poison", [None, torch.nan, torch.inf])
+def test_masking_as_accelerators_do_equals_skipping_as_a_cpu_does(monkeypatch, dtype, scale_type, poison):
+    """Where flags are not host memory every matrix runs through the same operations, masked."""
+    results = []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(reference, "_known", lambda flags: [])
+        weights = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((24, 10), (24, 10), (10, 24))]
+        group = {"params": weights, "rank": 3, "scale_type": scale_type}
+        optimizer = APOLLOAdamW([group], lr=1e-2, weight_decay=0.1)
+        for step in range(4):
+            for index, weight in enumerate(weights):
+                weight.grad = gradients_for(weight.shape, 1, 10 * step + index)[0].to(dtype)
+            if poison is not None and step == 2:
+                weights[1].grad[4, 7] = poison
+            optimizer.step()
+        assert optimizer.skipped_updates.item() == (poison is not None)
+        tensors = [optimizer.state[w][name] for w in weights for name in ("exp_avg", "exp_avg_sq", "update_norm")]
+        results.append([weight.detach() for weight in weights] + tensors)
+    for skipped, masked in zip(*results, strict=True):
+        assert masked.isfinite().all()
+        torch.testing.assert_close(skipped, masked, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=1e-9)
