@@ -1,8 +1,279 @@
-"""Count the bytes of weights, gradients and optimizer state."""
+"""Count the bytes of weights, gradients and optimizer state, exactly, with AdamW, AdamW-8bit and APOLLO.
+
+Nothing is allocated: models live on the meta device, and the shapes are those that the optimizer itself uses.
+"""
+
+from __future__ import annotations
 
 import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from textwrap import fill
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import Label
+from .llama import default_rank, meta_model, named_sizes
+from .optimizer import APOLLOAdamW
+from .paper import GB, GIB, Cell, pretraining_cells, state_cells
+from .settings import Settings
+from .state import make_state, state_shapes
+
+FLOAT32_BYTES = 4
+# bitsandbytes: what is smaller keeps float32 moments; the rest has one scale per block and moment.
+SMALLEST_8BIT, BLOCK = 4096, 256
+COLUMNS = 79  # of a small terminal
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None: ...
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model in training, without activations and what lives only during a step.
+
+    ``moments`` are the first and second moments; ``other`` is the rest of the optimizer's state: per parameter a
+    float32 ``step`` (on the host) and APOLLO's ``update_norm``, a stored svd projection, 8-bit scales and maps.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    other: int
+
+    @property
+    def state(self) -> int:
+        """What the optimizer keeps."""
+        return self.moments + self.other
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients and state."""
+        return self.weights + self.gradients + self.state
+
+
+def adamw(model: nn.Module) -> Memory:
+    """With ``torch.optim.AdamW``, whose moments have the dtype of the weights.
+
+    >>> adamw(nn.Linear(4, 2, bias=False))
+    Memory(weights=32, gradients=32, moments=64, other=4)
+    """
+    parameters = _trained(model)
+    return _with_state(model, 2 * sum(p.nbytes for p in parameters), FLOAT32_BYTES * len(parameters))
+
+
+def adamw_8bit(model: nn.Module) -> Memory:
+    """With ``bitsandbytes.optim.AdamW8bit`` (0.44 or newer): a byte per moment, a float32 scale per 256 of them.
+
+    Tensors of fewer than 4096 elements keep float32 moments; the two maps of 256 float32 values are shared by all.
+
+    >>> adamw_8bit(nn.Linear(64, 64, bias=False)).other == 4 * (2 * 16 + 2 * 256)
+    True
+    """
+    sizes = [p.numel() for p in _trained(model)]
+    large = [size for size in sizes if size >= SMALLEST_8BIT]
+    moments = 2 * (sum(large) + FLOAT32_BYTES * (sum(sizes) - sum(large)))
+    scales = 2 * sum(-(-size // BLOCK) for size in large)
+    return _with_state(model, moments, FLOAT32_BYTES * (scales + (2 * 256 if large else 0)))
+
+
+def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
+    """With ``APOLLOAdamW.apollo(model, rank, **options)``: ``[channels, rank]`` moments for attention and MLP weights.
+
+    >>> apollo(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)}), rank=4)
+    Memory(weights=8192, gradients=8192, moments=2048, other=8)
+    """
+    return _with_state(model, *_state_bytes(APOLLOAdamW.apollo(model, rank, **options)))
+
+
+def apollo_mini(model: nn.Module, **options: Any) -> Memory:
+    """With ``APOLLOAdamW.mini(model, **options)``: moments of rank 1.
+
+    >>> apollo_mini(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)})).moments == 4 * 2 * 64
+    True
+    """
+    return _with_state(model, *_state_bytes(APOLLOAdamW.mini(model, **options)))
+
+
+def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
+    """Bytes of the moments and of all other state that the optimizer will make at its first step."""
+    moments = other = 0
+    for group in optimizer.param_groups:
+        settings = Settings.of(group)
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            state = make_state(Label(0, "", parameter.to("meta")), settings)
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            moments += sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("exp_avg"))
+            other += sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("exp_avg"))
+            # svd's projection comes with the first gradient
+            other += FLOAT32_BYTES * prod(state_shapes(parameter, settings).get("projection", (0,)))
+    return moments, other
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _with_state(model: nn.Module, moments: int, other: int) -> Memory:
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return Memory(weights, sum(parameter.nbytes for parameter in _trained(model)), moments, other)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The four methods' memory for one model: ``kind`` is its class, ``state_dtype`` that of APOLLO's moments."""
+
+    model: str
+    kind: str
+    parameters: int
+    dtype: str
+    state_dtype: str
+    rank: int
+    methods: dict[str, Memory]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``apollo-triton memory``."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(named_sizes())} (the paper's LLaMA), a config.json, a directory that holds one, or a Hugging "
+        "Face hub id: exact bytes of each (default: the totals of the named sizes)",
+    )
+    what.add_argument("--paper", action="store_true", help="the paper's memory column beside exact counts")
+    parser.add_argument(
+        "--rank", type=int, help="of APOLLO (default: hidden / 4 for 60M to 1B, as the paper; else 256)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16)"
+    )
+    parser.add_argument("--state-dtype", choices=["float32", "bfloat16"], help="of APOLLO's moments (default: float32)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
+
+
 def run(options: argparse.Namespace) -> int:
+    """Print what the options ask for; 0. Raises ValueError or OSError for a model or rank that cannot be."""
+    if options.paper:
+        own = ("rank", "dtype", "state_dtype", "target_modules")
+        given = [name for name in own if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--paper has the paper's own settings: leave out --{given[0].replace('_', '-')}")
+        print(_paper_json() if options.json else _paper_text())
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reports = [_report(model, options) for model in options.model or named_sizes()]
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"note: {message}", file=sys.stderr)
+    if options.json:
+        print(json.dumps([_as_dict(report) for report in reports], indent=2))
+    elif options.model:
+        print("\n\n".join(_details(report) for report in reports))
+    else:
+        print(_summary(reports))
     return 0
+
+
+def _report(name: str, options: argparse.Namespace) -> Report:
+    dtype, state_dtype = options.dtype or "bfloat16", options.state_dtype or "float32"
+    rank = default_rank(name) if options.rank is None else options.rank
+    own: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
+    if options.target_modules:
+        targets = options.target_modules
+        own["target_modules"] = targets[0] if targets == ["all-linear"] else targets
+    model = meta_model(name, getattr(torch, dtype))
+    methods = {
+        "AdamW": adamw(model),
+        "AdamW-8bit": adamw_8bit(model),
+        "APOLLO": apollo(model, rank, **own),
+        "APOLLO-Mini": apollo_mini(model, **own),
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, methods)
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    methods = {name: asdict(memory) | {"total": memory.total} for name, memory in report.methods.items()}
+    return asdict(report) | {"methods": methods}
+
+
+def _details(report: Report) -> str:
+    """Exact bytes, one method a column."""
+    names = [f"APOLLO r={report.rank}" if name == "APOLLO" else name for name in report.methods]
+    memories = list(report.methods.values())
+    rows = [["bytes", *names]]
+    for part in ("weights", "gradients", "moments", "other", "total"):
+        rows.append([part, *(f"{getattr(memory, part):,}" for memory in memories)])
+    rows.append(["total, GB", *(f"{memory.total / GB:.3f}" for memory in memories)])
+    sentence = (
+        f"GB = 1e9 bytes. State alone: {memories[0].state / GB:.3f} GB with AdamW, whose moments are {report.dtype} "
+        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, nearly all "
+        "of it for what is not projected (embeddings, head)."
+    )
+    title = f"{report.model}: {report.kind}, {report.parameters:,} parameters in {report.dtype}"
+    return "\n".join([title, "", _table(rows), "", fill(sentence, COLUMNS)])
+
+
+def _summary(reports: Sequence[Report]) -> str:
+    """One line a model: the totals in GB."""
+    rows = [["GB", "weights", "rank", *reports[0].methods]]
+    for report in reports:
+        totals = [f"{memory.total / GB:.2f}" for memory in report.methods.values()]
+        rows.append([report.model, f"{report.methods['AdamW'].weights / GB:.2f}", str(report.rank), *totals])
+    sentence = (
+        f"Weights, gradients and optimizer state in GB (1e9 bytes): weights and AdamW's moments in {reports[0].dtype}, "
+        f"APOLLO's moments in {reports[0].state_dtype}. Activations come on top. Exact bytes: --model 7B; the paper's "
+        "figures: --paper."
+    )
+    return "\n".join([_table(rows), "", fill(sentence, COLUMNS)])
+
+
+def _paper_text() -> str:
+    parts = pretraining_cells(), state_cells()
+    tables = []
+    for cells in parts:
+        rows = [["", "size", "paper", "GB", "GiB", ""]]
+        rows += [[c.method, c.size, c.printed, c.digits(GB), c.digits(GIB), _verdict(c)] for c in cells]
+        tables.append(_table(rows, left=(0, 5)))
+    everything = [cell for cells in parts for cell in cells]
+    reproduced = sum(bool(cell.reproduced) for cell in everything)
+    sentence = (
+        f"{reproduced} of {len(everything)} figures have the printed digits, in the unit given (GB = 1e9 bytes, GiB = "
+        "2**30). Counted: all weights, and the moments of the projected matrices, but not those of embeddings, head "
+        "and norms. For the other figures, the last column says how many weights they stand for, or what they leave "
+        "for the states beside the exact GB without and with those dense moments. Why: docs/memory.md."
+    )
+    titles = "Weights and optimizer state in bfloat16 (arXiv 2412.05270, table 2)", "Optimizer state alone (table 3)"
+    return "\n".join([titles[0], "", tables[0], "", titles[1], "", tables[1], "", fill(sentence, COLUMNS)])
+
+
+def _verdict(cell: Cell) -> str:
+    return f"= {cell.reproduced}" if cell.reproduced else cell.note
+
+
+def _paper_json() -> str:
+    cells = [*pretraining_cells(), *state_cells()]
+    return json.dumps([asdict(cell) | {"reproduced": cell.reproduced} for cell in cells], indent=2)
+
+
+def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Columns two spaces apart, all to the right but those numbered in ``left``."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(cells)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Text for the demo, as bytes: the source of Python's standard library, or files of the user's choice."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# A byte is a token.
+VOCABULARY = 256
+HELD_OUT_WINDOWS = 128
+HELD_OUT_SHARE = 0.1
+TEXT_SUFFIXES = frozenset({".c", ".cpp", ".h", ".html", ".java", ".js", ".md", ".py", ".rs", ".rst", ".tex", ".txt"})
+# Generated tables, copies of other modules, tests: text that would make the task too easy, or no text at all.
+STANDARD_LIBRARY_EXCLUDED = frozenset(
+    {"site-packages", "dist-packages", "ensurepip", "test", "tests", "idle_test"}
+    | {"encodings", "pydoc_data", "lib2to3", "__phello__"}
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two byte strings, as uint8 tensors, that come from different files; ``name`` is for people."""
+
+    name: str
+    train: Tensor
+    held_out: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this text from any other, whatever it is called."""
+        digest = hashlib.sha256(self.train.numpy().tobytes())
+        digest.update(self.held_out.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def batch(self, seed: int, step: int, size: int, length: int) -> Tensor:
+        """The windows ``[size, length]`` of step ``step``: a function of its arguments alone, so that all methods see
+        the same ones and a resumed run needs no random state."""
+        # The generator reads 32 bits of its seed: a shift by 32 would lose ours.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        starts = torch.randint(len(self.train) - length + 1, (size,), generator=generator)
+        return _windows(self.train, starts, length)
+
+    def held_out_windows(self, length: int) -> Tensor:
+        """The same evenly spaced windows every time, ``[HELD_OUT_WINDOWS, length]``; they overlap in a short text."""
+        starts = torch.linspace(0, len(self.held_out) - length, HELD_OUT_WINDOWS, dtype=torch.float64).long()
+        return _windows(self.held_out, starts, length)
+
+
+def load_corpus(source: Path | None, length: int) -> Corpus:
+    """Read ``source`` (a file, or a folder's text files, or None for the standard library) and split it.
+
+    Raises ValueError if there is no such path, or too little text for windows of ``length`` bytes.
+    """
+    if source is None:
+        name = "the source of Python's standard library"
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        files = [p for p in _text_files(folder, frozenset({".py"})) if _is_written_by_people(p.relative_to(folder))]
+    else:
+        name = str(source)
+        if not source.exists():
+            raise ValueError(f"--data {source}: there is no such file or folder")
+        files = list(_text_files(source, TEXT_SUFFIXES)) if source.is_dir() else [source]
+    train, held_out = split([path.read_bytes() for path in files])
+    if min(len(train), len(held_out)) < 2 * length:
+        raise ValueError(
+            f"{name}: too little text, {len(train)} bytes to train on and {len(held_out)} held out, in {len(files)} "
+            f"files; sequences of {length - 1} bytes need at least {2 * length} in each. "
+            f"In a folder, files ending in {' '.join(sorted(TEXT_SUFFIXES))} count"
+        )
+    return Corpus(name, _as_tensor(train), _as_tensor(held_out))
+
+
+def split(texts: list[bytes]) -> tuple[bytes, bytes]:
+    """Join ``texts`` into one to train on and one, about a tenth, to hold out.
+
+    Equal texts count once. The order is that of their hashes, so neither the file system nor names matter. Whole texts
+    are held out while they fit into a tenth; if none does, the smallest is; of a single text, it is the last tenth.
+
+    >>> split([b"only one here"])
+    (b'only one her', b'e')
+    """
+    ordered = [text for _, text in sorted({hashlib.sha256(text).digest(): text for text in texts if text}.items())]
+    if len(ordered) < 2:
+        text = b"".join(ordered)
+        cut = len(text) - int(HELD_OUT_SHARE * len(text))
+        return text[:cut], text[cut:]
+    room = HELD_OUT_SHARE * sum(map(len, ordered))
+    train, held_out = [], []
+    for text in ordered:
+        if len(text) <= room:
+            room -= len(text)
+            held_out.append(text)
+        else:
+            train.append(text)
+    if not held_out:
+        held_out = [min(train, key=len)]
+        train.remove(held_out[0])
+    return b"".join(train), b"".join(held_out)
+
+
+def _text_files(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _is_written_by_people(path: Path) -> bool:
+    return not STANDARD_LIBRARY_EXCLUDED.intersection(path.parts) and not path.name.startswith("_sysconfigdata")
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def _windows(text: Tensor, starts: Tensor, length: int) -> Tensor:
+    return text[starts[:, None] + torch.arange(length)].long()
