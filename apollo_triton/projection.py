@@ -122,4 +122,5 @@ def top_singular_vectors(gradient: Tensor, rank: int, keeps_rows: bool) -> Tenso
     """
     matrix = torch.nan_to_num(gradient.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return (right[:rank] if keeps_rows else left[:, :rank].mT).contiguous()
+    top = right[:rank] if keeps_rows else left[:, :rank].mT
+    return top.clone(memory_format=torch.contiguous_format)  # a view would keep all singular vectors alive

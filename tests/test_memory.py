@@ -68,13 +68,7 @@ SVD = {"rank": 4, "target_modules": "all-linear", "proj": "svd"}
         (lambda model: memory.apollo(model, rank=8), lambda model: APOLLOAdamW.apollo(model, rank=8)),
         (memory.apollo_mini, APOLLOAdamW.mini),
         (lambda model: memory.apollo(model, **BFLOAT16), lambda model: APOLLOAdamW.apollo(model, **BFLOAT16)),
-        pytest.param(
-            lambda model: memory.apollo(model, **SVD),
-            lambda model: APOLLOAdamW.apollo(model, **SVD),
-            marks=pytest.mark.xfail(
-                strict=True, reason="top_singular_vectors keeps the storage of all left singular vectors alive"
-            ),
-        ),
+        (lambda model: memory.apollo(model, **SVD), lambda model: APOLLOAdamW.apollo(model, **SVD)),
     ],
     ids=["adamw", "apollo", "mini", "bfloat16", "svd"],
 )
