@@ -12,10 +12,11 @@ import apollo_torch
 import pytest
 import torch
 from apollo_torch.random_projector import GradientProjector
+from official import share_projection
 from oracle import OracleMatrix
 from torch import Tensor
 
-from apollo_triton import APOLLOAdamW, projection_matrix
+from apollo_triton import APOLLOAdamW
 
 SEED = 7
 GAP = 20
@@ -31,17 +32,8 @@ Gradients = Callable[[list[Tensor]], list[Tensor]]
 
 @pytest.fixture(autouse=True)
 def shared_projection(monkeypatch: pytest.MonkeyPatch) -> list[GradientProjector]:
-    """The official projector with this package's P; returns the list of projectors, one entry per refresh."""
-    refreshed: list[GradientProjector] = []
-
-    def our_matrix(self: GradientProjector, weights: Tensor, rank: int, type: str, seed: int) -> Tensor:
-        epoch = sum(projector is self for projector in refreshed)
-        refreshed.append(self)
-        P = projection_matrix(SEED, epoch, rank, weights.shape[1 if type == "right" else 0])
-        return (P if type == "right" else P.T).to(weights.dtype)
-
-    monkeypatch.setattr(GradientProjector, "get_orthogonal_matrix", our_matrix)
-    return refreshed
+    """The official projector with this package's P; the list has one entry per refresh."""
+    return share_projection(monkeypatch, SEED)
 
 
 def regression(seed: int = 0) -> tuple[list[Tensor], Gradients]:
