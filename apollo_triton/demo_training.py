@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,7 +170,9 @@ def read_checkpoint(path: Path, plan: Plan) -> dict[str, Any]:
     """
     try:
         saved = torch.load(path, map_location=plan.device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # which one depends on the bytes: UnpicklingError, RuntimeError, EOFError, KeyError...
         raise ValueError(f"{path} is not a whole checkpoint; delete it, or leave --resume away") from error
     for name, value in asdict(plan).items():
         if saved["plan"][name] != value:

@@ -147,7 +147,7 @@ class APOLLOAdamW(Optimizer):
         """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
 
         ``options`` are the constructor's, ``target_modules``, and group keys, which win over Mini's own.
-        Below about a thousand hidden units a smaller ``scale`` trains better.
+        Narrow models with small initial weights train better with a smaller ``scale``.
 
         >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
         """

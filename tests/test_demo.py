@@ -311,8 +311,10 @@ def test_resume_with_other_settings_names_them_and_changes_nothing(text, finishe
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_resume_of_a_damaged_checkpoint_says_so(text, tmp_path, capsys):
-    (tmp_path / "adamw.checkpoint").write_bytes(b"not a checkpoint")
+@pytest.mark.parametrize("kept", [0, 1000, -1000])
+def test_resume_of_a_damaged_checkpoint_says_so(text, finished, tmp_path, capsys, kept):
+    whole = (finished / "adamw.checkpoint").read_bytes()
+    (tmp_path / "adamw.checkpoint").write_bytes(whole[:kept] if kept else b"half")
     assert cli.main(arguments(text, tmp_path, "--resume")) == 2
     assert "adamw.checkpoint is not a whole checkpoint" in capsys.readouterr().err
 
