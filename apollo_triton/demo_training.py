@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .demo_data import VOCABULARY, Corpus
 from .extras import require
+from .llama import paper_figures
 from .optimizer import APOLLOAdamW
 
 EVALUATIONS = 20
@@ -28,14 +29,10 @@ class Size(NamedTuple):
     heads: int
 
 
-# From 60M on the paper's (its table 11, the vocabulary apart).
-SIZES = {
-    "tiny": Size(32, 88, 2, 2),
-    "1M": Size(192, 528, 2, 6),
-    "60M": Size(512, 1376, 8, 8),
-    "130M": Size(768, 2048, 12, 12),
-    "350M": Size(1024, 2736, 24, 16),
-    "1B": Size(2048, 5461, 24, 32),
+# Two for CPUs, and the paper's (its table 11, the vocabulary apart).
+SIZES = {"tiny": Size(32, 88, 2, 2), "1M": Size(192, 528, 2, 6)} | {
+    name: Size(shape["hidden"], shape["intermediate"], shape["layers"], shape["heads"])
+    for name, shape in paper_figures()["llama"].items()
 }
 
 LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "mini": "APOLLO-Mini"}

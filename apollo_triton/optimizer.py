@@ -296,9 +296,8 @@ class APOLLOAdamW(Optimizer):
         for batch in batches.values():
             # Autocast would round the projection's operands to half precision.
             with torch.autocast(batch.weights[0].device.type, enabled=False):
-                for part in batch.parts():
-                    factors = reference.rescale(part, reference.sketch(part))
-                    self._count_skipped(reference.apply(part, factors))
+                factors = [reference.rescale(part, reference.sketch(part)) for part in batch.parts()]
+                self._count_skipped(reference.apply(batch, reference.join(factors)))
             batch.write_back()
         return loss
 

@@ -10,7 +10,7 @@ temporary has a weight's size. Nothing here reads a value back from an accelerat
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def rescale(batch: Batch, sketch: Sketch) -> Factors:
     matrices, channels, rank = sketch.projected.shape
     step = max(1, BLOCK_ELEMENTS // (matrices * rank))
     parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, channels, step)]
-    squared_N, squared_R = (torch.cat(norms, 1) for norms in zip(*parts, strict=True))
+    squared_N, squared_R = (_cat(list(norms), 1) for norms in zip(*parts, strict=True))
     if batch.settings.scale_type == "tensor":
         sums = [norms.sum(1) for norms in (squared_N, squared_R, sketch.squared_norms)]
         return Factors(None, torch.stack(sums, 1))
@@ -91,14 +91,13 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     R = sketch.projected[:, channels]
     R2 = R * R
     squared_R = R2.sum(-1)
-    finite = squared_R.isfinite()
     M = _stack([state[channels].to(torch.float32) for state in batch.exp_avg])
     V = _stack([state[channels].to(torch.float32) for state in batch.exp_avg_sq])
-    if _known(finite.all().view(1)) == [True]:
+    if _is_known_finite(squared_R.sum()):
         M.lerp_(R, 1 - beta1)
         V.lerp_(R2, 1 - beta2)
     else:
-        finite = finite.unsqueeze(-1)
+        finite = squared_R.isfinite().unsqueeze(-1)
         M.lerp_(torch.where(finite, R, 0), finite * (1 - beta1))
         V.lerp_(torch.where(finite, R2, 0), finite * (1 - beta2))
     for states, values, stream in ((batch.exp_avg, M, Stream.EXP_AVG), (batch.exp_avg_sq, V, Stream.EXP_AVG_SQ)):
@@ -108,7 +107,13 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
             start = (position * state.shape[0] + channels.start) * state.shape[1]
             store(value, state[channels], settings, batch.seed, batch.step, stream, start)
     N = torch.div(M, torch.sqrt(V, out=R2).add_(settings.eps), out=R2)
-    return (N * N).sum(-1), squared_R
+    return torch.linalg.vector_norm(N, dim=-1).square_(), squared_R
+
+
+def join(parts: list[Factors]) -> Factors:
+    """The factors of a whole batch from those of its parts, in order."""
+    channels = [part.channel for part in parts if part.channel is not None]
+    return Factors(_cat(channels) if channels else None, _cat([part.sums for part in parts]))
 
 
 def apply(batch: Batch, factors: Factors) -> Tensor:
@@ -169,6 +174,12 @@ def _shrink(W: Tensor, decay: float | Tensor) -> None:
 def _known(flags: Tensor) -> list[bool]:
     """The flags where they are host memory, and free to read; nothing where reading would wait for a device."""
     return flags.tolist() if flags.device.type == "cpu" else []
+
+
+def _is_known_finite(total: Tensor) -> bool:
+    """Whether a scalar is finite, where it is host memory; False where reading would wait for a device."""
+    value: Any = total.tolist() if total.device.type == "cpu" else math.nan
+    return math.isfinite(value)
 
 
 def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -281,8 +292,8 @@ def _dot(block: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

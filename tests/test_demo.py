@@ -234,6 +234,15 @@ def test_paper_settings_reach_the_optimizer(text):
     assert Run(plan(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
 
 
+def test_held_out_loss_is_that_of_the_next_byte(text):
+    corpus = load_corpus(text, 17)
+    run = Run(plan(corpus), corpus)
+    run.evaluate()
+    windows = corpus.held_out_windows(17)
+    expected = run.model(input_ids=windows, labels=windows).loss
+    assert run.history.held_out_loss[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
     corpus = load_corpus(text, 17)
     run = Run(plan(corpus), corpus)
@@ -309,6 +318,13 @@ def test_resume_with_other_settings_names_them_and_changes_nothing(text, finishe
     assert cli.main(arguments(text, finished, "--resume", *more)) == 2
     assert message in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_resume_looks_at_all_checkpoints_before_it_trains(text, finished, tmp_path, capsys):
+    (tmp_path / "mini.checkpoint").write_bytes((finished / "mini.checkpoint").read_bytes())
+    assert cli.main(arguments(text, tmp_path, "--resume", "--seed", "1")) == 2
+    assert "mini.checkpoint was made with seed 0" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mini.checkpoint"]
 
 
 @pytest.mark.parametrize("kept", [0, 1000, -1000])
