@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import reference
+from . import dense, reference
 from .batches import Batch
 from .checks import Label, check_gradient, check_parameter, geometry_of
 from .geometry import Geometry, as_matrices
@@ -282,7 +282,7 @@ class APOLLOAdamW(Optimizer):
             state["step"] += 1
             step = int(state["step"].tolist())  # host memory, read without a dispatch
             if item.geometry is None:
-                skipped = reference.dense_adamw(
+                skipped = dense.adamw(
                     item.parameter, item.gradient, state, settings, step, state["seed"], scale, self._scratch
                 )
                 self._count_skipped(skipped)

@@ -2,7 +2,7 @@
 
     sketch    G -> R, |G_c|^2        rescale    moments in place; s_c        apply    limiter, then W in place
 
-Read from top to bottom it is one APOLLO step (arXiv 2412.05270, algorithm 1), then ``dense_adamw`` for the rest.
+Read from top to bottom it is one APOLLO step (arXiv 2412.05270, algorithm 1); ``dense.py`` has the rest.
 Everything is computed in float32 whatever the dtype of weights and gradients, in blocks of rows, so that no
 temporary has a weight's size. Nothing here reads a value back from an accelerator.
 """
@@ -141,7 +141,7 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
                 G = torch.where(moved[index], G, 0)
             W.addcmul_(G, s[rows] if len(s) > 1 else s, value=-1)
             if decay is not None:
-                _shrink(W, decay if known else torch.where(moved[index], decay, 0.0))
+                shrink(W, decay if known else torch.where(moved[index], decay, 0.0))
             if weight.dtype != torch.float32:
                 start = (batch.positions[index] * weight.shape[0] + rows.start) * weight.shape[1]
                 store(W, weight[rows], settings, batch.seed, batch.step, Stream.WEIGHT, start)
@@ -159,10 +159,10 @@ def _apply_scalars(batch: Batch, multipliers: list[float], moved: list[bool], de
         if moves:
             weight.addcmul_(gradient, one, value=-factor)
             if decay is not None:
-                _shrink(weight, decay)
+                shrink(weight, decay)
 
 
-def _shrink(W: Tensor, decay: float | Tensor) -> None:
+def shrink(W: Tensor, decay: float | Tensor) -> None:
     """W <- W - decay W. Not W.mul_(1 - decay): rounding 1 - decay errs the same way at every step, by up to 3 % of a
     decay of 1e-6."""
     if isinstance(decay, Tensor):
@@ -213,52 +213,18 @@ def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
     return torch.where(moved[:, None], s, 0.0), moved
 
 
-def dense_adamw(
-    weight: Tensor,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    settings: Settings,
-    step: int,
-    seed: int,
-    gradient_scale: Tensor | None,
-    scratch: Scratch,
-) -> Tensor:
-    """AdamW in the same convention, W -= h M / (sqrt(V) + eps), then the decay; returns 1 if not moved, else 0.
-
-    Bit for bit blind to the block size. ``state`` holds exp_avg and exp_avg_sq of the weight's shape.
-    """
-    beta1, beta2 = settings.betas
-    finite = squared_norm(gradient, scratch).isfinite()
-    scale = gradient_scale if gradient_scale is not None else 1.0
-    tensors = _flattened([weight, gradient, state["exp_avg"], state["exp_avg_sq"]])
-    weight = tensors[0]
-    size = weight.numel() // max(1, len(weight))
-    h = torch.where(finite, settings.step_size(step), 0.0)
-    decay = torch.where(finite, settings.lr * settings.weight_decay, 0.0)
-    keep1, keep2 = finite * (1 - beta1), finite * (1 - beta2)
-    for rows, W in scratch.blocks(weight):
-        G, M, V = (scratch.floats(x[rows], slot) for slot, x in enumerate(tensors[1:], 1))
-        G = torch.where(finite, G * scale, 0)
-        M.lerp_(G, keep1)
-        V.lerp_(G.square_(), keep2)
-        N = torch.div(M, torch.sqrt(V, out=G).add_(settings.eps), out=G)
-        W.addcmul_(N, h, value=-1)
-        if settings.weight_decay:
-            _shrink(W, decay)
-        streams = (Stream.WEIGHT, Stream.EXP_AVG, Stream.EXP_AVG_SQ)
-        for target, values, stream in zip((weight, *tensors[2:]), (W, M, V), streams, strict=True):
-            if target.dtype != torch.float32:
-                store(values, target[rows], settings, seed, step, stream, rows.start * size)
-    return (~finite).sum()
-
-
 def squared_norm(tensor: Tensor, scratch: Scratch) -> Tensor:
     """|tensor|_F^2 as a float32 scalar, in blocks."""
-    (tensor,) = _flattened([tensor])
+    (tensor,) = flattened([tensor])
     total = torch.zeros((), device=tensor.device)
     for _, block in scratch.blocks(tensor):
         total += _dot(block)
     return total
+
+
+def flattened(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors as vectors if they all are contiguous, so that blocks of any shape are small; else unchanged."""
+    return [x.view(-1) for x in tensors] if all(x.is_contiguous() for x in tensors) else tensors
 
 
 def store(values: Tensor, target: Tensor, settings: Settings, seed: int, step: int, stream: Stream, start: int) -> None:
@@ -298,8 +264,3 @@ def _cat(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _flattened(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors as vectors if they all are contiguous, so that blocks of any shape are small; else unchanged."""
-    return [x.view(-1) for x in tensors] if all(x.is_contiguous() for x in tensors) else tensors

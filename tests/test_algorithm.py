@@ -119,11 +119,12 @@ def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, wei
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("correct_bias", [True, False])
-@pytest.mark.parametrize("shape", [(7,), (5, 3), (), (2, 3, 4), (0, 4)])
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (), (2, 3, 4), (0, 4), (5, 4, "gaps"), (5, 4, "transposed")])
 def test_dense_rest_is_adamw_in_the_papers_convention(dtype, correct_bias, shape):
+    *shape, layout = shape if "gaps" in shape or "transposed" in shape else (*shape, "rows")
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     gradients = [g.to(dtype) for g in gradients_for(shape, 7, 2)]
-    weight = torch.nn.Parameter(start.clone())
+    weight = torch.nn.Parameter(strided(start.clone(), layout))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "correct_bias": correct_bias}
     optimizer = APOLLOAdamW([weight], **options)
     for gradient in gradients:
