@@ -223,6 +223,22 @@ def test_expert_tensors_are_one_matrix_an_expert(shape):
     assert torch.equal(whole.detach(), torch.stack([expert.detach() for expert in experts]))
 
 
+@pytest.mark.parametrize("shape", [(2, 64, 32), (2, 32, 64)])
+def test_equal_experts_round_apart(shape):
+    """Random bits are counted over the whole parameter, so that the rounding errors of experts are independent."""
+    weight = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    weight.grad = gradients_for(shape[1:], 1, 9)[0].bfloat16().expand(shape).clone()
+    optimizer = APOLLOAdamW(
+        [{"params": [weight], "rank": 4}], lr=1e-2, stochastic_rounding=True, state_dtype=torch.bfloat16
+    )
+    optimizer.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        first, second = optimizer.state[weight][name].float()
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(first, second, rtol=2**-7, atol=0)
+    assert not torch.equal(*weight.detach())
+
+
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 def test_bfloat16_moments_follow_float32_moments(scale_type):
     """Stored with stochastic rounding, b2 = 0.999 moves them; rounded to nearest, V would stand still."""
