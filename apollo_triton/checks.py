@@ -38,7 +38,8 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
 def check_parameter(label: Label, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
     parameter = label.parameter
-    if parameter.dtype not in WEIGHT_DTYPES:
+    trained = parameter.requires_grad or parameter.grad is not None
+    if trained and parameter.dtype not in WEIGHT_DTYPES:  # frozen ones, quantised say, may be anything
         raise ValueError(
             f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"

@@ -67,7 +67,7 @@ def _fused_step(tensors: list[Tensor], settings: Settings, step: int, finite: Te
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.full((), step - 1.0, device=weight.device)],
+        [torch.full((), step - 1.0, dtype=torch.float32, device=weight.device)],
         fused=True,
         found_inf=(~finite).to(torch.float32),
         amsgrad=False,
@@ -95,9 +95,10 @@ def _plain_step(
     tensors = flattened(tensors)
     weight = tensors[0]
     size = weight.numel() // max(1, len(weight))
-    h = torch.where(finite, settings.step_size(step), 0.0)
-    decay = torch.where(finite, settings.lr * settings.weight_decay, 0.0)
-    keep1, keep2 = finite * (1 - beta1), finite * (1 - beta2)
+    moves = finite.to(torch.float32)
+    h = moves * settings.step_size(step)
+    decay = moves * (settings.lr * settings.weight_decay)
+    keep1, keep2 = moves * (1 - beta1), moves * (1 - beta2)
     for rows, W in scratch.blocks(weight):
         G, M, V = (scratch.floats(x[rows], slot) for slot, x in enumerate(tensors[1:], 1))
         G = torch.where(finite, G * scale, 0)

@@ -53,13 +53,14 @@ class APOLLOAdamW(Optimizer):
         params: parameters, named parameters or groups; ``apollo_param_groups(model)`` makes the groups.
         lr: learning rate, a float or a tensor of one element.
         betas: decay rates of the first and second moment.
-        eps: added to the square root of the second moment.
+        eps: added to the square root of the second moment; above 0.
         weight_decay: W <- W - lr * weight_decay * W, after the update.
         correct_bias: whether to apply Adam's bias correction.
         scale_front: multiply by sqrt(scale) before the norm-growth limiter instead of after it; to rounding the same.
         disable_nl: turn the norm-growth limiter off.
         no_deprecation_warning: accepted for apollo-torch's sake; there is no such warning here.
-        seed: the projections' seed, 0 to 2**32 - 1; matrices of one width share a projection.
+        seed: the projections' seed, 0 to 2**32 - 1; matrices of one width share a projection. A parameter keeps the
+            seed of its first step.
         seed_per_param: give each parameter a projection of its own, drawn from ``seed``.
         backend: "auto" or "reference"; see ``backend_for``.
         state_dtype: float32, or bfloat16, which is stored with stochastic rounding.
@@ -73,8 +74,8 @@ class APOLLOAdamW(Optimizer):
     (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher").
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
-    ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; an expert tensor
-    ``[experts, rows, columns]`` has a leading dimension of experts in each. Weights are float32, bfloat16 or
+    ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; a tensor of several experts
+    ``[experts, rows, columns]`` has them as leading dimension in each. Weights are float32, bfloat16 or
     float16; all arithmetic is float32. A gradient that is not finite moves nothing and is counted in
     ``skipped_updates``.
 
@@ -164,7 +165,7 @@ class APOLLOAdamW(Optimizer):
         self._projections = ProjectionCache()
         self._scratch = Scratch()
         self._skipped: dict[torch.device, Tensor] = {}
-        self.gradient_norm: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -180,8 +181,14 @@ class APOLLOAdamW(Optimizer):
         last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
         counts = list(self._skipped.values())
         if not counts:
-            return torch.zeros((), dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+    @property
+    def gradient_norm(self) -> Tensor | None:
+        """The 2-norm of all finite gradients of the last step before clipping: float32 scalar on the first parameter's
+        device. None without ``max_grad_norm``, and where no parameter had a gradient."""
+        return self._gradient_norm
 
     def backend_for(self, parameter: Tensor) -> Backend:
         """Which engine updates ``parameter``, and why.
@@ -213,11 +220,16 @@ class APOLLOAdamW(Optimizer):
                 f"parameter group {number}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
                 f"{limit!r}; one norm is taken over all gradients: pass it to the constructor"
             )
+        if isinstance(group["lr"], Tensor):
+            Settings.of(group | {"lr": group["lr"].item()}, f"parameter group {number}")
         items = [params] if isinstance(params, Tensor) else params
         names = group.get("param_names", [""] * len(items))
         if len(names) != len(items):
             raise ValueError(f"parameter group {number}: {len(names)} param_names for {len(items)} params")
         first = sum(len(known["params"]) for known in self.param_groups)
+        is_named = "param_names" in group or any(isinstance(item, tuple) for item in items)
+        if number and "param_names" in self.param_groups[0] and not is_named:  # torch.optim wants all or none named
+            group["param_names"] = [f"group {number}, {offset}" for offset in range(len(items))]
         for index, (name, item) in enumerate(zip(names, items, strict=True), first):
             name, parameter = item if isinstance(item, tuple) else (name, item)
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
@@ -299,6 +311,7 @@ class APOLLOAdamW(Optimizer):
                 factors = [reference.rescale(part, reference.sketch(part)) for part in batch.parts()]
                 self._count_skipped(reference.apply(batch, reference.join(factors)))
             batch.write_back()
+        self._projections.end_step()
         return loss
 
     def _labels(self) -> Iterator[tuple[int, Label]]:
@@ -324,7 +337,7 @@ class APOLLOAdamW(Optimizer):
             geometry = geometry_of(parameter, settings[number])
             if "step" in self.state.get(parameter, {}):
                 check_state(label, self.state[parameter], settings[number])
-            elif geometry is not None:
+            else:
                 check_parameter(label, settings[number])
             work.append(Work(label, parameter, parameter.grad, settings[number], geometry))
         return work
@@ -355,12 +368,16 @@ class APOLLOAdamW(Optimizer):
         """The clipping coefficient on each device, min(1, max_grad_norm / (norm + 1e-6)) as in
         ``torch.nn.utils.clip_grad_norm_``, over the finite gradients; empty without ``max_grad_norm``."""
         limit = work[0].settings.max_grad_norm if work else None
+        self._gradient_norm = None
         if limit is None:
             return {}
         norms = [reference.squared_norm(item.gradient, self._scratch).to(work[0].parameter.device) for item in work]
         squared = torch.stack(norms)
-        self.gradient_norm = torch.where(squared.isfinite(), squared, 0).sum().sqrt()
-        scale = (limit / (self.gradient_norm + 1e-6)).clamp(max=1.0)
+        squared = torch.where(squared.isfinite(), squared, 0)
+        # By the largest, so that many large norms do not overflow together.
+        largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)
+        self._gradient_norm = (squared / largest).sum().sqrt() * largest.sqrt()
+        scale = (limit / (self._gradient_norm + 1e-6)).clamp(max=1.0)
         return {device: scale.to(device) for device in {item.parameter.device for item in work}}
 
     def _count_skipped(self, skipped: Tensor) -> None:

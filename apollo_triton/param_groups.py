@@ -31,11 +31,12 @@ def apollo_param_groups(
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``, ``scale=128``.
 
     Of a targeted module the low-rank weights are its own parameters of two or more dimensions, so that expert tensors
-    ``[experts, rows, columns]`` count too. Biases, norms, embeddings and the rest stay dense. So does a weight
-    narrower than ``rank`` (a mixture's router, a small key projection), with a warning: its low-rank state would
-    be larger than AdamW's.
+    ``[experts, rows, columns]`` count too. Biases, norms, embeddings, 1-D convolutions and the rest stay dense.
+    So does a weight narrower than ``rank`` (a mixture's router, a small key projection), with a warning: its low-rank
+    state would be larger than AdamW's.
 
-    Raises ValueError if nothing is targeted, or everything targeted is narrower than ``rank``.
+    Raises ValueError for a bad regular expression, if nothing is targeted, or everything targeted is narrower than
+    ``rank``.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
     >>> low_rank, dense = apollo_param_groups(model, rank=8)
@@ -43,10 +44,16 @@ def apollo_param_groups(
     (['mlp.weight'], ['mlp.bias', 'norm.weight', 'norm.bias'])
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"target_modules: {target!r} is no regular expression: {error}") from error
     chosen, narrow = {}, []
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module_name, module in model.named_modules():
-        if not _is_target(targets, module_name, module):
+        # A 1-D convolution's [out, in, kernel] would be taken for experts.
+        if not _is_target(targets, module_name, module) or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or id(parameter) in embeddings:

@@ -7,6 +7,7 @@ alone, so a slice, another device or another tiling gives the same bits, and not
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,13 @@ class Stream(enum.IntEnum):
     PARAMETER_SEED = 5
 
 
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 over broadcastable int64 counters; four int64 tensors holding 32-bit words.
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Ten rounds of Philox4x32 over integers or broadcastable int64 tensors: four 32-bit words, or tensors of them.
 
-    >>> [hex(int(word)) for word in philox((torch.tensor(0), 0, 0, 0), (0, 0))]
+    >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap modulo 2**64, so their bits are those of the unsigned product.
@@ -51,7 +52,7 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Ten
 
 def parameter_seed(seed: int, index: int) -> int:
     """The seed of the ``index``-th parameter under ``seed_per_param``: 32 bits drawn from the optimizer's seed."""
-    return int(philox((torch.tensor(index), 0, int(Stream.PARAMETER_SEED), 0), (seed, 0))[0])
+    return philox((index, 0, int(Stream.PARAMETER_SEED), 0), (seed, 0))[0]
 
 
 def round_stochastic(values: Tensor, seed: int, step: int, stream: Stream, start: int) -> Tensor:

@@ -7,6 +7,7 @@ P is never state: ``projection_matrix`` makes any slice of it from (seed, epoch,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,23 +96,28 @@ def _check(seed: int, epoch: int, rank: int, width: int, distribution: str, star
 
 
 class ProjectionCache:
-    """The materialised projections of the current epochs: a cache, never state, rebuilt whenever it is missing.
+    """The materialised projections that steps use: a cache, never state, rebuilt whenever it is missing.
 
-    One matrix ``[rank, width]`` in float32 per distinct (seed, rank, width, distribution, device): with the
+    One matrix ``[rank, width]`` in float32 per distinct (seed, epoch, rank, width, distribution, device): with the
     default shared seed one per width, under ``seed_per_param`` one per parameter.
     """
 
     def __init__(self) -> None:
-        self._matrices: dict[tuple, tuple[int, Tensor]] = {}
+        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+        self._used: set[tuple[Any, ...]] = set()
 
     def get(self, seed: int, epoch: int, rank: int, width: int, distribution: str, device: torch.device) -> Tensor:
-        """P of this epoch; a new epoch replaces the old one's matrix."""
-        key = (seed, rank, width, distribution, device)
-        known = self._matrices.get(key)
-        if known is None or known[0] != epoch:
-            known = epoch, projection_matrix(seed, epoch, rank, width, distribution=distribution, device=device)
-            self._matrices[key] = known
-        return known[1]
+        """P, made at its first use."""
+        key = (seed, epoch, rank, width, distribution, device)
+        self._used.add(key)
+        if key not in self._matrices:
+            self._matrices[key] = projection_matrix(seed, epoch, rank, width, distribution=distribution, device=device)
+        return self._matrices[key]
+
+    def end_step(self) -> None:
+        """Forget what no parameter used since the last call: the epochs that are over."""
+        self._matrices = {key: matrix for key, matrix in self._matrices.items() if key in self._used}
+        self._used.clear()
 
 
 def top_singular_vectors(gradient: Tensor, rank: int, keeps_rows: bool) -> Tensor:

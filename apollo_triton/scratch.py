@@ -36,5 +36,5 @@ class Scratch:
             return values.to(torch.float32)  # one row is longer than a block
         key = values.device, slot
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(BLOCK_ELEMENTS, device=values.device)
+            self._buffers[key] = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=values.device)
         return self._buffers[key][: values.numel()].view(values.shape).copy_(values)

@@ -74,6 +74,8 @@ class Settings:
                 prefix = f"{where}: " if where else ""
                 raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
         values["betas"] = tuple(values["betas"])
+        if isinstance(values["lr"], Tensor):
+            values["lr"] = values["lr"].detach().reshape(()).to(torch.float32)
         return cls(**values)
 
     def step_size(self, step: int) -> float | Tensor:
@@ -115,7 +117,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _lr_allowed(value: Any) -> bool:
-    # A tensor's value stays unread: a step never waits for the device. The constructor reads it once.
+    # A tensor's value stays unread: a step never waits for the device. ``add_param_group`` reads it once.
     return value.numel() == 1 if isinstance(value, Tensor) else _is_number(value) and value >= 0
 
 
@@ -150,9 +152,9 @@ _AT_LEAST_ZERO = "a finite number, 0 or more"
 CHECKS: dict[str, Check] = {
     "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a tensor of one element", _lr_complaint),
     "betas": Check(_betas_allowed, "two numbers in [0, 1)", _betas_complaint),
-    "eps": Check(
-        lambda value: _is_number(value) and value >= 0,
-        _AT_LEAST_ZERO,
+    "eps": Check(  # 0 would make 0 / 0 of a zero gradient
+        lambda value: _is_number(value) and value > 0,
+        "a finite number above 0",
         lambda name, value: f"Invalid epsilon value: {value}",
     ),
     "weight_decay": Check(

@@ -40,7 +40,7 @@ def make_state(label: Label, settings: Settings) -> dict[str, Any]:
     """
     own = settings.seed_per_param
     state: dict[str, Any] = {
-        "step": torch.zeros((), dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "seed": parameter_seed(settings.seed, label.number) if own else settings.seed,
     }
     parameter = label.parameter

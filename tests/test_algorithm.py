@@ -137,12 +137,12 @@ def test_dense_rest_is_adamw_in_the_papers_convention(dtype, correct_bias, shape
 
 
 def test_dense_rest_equals_torch_adamw_where_the_conventions_meet():
-    """At eps = 0 and no decay the two conventions are the same formula."""
+    """Without eps and decay the two conventions are the same formula."""
     start = torch.randn(50)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     optimizers = [
-        APOLLOAdamW([ours], lr=1e-2, eps=0.0),
-        torch.optim.AdamW([theirs], lr=1e-2, eps=0.0, weight_decay=0.0),
+        APOLLOAdamW([ours], lr=1e-2, eps=1e-30),
+        torch.optim.AdamW([theirs], lr=1e-2, eps=1e-30, weight_decay=0.0),
     ]
     for gradient in gradients_for((50,), 20, 3):
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -185,7 +185,7 @@ def test_the_update_does_not_depend_on_the_gradients_scale(factor, scale_type):
     weights = [torch.nn.Parameter(torch.zeros(24, 16)) for _ in range(2)]
     for weight, c in zip(weights, (1.0, factor), strict=True):
         group = {"params": [weight], "rank": 4, "scale_type": scale_type}
-        optimizer = APOLLOAdamW([group], lr=1e-2, eps=0.0)
+        optimizer = APOLLOAdamW([group], lr=1e-2, eps=1e-30)
         for gradient in gradients_for((24, 16), 5, 5, scale=1.0):
             weight.grad = c * gradient
             optimizer.step()

@@ -55,6 +55,8 @@ def trained():
         ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
         ({"betas": 0.9}, "Invalid betas: 0.9 .allowed: two numbers in .0, 1."),
         ({"eps": -1e-3}, "Invalid epsilon value: -0.001"),
+        ({"eps": 0.0}, "Invalid epsilon value: 0.0 .allowed: a finite number above 0"),
+        ({"lr": torch.tensor(-1.0)}, "Invalid learning rate: -1.0"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"correct_bias": 1}, "Invalid correct_bias: 1 .allowed: True or False"),
         ({"scale_front": "yes"}, "Invalid scale_front: 'yes'"),

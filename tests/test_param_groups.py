@@ -90,6 +90,7 @@ def test_group_keys_reach_the_low_rank_group_alone():
     ("options", "text"),
     [
         ({"target_modules": ["atn"]}, r"target_modules=\['atn'\]: no weight matches; .*'mlp'"),
+        ({"target_modules": ["*mlp"]}, r"target_modules: '\*mlp' is no regular expression: nothing to repeat"),
         ({"rank": 100}, "all 1 targeted weights are narrower than rank 100"),
     ],
 )
@@ -102,3 +103,10 @@ def test_a_model_without_a_dense_rest_has_one_group():
     groups = apollo_param_groups(nn.ModuleDict({"mlp": nn.Linear(8, 8, bias=False)}), rank=2)
     assert len(groups) == 1
     APOLLOAdamW(groups)
+
+
+def test_one_dimensional_convolutions_are_not_taken_for_experts():
+    model = nn.ModuleDict({"mlp": nn.Conv1d(16, 32, 3), "mlp2": nn.Conv2d(16, 32, 3)})
+    low_rank, dense = apollo_param_groups(model, rank=4)
+    assert low_rank["param_names"] == ["mlp2.weight"]
+    assert "mlp.weight" in dense["param_names"]
