@@ -54,12 +54,13 @@ def gradients_for(shape, count, seed, scale=1e-2):
     rank=st.integers(1, 20),
     options=GROUP,
     layouts=st.tuples(*[st.sampled_from(["rows", "transposed", "gaps"])] * 2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=150, deadline=None)
-def test_trajectory_is_the_oracles(shape, rank, options, layouts, seed):
-    gradients = gradients_for(shape, 6, seed)
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
+@settings(max_examples=200, deadline=None)
+def test_trajectory_is_the_oracles(shape, rank, options, layouts, dtype, seed):
+    gradients = [gradient.to(dtype) for gradient in gradients_for(shape, 6, seed)]
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     keeps_rows = {"std": shape[0] >= shape[1], "reverse_std": shape[0] < shape[1], "right": True, "left": False}
     rank = min(rank, shape[1] if keeps_rows[options["proj_type"]] else shape[0])
     oracle = OracleMatrix(start, rank, **options)
@@ -67,12 +68,19 @@ def test_trajectory_is_the_oracles(shape, rank, options, layouts, seed):
     optimizer = APOLLOAdamW([{"params": [weight], "rank": rank, **options}])
     for gradient in gradients:
         oracle.step(gradient)
+        if dtype != torch.float32:
+            oracle.weight = oracle.weight.to(dtype).double()  # rounded once, at the store
         weight.grad = strided(gradient, layouts[1])
         optimizer.step()
     moved = (oracle.weight - start.double()).norm()
     # float32 rounding of w itself (2**-24 of |w| a step, twice with decay); of the update's sums, 1e-5 of it; and of R,
     # 2**-24 of |G| |P|, which is a large part of s where R nearly cancels.
     allowed = 6 * 2 * 2**-24 * start.double().norm() + (1e-5 + 2**-21 * oracle.conditioning) * moved
+    if dtype != torch.float32:  # where float32 falls to the other side of a rounding boundary: an ulp, and rarely
+        ulp = torch.finfo(dtype).eps * oracle.weight.abs().clamp(min=torch.finfo(dtype).tiny)
+        wrong = (weight.detach().double() - oracle.weight).abs() > allowed
+        assert wrong.double().mean() <= 0.02 + 1 / weight.numel()
+        allowed = allowed + 2 * ulp.norm()
     assert (weight.detach().double() - oracle.weight).norm() <= allowed
 
 
