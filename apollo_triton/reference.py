@@ -93,7 +93,8 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     squared_R = R2.sum(-1)
     M = _stack([state[channels].to(torch.float32) for state in batch.exp_avg])
     V = _stack([state[channels].to(torch.float32) for state in batch.exp_avg_sq])
-    if _is_known_finite(squared_R.sum()):
+    total = _on_host(squared_R.sum())
+    if total is not None and math.isfinite(total):
         M.lerp_(R, 1 - beta1)
         V.lerp_(R2, 1 - beta2)
     else:
@@ -125,24 +126,24 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
     settings = batch.settings
     multiplier, moved = _limited_step(batch, factors)
     decay = settings.lr * settings.weight_decay if settings.weight_decay else None
-    known = _known(moved)
+    known = _on_host(moved)
     dtype = batch.weights[0].dtype
     rounds_once = dtype == torch.float32 or (decay is None and not settings.stochastic_rounding)
-    if known and factors.channel is None and rounds_once:
+    if known is not None and factors.channel is None and rounds_once:
         _apply_scalars(batch, multiplier[:, 0].tolist(), known, decay)
         return (~moved).sum()
     multipliers = multiplier.unsqueeze(-1 if batch.geometry.keeps_rows else 1).unbind()
     for index, (weight, gradient) in enumerate(zip(batch.weights, batch.gradients, strict=True)):
-        if known and not known[index]:
+        if known is not None and not known[index]:
             continue
         s = multipliers[index]
         for rows, W in batch.scratch.blocks(weight):
             G = batch.scratch.floats(gradient[rows], 1)
-            if not known:
+            if known is None:
                 G = torch.where(moved[index], G, 0)
             W.addcmul_(G, s[rows] if len(s) > 1 else s, value=-1)
             if decay is not None:
-                shrink(W, decay if known else moved[index].to(torch.float32) * decay)
+                shrink(W, decay if known is not None else moved[index].to(torch.float32) * decay)
             if weight.dtype != torch.float32:
                 start = (batch.positions[index] * weight.shape[0] + rows.start) * weight.shape[1]
                 store(W, weight[rows], settings, batch.seed, batch.step, Stream.WEIGHT, start)
@@ -172,15 +173,9 @@ def shrink(W: Tensor, decay: float | Tensor) -> None:
         W.add_(W, alpha=-decay)
 
 
-def _known(flags: Tensor) -> list[bool]:
-    """The flags where they are host memory, and free to read; nothing where reading would wait for a device."""
-    return flags.tolist() if flags.device.type == "cpu" else []
-
-
-def _is_known_finite(total: Tensor) -> bool:
-    """Whether a scalar is finite, where it is host memory; False where reading would wait for a device."""
-    value: Any = total.tolist() if total.device.type == "cpu" else math.nan
-    return math.isfinite(value)
+def _on_host(values: Tensor) -> Any:
+    """The values as numbers where they are host memory, and free to read; None where that would wait for a device."""
+    return values.tolist() if values.device.type == "cpu" else None
 
 
 def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -204,7 +199,8 @@ def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
         previous = torch.stack(batch.update_norm)
         growth = (u / (previous + _NORM_EPS)).clamp(min=_GROWTH_LIMIT) / _GROWTH_LIMIT
         limiter = torch.where(previous > 0, growth, 1.0)
-        for target, norm in zip(batch.update_norm, torch.where(moved & (u > 0), u / limiter, previous), strict=True):
+        norms = torch.where(moved & (u > 0), u / limiter, previous)
+        for target, norm in zip(batch.update_norm, norms.unbind(), strict=True):
             target.copy_(norm)
         s = s / limiter[:, None]
     h = settings.step_size(batch.step)

@@ -73,7 +73,7 @@ def test_non_finite_gradient(
 ) -> None:
     """It moves nothing and spoils no state, the skip is counted, and its neighbours do not notice."""
     if not values_are_read:  # the reference engine reads flags where they are host memory
-        monkeypatch.setattr(reference, "_known", lambda flags: [])
+        monkeypatch.setattr(reference, "_on_host", lambda values: None)
 
     def check(kind: type, bad: int) -> None:
         # 0 and 1 share a batch, 2 keeps columns, 3 is dense.

@@ -68,7 +68,7 @@ class LargestTensor(TorchDispatchMode):
     "group", [{"rank": 1, "scale_type": "tensor"}, {"rank": 16}, {}], ids=["mini", "channel", "dense"]
 )
 def test_no_temporary_has_a_weights_size(dtype, shape, group):
-    """The largest is a block, 2 MB of float32 (and 4 MB for a dense one), whatever the weight: 16 MB here."""
+    """The largest is a block, 4 MB of float32, whatever the weight: 16 MB in float32 here."""
     weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     optimizer = APOLLOAdamW([{"params": [weight], **group}], weight_decay=0.1, max_grad_norm=1.0)
     weight.grad = torch.ones_like(weight)
