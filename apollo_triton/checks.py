@@ -5,7 +5,8 @@ Nothing here changes anything: the optimizer calls these before it does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,26 @@ class Label(NamedTuple):
     def __str__(self) -> str:
         name = f" ({self.name!r})" if self.name else ""
         return f"parameter {self.number}{name} of shape {tuple(self.parameter.shape)}"
+
+
+class Member(NamedTuple):
+    """A parameter that takes part in a step, its state, and its group's number. ``geometry`` is None for dense."""
+
+    label: Label
+    parameter: Tensor
+    state: dict[str, Any]
+    group: int
+    geometry: Geometry | None
+
+
+def labels(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Label]]:
+    """Every parameter with the number of its group, in order."""
+    index = 0
+    for number, group in enumerate(groups):
+        names = group.get("param_names", [""] * len(group["params"]))
+        for name, parameter in zip(names, group["params"], strict=True):
+            yield number, Label(index, name, parameter)
+            index += 1
 
 
 def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:

@@ -1,44 +1,23 @@
 """APOLLOAdamW: parameter groups, state and ``step``; the only file that knows ``torch.optim``.
 
-A step checks every gradient first, so that a bad one changes nothing, then sorts the low-rank parameters into
-batches of one geometry and runs sketch, rescale and apply on each, and AdamW on the dense rest.
+``engine.py`` has the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import dense, reference
-from .batches import Batch
-from .checks import Label, check_gradient, check_parameter, geometry_of
-from .geometry import Geometry, as_matrices
+from .backends import Backend, choose
+from .checks import Label, check_parameter, labels
+from .engine import Engine
 from .param_groups import apollo_param_groups
-from .projection import ProjectionCache, top_singular_vectors
-from .scratch import Scratch
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
-from .state import check_state, make_state, restored
-
-
-class Backend(NamedTuple):
-    """Which engine updates a parameter, and why."""
-
-    name: str
-    reason: str
-
-
-class Work(NamedTuple):
-    """One parameter with a gradient in this step. ``geometry`` is None for dense AdamW."""
-
-    label: Label
-    parameter: Tensor
-    gradient: Tensor
-    settings: Settings
-    geometry: Geometry | None
+from .state import check_state, restored
 
 
 class APOLLOAdamW(Optimizer):
@@ -62,12 +41,14 @@ class APOLLOAdamW(Optimizer):
         seed: the projections' seed, 0 to 2**32 - 1; matrices of one width share a projection. A parameter keeps the
             seed of its first step.
         seed_per_param: give each parameter a projection of its own, drawn from ``seed``.
-        backend: "auto" or "reference"; see ``backend_for``.
+        backend: "auto" takes the Triton kernels for parameters on CUDA, ROCm and XPU devices and PyTorch for all others;
+            "triton" and "reference" insist on one. See ``backend_for``.
         state_dtype: float32, or bfloat16, which is stored with stochastic rounding.
         state_bits: 32.
         stochastic_rounding: round bfloat16 weights stochastically at the store.
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
-        capturable: False.
+        capturable: keep learning rate and step count on the device, so that a step can be captured in a CUDA graph and
+            replayed under a learning-rate scheduler. Needs the kernels.
 
     Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
     ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
@@ -162,10 +143,7 @@ class APOLLOAdamW(Optimizer):
 
     def _reset_transients(self) -> None:
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
-        self._projections = ProjectionCache()
-        self._scratch = Scratch()
-        self._skipped: dict[torch.device, Tensor] = {}
-        self._gradient_norm: Tensor | None = None
+        self._engine = Engine()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -179,27 +157,33 @@ class APOLLOAdamW(Optimizer):
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
         last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
-        counts = list(self._skipped.values())
-        if not counts:
-            return torch.zeros((), dtype=torch.int64, device="cpu")
-        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+        return self._engine.skipped
 
     @property
     def gradient_norm(self) -> Tensor | None:
         """The 2-norm of all finite gradients of the last step before clipping: float32 scalar on the first parameter's
         device. None without ``max_grad_norm``, and where no parameter had a gradient."""
-        return self._gradient_norm
+        return self._engine.gradient_norm
 
     def backend_for(self, parameter: Tensor) -> Backend:
-        """Which engine updates ``parameter``, and why.
+        """Which engine updates ``parameter``, "triton" or "reference", and why.
 
-        Raises ValueError for a parameter that is not this optimizer's.
+        Raises ValueError for a parameter that is not this optimizer's, and for ``backend="triton"`` where it cannot be had.
         """
-        for number, label in self._labels():
+        for number, label in labels(self.param_groups):
             if label.parameter is parameter:
-                asked = self.param_groups[number]["backend"] == "reference"
-                return Backend("reference", 'backend="reference"' if asked else "this version has no Triton kernels")
+                return choose(parameter, self.param_groups[number]["backend"])
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler`` may leave unscaling and skipping to ``step``, which then waits for nothing:
+        if kernels update every parameter, and none needs the step count on the host."""
+        return all(
+            choose(label.parameter, self.param_groups[number]["backend"]).name == "triton"
+            and self.param_groups[number].get("proj") != "svd"
+            for number, label in labels(self.param_groups)
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
@@ -248,12 +232,12 @@ class APOLLOAdamW(Optimizer):
             saved_groups = state_dict["param_groups"]
             if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return  # torch.optim says which
-            labels = (label for _, label in self._labels())
+            known = (label for _, label in labels(self.param_groups))
             for number, saved in enumerate(saved_groups):
                 completed = self.defaults | saved
                 complete_group(completed)
                 settings = Settings.of(completed, f"state_dict, parameter group {number}")
-                for index, label in zip(saved["params"], labels, strict=False):
+                for index, label in zip(saved["params"], known, strict=False):
                     if state := state_dict["state"].get(index):
                         check_state(label, state, settings)
 
@@ -284,102 +268,7 @@ class APOLLOAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._collect()
-        scales = self._gradient_scales(work)
-        batches: dict[tuple[Any, ...], Batch] = {}
-        for item in work:
-            state, settings, scale = self.state[item.parameter], item.settings, scales.get(item.parameter.device)
-            if "step" not in state:
-                state.update(make_state(item.label, settings))
-            state["step"] += 1
-            step = int(state["step"].tolist())  # host memory, read without a dispatch
-            if item.geometry is None:
-                skipped = dense.adamw(
-                    item.parameter, item.gradient, state, settings, step, state["seed"], scale, self._scratch
-                )
-                self._count_skipped(skipped)
-                continue
-            weight, gradient, seed = item.parameter, item.gradient, state["seed"]
-            key = (item.geometry, id(settings), step, seed, weight.device, weight.dtype, gradient.dtype)
-            batch = batches.get(key)
-            if batch is None:
-                batches[key] = batch = Batch(item.geometry, settings, step, seed, self._scratch, scale)
-            batch.add(weight, gradient, state, self._projection(item, state, step))
-        for batch in batches.values():
-            # Autocast would round the projection's operands to half precision.
-            with torch.autocast(batch.weights[0].device.type, enabled=False):
-                factors = [reference.rescale(part, reference.sketch(part)) for part in batch.parts()]
-                self._count_skipped(reference.apply(batch, reference.join(factors)))
-            batch.write_back()
-        self._projections.end_step()
+        self._engine.run(
+            self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
         return loss
-
-    def _labels(self) -> Iterator[tuple[int, Label]]:
-        """Every parameter with the number of its group, in order."""
-        index = 0
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names", [""] * len(group["params"]))
-            for name, parameter in zip(names, group["params"], strict=True):
-                yield number, Label(index, name, parameter)
-                index += 1
-
-    def _collect(self) -> list[Work]:
-        """Every parameter with a gradient, checked; raises before anything has changed."""
-        settings = [Settings.of(group, f"parameter group {i}") for i, group in enumerate(self.param_groups)]
-        if len({each.max_grad_norm for each in settings}) > 1:
-            raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
-        work = []
-        for number, label in self._labels():
-            parameter = label.parameter
-            if parameter.grad is None:
-                continue
-            check_gradient(label, parameter.grad)
-            geometry = geometry_of(parameter, settings[number])
-            if "step" in self.state.get(parameter, {}):
-                check_state(label, self.state[parameter], settings[number])
-            else:
-                check_parameter(label, settings[number])
-            work.append(Work(label, parameter, parameter.grad, settings[number], geometry))
-        return work
-
-    def _projection(self, item: Work, state: dict[str, Any], step: int) -> Tensor:
-        """P of this step: from the cache, or for svd from the gradient once a period, kept in the state."""
-        settings, geometry = item.settings, item.geometry
-        assert geometry is not None
-        assert settings.rank is not None
-        if settings.proj == "random":
-            return self._projections.get(
-                state["seed"],
-                settings.epoch(step),
-                settings.rank,
-                geometry.width,
-                settings.distribution,
-                item.parameter.device,
-            )
-        if "projection" not in state or (step - 1) % settings.update_proj_gap == 0:
-            vectors = [
-                top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
-                for matrix in as_matrices(item.gradient, geometry)
-            ]
-            state["projection"] = torch.stack(vectors) if geometry.matrices > 1 else vectors[0]
-        return state["projection"]
-
-    def _gradient_scales(self, work: list[Work]) -> dict[torch.device, Tensor]:
-        """The clipping coefficient on each device, min(1, max_grad_norm / (norm + 1e-6)) as in
-        ``torch.nn.utils.clip_grad_norm_``, over the finite gradients; empty without ``max_grad_norm``."""
-        limit = work[0].settings.max_grad_norm if work else None
-        self._gradient_norm = None
-        if limit is None:
-            return {}
-        norms = [reference.squared_norm(item.gradient, self._scratch).to(work[0].parameter.device) for item in work]
-        squared = torch.stack(norms)
-        squared = torch.where(squared.isfinite(), squared, 0)
-        # By the largest, so that many large norms do not overflow together.
-        largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)
-        self._gradient_norm = (squared / largest).sum().sqrt() * largest.sqrt()
-        scale = (limit / (self._gradient_norm + 1e-6)).clamp(max=1.0)
-        return {device: scale.to(device) for device in {item.parameter.device for item in work}}
-
-    def _count_skipped(self, skipped: Tensor) -> None:
-        known = self._skipped.get(skipped.device)
-        self._skipped[skipped.device] = skipped if known is None else known + skipped

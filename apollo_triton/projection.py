@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .philox import Stream, philox
 
+# From this rank on P is multiplied on tensor cores. Its normals then have the 8 significant bits of bfloat16, so that
+# bfloat16 products are exact: the rounded matrix *is* the projection, of every dtype and on every path.
+TENSOR_CORE_RANK = 16
 _WIDTH_PER_CALL = {"gaussian": 4, "rademacher": 128}
 
 
@@ -31,8 +34,8 @@ def projection_matrix(
 ) -> Tensor:
     """Columns ``start`` to ``stop`` of the projection matrix P that a step uses: ``[rank, stop - start]``.
 
-    Entries have mean 0 and variance ``1 / rank``: normal by Box-Muller, or ``+-1 / sqrt(rank)`` for
-    ``rademacher``. Step t of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same numbers give
+    Entries have mean 0 and variance ``1 / rank``: normal by Box-Muller, from rank 16 on with 8 significant bits before
+    the division by ``sqrt(rank)``, or ``+-1 / sqrt(rank)`` for ``rademacher``. Step t of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same numbers give
     the same entry on every device, in every slice, in every version. APOLLO, arXiv 2412.05270, section 4;
     spec: Philox4x32-10 keyed by (seed, epoch), counted by (width index, rank index).
 
@@ -56,6 +59,8 @@ def projection_matrix(
         _gaussian(calls, ranks, (seed, epoch)) if distribution == "gaussian" else _signs(calls, ranks, (seed, epoch))
     )
     columns = entries.reshape(rank, -1)[:, start - first * per_call :][:, : stop - start]
+    if distribution == "gaussian" and rank >= TENSOR_CORE_RANK:
+        columns = columns.to(torch.float32).to(torch.bfloat16).double()
     return (columns / math.sqrt(rank)).to(torch.float32).to(dtype).contiguous()
 
 

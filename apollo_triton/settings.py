@@ -80,10 +80,14 @@ class Settings:
 
     def step_size(self, step: int) -> float | Tensor:
         """h of the update: the learning rate with Adam's bias correction (paper, algorithm 1)."""
+        return self.lr * self.bias_correction(step)
+
+    def bias_correction(self, step: int) -> float:
+        """What the learning rate is multiplied by at step ``step``: sqrt(1 - b2^t) / (1 - b1^t), or 1."""
         if not self.correct_bias:
-            return self.lr
+            return 1.0
         beta1, beta2 = self.betas
-        return self.lr * (math.sqrt(1 - beta2**step) / (1 - beta1**step))
+        return math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
     def epoch(self, step: int) -> int:
         """Which projection step ``step`` (1, 2, ...) uses: it changes every ``update_proj_gap`` steps."""
@@ -167,14 +171,14 @@ CHECKS: dict[str, Check] = {
     "disable_nl": _FLAG,
     "seed": Check(lambda value: _is_integer(value) and 0 <= value < 2**32, "an integer from 0 to 2**32 - 1"),
     "seed_per_param": _FLAG,
-    "backend": _one_of("auto", "reference"),
+    "backend": _one_of("auto", "triton", "reference"),
     "state_dtype": _one_of(torch.float32, torch.bfloat16),
     "state_bits": _one_of(32),
     "stochastic_rounding": _FLAG,
     "max_grad_norm": Check(
         lambda value: value is None or (_is_number(value) and value > 0), "None or a number above 0"
     ),
-    "capturable": _one_of(False),
+    "capturable": _FLAG,
     "rank": Check(lambda value: value is None or (_is_integer(value) and value >= 1), "an integer of 1 or more"),
     "proj": _one_of("random", "svd"),
     "proj_type": _one_of("std", "reverse_std", "right", "left"),

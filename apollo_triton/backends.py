@@ -1,0 +1,70 @@
+"""Which engine updates a parameter, and why: the Triton kernels where there is a GPU for them, PyTorch everywhere else."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LEAST_TRITON = (3, 2)
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 products
+
+
+class Backend(NamedTuple):
+    """Which engine updates a parameter, "triton" or "reference", and why."""
+
+    name: str
+    reason: str
+
+
+def choose(parameter: Tensor, asked: str) -> Backend:
+    """The engine for ``parameter`` in a group with ``backend=asked``.
+
+    Raises ValueError where "triton" is asked for and cannot be had, with the reason.
+    """
+    if asked == "reference":
+        return Backend("reference", 'backend="reference"')
+    obstacle = _obstacle(parameter.device)
+    if obstacle is None:
+        reason = 'backend="triton"' if asked == "triton" else f"it is on {parameter.device}"
+        return Backend("triton", reason)
+    if asked == "auto":
+        return Backend("reference", obstacle)
+    if interpreting() and parameter.device.type == "cpu":
+        return Backend("triton", 'backend="triton", in Triton\'s interpreter')
+    raise ValueError(f'backend="triton" cannot be had here: {obstacle}; use backend="auto"')
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 has the kernels run on a CPU: slowly, to try them and to test them."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and _triton_obstacle() is None
+
+
+@functools.cache
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on ``device``; None if they can."""
+    if device.type not in ("cuda", "xpu"):  # ROCm's devices are called cuda
+        return f"it is on {device}, and the kernels need a CUDA, ROCm or XPU device"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return _triton_obstacle()
+
+
+@functools.cache
+def _triton_obstacle() -> str | None:
+    """What is wrong with triton; None for nothing."""
+    try:
+        import triton
+    except ModuleNotFoundError:
+        return "triton is not installed: pip install 'apollo-triton[triton]'"
+    except Exception as error:  # a broken installation must not stop a training that can do without
+        return f"triton cannot be imported: {error!r}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _LEAST_TRITON:
+        return f"triton {triton.__version__} is installed, and the kernels need 3.2 or newer"
+    return None

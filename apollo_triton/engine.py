@@ -1,0 +1,223 @@
+"""One step from end to end: the plan, the norm of all gradients if anything needs it, and the verbs of both engines.
+
+What it keeps between steps is made again whenever it is missing: nothing here is state, or saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dense, reference
+from .batches import Batch
+from .checks import Member
+from .geometry import as_matrices
+from .plan import Groups, Plan, States
+from .projection import ProjectionCache, top_singular_vectors
+from .scratch import Scratch
+from .settings import Settings
+
+
+class Engine:
+    """Runs steps. ``gradient_norm`` is that of the last one, where ``max_grad_norm`` asked for it."""
+
+    def __init__(self) -> None:
+        self.gradient_norm: Tensor | None = None
+        self._plan: Plan | None = None
+        self._projections = ProjectionCache()
+        self._scratch = Scratch()
+        self._skipped: dict[torch.device, Tensor] = {}
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many updates of a matrix or dense parameter were skipped: int64 scalar on the parameters' device."""
+        counts = list(self._skipped.values())
+        if self._plan is not None:
+            counts += [table.skipped.sum() for table, _ in self._plan.tables]
+        if not counts:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+    def run(self, groups: Groups, states: States, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update every parameter that has a gradient, which is divided by ``grad_scale``; nothing if ``found_inf``."""
+        settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(groups)]
+        plan = self._planned(groups, states, settings, found_inf)
+        plan.advance()
+        norms = self._squared_norms(plan, settings)
+        scales = self._gradient_scales(plan, settings, norms, grad_scale, found_inf)
+        if plan.reference:
+            self._reference(plan, settings, scales)
+        if plan.tables:
+            self._fused(plan, settings, scales, norms)
+        if found_inf is not None:  # the step has not been one
+            for device in {step.device for step in plan.steps}:
+                steps = [step for step in plan.steps if step.device == device]
+                torch._foreach_sub_(steps, [found_inf.to(device, torch.float32).clamp(max=1).reshape(())] * len(steps))
+
+    def _planned(self, groups: Groups, states: States, settings: list[Settings], found_inf: Tensor | None) -> Plan:
+        """The last step's plan if it still holds, else a new one."""
+        plan = self._plan
+        # A GradScaler tells of an overflow on the device alone, so the step count must be there too, and stay.
+        on_device = (
+            found_inf is not None
+            or any(each.capturable for each in settings)
+            or (plan is not None and plan.on_device and bool(plan.tables))
+        )
+        if plan is None or not plan.holds(groups, states, settings, on_device):
+            new = Plan(groups, states, settings, on_device, plan)
+            if plan is not None:
+                for table, _ in plan.tables:
+                    self._count_skipped(table.skipped.sum())
+            self._plan = plan = new
+        return plan
+
+    def _squared_norms(self, plan: Plan, settings: list[Settings]) -> dict[int, Tensor]:
+        """|G|_F^2 in parts ``[matrices, parts]`` of each table by its ``id``: of dense ones, which wait for it, and of
+        all that are to be clipped."""
+        wanted = list(plan.dense)
+        if settings and settings[0].max_grad_norm is not None:
+            wanted = plan.tables
+        if not wanted:
+            return {}
+        from . import fused
+
+        for table, _ in wanted:
+            table.copy_in()
+        return {id(table): fused.squared_norms(table) for table, _ in wanted}
+
+    def _gradient_scales(
+        self,
+        plan: Plan,
+        settings: list[Settings],
+        norms: dict[int, Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> dict[torch.device, Tensor]:
+        """What multiplies all gradients on each device: the clipping coefficient of ``torch.nn.utils.clip_grad_norm_``,
+        min(1, max_grad_norm / (norm + 1e-6)), over the finite matrices, times 1 / ``grad_scale``; NaN, with which nothing
+        moves, if ``found_inf``. Empty for 1."""
+        limit = settings[0].max_grad_norm if settings and plan.members else None
+        devices = {member.parameter.device for member in plan.members}
+        self.gradient_norm = None
+        scale = None if grad_scale is None else grad_scale.to(torch.float32).reciprocal().reshape(())
+        if limit is not None:
+            self.gradient_norm = norm = self._norm(plan, norms)
+            if scale is not None:
+                self.gradient_norm = norm = norm * scale.to(norm.device)
+            clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+            scale = clip if scale is None else clip * scale.to(clip.device)
+        if found_inf is not None:
+            scale = torch.ones_like(found_inf, dtype=torch.float32) if scale is None else scale.to(found_inf.device)
+            scale = torch.where(found_inf > 0, float("nan"), scale).reshape(())
+        return {} if scale is None else {device: scale.to(device) for device in devices}
+
+    def _norm(self, plan: Plan, norms: dict[int, Tensor]) -> Tensor:
+        """The 2-norm of all matrices' gradients that are finite: float32 scalar on the first parameter's device."""
+        device = plan.members[0].parameter.device
+        squares = [norms[id(table)].sum(1).to(device) for table, _ in plan.tables]
+        for index in plan.reference:
+            member = plan.members[index]
+            gradient = member.parameter.grad
+            assert gradient is not None
+            matrices = [gradient] if member.geometry is None else as_matrices(gradient, member.geometry)
+            squares += [reference.squared_norm(matrix, self._scratch).to(device).reshape(1) for matrix in matrices]
+        squared = torch.cat([*squares, torch.zeros(1, dtype=torch.float32, device=device)])
+        squared = torch.where(squared.isfinite(), squared, 0)
+        # By the largest, so that many large norms do not overflow together.
+        largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)
+        return (squared / largest).sum().sqrt() * largest.sqrt()
+
+    def _fused(
+        self, plan: Plan, settings: list[Settings], scales: dict[torch.device, Tensor], norms: dict[int, Tensor]
+    ) -> None:
+        from . import fused
+
+        for table, first in plan.tables:
+            own = _with_lr_for(settings[table.group], table.device)
+            step, step_tensor = (0, plan.steps[first]) if plan.on_device else (int(plan.counts[first]), None)
+            moment = fused.Moment(step, step_tensor, scales.get(table.device))
+            if table.is_dense:
+                fused.dense(table, own, moment, norms[id(table)])
+            else:
+                if own.max_grad_norm is None:
+                    table.copy_in()
+                if own.proj == "svd":
+                    matrices = [matrix for each in table.members for matrix in _singular_vectors(each, own, step)]
+                    table.point_at(matrices)
+                fused.refresh(table, own, moment)
+                fused.apply(table, own, moment, fused.factors(table, own, moment))
+            table.copy_out()
+
+    def _reference(self, plan: Plan, settings: list[Settings], scales: dict[torch.device, Tensor]) -> None:
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for index in plan.reference:
+            member, step = plan.members[index], int(plan.counts[index])
+            weight, gradient, state = member.parameter, member.parameter.grad, member.state
+            assert gradient is not None
+            own, scale, seed = settings[member.group], scales.get(weight.device), state["seed"]
+            if member.geometry is None:
+                self._count_skipped(dense.adamw(weight, gradient, state, own, step, seed, scale, self._scratch))
+                continue
+            key = (member.geometry, id(own), step, seed, weight.device, weight.dtype, gradient.dtype)
+            batch = batches.get(key)
+            if batch is None:
+                batches[key] = batch = Batch(member.geometry, own, step, seed, self._scratch, scale)
+            batch.add(weight, gradient, state, self._projection(member, own, step))
+        for batch in batches.values():
+            # Autocast would round the projection's operands to half precision.
+            with torch.autocast(batch.weights[0].device.type, enabled=False):
+                factors = [reference.rescale(part, reference.sketch(part)) for part in batch.parts()]
+                self._count_skipped(reference.apply(batch, reference.join(factors)))
+            batch.write_back()
+        self._projections.end_step()
+
+    def _projection(self, member: Member, settings: Settings, step: int) -> Tensor:
+        """P of this step for the reference path: from the cache, or svd's own."""
+        geometry = member.geometry
+        assert geometry is not None
+        assert settings.rank is not None
+        if settings.proj == "svd":
+            _singular_vectors(member, settings, step)
+            return member.state["projection"]
+        return self._projections.get(
+            member.state["seed"],
+            settings.epoch(step),
+            settings.rank,
+            geometry.width,
+            settings.distribution,
+            member.parameter.device,
+        )
+
+    def _count_skipped(self, skipped: Tensor) -> None:
+        known = self._skipped.get(skipped.device)
+        self._skipped[skipped.device] = skipped if known is None else known + skipped
+
+
+def _singular_vectors(member: Member, settings: Settings, step: int) -> list[Tensor]:
+    """svd's P of each matrix, made from the gradient once a period and kept in the state."""
+    state, geometry = member.state, member.geometry
+    assert geometry is not None
+    assert settings.rank is not None
+    if "projection" not in state or (step - 1) % settings.update_proj_gap == 0:
+        gradient = member.parameter.grad
+        assert gradient is not None
+        vectors = [
+            top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
+            for matrix in as_matrices(gradient, geometry)
+        ]
+        state["projection"] = torch.stack(vectors) if geometry.matrices > 1 else vectors[0]
+    projection = state["projection"]
+    return list(projection) if projection.dim() == 3 else [projection]
+
+
+def _with_lr_for(settings: Settings, device: torch.device) -> Settings:
+    """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor there."""
+    lr = settings.lr
+    if not isinstance(lr, Tensor) or (settings.capturable and lr.device == device):
+        return settings
+    if lr.device.type == "cpu" and not settings.capturable:
+        return dataclasses.replace(settings, lr=lr.tolist())
+    return settings if lr.device == device else dataclasses.replace(settings, lr=lr.to(device, non_blocking=True))

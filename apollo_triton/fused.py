@@ -1,0 +1,297 @@
+"""The three verbs on the Triton kernels: the engine wherever there is a GPU, and ``reference`` kernel for kernel.
+
+    factors    G -> R -> moments, s_c        one launch for a table of matrices: R never leaves the registers
+    apply      limiter, then W in place      one launch
+    dense      AdamW for the rest            two launches
+
+``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256 and for sums over devices. Nothing
+here reads a value back from the device, and everything that changes from step to step is an argument, never compiled in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .kernels import apply as apply_kernels
+from .kernels import dense as dense_kernels
+from .kernels import projection as projection_kernels
+from .kernels import rescale as rescale_kernels
+from .kernels import sketch as sketch_kernels
+from .reference import Sketch
+from .settings import Settings
+from .tables import Projection, Table
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# How many bfloat16 parts of a float32 gradient are multiplied, by torch.get_float32_matmul_precision().
+_PARTS = {"highest": 3, "high": 2, "medium": 1}
+
+
+class Moment(NamedTuple):
+    """What one step passes to every launch: t on the host (0 where ``step_tensor``, float32, has it on the device), and
+    ``gradient_scale``, a float32 scalar that multiplies every gradient; None for 1."""
+
+    step: int
+    step_tensor: Tensor | None
+    gradient_scale: Tensor | None
+
+
+class Factors(NamedTuple):
+    """s_c ``[all channels]`` (None for one a tensor), each program's share of the sums that the limiter waits for,
+    ``[programs, 1]`` or ``[programs, 3]``, and u_prev of each matrix, all float32."""
+
+    channel: Tensor | None
+    sums: Tensor
+    previous: Tensor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Start ``kernel`` on ``device``, whichever is the current one."""
+    with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
+        kernel[grid](*arguments, **constants)
+
+
+def projection_kind(settings: Settings) -> Any:
+    """How the kernels come by P: made in place, or read."""
+    assert settings.rank is not None
+    if settings.proj == "svd":
+        return sketch_kernels.SINGULAR_VECTORS
+    if settings.distribution == "rademacher":
+        return sketch_kernels.RADEMACHER
+    return sketch_kernels.GAUSSIAN if settings.rank < sketch_kernels.SMALL_RANK else sketch_kernels.MATERIALISED
+
+
+def refresh(table: Table, settings: Settings, moment: Moment) -> None:
+    """Write the projections that the table's sketch will read, where they are not those of this step's epoch.
+
+    With t on the device the kernel itself finds out, so that a captured graph goes on to refresh.
+    """
+    for projection in table.projections:
+        if moment.step_tensor is None:
+            epoch = settings.epoch(moment.step)
+            if projection.epoch != epoch:
+                _write(projection, settings, moment, force=True)
+                projection.epoch = epoch
+        else:
+            _write(projection, settings, moment, force=projection.epoch is None)
+            projection.epoch = 0
+
+
+def _write(projection: Projection, settings: Settings, moment: Moment, force: bool) -> None:
+    rank, row_length = projection.buffer.shape
+    block = projection_kernels.BLOCK_CALLS
+    launch(
+        projection_kernels.projection_kernel,
+        (rank, -(-row_length // (4 * block))),
+        projection.buffer.device,
+        projection.buffer,
+        projection.seed,
+        moment.step,
+        moment.step_tensor,
+        settings.update_proj_gap,
+        int(force),
+        projection.width,
+        row_length,
+        BLOCK=block,
+    )
+
+
+def factors(table: Table, settings: Settings, moment: Moment) -> Factors:
+    """sketch and rescale with nothing in between: one launch up to rank 256."""
+    if table.rank > sketch_kernels.FUSED_RANK:
+        return rescale(table, settings, moment, sketch(table, settings, moment))
+    result = _empty_factors(table, settings)
+    _sketch(table, settings, moment, None, result)
+    return result
+
+
+def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
+    """R ``[all channels, rank]`` and |G_c|^2 ``[all channels]``, float32, of the gradients as they are."""
+    result = Sketch(_scratch(table, table.channels, table.rank), _scratch(table, table.channels))
+    _sketch(table, settings, moment, result, None)
+    return result
+
+
+def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
+    """The moments in place, and the factors."""
+    result = _empty_factors(table, settings)
+    beta1, beta2 = settings.betas
+    launch(
+        rescale_kernels.rescale_kernel,
+        (len(table.channel_programs),),
+        table.device,
+        table.addresses,
+        table.channel_programs,
+        sketch.projected,
+        sketch.squared_norms,
+        result.channel,
+        result.sums,
+        result.previous,
+        moment.gradient_scale,
+        moment.step,
+        moment.step_tensor,
+        1 - beta1,
+        1 - beta2,
+        settings.eps,
+        RANK=table.rank,
+        STATE=_DTYPES[table.state_dtype],
+        KEEPS_ROWS=table.keeps_rows,
+        PER_CHANNEL=result.channel is not None,
+        ALIGNED=table.aligned,
+        BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
+        BLOCK_RANK=min(64, table.channel_blocks["BLOCK_RANK"]),
+    )
+    return result
+
+
+def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
+    kind = projection_kind(settings)
+    beta1, beta2 = settings.betas
+    launch(
+        sketch_kernels.sketch_kernel,
+        (len(table.channel_programs), -(-table.rank // table.channel_blocks["BLOCK_RANK"])),
+        table.device,
+        table.addresses,
+        table.gradients,
+        table.channel_programs,
+        out and out.projected,
+        out and out.squared_norms,
+        factors and factors.channel,
+        factors and factors.sums,
+        factors and factors.previous,
+        moment.gradient_scale,
+        moment.step,
+        moment.step_tensor,
+        settings.update_proj_gap,
+        1 - beta1,
+        1 - beta2,
+        settings.eps,
+        sketch_kernels.entry_scale(table.rank, kind.value),
+        RANK=table.rank,
+        GRADIENT=_DTYPES[table.gradient_dtype],
+        STATE=_DTYPES[table.state_dtype],
+        PROJECTION_KIND=kind.value,
+        KEEPS_ROWS=table.keeps_rows,
+        PER_CHANNEL=settings.scale_type == "channel",
+        ALIGNED=table.aligned,
+        PARTS=_PARTS[torch.get_float32_matmul_precision()],
+        FUSED=factors is not None,
+        **table.channel_blocks,
+    )
+
+
+def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) -> None:
+    """The limiter, then W <- W - h sqrt(scale) (s / l) G and the decay, and u_prev, in place; counts the skips."""
+    root_scale = math.sqrt(settings.scale)
+    launch(
+        apply_kernels.apply_kernel,
+        (len(table.tile_programs),),
+        table.device,
+        table.addresses,
+        table.gradients,
+        table.tile_programs,
+        factors.channel,
+        factors.sums,
+        factors.previous,
+        table.skipped,
+        moment.gradient_scale,
+        *_step_arguments(settings, moment),
+        root_scale if settings.scale_front else 1.0,
+        1.0 if settings.scale_front else root_scale,
+        WEIGHT_DTYPE=_DTYPES[table.weight_dtype],
+        GRADIENT=_DTYPES[table.gradient_dtype],
+        KEEPS_ROWS=table.keeps_rows,
+        PER_CHANNEL=factors.channel is not None,
+        ALIGNED=table.aligned,
+        USE_LIMITER=not settings.disable_nl,
+        STOCHASTIC=settings.stochastic_rounding and table.weight_dtype == torch.bfloat16,
+        BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
+        **table.tile_blocks,
+    )
+
+
+def squared_norms(table: Table) -> Tensor:
+    """|G|_F^2 of each matrix in up to 256 parts, float32 ``[matrices, 256]``; the parts that are not needed are 0."""
+    parts = torch.zeros(table.matrices, dense_kernels.NORM_PROGRAMS, dtype=torch.float32, device=table.device)
+    launch(
+        dense_kernels.squared_norm_kernel,
+        (len(table.norm_programs),),
+        table.device,
+        table.addresses,
+        table.gradients,
+        table.norm_programs,
+        parts,
+        GRADIENT=_DTYPES[table.gradient_dtype],
+        ALIGNED=table.flat_gradients,
+        BLOCK=dense_kernels.BLOCK,
+        NORM_PROGRAMS=dense_kernels.NORM_PROGRAMS,
+        num_warps=8,
+    )
+    return parts
+
+
+def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tensor) -> None:
+    """AdamW in APOLLO's convention for a table of dense parameters, given their ``squared_norms``."""
+    beta1, beta2 = settings.betas
+    launch(
+        dense_kernels.dense_kernel,
+        (len(table.tile_programs),),
+        table.device,
+        table.addresses,
+        table.gradients,
+        table.tile_programs,
+        squared_norms,
+        table.skipped,
+        moment.gradient_scale,
+        *_step_arguments(settings, moment),
+        1 - beta1,
+        1 - beta2,
+        settings.eps,
+        WEIGHT_DTYPE=_DTYPES[table.weight_dtype],
+        GRADIENT=_DTYPES[table.gradient_dtype],
+        STATE=_DTYPES[table.state_dtype],
+        ALIGNED=table.aligned,
+        STOCHASTIC=settings.stochastic_rounding and table.weight_dtype == torch.bfloat16,
+        BLOCK=dense_kernels.BLOCK,
+        NORM_PROGRAMS=dense_kernels.NORM_PROGRAMS,
+        num_warps=8,
+    )
+
+
+def _step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
+    """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, as ``step_size`` of the kernels takes them."""
+    on_device = isinstance(settings.lr, Tensor)
+    beta1, beta2 = settings.betas
+    correction = settings.bias_correction(moment.step) if moment.step_tensor is None else 1.0
+    return (
+        0.0 if on_device else float(settings.lr),
+        settings.lr if on_device else None,
+        float(settings.weight_decay),
+        moment.step,
+        moment.step_tensor,
+        correction,
+        *(_log(beta) if settings.correct_bias else 0.0 for beta in (beta1, beta2)),
+    )
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
+
+
+def _empty_factors(table: Table, settings: Settings) -> Factors:
+    programs = len(table.channel_programs)
+    per_channel = settings.scale_type == "channel"
+    return Factors(
+        _scratch(table, table.channels) if per_channel else None,
+        _scratch(table, programs, 1 if per_channel else 3),
+        _scratch(table, table.matrices),
+    )
+
+
+def _scratch(table: Table, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=table.device)

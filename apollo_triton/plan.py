@@ -1,0 +1,235 @@
+"""The plan of a step: which parameters take part, checked, and the tables that the kernels will go through.
+
+Making a plan takes milliseconds, so it is kept for as long as parameters, their state and their groups stay what they are.
+Finding that out takes about a microsecond a parameter. A plan holds no gradient between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .checks import Label, Member, check_gradient, check_parameter, geometry_of, labels
+from .settings import FIELD_NAMES, Settings
+from .state import check_state, make_state
+
+if TYPE_CHECKING:
+    from .tables import Projection, Table
+
+Groups = list[dict[str, Any]]
+States = Mapping[Tensor, dict[str, Any]]
+
+# A plan lives on when these change; each launch is given them anew.
+_MAY_CHANGE = ("lr", "weight_decay", "betas", "eps", "max_grad_norm")
+
+
+class Plan:
+    """Who is updated by what in a step.
+
+    ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host and
+    in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the kernels, each
+    with the index of its first member; ``low_rank`` and ``dense`` share them out.
+    """
+
+    def __init__(
+        self, groups: Groups, states: States, settings: list[Settings], on_device: bool, previous: Plan | None
+    ) -> None:
+        found = _checked(groups, states, settings, on_device)  # raises before anything changes
+        self.on_device = on_device
+        self._structure = _structure(groups, settings)
+        self.counts: list[float] = []
+        self.members: list[Member] = []
+        self.engines: list[str] = []
+        known = {} if previous is None else {id(s): c for s, c in zip(previous.steps, previous.counts, strict=True)}
+        for label, number, engine in found:
+            state, own = states[label.parameter], settings[number]
+            if "step" not in state:
+                state.update(make_state(label, own))
+            count = known.get(id(state["step"])) if on_device else None
+            # Read back only where it was loaded from somewhere; never in the steps that follow.
+            self.counts.append(state["step"].item() if count is None else count)
+            wanted = label.parameter.device if on_device else torch.device("cpu")
+            if state["step"].device != wanted:
+                state["step"] = state["step"].to(wanted)
+            geometry = geometry_of(label.parameter, own)
+            self.members.append(Member(label, label.parameter, state, number, geometry))
+            self.engines.append(engine)
+        self.steps: list[Tensor] = [member.state["step"] for member in self.members]
+        self.reference = [i for i, engine in enumerate(self.engines) if engine == "reference"]
+        self.low_rank: list[tuple[Table, int]] = []
+        self.dense: list[tuple[Table, int]] = []
+        if "triton" in self.engines:
+            self._make_tables(settings, [] if previous is None else previous.projections())
+        self._places, self._gradients = _addresses(groups, states)
+
+    def holds(self, groups: Groups, states: States, settings: list[Settings], on_device: bool) -> bool:
+        """Whether the plan is still right; gradients may have moved, of which the tables are told."""
+        places, gradients = _addresses(groups, states)
+        if (
+            places is None
+            or places != self._places
+            or on_device != self.on_device
+            or _structure(groups, settings) != self._structure
+            or not (on_device or list(map(Tensor.tolist, self.steps)) == self.counts)
+        ):
+            return False
+        if gradients != self._gradients:
+            self._gradients = gradients
+            for table, _ in self.tables:
+                table.move_gradients()
+        return True
+
+    @property
+    def tables(self) -> list[tuple[Table, int]]:
+        """All tables, low-rank ones first."""
+        return self.low_rank + self.dense
+
+    def advance(self) -> None:
+        """Count one step of every member."""
+        if self.steps:
+            torch._foreach_add_(self.steps, 1)
+        self.counts = [count + 1 for count in self.counts]
+
+    def projections(self) -> list[Projection]:
+        """The materialised projections of all tables, each once."""
+        unique = {id(each): each for table, _ in self.low_rank for each in table.projections}
+        return list(unique.values())
+
+    def _make_tables(self, settings: list[Settings], old: list[Projection]) -> None:
+        from .tables import Table, is_aligned, settle
+
+        identities = _identities(settings)
+        launches: dict[tuple[Any, ...], list[int]] = {}
+        for index, (member, engine) in enumerate(zip(self.members, self.engines, strict=True)):
+            if engine != "triton":
+                continue
+            settle(member)
+            geometry, gradient = member.geometry, member.parameter.grad
+            assert gradient is not None
+            key = (
+                geometry is None,
+                geometry is not None and geometry.keeps_rows,
+                identities[member.group],
+                self.counts[index],
+                member.parameter.device,
+                member.parameter.dtype,
+                gradient.dtype,
+                member.state["exp_avg"].dtype,
+                is_aligned(member),
+            )
+            launches.setdefault(key, []).append(index)
+        for key, indices in launches.items():
+            members = [self.members[index] for index in indices]
+            table = Table(members, settings[members[0].group], aligned=key[-1])
+            (self.dense if key[0] else self.low_rank).append((table, indices[0]))
+        self._place_projections(settings, old)
+
+    def _place_projections(self, settings: list[Settings], old: list[Projection]) -> None:
+        """Give the tables whose P is in memory theirs: one a seed and width, shared by all that are at the same step."""
+        from . import fused
+        from .kernels.sketch import MATERIALISED
+        from .tables import Projection
+
+        made: dict[tuple[Any, ...], Projection] = {}
+        for table, first in self.low_rank:
+            own, count = settings[table.group], self.counts[first]
+            if fused.projection_kind(own) is not MATERIALISED:
+                continue
+            for seed, width in sorted(set(table.seeds_and_widths)):
+                key = (table.device, seed, table.rank, width, own.update_proj_gap, count)
+                if key not in made:
+                    epoch = own.epoch(int(count) + 1)
+                    # What the last plan has made of this epoch serves on; with t on the device it cannot be known.
+                    made[key] = next(
+                        (each for each in old if not self.on_device and each.serves(*key[:4], epoch)),
+                        None,
+                    ) or Projection.empty(seed, table.rank, width, table.device)
+                table.projections.append(made[key])
+            at = {(each.seed, each.width): each.buffer for each in table.projections}
+            table.point_at([at[pair] for pair in table.seeds_and_widths])
+
+
+def _checked(groups: Groups, states: States, settings: list[Settings], on_device: bool) -> list[tuple[Label, int, str]]:
+    """Every parameter with a gradient, its group and its engine; raises what is wrong with any, and changes nothing."""
+    if len({each.max_grad_norm for each in settings}) > 1:
+        raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
+    found = []
+    for number, label in labels(groups):
+        parameter, own = label.parameter, settings[number]
+        if parameter.grad is None:
+            continue
+        check_gradient(label, parameter.grad)
+        state = states.get(parameter, {})
+        if "step" in state:
+            check_state(label, state, own)
+        else:
+            check_parameter(label, own)
+        try:
+            backend = choose(parameter, own.backend)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if on_device and backend.name != "triton":
+            raise ValueError(
+                f"{label}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); "
+                "use capturable=False"
+            )
+        if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
+            raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
+        found.append((label, number, backend.name if parameter.numel() else "none"))
+    return found
+
+
+def _identities(settings: list[Settings]) -> list[int]:
+    """For each group the first that it can share launches with: all hyperparameters equal, a tensor lr the same one."""
+    first: dict[tuple[Any, ...], int] = {}
+    result = []
+    for number, each in enumerate(settings):
+        lr = each.lr.data_ptr() if isinstance(each.lr, Tensor) else each.lr
+        key = (isinstance(each.lr, Tensor), lr, *(getattr(each, name) for name in FIELD_NAMES if name != "lr"))
+        result.append(first.setdefault(key, number))
+    return result
+
+
+def _structure(groups: Groups, settings: list[Settings]) -> list[Any]:
+    """What a plan was made for, but for the numbers that may change."""
+    fixed = [name for name in FIELD_NAMES if name not in _MAY_CHANGE]
+    return [_identities(settings), *(tuple(getattr(each, name) for name in fixed) for each in settings)]
+
+
+def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
+    """Where every parameter with a gradient and its state are, and where the gradients are; None where a tensor has no
+    address or there is no state yet. Runs at every step, over every parameter."""
+    places: list[tuple[Any, ...]] = []
+    gradients: list[int] = []
+    try:
+        for group in groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = states.get(parameter)
+                if not state:
+                    return None, []
+                address = gradient.data_ptr()
+                norm = state.get("update_norm")
+                places.append(
+                    (
+                        id(parameter),
+                        id(state["step"]),
+                        parameter.data_ptr(),
+                        state["exp_avg"].data_ptr(),
+                        state["exp_avg_sq"].data_ptr(),
+                        None if norm is None else norm.data_ptr(),
+                        address & 15,
+                        gradient.stride(),
+                        gradient.dtype,
+                    )
+                )
+                gradients.append(address)
+    except (RuntimeError, KeyError):  # a sparse gradient has no address; a foreign state no moments
+        return None, []
+    return places, gradients

@@ -1,0 +1,299 @@
+"""Pointer tables: the matrices that one launch updates, as addresses, sizes and strides that stay on the device.
+
+A ``Table`` lives as long as its parameters and their state stay where they are. Gradients may move at every step; then
+one vector of addresses is copied, and nothing otherwise. It holds no gradient, so that ``zero_grad`` frees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import Member
+from .geometry import Geometry
+from .kernels import apply, dense, projection, sketch, table
+from .settings import Settings
+
+_ALIGNMENT = 16  # bytes: the widest load
+
+
+class Layout(NamedTuple):
+    """A weight or gradient as ``matrices`` of rows x columns: address of the first, and strides in elements."""
+
+    address: int
+    matrix_stride: int
+    row_stride: int
+    column_stride: int
+
+    def aligned(self, columns: int, rows: int, itemsize: int) -> bool:
+        """Whether rows are contiguous, start at multiples of 16 bytes, and hold multiples of 8 elements."""
+        return (
+            self.column_stride == 1
+            and (self.address | self.matrix_stride * itemsize | self.row_stride * itemsize) % _ALIGNMENT == 0
+            and columns % 8 == 0
+            and (self.row_stride % 8 == 0 or rows == 1)
+        )
+
+
+def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
+    """How a tensor's matrices lie in its memory; None where rows and columns have no strides (``channels_last``)."""
+    if tensor.dim() == 3:
+        return Layout(tensor.data_ptr(), *tensor.stride())
+    if tensor.dim() == 2:
+        return Layout(tensor.data_ptr(), 0, *tensor.stride())
+    try:
+        return Layout(tensor.data_ptr(), 0, *tensor.view(geometry.rows, geometry.columns).stride())
+    except RuntimeError:
+        return None
+
+
+def flat_geometry(parameter: Tensor) -> Geometry:
+    """A dense parameter as one matrix: a row if it and its gradient are contiguous, else rows of its last dimension."""
+    gradient = parameter.grad
+    if parameter.dim() < 2 or (parameter.is_contiguous() and gradient is not None and gradient.is_contiguous()):
+        return Geometry(1, 1, parameter.numel(), keeps_rows=True)
+    return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
+
+
+def flat_layout(tensor: Tensor, geometry: Geometry) -> Layout | None:
+    """The layout of a dense weight, gradient or moment under its weight's ``flat_geometry``."""
+    if geometry.rows == 1 and tensor.dim() < 2:
+        return Layout(tensor.data_ptr(), 0, 0, tensor.stride(0) if tensor.dim() else 1)
+    try:
+        return Layout(tensor.data_ptr(), 0, *tensor.view(geometry.rows, geometry.columns).stride())
+    except RuntimeError:
+        return None
+
+
+@dataclass
+class Projection:
+    """A Gaussian P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
+
+    ``epoch`` is the one it holds, None for nothing yet. Rewritten in place, so that its address is for good.
+    """
+
+    seed: int
+    width: int
+    buffer: Tensor
+    epoch: int | None = None
+
+    @classmethod
+    def empty(cls, seed: int, rank: int, width: int, device: torch.device) -> Projection:
+        """Memory for P, not yet written."""
+        row = _blocks(width, projection.ROW_MULTIPLE) * projection.ROW_MULTIPLE
+        return cls(seed, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
+
+    def serves(self, device: torch.device, seed: int, rank: int, width: int, epoch: int) -> bool:
+        """Whether it holds just this P."""
+        mine = self.buffer.device, self.seed, self.buffer.shape[0], self.width, self.epoch
+        return mine == (device, seed, rank, width, epoch)
+
+
+class Copy(NamedTuple):
+    """A parameter whose matrices have no strides (a ``channels_last`` convolution), and stand-ins that have."""
+
+    parameter: Tensor
+    weight: Tensor
+    gradient: Tensor
+
+
+class Table:
+    """The matrices of one launch of each kernel: same dtypes, orientation, alignment, settings and step count.
+
+    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``; ``channel_programs``
+    and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32 ``[programs, 2]``, matrix and share;
+    ``skipped`` int32 ``[matrices]``, updates that a gradient which was not finite has cost.
+    """
+
+    def __init__(self, members: Sequence[Member], settings: Settings, aligned: bool) -> None:
+        first = members[0]
+        assert first.parameter.grad is not None
+        self.members = list(members)
+        self.group = first.group
+        self.device = first.parameter.device
+        self.weight_dtype = first.parameter.dtype
+        self.gradient_dtype = first.parameter.grad.dtype
+        self.state_dtype = first.state["exp_avg"].dtype
+        self.aligned = aligned
+        self.is_dense = first.geometry is None
+        self.keeps_rows = first.geometry is None or first.geometry.keeps_rows
+        self.rank = 0 if settings.rank is None or self.is_dense else settings.rank
+        self.copies: list[Copy] = []
+        self.projections: list[Projection] = []
+        self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
+        self._geometries = [member.geometry or flat_geometry(member.parameter) for member in self.members]
+        self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self._geometries))
+        self._build()
+        self._gradient_addresses: list[int] = []
+        self.move_gradients()
+
+    def _build(self) -> None:
+        rows: list[list[int]] = []
+        channel_programs, tile_programs, norm_programs = [], [], []
+        channel = channel_program = tile_program = 0
+        for member, geometry in zip(self.members, self._geometries, strict=True):
+            weight, gradient = self._layouts(member, geometry)
+            state, size = member.state, member.parameter.element_size()
+            moments = 1 if self.is_dense else geometry.channels * self.rank
+            for position in range(geometry.matrices):
+                state_offset = position * moments * state["exp_avg"].element_size()
+                rows.append(
+                    [
+                        weight.address + position * weight.matrix_stride * size,
+                        state["exp_avg"].data_ptr() + state_offset,
+                        state["exp_avg_sq"].data_ptr() + state_offset,
+                        0 if self.is_dense else state["update_norm"].data_ptr() + 4 * position,
+                        0,
+                        state["seed"],
+                        geometry.rows,
+                        geometry.columns,
+                        weight.row_stride,
+                        weight.column_stride,
+                        gradient.row_stride,
+                        gradient.column_stride,
+                        position,
+                        channel,
+                        channel_program,
+                        tile_program,
+                    ]
+                )
+                if self.is_dense:
+                    moments_layout = flat_layout(state["exp_avg"], geometry)
+                    assert moments_layout is not None
+                    rows[-1][table.STATE_ROW_STRIDE.value] = moments_layout.row_stride
+                    rows[-1][table.STATE_COLUMN_STRIDE.value] = moments_layout.column_stride
+                    tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
+                else:
+                    channel_programs.append(_blocks(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
+                    in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
+                    tile_programs.append(_blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row)
+                    channel_program += channel_programs[-1]
+                shares = _blocks(geometry.rows * geometry.columns, dense.BLOCK)
+                norm_programs.append(min(shares, dense.NORM_PROGRAMS))
+                tile_program += tile_programs[-1]
+                channel += geometry.channels
+        self.channels = channel
+        self.seeds_and_widths = [
+            (row[table.SEED.value], row[(table.COLUMNS if self.keeps_rows else table.ROWS).value]) for row in rows
+        ]
+        self.matrices = len(rows)
+        stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
+        self.flat_gradients = self.aligned and all(
+            row[table.ROWS.value] == 1 or row[stride] == row[columns] for row in rows
+        )
+        self.addresses = self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+        self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
+        self.channel_programs = self._on_device(_owners(channel_programs))
+        self.tile_programs = self._on_device(_owners(tile_programs))
+        owners = _owners(norm_programs)
+        shares = torch.cat([torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs])
+        self.norm_programs = self._on_device(torch.stack((owners, shares), 1).contiguous())
+
+    def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
+        """Of weight and gradient; of contiguous stand-ins where either has no strides."""
+        of = flat_layout if self.is_dense else layout_of
+        parameter, gradient = member.parameter, member.parameter.grad
+        assert gradient is not None
+        layouts = of(parameter, geometry), of(gradient, geometry)
+        if layouts[0] is None or layouts[1] is None:
+            shape = (geometry.rows, geometry.columns)
+            copy = Copy(
+                parameter,
+                torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
+                torch.empty(shape, dtype=gradient.dtype, device=parameter.device),
+            )
+            self.copies.append(copy)
+            layouts = layout_of(copy.weight, geometry), layout_of(copy.gradient, geometry)
+            assert layouts[0] is not None
+            assert layouts[1] is not None
+        return layouts
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        """Copied without waiting: from pinned memory, which the caching host allocator keeps until the copy is done."""
+        if self.device.type == "cpu":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def point_at(self, matrices: Sequence[Tensor]) -> None:
+        """Tell the kernels where P of each matrix is."""
+        column = torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64, device="cpu")
+        self.addresses[:, table.PROJECTION.value].copy_(self._on_device(column))
+
+    def move_gradients(self) -> None:
+        """Copy the gradients' addresses if one of them has changed."""
+        addresses: list[int] = []
+        stand_ins = {id(copy.parameter): copy.gradient for copy in self.copies}
+        for member, geometry in zip(self.members, self._geometries, strict=True):
+            parameter = member.parameter
+            gradient = stand_ins.get(id(parameter), parameter.grad)
+            address = gradient.data_ptr()
+            if geometry.matrices == 1:
+                addresses.append(address)
+            else:
+                stride = gradient.stride(0) * gradient.element_size()
+                addresses += [address + position * stride for position in range(geometry.matrices)]
+        if addresses != self._gradient_addresses:
+            self._gradient_addresses = addresses
+            self.gradients.copy_(self._on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
+
+    def copy_in(self) -> None:
+        """Bring weights and gradients that need a stand-in there."""
+        for parameter, weight, gradient in self.copies:
+            assert parameter.grad is not None
+            weight.view(parameter.shape).copy_(parameter)
+            gradient.view(parameter.shape).copy_(parameter.grad)
+
+    def copy_out(self) -> None:
+        """Bring the updated stand-ins back."""
+        for parameter, weight, _ in self.copies:
+            parameter.copy_(weight.view(parameter.shape))
+
+
+def settle(member: Member) -> None:
+    """Lay moments out as the kernels read them, should a checkpoint have brought them otherwise."""
+    state = member.state
+    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    if member.geometry is None:
+        geometry = flat_geometry(member.parameter)
+        layouts = [flat_layout(each, geometry) for each in moments]
+        fits = None not in layouts and moments[0].stride() == moments[1].stride()
+    else:
+        fits = all(each.is_contiguous() for each in moments)
+    if not fits:
+        state.update(exp_avg=moments[0].contiguous(), exp_avg_sq=moments[1].contiguous())
+
+
+def is_aligned(member: Member) -> bool:
+    """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
+    parameter, gradient, state = member.parameter, member.parameter.grad, member.state
+    assert gradient is not None
+    if (state["exp_avg"].data_ptr() | state["exp_avg_sq"].data_ptr()) % _ALIGNMENT:
+        return False
+    if member.geometry is None:
+        tensors = parameter, gradient, state["exp_avg"], state["exp_avg_sq"]
+        addresses = parameter.data_ptr() | gradient.data_ptr()
+        return (
+            all(tensor.is_contiguous() for tensor in tensors)
+            and addresses % _ALIGNMENT == 0
+            and parameter.numel() % 8 == 0
+        )
+    geometry = member.geometry
+    if geometry.matrices > 1 and state["exp_avg"][0].numel() * state["exp_avg"].element_size() % _ALIGNMENT:
+        return False
+    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in (parameter, gradient)]
+    return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _owners(programs: list[int]) -> Tensor:
+    """The number of the matrix of each program, int32."""
+    counts = torch.tensor(programs, dtype=torch.int64, device="cpu")
+    return torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32, device="cpu"), counts)

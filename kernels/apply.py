@@ -1,0 +1,168 @@
+"""apply: the norm-growth limiter, then W <- W - h sqrt(scale) (s / l) G and W <- W - lr wd W, in place.
+
+Every program adds up its matrix's partial sums itself, in one order, instead of waiting for a launch that does.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import WEIGHT as WEIGHT_STREAM
+from .philox import round_nearest, round_stochastic, rounding_bits, rounding_bits_by_row
+from .rescale import current_step
+from .table import (
+    COLUMNS,
+    FIELDS,
+    FIRST_CHANNEL,
+    FIRST_CHANNEL_PROGRAM,
+    FIRST_TILE_PROGRAM,
+    GRADIENT_COLUMN_STRIDE,
+    GRADIENT_ROW_STRIDE,
+    POSITION,
+    ROWS,
+    SEED,
+    UPDATE_NORM,
+    WEIGHT,
+    WEIGHT_COLUMN_STRIDE,
+    WEIGHT_ROW_STRIDE,
+)
+
+_FIELDS = tl.constexpr(FIELDS)
+_NORM_EPS = tl.constexpr(1e-8)
+_GROWTH_LIMIT = tl.constexpr(1.01)
+_SUMS_BLOCK = tl.constexpr(128)  # partial sums added at a time; a matrix of 4096 channels has 64
+
+
+def blocks(columns: int) -> dict[str, int]:
+    """8192 elements a program, four 16-byte loads of W and of G in flight a thread; wide where the matrix is.
+
+    Only elementwise work depends on the tile, so results do not.
+    """
+    wide = columns > 128
+    return {"BLOCK_ROWS": 16 if wide else 64, "BLOCK_COLUMNS": 512 if wide else 128, "num_warps": 8}
+
+
+@triton.jit
+def step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2):
+    """The learning rate, and h = lr sqrt(1 - b2^t) / (1 - b1^t).
+
+    ``correction`` is the factor where the host knows t. On the device 1 - b^t = -expm1(t log b), since 1 - 0.999 would
+    lose 14 bits; ``log_beta1`` = 0 stands for no correction.
+    """
+    if p_lr is not None:
+        lr = tl.load(p_lr)
+    if p_step is not None:
+        if log_beta1 < 0:
+            correction = tl.sqrt(-expm1(t * log_beta2)) / -expm1(t * log_beta1)
+    return lr, lr * correction
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0 to float32 rounding: (e - 1) x / log(e) corrects for e's own error (Kahan)."""
+    e = tl.exp(x)
+    near = tl.where(e == 1.0, 0.5, e)
+    return tl.where(e == 1.0, x, tl.where(e < 1e-30, -1.0, (near - 1.0) * x / tl.log(tl.where(e < 1e-30, 0.5, near))))
+
+
+@triton.jit
+def add_up(p_sums, first, count, STRIDE: tl.constexpr):
+    """The sum of ``count`` partial sums, always in the same order."""
+    total = tl.zeros([_SUMS_BLOCK], tl.float32)
+    for start in range(0, count, _SUMS_BLOCK):
+        o = start + tl.arange(0, _SUMS_BLOCK)
+        total += tl.load(p_sums + (first + o) * STRIDE, mask=o < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["step"])
+def apply_kernel(
+    p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ALIGNED: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of W: l = max(u / (u_prev + 1e-8), 1.01) / 1.01 (Fira, arXiv 2410.01623, equation 6), then the update.
+
+    ``front`` multiplies s before the limiter and ``back`` after it: sqrt(scale) and 1, or 1 and sqrt(scale). A matrix
+    whose u is not finite is not moved, and counted in ``p_skipped``. The first program of a matrix writes u_prev.
+    Reads G and W and writes W: 6 bytes an element in bfloat16.
+    """
+    program = tl.program_id(0)
+    matrix = tl.load(p_programs + program)
+    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
+    W_row_stride, G_row_stride = tl.load(p_row + WEIGHT_ROW_STRIDE), tl.load(p_row + GRADIENT_ROW_STRIDE)
+    p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
+    p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))
+    if ALIGNED:
+        p_W, p_G, columns = tl.multiple_of(p_W, 16), tl.multiple_of(p_G, 16), tl.multiple_of(columns, 8)
+        W_row_stride, G_row_stride = tl.multiple_of(W_row_stride, 8), tl.multiple_of(G_row_stride, 8)
+        W_column_stride = 1
+        G_column_stride = 1
+    else:
+        W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
+        G_column_stride = tl.load(p_row + GRADIENT_COLUMN_STRIDE)
+
+    block = program - tl.load(p_row + FIRST_TILE_PROGRAM)
+    tiles_in_row = (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    first_row = block // tiles_in_row * BLOCK_ROWS
+    first_column = block % tiles_in_row * BLOCK_COLUMNS
+    o_row = first_row + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
+    p_G += o_row[:, None] * G_row_stride + o_column[None, :] * G_column_stride
+    # The loads go out before the sums are added up, which then costs no time of its own.
+    G = tl.load(p_G, mask=mask, other=0.0).to(tl.float32)
+    W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
+
+    first_sum = tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    channels = rows if KEEPS_ROWS else columns
+    count = (channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    if PER_CHANNEL:
+        u = tl.sqrt(add_up(p_sums, first_sum, count, 1)) * front
+        p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
+        if KEEPS_ROWS:
+            s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
+        else:
+            s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
+        factor = s * front
+    else:
+        norm_N = tl.sqrt(add_up(p_sums, first_sum, count, 3))
+        norm_R = tl.sqrt(add_up(p_sums + 1, first_sum, count, 3))
+        norm_G = tl.sqrt(add_up(p_sums + 2, first_sum, count, 3))
+        factor = norm_N / (norm_R + _NORM_EPS) * front
+        u = factor * norm_G
+    moves = tl.abs(u) < float("inf")
+    if USE_LIMITER:
+        previous = tl.load(p_previous + matrix)
+        growth = tl.maximum(u / (previous + _NORM_EPS), _GROWTH_LIMIT) / _GROWTH_LIMIT
+        limiter = tl.where(previous > 0, growth, 1.0)
+        factor = factor / limiter
+        if block == 0:
+            norm = tl.where(moves & (u > 0), u / limiter, previous)
+            tl.store(tl.load(p_row + UPDATE_NORM).to(tl.pointer_type(tl.float32)), norm)
+    if block == 0:
+        tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
+    t = current_step(step, p_step)
+    lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
+    factor = factor * (h * back)
+    if p_gradient_scale is not None:
+        factor = factor * tl.load(p_gradient_scale)
+    W -= factor * G
+    # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
+    W -= (lr * weight_decay) * W
+    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
+    mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
+    if STOCHASTIC:
+        seed = tl.load(p_row + SEED)
+        first = (tl.load(p_row + POSITION) * rows + first_row) * columns + first_column
+        if ALIGNED:
+            bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
+        else:
+            in_tile = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None] * columns + tl.arange(0, BLOCK_COLUMNS)[None, :]
+            bits = rounding_bits(seed, t, first + in_tile, WEIGHT_STREAM)
+        tl.store(p_W, round_stochastic(W, bits), mask=mask)
+    else:
+        tl.store(p_W, round_nearest(W, WEIGHT_DTYPE), mask=mask)

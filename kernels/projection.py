@@ -1,0 +1,31 @@
+"""The Gaussian projection of ranks from 16 on, written to memory once per refresh for the tensor cores to read."""
+
+import triton
+import triton.language as tl
+
+from .philox import GAUSSIAN, normals, round_nearest, words
+from .rescale import current_step
+
+BLOCK_CALLS = 256  # Philox calls a program, four widths each
+ROW_MULTIPLE = 64  # rows are padded with zeros to a multiple of so many entries, 128 bytes
+
+
+@triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force"])
+def projection_kernel(p_projection, seed, step, p_step, update_proj_gap, force, width, row_length, BLOCK: tl.constexpr):
+    """Normals of variance 1, rounded to bfloat16, ``[rank, row_length]``; program_id(0) is the rank index.
+
+    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Computed in float64, once in
+    ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that the rounding falls as in the PyTorch twin.
+    With t on the device nothing is done between refreshes unless ``force``.
+    """
+    t = current_step(step, p_step)
+    if (force != 0) | ((t - 1) % update_proj_gap == 0):
+        rank_index = tl.program_id(0)
+        calls = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        w0, w1, w2, w3 = words(seed, (t - 1) // update_proj_gap, calls, rank_index, GAUSSIAN)
+        n0, n1 = normals(w0, w1, tl.float64)
+        n2, n3 = normals(w2, w3, tl.float64)
+        N = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(4 * BLOCK).to(tl.float32)
+        o = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+        N = round_nearest(tl.where(o < width, N, 0.0), tl.bfloat16)
+        tl.store(p_projection + rank_index.to(tl.int64) * row_length + o, N, mask=o < row_length)

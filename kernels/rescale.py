@@ -1,0 +1,139 @@
+"""rescale: R -> the moments in place, the scaling factors s, and the sums that the limiter waits for.
+
+``sketch_kernel`` ends with ``rescale_channels`` where all of R is in one program's registers; ``rescale_kernel`` is the
+same after a sketch that went through memory: ranks above 256, and sketches that were summed over devices.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import EXP_AVG as EXP_AVG_STREAM
+from .philox import EXP_AVG_SQ as EXP_AVG_SQ_STREAM
+from .philox import round_stochastic, rounding_bits
+from .table import (
+    COLUMNS,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FIELDS,
+    FIRST_CHANNEL,
+    FIRST_CHANNEL_PROGRAM,
+    POSITION,
+    ROWS,
+    SEED,
+    UPDATE_NORM,
+)
+
+_FIELDS = tl.constexpr(FIELDS)
+_NORM_EPS = tl.constexpr(1e-8)
+
+
+@triton.jit
+def current_step(step, p_step):
+    """t, counted from 1: a number of the host, or the float32 at ``p_step`` on the device."""
+    if p_step is None:
+        return step
+    else:
+        return tl.load(p_step).to(tl.int32)
+
+
+@triton.jit
+def moved_moments(
+    R, finite, p_row, channel, o_channel, o_rank, m_channel, step, keep1, keep2, eps,
+    RANK: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R^2 in place; returns N = M / (sqrt(V) + eps), ``R``'s shape.
+
+    ``channel`` counts through the parameter, whatever the expert. Channels that are not ``finite`` keep their moments.
+    bfloat16 moments are rounded stochastically, at the store only (apollo_triton.philox.round_stochastic).
+    """
+    p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(STATE))
+    p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(STATE))
+    if ALIGNED:
+        p_M, p_V = tl.multiple_of(p_M, 16), tl.multiple_of(p_V, 16)
+    offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
+    mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+    M = tl.load(p_M + offsets, mask=mask, other=0.0).to(tl.float32)
+    V = tl.load(p_V + offsets, mask=mask, other=0.0).to(tl.float32)
+    M = tl.where(finite[:, None], M + keep1 * (R - M), M)
+    V = tl.where(finite[:, None], V + keep2 * (R * R - V), V)
+    if STATE == tl.bfloat16:
+        seed = tl.load(p_row + SEED)
+        index = channel * RANK + offsets
+        tl.store(p_M + offsets, round_stochastic(M, rounding_bits(seed, step, index, EXP_AVG_STREAM)), mask=mask)
+        tl.store(p_V + offsets, round_stochastic(V, rounding_bits(seed, step, index, EXP_AVG_SQ_STREAM)), mask=mask)
+    else:
+        tl.store(p_M + offsets, M, mask=mask)
+        tl.store(p_V + offsets, V, mask=mask)
+    return M / (tl.sqrt(V) + eps)
+
+
+@triton.jit
+def store_factors(
+    squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+    p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """s_c = |N_c| / (|R_c| + 1e-8) and the program's share of u^2, or of |N|^2, |R|^2 and |G|^2 for one s per tensor.
+
+    ``squared_G`` is as in the gradient; ``gradient_scale`` enters twice, since its square might underflow. The
+    first program of a matrix puts u_prev aside, so that ``apply`` may write it while its other programs read it.
+    """
+    squared_G = squared_G * gradient_scale * gradient_scale
+    if PER_CHANNEL:
+        s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS)
+        tl.store(p_factors + tl.load(p_row + FIRST_CHANNEL) + o_channel, s, mask=m_channel)
+        tl.store(p_sums + program, tl.sum(s * s * squared_G, 0))
+    else:
+        tl.store(p_sums + program * 3, tl.sum(squared_N, 0))
+        tl.store(p_sums + program * 3 + 1, tl.sum(squared_R, 0))
+        tl.store(p_sums + program * 3 + 2, tl.sum(squared_G, 0))
+    if program == tl.load(p_row + FIRST_CHANNEL_PROGRAM):
+        tl.store(p_previous + matrix, tl.load(tl.load(p_row + UPDATE_NORM).to(tl.pointer_type(tl.float32))))
+
+
+@triton.jit(do_not_specialize=["step"])
+def rescale_kernel(
+    p_table, p_programs, p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+    step, p_step, keep1, keep2, eps,
+    RANK: tl.constexpr, STATE: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """Moments and factors of the channels of one program, from R ``[all channels, RANK]`` in memory (float32).
+
+    Reads R twice, |G_c|^2 once; reads and writes M and V. Paper: arXiv 2412.05270, algorithm 1.
+    """
+    program = tl.program_id(0)
+    matrix = tl.load(p_programs + program)
+    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
+    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < channels
+    first = tl.load(p_row + FIRST_CHANNEL)
+    gradient_scale = 1.0
+    if p_gradient_scale is not None:
+        gradient_scale = tl.load(p_gradient_scale)
+    t = current_step(step, p_step)
+    o_R = (first + o_channel)[:, None] * RANK
+
+    squared_R = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for start in range(0, RANK, BLOCK_RANK):
+        o_rank = start + tl.arange(0, BLOCK_RANK)
+        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+        R = tl.load(p_projected + o_R + o_rank[None, :], mask=mask, other=0.0) * gradient_scale
+        squared_R += tl.sum(R * R, 1)
+    finite = squared_R < float("inf")
+    squared_N = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    channel = tl.load(p_row + POSITION) * channels
+    for start in range(0, RANK, BLOCK_RANK):
+        o_rank = start + tl.arange(0, BLOCK_RANK)
+        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+        R = tl.load(p_projected + o_R + o_rank[None, :], mask=mask, other=0.0) * gradient_scale
+        N = moved_moments(
+            R, finite, p_row, channel, o_channel, o_rank, m_channel, t, keep1, keep2, eps, RANK, STATE, ALIGNED
+        )
+        squared_N += tl.sum(N * N, 1)
+    squared_G = tl.load(p_squared_norms + first + o_channel, mask=m_channel, other=0.0)
+    store_factors(
+        squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+        p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
+    )  # fmt: skip

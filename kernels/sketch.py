@@ -1,0 +1,192 @@
+"""sketch: G -> R [channels, rank] and |G_c|^2, reading G once; and, where R need not leave the program, rescale too.
+
+A program owns a block of channels and walks along the whole width, so that nothing is summed between programs. Ranks
+below 16 multiply and accumulate; from 16 on the product is a tensor-core one. P is made in the kernel where that is
+cheap (small Gaussian ranks, Rademacher), and otherwise read: 2 bytes an entry, from the second-level cache.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from .philox import gaussian_row, sign_words, signs
+from .rescale import current_step, moved_moments, store_factors
+from .table import (
+    COLUMNS,
+    FIELDS,
+    FIRST_CHANNEL,
+    FIRST_CHANNEL_PROGRAM,
+    GRADIENT_COLUMN_STRIDE,
+    GRADIENT_ROW_STRIDE,
+    INTERPRETED,
+    POSITION,
+    PROJECTION,
+    ROWS,
+    SEED,
+    power_of_two,
+)
+
+_FIELDS = tl.constexpr(FIELDS)
+# How P comes about.
+GAUSSIAN = tl.constexpr(0)  # made here; ranks below SMALL_RANK
+RADEMACHER = tl.constexpr(1)  # made here
+MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 64 entries
+SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
+
+SMALL_RANK = 16  # the least rank that fills a tensor-core tile
+FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 float32 are 64 registers a thread
+
+
+def blocks(rank: int) -> dict[str, int]:
+    """Tile sizes and warps for a rank. They may not depend on anything else: the grouping of the limiter's partial sums,
+    and so their last bit, follows BLOCK_CHANNELS, and a matrix must update alike alone and in a batch."""
+    if rank < SMALL_RANK:
+        # 64 channels share one row of normals, about 70 instructions an entry: 4 a gradient's element at rank 1.
+        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
+    block_rank = min(power_of_two(rank), FUSED_RANK)
+    # R, M and V of a tile together stay at or below 200 registers a thread.
+    return {
+        "BLOCK_CHANNELS": 128 if block_rank <= 64 else 64,
+        "BLOCK_WIDTH": 64,
+        "BLOCK_RANK": block_rank,
+        "num_warps": 8 if block_rank > 64 else 4,
+    }
+
+
+@triton.jit
+def product(G, P, R, PARTS: tl.constexpr):
+    """R + G P for a tile of G ``[channels, width]`` and of P ``[width, rank]``, on tensor cores.
+
+    P holds at most 8 significant bits, exact in bfloat16 and float16, so a half-precision G needs one product. A float32 G
+    is the exact sum of three bfloat16 (8 + 8 + 8 bits); PARTS of them are multiplied: torch.set_float32_matmul_precision
+    "highest" 3, "high" 2, "medium" 1.
+    """
+    if G.dtype == tl.float32:
+        for _ in tl.static_range(PARTS):
+            part = G.to(tl.bfloat16)
+            R = dot(part, P.to(tl.bfloat16), R)
+            G -= part.to(tl.float32)
+        return R
+    else:
+        return dot(G, P.to(G.dtype), R)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator)
+
+
+@triton.jit(do_not_specialize=["step", "update_proj_gap"])
+def sketch_kernel(
+    p_table, p_gradients, p_programs, p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+    step, p_step, update_proj_gap, keep1, keep2, eps, entry_scale,
+    RANK: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, PROJECTION_KIND: tl.constexpr,
+    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
+    FUSED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
+
+    FUSED: goes on to the moments and the factors, and R is never stored. Else stores R ``[all channels, RANK]`` and
+    |G_c|^2 ``[all channels]``, float32; program_id(1) is then the block of ranks, the first of which stores the norms.
+    Reads 2 or 4 bytes a gradient's element, and P from the cache; FUSED reads and writes M and V as well.
+    """
+    program = tl.program_id(0)
+    matrix = tl.load(p_programs + program)
+    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
+    row_stride = tl.load(p_row + GRADIENT_ROW_STRIDE)
+    p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))
+    if ALIGNED:
+        # An address from a table has lost its alignment, and loads would be an element wide.
+        p_G = tl.multiple_of(p_G, 16)
+        columns, row_stride = tl.multiple_of(columns, 8), tl.multiple_of(row_stride, 8)
+        column_stride = 1
+    else:
+        column_stride = tl.load(p_row + GRADIENT_COLUMN_STRIDE)
+    if KEEPS_ROWS:
+        channels, width, channel_stride, width_stride = rows, columns, row_stride, column_stride
+    else:
+        channels, width, channel_stride, width_stride = columns, rows, column_stride, row_stride
+
+    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < channels
+    o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    t = current_step(step, p_step)
+    epoch = (t - 1) // update_proj_gap
+    seed = tl.load(p_row + SEED)
+    p_tile = p_G + o_channel.to(tl.int64)[:, None] * channel_stride
+
+    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
+    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    if RANK < 16:
+        for start in range(0, width, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            squared_G += tl.sum(G * G, 1)
+            for index in tl.static_range(RANK):
+                if PROJECTION_KIND == GAUSSIAN:
+                    P = gaussian_row(seed, epoch, index, start, BLOCK_WIDTH)
+                elif PROJECTION_KIND == RADEMACHER:
+                    w0, w1, w2, w3 = sign_words(seed, epoch, index, start)
+                    P = signs(w0, w1, w2, w3, tl.arange(0, BLOCK_WIDTH))
+                else:
+                    p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32)) + index * width
+                    P = tl.load(p_P + o_width, mask=o_width < width, other=0.0)
+                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
+    else:
+        for start in range(0, width, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            m_width = o_width < width
+            mask = m_channel[:, None] & m_width[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
+            squared_G += tl.sum(G.to(tl.float32) * G.to(tl.float32), 1)
+            m_P = m_width[:, None] & (o_rank < RANK)[None, :]
+            if PROJECTION_KIND == RADEMACHER:
+                first = start // 128 * 128
+                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, first)
+                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - first)[:, None])
+                R = product(G, P, R, PARTS)
+            elif PROJECTION_KIND == MATERIALISED:
+                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
+                padded = (width + 63) // 64 * 64
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
+                R = product(G, P, R, PARTS)
+            else:
+                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
+                R = tl.dot(G.to(tl.float32), P, R, input_precision="ieee")
+    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
+        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
+    R = R * entry_scale
+    if FUSED:
+        gradient_scale = 1.0
+        if p_gradient_scale is not None:
+            gradient_scale = tl.load(p_gradient_scale)
+        R = R * gradient_scale
+        squared_R = tl.sum(R * R, 1)
+        channel = tl.load(p_row + POSITION) * channels
+        N = moved_moments(
+            R, squared_R < float("inf"), p_row, channel, o_channel, o_rank, m_channel, t, keep1, keep2, eps,
+            RANK, STATE, ALIGNED,
+        )  # fmt: skip
+        store_factors(
+            tl.sum(N * N, 1), squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+            p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
+        )  # fmt: skip
+    else:
+        o_R = tl.load(p_row + FIRST_CHANNEL) + o_channel
+        m_R = m_channel[:, None] & (o_rank < RANK)[None, :]
+        tl.store(p_projected + o_R[:, None] * RANK + o_rank[None, :], R, mask=m_R)
+        if tl.program_id(1) == 0:
+            tl.store(p_squared_norms + o_R, squared_G, mask=m_channel)
+
+
+def entry_scale(rank: int, kind: int) -> float:
+    """What R is multiplied by: 1 / sqrt(rank) where the kernel's entries have unit variance, 1 for svd's."""
+    return 1.0 if kind == SINGULAR_VECTORS.value else 1 / math.sqrt(rank)
