@@ -15,7 +15,7 @@ from . import dense, reference
 from .batches import Batch
 from .checks import Member
 from .geometry import as_matrices
-from .plan import Groups, Plan, States
+from .plan import WARM_UP, Groups, Plan, States
 from .projection import ProjectionCache, top_singular_vectors
 from .scratch import Scratch
 from .settings import Settings
@@ -27,6 +27,7 @@ class Engine:
     def __init__(self) -> None:
         self.gradient_norm: Tensor | None = None
         self._plan: Plan | None = None
+        self._captured: list[Plan] = []
         self._projections = ProjectionCache()
         self._scratch = Scratch()
         self._skipped: dict[torch.device, Tensor] = {}
@@ -66,11 +67,20 @@ class Engine:
             or any(each.capturable for each in settings)
             or (plan is not None and plan.on_device and bool(plan.tables))
         )
-        if plan is None or not plan.holds(groups, states, settings, on_device):
+        capturing = _is_capturing()
+        if capturing and not on_device:
+            raise RuntimeError(
+                "step() is captured in a CUDA graph, which would replay one step's numbers; use capturable=True"
+            )
+        if plan is None or not plan.holds(groups, states, settings, on_device, capturing):
+            if capturing:
+                raise RuntimeError(WARM_UP)
             new = Plan(groups, states, settings, on_device, plan)
             if plan is not None:
                 for table, _ in plan.tables:
                     self._count_skipped(table.skipped.sum())
+                if plan.captured:
+                    self._captured.append(plan)  # a graph may be replayed at any time
             self._plan = plan = new
         return plan
 
@@ -213,11 +223,17 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> list[Ten
     return list(projection) if projection.dim() == 3 else [projection]
 
 
+def _is_capturing() -> bool:
+    """Whether launches now go into a CUDA graph instead of running."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _with_lr_for(settings: Settings, device: torch.device) -> Settings:
     """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor there."""
     lr = settings.lr
     if not isinstance(lr, Tensor) or (settings.capturable and lr.device == device):
         return settings
     if lr.device.type == "cpu" and not settings.capturable:
-        return dataclasses.replace(settings, lr=lr.tolist())
+        value: Any = lr.tolist()  # host memory, read without a dispatch
+        return dataclasses.replace(settings, lr=value)
     return settings if lr.device == device else dataclasses.replace(settings, lr=lr.to(device, non_blocking=True))

@@ -219,6 +219,7 @@ class APOLLOAdamW(Optimizer):
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
                 check_parameter(Label(index, name, parameter), settings)
         super().add_param_group(group)
+        _place_learning_rate(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved at any dtype or on any device; tensors are copied.
@@ -246,6 +247,7 @@ class APOLLOAdamW(Optimizer):
                 for index, parameter in zip(saved["params"], group["params"], strict=True):
                     for name, value in loaded["state"].get(index, {}).items():
                         self.state[parameter][name] = restored(name, value, parameter)
+                _place_learning_rate(group)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
         handles = [
@@ -272,3 +274,10 @@ class APOLLOAdamW(Optimizer):
             self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )
         return loss
+
+
+def _place_learning_rate(group: dict[str, Any]) -> None:
+    """Under ``capturable`` the learning rate is a tensor where the parameters are, which schedulers fill in place."""
+    if group["capturable"] and group["params"]:
+        device = group["params"][0].device
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import Member
 from .geometry import Geometry
 from .kernels import apply, dense, projection, sketch, table
+from .plan import WARM_UP
 from .settings import Settings
 
 _ALIGNMENT = 16  # bytes: the widest load
@@ -129,6 +130,8 @@ class Table:
         self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self._geometries))
         self._build()
         self._gradient_addresses: list[int] = []
+        self._staging: Tensor | None = None
+        self._kept: list[Tensor] = []
         self.move_gradients()
 
     def _build(self) -> None:
@@ -190,28 +193,22 @@ class Table:
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
         self.tile_programs = self._on_device(_owners(tile_programs))
-        owners = _owners(norm_programs)
-        shares = torch.cat([torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs])
-        self.norm_programs = self._on_device(torch.stack((owners, shares), 1).contiguous())
+        of_each = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
+        self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(of_each)), 1).contiguous())
 
     def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
         """Of weight and gradient; of contiguous stand-ins where either has no strides."""
         of = flat_layout if self.is_dense else layout_of
         parameter, gradient = member.parameter, member.parameter.grad
         assert gradient is not None
-        layouts = of(parameter, geometry), of(gradient, geometry)
-        if layouts[0] is None or layouts[1] is None:
+        weight_layout, gradient_layout = of(parameter, geometry), of(gradient, geometry)
+        if weight_layout is None or gradient_layout is None:
             shape = (geometry.rows, geometry.columns)
-            copy = Copy(
-                parameter,
-                torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
-                torch.empty(shape, dtype=gradient.dtype, device=parameter.device),
-            )
-            self.copies.append(copy)
-            layouts = layout_of(copy.weight, geometry), layout_of(copy.gradient, geometry)
-            assert layouts[0] is not None
-            assert layouts[1] is not None
-        return layouts
+            weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+            self.copies.append(Copy(parameter, weight, torch.empty_like(weight, dtype=gradient.dtype)))
+            weight_layout = Layout(weight.data_ptr(), 0, *weight.stride())
+            gradient_layout = Layout(self.copies[-1].gradient.data_ptr(), 0, *weight.stride())
+        return weight_layout, gradient_layout
 
     def _on_device(self, values: Tensor) -> Tensor:
         """Copied without waiting: from pinned memory, which the caching host allocator keeps until the copy is done."""
@@ -226,20 +223,38 @@ class Table:
 
     def move_gradients(self) -> None:
         """Copy the gradients' addresses if one of them has changed."""
+        addresses = self._find_gradients()
+        # A replayed graph leaves its own addresses there, of which the host learns nothing.
+        if addresses != self._gradient_addresses or self._kept:
+            self._gradient_addresses = addresses
+            self.gradients.copy_(self._on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
+        if self._staging is None:
+            self._staging = torch.empty(self.matrices, dtype=torch.int64, pin_memory=self.device.type != "cpu")
+
+    def move_gradients_in_capture(self) -> None:
+        """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since
+        no host memory can be pinned during a capture."""
+        if self._staging is None:
+            raise RuntimeError(WARM_UP)
+        self._staging.copy_(torch.tensor(self._find_gradients(), dtype=torch.int64, device="cpu"))
+        self.gradients.copy_(self._staging, non_blocking=True)
+        self._kept.append(self._staging)
+        self._staging = None
+
+    def _find_gradients(self) -> list[int]:
         addresses: list[int] = []
         stand_ins = {id(copy.parameter): copy.gradient for copy in self.copies}
         for member, geometry in zip(self.members, self._geometries, strict=True):
             parameter = member.parameter
             gradient = stand_ins.get(id(parameter), parameter.grad)
+            assert gradient is not None
             address = gradient.data_ptr()
             if geometry.matrices == 1:
                 addresses.append(address)
             else:
                 stride = gradient.stride(0) * gradient.element_size()
                 addresses += [address + position * stride for position in range(geometry.matrices)]
-        if addresses != self._gradient_addresses:
-            self._gradient_addresses = addresses
-            self.gradients.copy_(self._on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
+        return addresses
 
     def copy_in(self) -> None:
         """Bring weights and gradients that need a stand-in there."""

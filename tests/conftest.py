@@ -1,16 +1,46 @@
-"""Tests import their helpers (``oracle``, ``official``) by name, and run on one thread each, so that float sums are the
-same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere new ones.
+"""Tests import their helpers (``oracle``, ``official``, ``sanitizer``) by name, and run on one thread each, so that float
+sums are the same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere
+new ones. Without a GPU Triton's interpreter runs the kernels.
+
+The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if there is one.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+from apollo_triton.backends import Backend  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+ENGINES = [
+    "reference",
+    pytest.param("interpreter", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    """Which engine updates parameters of groups with ``backend="auto"``, and where tensors are made."""
+    if (request.param == "cuda") != torch.cuda.is_available() and request.param != "reference":
+        pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
+    name = "reference" if request.param == "reference" else "triton"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apollo_triton.plan.choose", lambda parameter, asked: Backend(name, "the test asks for it"))
+        torch.set_default_device("cuda" if request.param == "cuda" else None)
+        yield request.param
+        torch.set_default_device(None)

@@ -13,6 +13,8 @@ from oracle import OracleMatrix, oracle_adamw
 
 from apollo_triton import APOLLOAdamW, reference
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 GROUP = st.fixed_dictionaries(
     {
         "proj_type": st.sampled_from(["std", "reverse_std", "right", "left"]),
@@ -57,7 +59,7 @@ def gradients_for(shape, count, seed, scale=1e-2):
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_trajectory_is_the_oracles(shape, rank, options, layouts, dtype, seed):
     gradients = [gradient.to(dtype) for gradient in gradients_for(shape, 6, seed)]
     start = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
@@ -84,7 +86,7 @@ def test_trajectory_is_the_oracles(shape, rank, options, layouts, dtype, seed):
     assert (weight.detach().double() - oracle.weight).norm() <= allowed
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (1376, 512), (1, 40), (40, 1)])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (344, 128), (1, 40), (40, 1)])
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 def test_one_float32_step_is_exact_to_rounding(shape, scale_type):
     """From the same state, the update differs from float64's by at most 2e-6 of its norm."""
