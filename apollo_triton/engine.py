@@ -42,6 +42,7 @@ class Engine:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
+    @torch._disable_dynamo  # as torch.optim's own methods: torch.compiler.disable imports the compiler at once
     def run(self, groups: Groups, states: States, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient, which is divided by ``grad_scale``; nothing if ``found_inf``."""
         settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(groups)]

@@ -50,11 +50,12 @@ class Plan:
         known = {} if previous is None else {id(s): c for s, c in zip(previous.steps, previous.counts, strict=True)}
         for label, number, engine in found:
             state, own = states[label.parameter], settings[number]
+            count = known.get(id(state.get("step"))) if on_device else None
             if "step" not in state:
                 state.update(make_state(label, own))
-            count = known.get(id(state["step"])) if on_device else None
-            # Read back only where it was loaded from somewhere; never in the steps that follow.
-            self.counts.append(state["step"].item() if count is None else count)
+                count = 0
+            # On the device read back only where it was loaded from somewhere, and never in the steps that follow.
+            self.counts.append(state["step"].tolist() if count is None else count)
             wanted = label.parameter.device if on_device else torch.device("cpu")
             if state["step"].device != wanted:
                 state["step"] = state["step"].to(wanted)

@@ -17,7 +17,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from apollo_triton.backends import Backend  # noqa: E402
+from apollo_triton.backends import Backend
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)

@@ -1,0 +1,502 @@
+"""The fused step as a whole: any layout, plans that are kept and given up in time, no read of the device, graphs, scalers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from fused_cases import (
+    DEVICE,
+    assert_same_bits,
+    drawn,
+    kernels_everywhere,
+    new_gradients,
+    optimizer_of,
+    parameters_of,
+    set_gradient,
+    state_tensors,
+    train,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from apollo_triton import APOLLOAdamW, fused
+from apollo_triton.backends import Backend
+
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
+
+
+def assert_close_to_reference(ours, theirs, start):
+    """Both are one rounding of the same float32 arithmetic, up to the order of sums."""
+    for mine, other, first in zip(ours, theirs, start, strict=True):
+        if mine.dtype == torch.float32:
+            moved = (other - first).norm()
+            assert (mine - other).norm() <= 1e-5 * moved + 2**-23 * first.norm()
+        else:  # where the two fall to different sides of a rounding boundary, one ulp and rarely
+            differ = mine != other
+            assert differ.double().mean() <= 0.005 + 1 / mine.numel()
+            ulp = torch.finfo(mine.dtype).eps * other.abs().float().clamp(min=1e-3)
+            assert torch.all((mine.float() - other.float()).abs() <= 2 * ulp)
+
+
+def both(parameters, **options):
+    start = [each.detach().clone() for each in parameters]
+    ours, optimizer = train(parameters, **options)
+    theirs, reference = train(parameters, engine="reference", **options)
+    assert_close_to_reference([x.detach() for x in ours], [x.detach() for x in theirs], start)
+    for mine, other in zip(ours, theirs, strict=True):
+        states = state_tensors(optimizer, mine), state_tensors(reference, other)
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            assert value.dtype == states[1][name].dtype
+            tolerance = 2**-7 if value.dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(value, states[1][name], rtol=tolerance, atol=1e-6)
+    return optimizer
+
+
+@pytest.mark.parametrize("group", [MINI, {"rank": 3, "weight_decay": 0.1}, {"rank": 17}, {"rank": 2, "proj": "svd"}])
+@pytest.mark.parametrize(
+    ("weight_dtype", "gradient_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes_and_mixtures(weight_dtype, gradient_dtype, group):
+    both(parameters_of([(72, 40), (40, 72), (33, 21)], weight_dtype, gradient_dtype=gradient_dtype), **group)
+
+
+@pytest.mark.parametrize("rank", [256, 257, 320])
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_large_ranks(rank, scale_type):
+    """On both sides of the largest rank that one launch takes."""
+    both(parameters_of([(24, 336), (336, 20)]), rank=rank, proj_type="reverse_std", scale_type=scale_type, steps=2)
+
+
+@pytest.mark.parametrize("rank", [2, 18])
+def test_stochastic_rounding_takes_the_references_bits(rank):
+    constructor = {"stochastic_rounding": True, "state_dtype": torch.bfloat16}
+    parameters = parameters_of([(72, 40), (40, 72), (2, 33, 21)], torch.bfloat16)
+    ours, _ = train(
+        parameters, [parameters_of([(600,)], torch.bfloat16)[0]], steps=1, rank=rank, constructor=constructor
+    )
+    theirs, _ = train(
+        parameters,
+        [parameters_of([(600,)], torch.bfloat16)[0]],
+        steps=1,
+        rank=rank,
+        constructor=constructor,
+        engine="reference",
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        # A float32 sum that differs in its last bit changes one rounding in 2**16.
+        assert (mine != other).double().mean() <= 2e-3
+
+
+LAYOUTS = {
+    "transposed": lambda values: values.t().contiguous().t(),
+    "every second column": lambda values: values.repeat_interleave(2, dim=1)[:, ::2],
+    "rows of a wider matrix": lambda values: torch.cat((values, values), 1)[:, : values.shape[1]],
+    "at an odd address": lambda values: torch.cat((values.new_zeros(3), values.flatten()))[3:].view(values.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", [MINI, {"rank": 3}, {"rank": 17}, {}])
+@pytest.mark.parametrize("of", ["weight", "gradient", "both"])
+def test_any_layout_gives_the_result_of_a_plain_one(layout, group, of):
+    for shape in ((72, 40), (40, 72)):
+        values, gradients = drawn(shape, 0), [drawn(shape, step, scale=1e-2) for step in (1, 2)]
+        results = []
+        for change in (LAYOUTS[layout], torch.clone):
+            weight = nn.Parameter(change(values) if of != "gradient" else values.clone())
+            optimizer = optimizer_of([weight], **group) if group else optimizer_of([], [weight])
+            for gradient in gradients:
+                weight.grad = change(gradient) if of != "weight" else gradient.clone()
+                optimizer.step()
+            results.append(weight.detach())
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 16), (8, 3, 2, 2), (8, 2, 2, 1, 2)])
+@pytest.mark.parametrize("memory_format", ["rows", "channels last", "permuted"])
+@pytest.mark.parametrize("group", [{"rank": 2}, {}])
+def test_experts_and_convolutions(shape, memory_format, group):
+    def changed(values):
+        if memory_format == "rows":
+            return values
+        if memory_format == "permuted":
+            return values.transpose(0, -1).contiguous().transpose(0, -1)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return values.contiguous(memory_format=formats[values.dim()]) if values.dim() in formats else values
+
+    results = []
+    for engine in ("triton", "reference"):
+        weight = nn.Parameter(changed(drawn(shape, 0)))
+        optimizer = (
+            optimizer_of([weight], engine=engine, **group) if group else optimizer_of([], [weight], engine=engine)
+        )
+        for step in (1, 2):
+            weight.grad = changed(drawn(shape, step, scale=1e-2))
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (1, 7), (7, 1), (1,), (), (0,)])
+def test_empty_and_tiny_parameters(shape):
+    rest = parameters_of([(24, 16)])
+    tiny = nn.Parameter(drawn(shape, 0))
+    group = [{"params": [tiny, *rest], "rank": 1}]
+    optimizers = []
+    for engine in ("triton", "reference"):
+        copies = [nn.Parameter(each.detach().clone()) for each in group[0]["params"]]
+        optimizers.append((copies, APOLLOAdamW([{"params": copies, "rank": 1}], lr=1e-2, backend=engine)))
+        for step in range(2):
+            new_gradients(copies, step)
+            optimizers[-1][1].step()
+        assert optimizers[-1][1].state[copies[0]]["step"] == 2
+    for mine, other in zip(optimizers[0][0], optimizers[1][0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_do():
+    optimizer = optimizer_of(parameters_of([(8, 8)]), rank=1)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.skipped_updates == 0
+    assert optimizer.gradient_norm is None
+
+
+def test_a_step_keeps_no_gradient_alive():
+    weights, dense = parameters_of([(24, 16), (8, 3, 2, 2)]), parameters_of([(8,)])
+    optimizer = optimizer_of(weights, dense, rank=2)
+    optimizer.step()
+    watched = [weakref.ref(each.grad) for each in weights + dense]
+    optimizer.zero_grad()
+    gc.collect()
+    assert all(each() is None for each in watched)
+
+
+def events():
+    """What may happen between steps, each on (parameters, optimizer, step)."""
+
+    def new_address(parameters, optimizer, step):
+        new_gradients(parameters, step)
+
+    def same_address(parameters, optimizer, step):
+        for offset, parameter in enumerate(parameters):
+            parameter.grad.copy_(drawn(parameter.shape, step * 1000 + offset, scale=1e-2))
+
+    def weight_moves(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        parameters[0].data = parameters[0].data.clone()
+
+    def state_moves(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameters[1]][name] = optimizer.state[parameters[1]][name].clone()
+
+    def state_is_cleared(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        optimizer.state.clear()
+
+    def step_is_set(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        optimizer.state[parameters[0]]["step"].fill_(40)
+
+    def one_has_no_gradient(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        if step % 2:
+            parameters[0].grad = None
+
+    def a_group_joins(parameters, optimizer, step):
+        if step == 1:
+            parameters.append(nn.Parameter(drawn((24, 16), 5)))
+            optimizer.add_param_group({"params": [parameters[-1]], "rank": 2, "update_proj_gap": 2})
+        new_gradients(parameters, step)
+
+    def options_change(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        optimizer.param_groups[0].update(lr=0.1 / (step + 1), weight_decay=0.1 * step, disable_nl=bool(step % 2))
+
+    def gradient_is_transposed(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        if step % 2:
+            parameters[0].grad = parameters[0].grad.t().contiguous().t()
+
+    def checkpoint(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        optimizer.load_state_dict(optimizer.state_dict())
+
+    return {name: value for name, value in locals().items() if callable(value)}
+
+
+@pytest.mark.parametrize("event", events())
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_plan_is_given_up_when_it_no_longer_holds(event, rank):
+    """Against the reference path, which has no tables."""
+    results = []
+    for engine in ("triton", "reference"):
+        parameters = [
+            nn.Parameter(each.detach().clone()) for each in parameters_of([(24, 16), (24, 16), (16, 24), (5,)])
+        ]
+        optimizer = APOLLOAdamW(
+            [{"params": parameters[:3], "rank": rank, "update_proj_gap": 2}, {"params": parameters[3:]}],
+            lr=1e-2,
+            backend=engine,
+        )
+        new_gradients(parameters, 99)
+        optimizer.step()
+        for step in range(4):
+            events()[event](parameters, optimizer, step)
+            optimizer.step()
+        results.append([*parameters, *(optimizer.state[each]["step"] for each in parameters)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=1e-6)
+
+
+def test_a_plan_is_kept_and_tables_are_left_alone_while_gradients_stay(monkeypatch):
+    monkeypatch.setattr(fused, "launch", lambda *arguments, **constants: None)
+    weights, dense = parameters_of([(24, 16), (16, 24)]), parameters_of([(8,)])
+    optimizer = optimizer_of(weights, dense, rank=2)
+    optimizer.step()
+    plan = optimizer._engine._plan
+    copied = []
+    tables = [table for table, _ in plan.tables]
+    for table in tables:
+        monkeypatch.setattr(table, "_on_device", lambda values: copied.append(values) or values)
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert optimizer._engine._plan is plan
+    assert copied == []
+    old = weights[0].grad
+    weights[0].grad = old.clone()
+    optimizer.step()
+    assert optimizer._engine._plan is plan
+    assert len(copied) == 1  # one vector of addresses, of the one table
+
+
+class NoHostRead(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+def test_a_step_never_reads_the_device(capturable, limit, rank, lr, monkeypatch):
+    """Nor does it look into host tensors by a path that would wait for a device."""
+    monkeypatch.setattr(fused, "launch", lambda *arguments, **constants: None)
+    parameters = parameters_of([(24, 16), (16, 24), (2, 20, 16)])
+    constructor = {"max_grad_norm": limit, "capturable": capturable}
+    optimizer = optimizer_of(parameters, parameters_of([(8,)]), lr=lr, constructor=constructor, rank=rank)
+    with NoHostRead():
+        for step in range(3):
+            new_gradients(parameters, step)
+            optimizer.step()
+    if not capturable:
+        assert optimizer.state[parameters[0]]["step"] == 3
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@pytest.mark.parametrize("rank", [1, 16])
+def test_capturable_computes_the_same(scale_type, rank):
+    """t and lr from the device: bias correction in float32 by expm1, and P refreshed by the kernel itself."""
+    weights, dense = parameters_of([(24, 16), (16, 24)]), parameters_of([(8,)])
+    options = {"rank": rank, "scale_type": scale_type, "update_proj_gap": 3, "weight_decay": 0.1, "steps": 8}
+    plain, _ = train(weights, dense, **options)
+    captured, optimizer = train(weights, dense, constructor={"capturable": True}, **options)
+    for mine, other in zip(captured, plain, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    assert optimizer.state[captured[0]]["step"].device.type == DEVICE
+    assert optimizer.state[captured[0]]["step"] == 8
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is a real graph to try")
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_a_replayed_step_follows_scheduler_step_count_and_refresh(rank, limit):
+    from replay import Graph
+
+    def trained(captured):
+        weights = [nn.Parameter(each.detach().clone()) for each in parameters_of([(24, 16), (16, 24), (2, 20, 16)])]
+        dense = [nn.Parameter(each.detach().clone()) for each in parameters_of([(8,)])]
+        optimizer = optimizer_of(
+            weights,
+            dense,
+            constructor={"capturable": True, "max_grad_norm": limit, "stochastic_rounding": True},
+            rank=rank,
+            update_proj_gap=3,
+            weight_decay=0.1,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        static = [drawn(each.shape, 0, scale=1e-2) for each in weights + dense]
+        graph = None
+        for step in range(9):
+            for offset, gradient in enumerate(static):
+                gradient.copy_(drawn(gradient.shape, 1000 * step + offset, scale=1e-2))
+            if step in (1, 4):  # once more after an eager step with gradients elsewhere
+                for parameter, gradient in zip(weights + dense, static, strict=True):
+                    parameter.grad = gradient
+            if captured and step == 1:
+                with Graph() as graph:
+                    optimizer.step()
+                for each in optimizer.state.values():
+                    each["step"] -= 1  # a capture launches nothing
+            if step == 3:
+                for parameter, gradient in zip(weights + dense, static, strict=True):
+                    parameter.grad = gradient.clone()
+                optimizer.step()
+            elif step == 0:
+                for parameter, gradient in zip(weights + dense, static, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+            elif captured:
+                graph.replay()
+            else:
+                optimizer.step()
+            scheduler.step()
+        return weights + dense, optimizer
+
+    (plain, first), (replayed, second) = trained(False), trained(True)
+    assert_same_bits(plain, replayed)
+    for mine, other in zip(plain, replayed, strict=True):
+        assert torch.equal(first.state[mine]["exp_avg_sq"], second.state[other]["exp_avg_sq"])
+        assert first.state[mine]["step"] == second.state[other]["step"] == 9
+
+
+def test_a_capture_wants_capturable_and_a_step_before_it(monkeypatch):
+    weights = parameters_of([(24, 16)])
+    monkeypatch.setattr("apollo_triton.engine._is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer_of(weights, rank=1).step()
+    optimizer = optimizer_of(weights, rank=1, constructor={"capturable": True})
+    before = weights[0].detach().clone()
+    with pytest.raises(RuntimeError, match="before every capture"):
+        optimizer.step()
+    assert torch.equal(weights[0], before)
+
+
+def test_capturable_needs_the_kernels_and_no_svd():
+    (weight,) = parameters_of([(24, 16)])
+    with pytest.raises(ValueError, match="capturable=True needs the Triton kernels"):
+        optimizer_of([weight], engine="reference", constructor={"capturable": True}, rank=1).step()
+    with pytest.raises(ValueError, match="svd"):
+        optimizer_of([weight], constructor={"capturable": True}, rank=1, proj="svd").step()
+
+
+@pytest.mark.parametrize("limit", [None, 0.05])
+@pytest.mark.parametrize("unscale_first", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_first, capturable, monkeypatch):
+    """Against gradients that were never scaled; the overflow costs a step that nothing remembers."""
+    with kernels_everywhere(monkeypatch):
+        shapes = [(24, 16), (16, 24), (8,)]
+        scaled, plain = ([nn.Parameter(each.detach().clone()) for each in parameters_of(shapes)] for _ in range(2))
+        constructor = {"max_grad_norm": limit, "capturable": capturable}
+        optimizers = [
+            optimizer_of(each[:2], each[2:], rank=16, update_proj_gap=2, constructor=constructor)
+            for each in (scaled, plain)
+        ]
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2)
+        for step in range(5):
+            overflow = step == 2
+            for offset, (a, b) in enumerate(zip(scaled, plain, strict=True)):
+                gradient = drawn(a.shape, 1000 * step + offset, scale=1e-2)
+                set_gradient(a, gradient * scaler.get_scale())
+                set_gradient(b, gradient)
+            scaler.scale(torch.ones(1, device=DEVICE))
+            if overflow:
+                scaled[1].grad[3, 3] = float("inf")
+            if unscale_first:
+                scaler.unscale_(optimizers[0])
+            with NoHostRead() if not unscale_first else torch.no_grad():
+                scaler.step(optimizers[0])
+            scaler.update()
+            if not overflow:
+                optimizers[1].step()
+        for mine, other in zip(scaled, plain, strict=True):
+            torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-7)
+            assert optimizers[0].state[mine]["step"] == optimizers[1].state[other]["step"] == 4
+        assert optimizers[0].skipped_updates == 3
+
+
+def test_scaler_takes_its_own_way_where_the_reference_path_updates():
+    assert not optimizer_of(parameters_of([(8, 8)]), rank=1, engine="reference")._step_supports_amp_scaling
+
+
+def test_a_step_inside_torch_compile(monkeypatch):
+    with kernels_everywhere(monkeypatch):
+        results = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)).to(DEVICE)
+            low_rank = [model[0].weight, model[2].weight]
+            optimizer = optimizer_of(low_rank, [model[0].bias, model[2].bias], rank=4)
+            inputs = drawn((4, 16), 0)
+
+            def training_step(model=model, optimizer=optimizer, inputs=inputs):
+                optimizer.zero_grad()
+                loss = model(inputs).square().mean()
+                loss.backward()
+                optimizer.step()
+                return loss
+
+            step = torch.compile(training_step, backend="eager") if compiled else training_step
+            losses = [step().item() for _ in range(4)]
+            assert losses[-1] < losses[0]
+            results.append([*losses, *(each.detach() for each in model.parameters())])
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_engines_can_be_mixed_in_one_optimizer():
+    weights = parameters_of([(24, 16), (24, 16), (8,)])
+    groups = [
+        {"params": weights[:1], "rank": 2, "backend": "triton"},
+        {"params": weights[1:2], "rank": 2, "backend": "reference"},
+        {"params": weights[2:], "backend": "triton"},
+    ]
+    optimizer = APOLLOAdamW(groups, lr=1e-2, max_grad_norm=0.05)
+    reference = APOLLOAdamW(
+        [{**group, "backend": "reference", "params": [nn.Parameter(each.detach().clone()) for each in group["params"]]}
+         for group in groups],
+        lr=1e-2,
+        max_grad_norm=0.05,
+    )  # fmt: skip
+    theirs = [each for group in reference.param_groups for each in group["params"]]
+    for step in range(3):
+        new_gradients(weights, step)
+        new_gradients(theirs, step)
+        weights[0].grad[0, 0] = theirs[0].grad[0, 0] = float("nan") if step == 1 else 0.0
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-6, atol=0)
+    assert optimizer.skipped_updates == reference.skipped_updates == 1
+
+
+def test_asking_for_kernels_where_there_are_none_says_why(monkeypatch):
+    monkeypatch.setattr("apollo_triton.backends.interpreting", lambda: False)
+    (weight,) = [nn.Parameter(torch.ones(8, 8, device="cpu"))]
+    weight.grad = torch.ones(8, 8, device="cpu")
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 1}], backend="triton")
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(8, 8\): backend=\"triton\" .*it is on cpu"):
+        optimizer.step()
+    assert not optimizer.state
+    with pytest.raises(ValueError, match="it is on cpu"):
+        optimizer.backend_for(weight)
+    assert APOLLOAdamW([weight]).backend_for(weight) == Backend(
+        "reference", "it is on cpu, and the kernels need a CUDA, ROCm or XPU device"
+    )
