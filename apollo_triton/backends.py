@@ -1,4 +1,4 @@
-"""Which engine updates a parameter, and why: the Triton kernels where there is a GPU for them, PyTorch everywhere else."""
+"""Which engine updates a parameter, and why: the Triton kernels where there is a GPU for them, PyTorch elsewhere."""
 
 from __future__ import annotations
 

@@ -107,9 +107,9 @@ class Engine:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
-        """What multiplies all gradients on each device: the clipping coefficient of ``torch.nn.utils.clip_grad_norm_``,
-        min(1, max_grad_norm / (norm + 1e-6)), over the finite matrices, times 1 / ``grad_scale``; NaN, with which nothing
-        moves, if ``found_inf``. Empty for 1."""
+        """What multiplies all gradients on each device, empty for 1: the clipping coefficient of
+        ``torch.nn.utils.clip_grad_norm_``, min(1, max_grad_norm / (norm + 1e-6)), over the finite matrices, times
+        1 / ``grad_scale``; NaN, with which nothing moves, if ``found_inf``."""
         limit = settings[0].max_grad_norm if settings and plan.members else None
         devices = {member.parameter.device for member in plan.members}
         self.gradient_norm = None

@@ -4,8 +4,8 @@
     apply      limiter, then W in place      one launch
     dense      AdamW for the rest            two launches
 
-``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256 and for sums over devices. Nothing
-here reads a value back from the device, and everything that changes from step to step is an argument, never compiled in.
+``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256 and for sums over devices. Nothing here
+reads a value back from the device, and all that changes from step to step is an argument, never compiled in.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tenso
 
 
 def _step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
-    """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, as ``step_size`` of the kernels takes them."""
+    """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2: what the kernels' ``step_size`` takes."""
     on_device = isinstance(settings.lr, Tensor)
     beta1, beta2 = settings.betas
     correction = settings.bias_correction(moment.step) if moment.step_tensor is None else 1.0

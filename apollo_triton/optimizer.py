@@ -41,8 +41,8 @@ class APOLLOAdamW(Optimizer):
         seed: the projections' seed, 0 to 2**32 - 1; matrices of one width share a projection. A parameter keeps the
             seed of its first step.
         seed_per_param: give each parameter a projection of its own, drawn from ``seed``.
-        backend: "auto" takes the Triton kernels for parameters on CUDA, ROCm and XPU devices and PyTorch for all others;
-            "triton" and "reference" insist on one. See ``backend_for``.
+        backend: "auto" takes the Triton kernels for parameters on CUDA, ROCm and XPU devices and PyTorch for all
+            others; "triton" and "reference" insist on one. See ``backend_for``.
         state_dtype: float32, or bfloat16, which is stored with stochastic rounding.
         state_bits: 32.
         stochastic_rounding: round bfloat16 weights stochastically at the store.
@@ -168,7 +168,7 @@ class APOLLOAdamW(Optimizer):
     def backend_for(self, parameter: Tensor) -> Backend:
         """Which engine updates ``parameter``, "triton" or "reference", and why.
 
-        Raises ValueError for a parameter that is not this optimizer's, and for ``backend="triton"`` where it cannot be had.
+        Raises ValueError for a parameter that is not this optimizer's, and for "triton" where it cannot be had.
         """
         for number, label in labels(self.param_groups):
             if label.parameter is parameter:

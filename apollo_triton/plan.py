@@ -1,7 +1,7 @@
 """The plan of a step: which parameters take part, checked, and the tables that the kernels will go through.
 
-Making a plan takes milliseconds, so it is kept for as long as parameters, their state and their groups stay what they are.
-Finding that out takes about a microsecond a parameter. A plan holds no gradient between steps.
+Making a plan takes milliseconds, so it is kept for as long as parameters, their state and their groups stay what they
+are. Finding that out takes about a microsecond a parameter. A plan holds no gradient between steps.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _MAY_CHANGE = ("lr", "weight_decay", "betas", "eps")
 class Plan:
     """Who is updated by what in a step.
 
-    ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host and
-    in its state. ``captured``: whether a CUDA graph reads its tables. ``reference``: indices of the members that the reference path updates. ``tables``: for the kernels, each
-    with the index of its first member; ``low_rank`` and ``dense`` share them out.
+    ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host
+    and in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the
+    kernels, each with the index of its first member; ``low_rank`` and ``dense`` share them out. ``captured``: whether
+    a CUDA graph reads them.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Plan:
         self._place_projections(settings, old)
 
     def _place_projections(self, settings: list[Settings], old: list[Projection]) -> None:
-        """Give the tables whose P is in memory theirs: one a seed and width, shared by all that are at the same step."""
+        """Give the tables whose P is in memory theirs: one a seed and width, shared by all at the same step."""
         from . import fused
         from .kernels.sketch import MATERIALISED
         from .tables import Projection

@@ -35,9 +35,10 @@ def projection_matrix(
     """Columns ``start`` to ``stop`` of the projection matrix P that a step uses: ``[rank, stop - start]``.
 
     Entries have mean 0 and variance ``1 / rank``: normal by Box-Muller, from rank 16 on with 8 significant bits before
-    the division by ``sqrt(rank)``, or ``+-1 / sqrt(rank)`` for ``rademacher``. Step t of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same numbers give
-    the same entry on every device, in every slice, in every version. APOLLO, arXiv 2412.05270, section 4;
-    spec: Philox4x32-10 keyed by (seed, epoch), counted by (width index, rank index).
+    the division by ``sqrt(rank)``, or ``+-1 / sqrt(rank)`` for ``rademacher``. Step t of an optimizer uses
+    ``epoch = (t - 1) // update_proj_gap``. The same numbers give the same entry on every device, in every slice, in
+    every version. APOLLO, arXiv 2412.05270, section 4; Philox4x32-10 keyed by (seed, epoch), counted by (width
+    index, rank index).
 
     Raises ValueError for a negative or too large number, an unknown distribution, or a slice outside the width.
 

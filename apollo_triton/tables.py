@@ -105,9 +105,10 @@ class Copy(NamedTuple):
 class Table:
     """The matrices of one launch of each kernel: same dtypes, orientation, alignment, settings and step count.
 
-    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``; ``channel_programs``
-    and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32 ``[programs, 2]``, matrix and share;
-    ``skipped`` int32 ``[matrices]``, updates that a gradient which was not finite has cost.
+    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``;
+    ``channel_programs`` and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32
+    ``[programs, 2]``, matrix and share; ``skipped`` int32 ``[matrices]``, updates that gradients which were not
+    finite have cost.
     """
 
     def __init__(self, members: Sequence[Member], settings: Settings, aligned: bool) -> None:

@@ -1,4 +1,4 @@
-"""The dense rest: AdamW in APOLLO's convention for parameters of any shape in one launch, and the squared norms before it.
+"""The dense rest: AdamW in APOLLO's convention for parameters of any shape in one launch, and squared norms before it.
 
 A parameter whose gradient is not finite must not move at all, so its norm is known before its first element is written.
 Clipping by the norm of all gradients takes the same squared norms.
@@ -11,7 +11,7 @@ from .apply import step_size
 from .philox import EXP_AVG as EXP_AVG_STREAM
 from .philox import EXP_AVG_SQ as EXP_AVG_SQ_STREAM
 from .philox import WEIGHT as WEIGHT_STREAM
-from .philox import round_nearest, round_stochastic, rounding_bits, rounding_bits_by_row
+from .philox import round_nearest, round_stochastic, rounding_bits_by_row
 from .rescale import current_step
 from .table import (
     COLUMNS,
@@ -37,7 +37,7 @@ NORM_PROGRAMS = 256  # most programs that share one matrix's norm: each dense pr
 
 @triton.jit
 def element_offsets(o, p_row, columns, ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where elements ``o`` (int64, counted row by row) of a matrix lie: ``o`` itself if ALIGNED, else by its strides."""
+    """Where elements ``o`` (int64, counted row by row) of a matrix lie: at ``o`` if ALIGNED, else by its strides."""
     if ALIGNED:
         return o
     else:

@@ -22,7 +22,7 @@ _ULP = tl.constexpr(2.0**-24)  # of the 24-bit uniforms
 
 @triton.jit
 def words(seed, key, c0, c1, stream: tl.constexpr):
-    """Philox4x32-10 at counter ``(c0, c1, stream, 0)`` under key ``(seed, key)``: four uint32 of the shape of c0 and c1."""
+    """Philox4x32-10 at counter ``(c0, c1, stream, 0)`` under key ``(seed, key)``: four uint32, c0 and c1 broadcast."""
     seed = (seed.to(tl.int64) & 0xFFFFFFFF) | (key.to(tl.int64) << 32)
     zero = tl.to_tensor((c0 + c1) * 0).to(tl.int32)
     return tl.philox(seed, (zero + c0).to(tl.int32), (zero + c1).to(tl.int32), zero + stream, zero)
@@ -32,8 +32,8 @@ def words(seed, key, c0, c1, stream: tl.constexpr):
 def normals(word_radius, word_angle, dtype: tl.constexpr):
     """Two standard normals from two words (Box and Muller 1958), in ``dtype``: r cos and r sin.
 
-    The uniforms have 24 bits, which float32 holds exactly, and the angle is taken from -pi to pi, where float32 is finer
-    than from 0 to 2 pi. float64 gives the twin's bits; float32 is within 4e-7.
+    The uniforms have 24 bits, which float32 holds exactly, and the angle is taken from -pi to pi, where float32 is
+    finer than from 0 to 2 pi. float64 gives the twin's bits; float32 is within 4e-7.
     """
     radius = tl.sqrt(-2.0 * tl.log(((word_radius >> 8) + 1).to(dtype) * _ULP))
     angle = (word_angle.to(tl.int32, bitcast=True) >> 8).to(dtype) * (_TWO_PI * _ULP)

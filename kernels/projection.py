@@ -14,8 +14,8 @@ ROW_MULTIPLE = 64  # rows are padded with zeros to a multiple of so many entries
 def projection_kernel(p_projection, seed, step, p_step, update_proj_gap, force, width, row_length, BLOCK: tl.constexpr):
     """Normals of variance 1, rounded to bfloat16, ``[rank, row_length]``; program_id(0) is the rank index.
 
-    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Computed in float64, once in
-    ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that the rounding falls as in the PyTorch twin.
+    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Computed in float64, once
+    in ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that they round as in the PyTorch twin.
     With t on the device nothing is done between refreshes unless ``force``.
     """
     t = current_step(step, p_step)

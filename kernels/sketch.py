@@ -39,8 +39,8 @@ FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 fl
 
 
 def blocks(rank: int) -> dict[str, int]:
-    """Tile sizes and warps for a rank. They may not depend on anything else: the grouping of the limiter's partial sums,
-    and so their last bit, follows BLOCK_CHANNELS, and a matrix must update alike alone and in a batch."""
+    """Tile sizes and warps for a rank. They may not depend on anything else: the grouping of the limiter's partial
+    sums, and so their last bit, follows BLOCK_CHANNELS, and a matrix must update alike alone and in a batch."""
     if rank < SMALL_RANK:
         # 64 channels share one row of normals, about 70 instructions an entry: 4 a gradient's element at rank 1.
         return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
@@ -58,9 +58,9 @@ def blocks(rank: int) -> dict[str, int]:
 def product(G, P, R, PARTS: tl.constexpr):
     """R + G P for a tile of G ``[channels, width]`` and of P ``[width, rank]``, on tensor cores.
 
-    P holds at most 8 significant bits, exact in bfloat16 and float16, so a half-precision G needs one product. A float32 G
-    is the exact sum of three bfloat16 (8 + 8 + 8 bits); PARTS of them are multiplied: torch.set_float32_matmul_precision
-    "highest" 3, "high" 2, "medium" 1.
+    P holds at most 8 significant bits, exact in bfloat16 and float16, so a half-precision G needs one product. A
+    float32 G is the exact sum of three bfloat16 (8 + 8 + 8 bits), of which PARTS are multiplied: by
+    torch.set_float32_matmul_precision "highest" 3, "high" 2, "medium" 1.
     """
     if G.dtype == tl.float32:
         for _ in tl.static_range(PARTS):

@@ -1,8 +1,8 @@
-"""Tests import their helpers (``oracle``, ``official``, ``sanitizer``) by name, and run on one thread each, so that float
-sums are the same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere
-new ones. Without a GPU Triton's interpreter runs the kernels.
+"""Tests import their helpers (``oracle``, ``sanitizer``) by name, and run on one thread each, so that float sums are
+the same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere new
+ones. Without a GPU Triton's interpreter runs the kernels.
 
-The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if there is one.
+The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: parameters with gradients, and optimizers that run on the kernels wherever they are."""
+"""What the tests of the kernels share: parameters with gradients, and optimizers that run on the kernels anywhere."""
 
 from __future__ import annotations
 

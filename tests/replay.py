@@ -1,7 +1,7 @@
 """A CUDA graph for a machine without CUDA: records what one step launches, and runs it again without the host's code.
 
-A captured graph replays kernels and tensor operations with the arguments of the capture, so a number that the host computed
-is frozen, while what lies in memory is read anew. This does the same to Triton launches and torch operations.
+A captured graph replays kernels and tensor operations with the arguments of the capture, so a number that the host
+computed is frozen, while what lies in memory is read anew. This does the same to Triton launches and torch operations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from apollo_triton import engine, fused
 
 
 class Graph(TorchDispatchMode):
-    """``with Graph() as graph: optimizer.step()`` records, and also runs, as a capture's warm-up; ``graph.replay()``."""
+    """``with Graph() as graph: optimizer.step()`` records, and launches no kernel; ``graph.replay()`` runs it all."""
 
     def __init__(self):
         super().__init__()
@@ -25,7 +25,7 @@ class Graph(TorchDispatchMode):
 
     def __enter__(self):
         self._patches = ExitStack()
-        self._patches.enter_context(mock.patch.object(engine, "_is_capturing", lambda: True))
+        self._patches.enter_context(mock.patch.object(engine, "_is_capturing", return_value=True))
         self._patches.enter_context(mock.patch.object(fused, "launch", self._launch))
         return super().__enter__()
 

@@ -1,4 +1,4 @@
-"""The fused step as a whole: any layout, plans that are kept and given up in time, no read of the device, graphs, scalers."""
+"""The fused step as a whole: any layout, plans kept and given up in time, no read of the device, graphs, scalers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 from apollo_triton import APOLLOAdamW, fused
 from apollo_triton.backends import Backend
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 
 

@@ -1,4 +1,4 @@
-"""The kernels as launches: exact bytes, no race, no stray access, and the same bits whatever the order, tile or batch."""
+"""The kernels as launches: exact bytes, no race, no stray access, the same bits whatever the order, tile or batch."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_launches_do_not_grow_with_layers(shapes, norms, group, most, monkeypatc
     assert len(launched) == most
 
 
-# Several programs along the channels (64) and turns along the width (64 or 128), ragged ends, aligned and unaligned rows.
+# Several programs along the channels (64), turns along the width (64 or 128), ragged ends, aligned and unaligned rows.
 SHAPES = [(70, 40), (40, 70), (64, 48), (2, 67, 20), (1, 40), (40, 1), (1, 1)]
 
 
@@ -313,7 +313,7 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
 
 
 def specialisation(launched):
-    """What Triton compiles a launch by: types, the values of constants, and of integers whether 1 or a multiple of 16."""
+    """What Triton compiles a launch by: types, values of constants, and of integers whether 1 or a multiple of 16."""
     kernel, arguments, constants = launched
     names = [name for name in kernel.arg_names if name not in constants]
     key = [kernel.fn.__name__, tuple(sorted(constants.items(), key=lambda item: item[0]))]

@@ -19,6 +19,7 @@ from apollo_triton.projection import TENSOR_CORE_RANK
 from apollo_triton.settings import Settings
 from apollo_triton.tables import Projection
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 ONES = 0xFFFFFFFF
 
 
