@@ -352,3 +352,9 @@ def test_nothing_that_changes_between_steps_is_compiled_in(rank, monkeypatch):
         launched.clear()
     assert seen[0] == seen[1]
     assert len(seen[0]) == (5 if rank == 20 else 4)
+
+
+def test_the_table_of_the_readme_is_what_the_recorder_counts():
+    from bench import kernel_table
+
+    assert kernel_table.in_readme((kernel_table.ROOT / "README.md").read_text()) == kernel_table.table()
