@@ -65,13 +65,28 @@ def expm1(x):
 
 
 @triton.jit
-def add_up(p_sums, first, count, STRIDE: tl.constexpr):
+def add_up(p_sums, first, count):
     """The sum of ``count`` partial sums, always in the same order."""
     total = tl.zeros([_SUMS_BLOCK], tl.float32)
     for start in range(0, count, _SUMS_BLOCK):
         o = start + tl.arange(0, _SUMS_BLOCK)
-        total += tl.load(p_sums + (first + o) * STRIDE, mask=o < count, other=0.0)
+        total += tl.load(p_sums + first + o, mask=o < count, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def add_up_three(p_sums, first, count):
+    """The same for the three sums of one factor a tensor, which lie side by side."""
+    total_0 = tl.zeros([_SUMS_BLOCK], tl.float32)
+    total_1 = tl.zeros([_SUMS_BLOCK], tl.float32)
+    total_2 = tl.zeros([_SUMS_BLOCK], tl.float32)
+    for start in range(0, count, _SUMS_BLOCK):
+        o = start + tl.arange(0, _SUMS_BLOCK)
+        p = p_sums + (first + o) * 3
+        total_0 += tl.load(p, mask=o < count, other=0.0)
+        total_1 += tl.load(p + 1, mask=o < count, other=0.0)
+        total_2 += tl.load(p + 2, mask=o < count, other=0.0)
+    return tl.sum(total_0, 0), tl.sum(total_1, 0), tl.sum(total_2, 0)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -104,10 +119,12 @@ def apply_kernel(
         W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
         G_column_stride = tl.load(p_row + GRADIENT_COLUMN_STRIDE)
 
-    block = program - tl.load(p_row + FIRST_TILE_PROGRAM)
-    tiles_in_row = (columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    first_row = block // tiles_in_row * BLOCK_ROWS
-    first_column = block % tiles_in_row * BLOCK_COLUMNS
+    # In 32 bits: a 64-bit division takes some 70 instructions.
+    block = (program - tl.load(p_row + FIRST_TILE_PROGRAM)).to(tl.int32)
+    tiles_in_row = ((columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(tl.int32)
+    tile_row = block // tiles_in_row
+    first_row = tile_row.to(tl.int64) * BLOCK_ROWS
+    first_column = (block - tile_row * tiles_in_row).to(tl.int64) * BLOCK_COLUMNS
     o_row = first_row + tl.arange(0, BLOCK_ROWS).to(tl.int64)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
@@ -121,7 +138,7 @@ def apply_kernel(
     channels = rows if KEEPS_ROWS else columns
     count = (channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     if PER_CHANNEL:
-        u = tl.sqrt(add_up(p_sums, first_sum, count, 1)) * front
+        u = tl.sqrt(add_up(p_sums, first_sum, count)) * front
         p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
         if KEEPS_ROWS:
             s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
@@ -129,11 +146,9 @@ def apply_kernel(
             s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
         factor = s * front
     else:
-        norm_N = tl.sqrt(add_up(p_sums, first_sum, count, 3))
-        norm_R = tl.sqrt(add_up(p_sums + 1, first_sum, count, 3))
-        norm_G = tl.sqrt(add_up(p_sums + 2, first_sum, count, 3))
-        factor = norm_N / (norm_R + _NORM_EPS) * front
-        u = factor * norm_G
+        squared_N, squared_R, squared_G = add_up_three(p_sums, first_sum, count)
+        factor = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS) * front
+        u = factor * tl.sqrt(squared_G)
     moves = tl.abs(u) < float("inf")
     if USE_LIMITER:
         previous = tl.load(p_previous + matrix)

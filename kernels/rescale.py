@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .philox import EXP_AVG as EXP_AVG_STREAM
 from .philox import EXP_AVG_SQ as EXP_AVG_SQ_STREAM
-from .philox import round_stochastic, rounding_bits
+from .philox import round_stochastic, rounding_bits, rounding_bits_by_row
 from .table import (
     COLUMNS,
     EXP_AVG,
@@ -58,9 +58,16 @@ def moved_moments(
     V = tl.where(finite[:, None], V + keep2 * (R * R - V), V)
     if STATE == tl.bfloat16:
         seed = tl.load(p_row + SEED)
-        index = channel * RANK + offsets
-        tl.store(p_M + offsets, round_stochastic(M, rounding_bits(seed, step, index, EXP_AVG_STREAM)), mask=mask)
-        tl.store(p_V + offsets, round_stochastic(V, rounding_bits(seed, step, index, EXP_AVG_SQ_STREAM)), mask=mask)
+        if RANK % 8 == 0:
+            first = (channel + tl.min(o_channel, 0)) * RANK + tl.min(o_rank, 0)
+            bits_M = rounding_bits_by_row(seed, step, first, RANK, R.shape[0], R.shape[1], EXP_AVG_STREAM)
+            bits_V = rounding_bits_by_row(seed, step, first, RANK, R.shape[0], R.shape[1], EXP_AVG_SQ_STREAM)
+        else:
+            index = channel * RANK + offsets
+            bits_M = rounding_bits(seed, step, index, EXP_AVG_STREAM)
+            bits_V = rounding_bits(seed, step, index, EXP_AVG_SQ_STREAM)
+        tl.store(p_M + offsets, round_stochastic(M, bits_M), mask=mask)
+        tl.store(p_V + offsets, round_stochastic(V, bits_V), mask=mask)
     else:
         tl.store(p_M + offsets, M, mask=mask)
         tl.store(p_V + offsets, V, mask=mask)

@@ -42,15 +42,15 @@ def blocks(rank: int) -> dict[str, int]:
     """Tile sizes and warps for a rank. They may not depend on anything else: the grouping of the limiter's partial
     sums, and so their last bit, follows BLOCK_CHANNELS, and a matrix must update alike alone and in a batch."""
     if rank < SMALL_RANK:
-        # 64 channels share one row of normals, about 70 instructions an entry: 4 a gradient's element at rank 1.
+        # 64 channels share one row of normals, so that one costs a gradient's element about 4 instructions.
         return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
     block_rank = min(power_of_two(rank), FUSED_RANK)
-    # R, M and V of a tile together stay at or below 200 registers a thread.
+    # At rank 64 four warps spill 320 bytes a thread, and eight none.
     return {
         "BLOCK_CHANNELS": 128 if block_rank <= 64 else 64,
         "BLOCK_WIDTH": 64,
         "BLOCK_RANK": block_rank,
-        "num_warps": 8 if block_rank > 64 else 4,
+        "num_warps": 8 if block_rank > 32 else 4,
     }
 
 
@@ -63,7 +63,8 @@ def product(G, P, R, PARTS: tl.constexpr):
     torch.set_float32_matmul_precision "highest" 3, "high" 2, "medium" 1.
     """
     if G.dtype == tl.float32:
-        for _ in tl.static_range(PARTS):
+        # A loop, not a list of products: on sm_100 each of a list takes tensor memory of its own, 576 of 512 columns.
+        for _ in range(PARTS):
             part = G.to(tl.bfloat16)
             R = dot(part, P.to(tl.bfloat16), R)
             G -= part.to(tl.float32)
@@ -78,6 +79,30 @@ def dot(a, b, accumulator):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     else:
         return tl.dot(a, b, accumulator)
+
+
+@triton.jit
+def row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT entries of row ``index`` of P from ``start``, float32: made here, or svd's from memory."""
+    if PROJECTION_KIND == GAUSSIAN:
+        return gaussian_row(seed, epoch, index, start, COUNT)
+    elif PROJECTION_KIND == RADEMACHER:
+        w0, w1, w2, w3 = sign_words(seed, epoch, index, start)
+        return signs(w0, w1, w2, w3, tl.arange(0, COUNT))
+    else:
+        o = start + tl.arange(0, COUNT)
+        p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32)) + index * width
+        return tl.load(p_P + o, mask=o < width, other=0.0)
+
+
+@triton.jit
+def sum_of_four(x, ALONG_ROWS: tl.constexpr):
+    """``x [channels, width]`` to a quarter of its width, adding what one thread holds: neighbours where the width is
+    contiguous, entries a quarter of the tile apart where channels are."""
+    if ALONG_ROWS:
+        return tl.sum(x.reshape(x.shape[0], x.shape[1] // 4, 4), 2)
+    else:
+        return tl.sum(x.reshape(x.shape[0], 4, x.shape[1] // 4), 1)
 
 
 @triton.jit(do_not_specialize=["step", "update_proj_gap"])
@@ -123,21 +148,27 @@ def sketch_kernel(
 
     R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    if RANK < 16:
+    if RANK == 1:
+        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
+        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        for start in range(0, width, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
+            products += sum_of_four(G * P[None, :], KEEPS_ROWS)
+            squares += sum_of_four(G * G, KEEPS_ROWS)
+        squared_G = tl.sum(squares, 1)
+        R = tl.sum(products, 1)[:, None]
+    elif RANK < 16:
         for start in range(0, width, BLOCK_WIDTH):
             o_width = start + tl.arange(0, BLOCK_WIDTH)
             mask = m_channel[:, None] & (o_width < width)[None, :]
             G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
             squared_G += tl.sum(G * G, 1)
             for index in tl.static_range(RANK):
-                if PROJECTION_KIND == GAUSSIAN:
-                    P = gaussian_row(seed, epoch, index, start, BLOCK_WIDTH)
-                elif PROJECTION_KIND == RADEMACHER:
-                    w0, w1, w2, w3 = sign_words(seed, epoch, index, start)
-                    P = signs(w0, w1, w2, w3, tl.arange(0, BLOCK_WIDTH))
-                else:
-                    p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32)) + index * width
-                    P = tl.load(p_P + o_width, mask=o_width < width, other=0.0)
+                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
                 R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
     else:
         for start in range(0, width, BLOCK_WIDTH):
@@ -146,7 +177,6 @@ def sketch_kernel(
             mask = m_channel[:, None] & m_width[None, :]
             G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
             squared_G += tl.sum(G.to(tl.float32) * G.to(tl.float32), 1)
-            m_P = m_width[:, None] & (o_rank < RANK)[None, :]
             if PROJECTION_KIND == RADEMACHER:
                 first = start // 128 * 128
                 w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, first)
@@ -155,10 +185,13 @@ def sketch_kernel(
             elif PROJECTION_KIND == MATERIALISED:
                 p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
                 padded = (width + 63) // 64 * 64
+                # Padded with zeros along the width: a mask there would make the loads an entry wide.
+                m_P = (o_rank < RANK)[None, :]
                 P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
                 R = product(G, P, R, PARTS)
             else:
                 p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
+                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
                 P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
                 R = tl.dot(G.to(tl.float32), P, R, input_precision="ieee")
     if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
