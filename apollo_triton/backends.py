@@ -52,6 +52,8 @@ def _obstacle(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _LEAST_CAPABILITY:
             return f"{device} has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return f"{device} has no float64, in which the projection is computed"
     return _triton_obstacle()
 
 

@@ -1,38 +1,35 @@
-"""The runs behind ``apollo-triton validate``: both engines on copies of the same parameters, measured against float64.
+"""The runs behind ``apollo-triton validate``: every stage of both paths measured against float64.
 
 Every step is compared with a float64 one from that path's own weights and state, so that errors neither hide in earlier
-ones nor grow from them; float32 trajectories are compared as a whole besides, with a float64 run that is left to itself.
+ones nor grow from them; float32 trajectories are compared as a whole besides, with a float64 run left to itself.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import fused, reference
 from .batches import Batch
-from .geometry import Geometry
-from .optimizer import APOLLOAdamW
-from .philox import Stream, round_stochastic
+from .kernels.sketch import GAUSSIAN
+from .philox import Stream
 from .plan import Plan
-from .projection import projection_matrix
 from .scratch import Scratch
-from .settings import LOW_RANK_DEFAULTS, Settings
 from .tables import Table
-from .validate_cases import DTYPES, GAP, Case
+from .validate_cases import GAP, Case
 from .validate_float64 import (
     ELEMENTWISE,
     EXACTLY,
     FACTOR,
     NORM,
     NORMAL,
+    ORTHONORMAL,
     SCALED,
     SQUARES,
-    STRADDLING,
     UPDATE,
+    UPDATE_GIVEN_S,
     Matrix,
     Step,
     U,
@@ -41,172 +38,28 @@ from .validate_float64 import (
     low_rank_step,
     projected,
     rescale,
+    size_of,
 )
-
-PATHS = {"kernels": "triton", "reference": "reference"}
-# As in a language model. A step's update is then half the weight, and the weight's own rounding hides little of it.
-LEARNING_RATE, WEIGHT_SCALE, GRADIENT_SCALE = 1e-2, 0.02, 1e-2
-SPIKE = 4  # the step whose gradient holds an infinity
-
-
-class Errors:
-    """Of one case: each measure's limit and the largest error of each path; a NaN counts as infinite."""
-
-    def __init__(self) -> None:
-        self.limits: dict[str, float] = {}
-        self.found: dict[str, dict[str, float]] = {}
-
-    def add(self, path: str, measure: str, error: Tensor | float, limit: float) -> None:
-        """Note an error."""
-        value = float(error)
-        found = self.found.setdefault(measure, dict.fromkeys(PATHS, 0.0))
-        found[path] = max(found[path], math.inf if math.isnan(value) else value)
-        self.limits[measure] = max(limit, self.limits.get(measure, 0.0))
-
-    def share(self, measure: str) -> float:
-        """The larger error as a share of the limit."""
-        error, limit = max(self.found[measure].values()), self.limits[measure]
-        return error / limit if limit else math.inf if error else 0.0
-
-    def worst(self) -> list[str]:
-        """The measures, nearest to its limit first."""
-        return sorted(self.found, key=self.share, reverse=True)
+from .validate_paths import PATHS, Errors, Path
 
 
 def measured(case: Case, device: torch.device, seed: int) -> Errors:
     """Run a case on both paths."""
     errors = Errors()
+    kinds = {"projection": _projection, "verbs": _verbs, "steps": _steps}
     for name in PATHS:
         with torch.no_grad():
-            {"projection": _projection, "verbs": _verbs, "steps": _steps}[case.kind](
-                Path(case, name, device, seed), errors
-            )
+            kinds[case.kind](Path(case, name, device, seed), errors)
     return errors
-
-
-class Path:
-    """One engine with parameters of its own, which both paths draw alike."""
-
-    def __init__(self, case: Case, name: str, device: torch.device, seed: int) -> None:
-        self.case, self.name, self.device, self.t = case, name, device, 0
-        self.generator = torch.Generator().manual_seed(seed)
-        dtype, self.gradient_dtype = DTYPES[case.dtypes]
-        weights = [_laid_out(self._drawn(shape, WEIGHT_SCALE).to(device, dtype), case.layout) for shape in case.shapes]
-        self.parameters = [nn.Parameter(weight) for weight in weights]
-        # A common part makes the moments point somewhere.
-        self.common = [self._drawn(shape, GRADIENT_SCALE) for shape in case.shapes]
-        options: dict[str, Any] = {"lr": LEARNING_RATE, **case.options}
-        if options.get("capturable"):  # the kernels' alone; the learning rate is a tensor then
-            options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
-        own = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
-        group = {"params": self.parameters, **({"update_proj_gap": GAP} | own if own else {})}
-        self.optimizer = APOLLOAdamW([group], backend=PATHS[name], seed=seed, **options)
-        self.settings = Settings.of(self.optimizer.param_groups[0])
-        self.keeps_rows = [self._geometry(parameter).keeps_rows for parameter in self.parameters]
-
-    def _drawn(self, shape: tuple[int, ...], scale: float) -> Tensor:
-        return torch.randn(shape, generator=self.generator) * scale
-
-    def _geometry(self, parameter: Tensor) -> Geometry:
-        return Geometry.of(parameter.shape if parameter.dim() > 1 else (1, 1), self.settings.proj_type)
-
-    def is_low_rank(self, index: int) -> bool:
-        """Whether a parameter is projected."""
-        return self.settings.rank is not None and self.parameters[index].dim() > 1
-
-    def new_gradients(self) -> None:
-        """Those of the next step, in place of the last."""
-        self.t += 1
-        for index, parameter in enumerate(self.parameters):
-            gradient = self.common[index] + self._drawn(tuple(parameter.shape), GRADIENT_SCALE)
-            if self.case.spike and self.t == SPIKE and index == 0:
-                gradient.view(-1)[gradient.numel() // 3] = math.inf
-            gradient = _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout)
-            parameter.grad = None
-            if gradient.dtype != parameter.dtype:
-                parameter.grad_dtype = gradient.dtype
-            parameter.grad = gradient
-
-    def matrices(self, index: int, tensor: Tensor) -> list[Tensor]:
-        """Those of a weight or gradient, channels first; a dense one as it is."""
-        if not self.is_low_rank(index):
-            return [tensor]
-        matrices = list(tensor) if tensor.dim() == 3 else [tensor.reshape(len(tensor), -1)]
-        return [each if self.keeps_rows[index] else each.T for each in matrices]
-
-    def snapshot(self) -> list[list[Matrix]]:
-        """Copies of the matrices of each parameter, with their state, in float64."""
-        result = []
-        for index, parameter in enumerate(self.parameters):
-            state, found = self.optimizer.state.get(parameter, {}), []
-            weights = self.matrices(index, parameter.detach())
-            for position, weight in enumerate(weights):
-                shape = (len(weight), self.settings.rank or 0) if self.is_low_rank(index) else tuple(weight.shape)
-                values = []
-                for name, size in (("exp_avg", shape), ("exp_avg_sq", shape), ("update_norm", ())):
-                    value = state.get(name, torch.zeros(len(weights), *size, device=self.device))
-                    values.append(value.reshape(len(weights), *size)[position].double().clone())
-                found.append(Matrix(weight.double().clone(), *values))
-            result.append(found)
-        return result
-
-    def projections(self, index: int) -> list[Tensor]:
-        """P of this step for each matrix of a parameter, which svd has made by now."""
-        settings = self.settings
-        assert settings.rank is not None
-        parameter = self.parameters[index]
-        if settings.proj == "svd":
-            kept = self.optimizer.state[parameter]["projection"]
-            return list(kept) if kept.dim() == 3 else [kept]
-        geometry, epoch = self._geometry(parameter), (self.t - 1) // settings.update_proj_gap
-        P = projection_matrix(
-            settings.seed, epoch, settings.rank, geometry.width, distribution=settings.distribution, device=self.device
-        )
-        return [P] * geometry.matrices
-
-    def rounded(self, values: Tensor, dtype: torch.dtype, stream: Stream, position: int, transposed: bool) -> Tensor:
-        """float64 values as a step stores them: rounded once, to nearest or by the random bits of their places."""
-        values = values.T if transposed else values
-        stochastic = stream != Stream.WEIGHT or self.settings.stochastic_rounding
-        if stochastic and dtype == torch.bfloat16:
-            start = position * values.numel()
-            result = round_stochastic(values.float().contiguous(), self.settings.seed, self.t, stream, start)
-        else:
-            result = values.to(dtype)
-        return result.T if transposed else result
-
-
-def _laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values, elsewhere in memory."""
-    if layout == "transposed":
-        return values.mT.contiguous().mT if values.dim() > 1 else values
-    if layout == "gaps":
-        return values.repeat_interleave(2, dim=-1)[..., ::2] if values.dim() else values
-    if layout == "misaligned":
-        return (
-            torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)[1:].view_as(values).copy_(values)
-        )
-    if layout == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    return values
 
 
 def _largest(error: Tensor, scale: Tensor) -> Tensor:
     """The largest |error| / scale, where 0 / 0 is 0."""
-    return torch.where(error == 0, 0.0, error.abs() / scale).amax()
+    return _ratio(error.abs(), scale).amax()
 
 
-def _straddling(got: Tensor, expected: Tensor, slack: Tensor) -> tuple[Tensor | float, float]:
-    """The share of 16-bit numbers that are not those expected, and its limit, one of them at least; infinite if one is
-    off by more than a unit in the last place and ``slack``, which is float32's error where numbers cancel."""
-    numbers = torch.finfo(got.dtype)
-    unit = numbers.eps * expected.double().abs() + numbers.smallest_normal * numbers.eps
-    near = (got.double() - expected.double()).abs() <= unit + slack
-    share = (got != expected).double().mean() if bool(near.all()) else math.inf
-    return share, max(STRADDLING, 1 / got.numel())
-
-
-# The kinds of cases.
+def _ratio(values: Tensor, by: Tensor) -> Tensor:
+    return torch.where(values == 0, 0.0, values / by)
 
 
 def _steps(path: Path, errors: Errors) -> None:
@@ -238,7 +91,7 @@ def _steps(path: Path, errors: Errors) -> None:
                 exact = run(known)
                 budget = _weight_errors(path, errors, index, position, known, got, exact)
                 _moment_errors(path, errors, index, position, G, P, got, exact)
-                if P is not None and path.settings.proj == "svd" and path.t % GAP == 1:
+                if P is not None and path.settings.proj == "svd" and path.t % GAP == 1 and bool(G.isfinite().all()):
                     _svd_errors(path, errors, G, P.double())
                 if free is not None:
                     free[index][position] = mine = run(free[index][position]).after
@@ -254,8 +107,8 @@ def _clip(path: Path) -> float:
     limit = path.settings.max_grad_norm
     if limit is None:
         return 1.0
-    squares = sum(float(parameter.grad.double().square().sum()) for parameter in path.parameters)  # type: ignore[union-attr]
-    return min(1.0, limit / (math.sqrt(squares) + 1e-6))
+    norms = [parameter.grad.double().norm() for parameter in path.parameters if parameter.grad is not None]
+    return min(1.0, limit / (float(torch.stack([norm for norm in norms if norm.isfinite()]).norm()) + 1e-6))
 
 
 def _update_limit(path: Path) -> float:
@@ -278,17 +131,17 @@ def _weight_errors(
         stored = path.matrices(index, path.parameters[index].detach())[position]
         transposed = low_rank and not path.keeps_rows[index]
         expected = path.rounded(exact.after.W, dtype, Stream.WEIGHT, position, transposed)
-        relative = UPDATE + (_largest_each(exact.spread, exact.update.norm(dim=1))[:, None] if low_rank else 0.0)
-        slack = exact.update.abs() * relative + 2 * U * before.W.abs() * moves
-        errors.add(path.name, "W", *_straddling(stored, expected, slack))
+        relative = (
+            _ratio(exact.spread, exact.update.norm(dim=1))[:, None] if low_rank else torch.zeros_like(exact.update)
+        )
+        apt = exact.update.abs() * (relative - UPDATE).clamp(min=0)
+        # The worst of all channels, where W and its update cancel, is six times as far off as most.
+        slack = exact.update.abs() * (UPDATE + 6 * relative) + 2 * U * before.W.abs() * moves
+        errors.add_rounded(path.name, "W", stored, expected, slack, apt)
     if low_rank and not path.settings.disable_nl:
         scale = exact.after.previous * (allowed / exact.update.norm() if moves else 0.0)
         errors.add(path.name, "u_prev", _largest((got.previous - exact.after.previous) * UPDATE, scale), limit)
     return float(budget)
-
-
-def _largest_each(values: Tensor, by: Tensor) -> Tensor:
-    return torch.where(values == 0, 0.0, values / by)
 
 
 def _moment_errors(
@@ -301,7 +154,11 @@ def _moment_errors(
     if P is None:  # three roundings of each operand
         R, dR, limit = G, G.abs(), 3 * U
     else:
-        R, dR, limit = G @ P.double().T, G.norm(dim=1, keepdim=True) * P.double().norm(), projected(G.shape[1])
+        R, dR, limit = (
+            G @ P.double().T,
+            G.norm(dim=1, keepdim=True) * size_of(P.double(), path.settings),
+            projected(G.shape[1]),
+        )
     if path.settings.max_grad_norm is not None:
         limit += SQUARES
     scales = keep1 * dR + exact.after.M.abs(), keep2 * (2 * R.abs() + limit * dR) * dR + exact.after.V
@@ -313,86 +170,106 @@ def _moment_errors(
             errors.add(path.name, name, _largest(mine - true, scale), limit)
         else:
             expected = path.rounded(true, torch.bfloat16, stream, position, transposed=False)
-            errors.add(path.name, name, *_straddling(mine.to(torch.bfloat16), expected, limit * scale))
+            errors.add_rounded(path.name, name, mine.to(torch.bfloat16), expected, limit * scale)
 
 
 def _svd_errors(path: Path, errors: Errors, G: Tensor, P: Tensor) -> None:
-    """Note how far P's rows are from orthonormal, and from catching all that as many directions can: float32's
-    decomposition is good to a few U times the matrix, and energies to twice that."""
+    """Note how far P's rows are from orthonormal, and from catching all that as many directions can."""
     away = (P @ P.T - torch.eye(len(P), dtype=P.dtype, device=P.device)).abs().amax()
     most = torch.linalg.svdvals(G)[: len(P)].square().sum()
-    errors.add(path.name, "P", torch.maximum(away, ((G @ P.T).square().sum() / most - 1).abs()), 32 * U)
+    errors.add(path.name, "P", torch.maximum(away, ((G @ P.T).square().sum() / most - 1).abs()), ORTHONORMAL)
 
 
 def _verbs(path: Path, errors: Errors) -> None:
-    """The last step of a few, verb by verb: each from what the one before it made, so that every verb shows its own
-    errors alone."""
-    o = path.settings
+    """The last step of a few, verb by verb: each is compared with float64's on what the one before it made of the same
+    step, so that it shows its own errors alone."""
     for _ in range(path.case.steps - 1):
         path.new_gradients()
         path.optimizer.step()
     path.new_gradients()
-    parameter, before = path.parameters[0], path.snapshot()[0]
-    assert parameter.grad is not None
-    gradients = path.matrices(0, parameter.grad.double())
-    projections = [P.double() for P in path.projections(0)]
+    gradient, before = path.parameters[0].grad, path.snapshot()[0]
+    assert gradient is not None
+    gradients, projections = path.matrices(0, gradient.double()), path.projections(0)
     stages = _kernel_stages(path) if path.name == "kernels" else _reference_stages(path)
-    R, squared_G, s, sums = ([part.double() for part in each.chunk(len(before))] for each in stages)
-    after, note = path.snapshot()[0], lambda *found: errors.add(path.name, *found)
+    made = zip(*(stage.double().chunk(len(before)) for stage in stages), strict=True)
+    for position, (known, got, G, P, (R, squared_G, s, sums)) in enumerate(
+        zip(before, path.snapshot()[0], gradients, projections, made, strict=True)
+    ):
+        _sketch_errors(path, errors, G, P.double(), R, squared_G)
+        s, u = _rescale_errors(path, errors, position, known, got, R, squared_G, s, sums.flatten())
+        _apply_errors(path, errors, position, known, got, G, s, u)
+
+
+def _sketch_errors(path: Path, errors: Errors, G: Tensor, P: Tensor, R: Tensor, squared_G: Tensor) -> None:
+    norms = G.norm(dim=1)
+    errors.add(
+        path.name, "R", _largest((R - G @ P.T).norm(dim=1), norms * size_of(P, path.settings)), projected(G.shape[1])
+    )
+    true = norms.square()
+    errors.add(path.name, "|G|^2", _largest(squared_G.sum() - true.sum(), true.sum()), SQUARES)
+    if path.settings.scale_type == "channel":
+        errors.add(path.name, "|G_c|^2", _largest(squared_G - true, true), SQUARES)
+
+
+def _rescale_errors(
+    path: Path,
+    errors: Errors,
+    position: int,
+    before: Matrix,
+    got: Matrix,
+    R: Tensor,
+    squared_G: Tensor,
+    s: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Note errors of the moments, s and the sums, given R; returns the path's s ``[channels or 1, 1]`` and u."""
+    o, M, V, R2 = path.settings, before.M, before.V, R.square()
     keep1, keep2 = (1 - beta for beta in o.betas)
-    for position, (known, got) in enumerate(zip(before, after, strict=True)):
-        G, P = gradients[position], projections[position]
-        W, M, V, previous = known
-        norms = G.norm(dim=1)
-        note("R", _largest((R[position] - G @ P.T).norm(dim=1), norms * P.norm()), projected(G.shape[1]))
-        mine, true = squared_G[position], norms.square()
-        note("|G|^2", _largest(mine.sum() - true.sum(), true.sum()), SQUARES)
-        if len(mine) == len(true):
-            note("|G_c|^2", _largest(mine - true, true), SQUARES)
-
-        exact = rescale(R[position], M, V, o)
-        R2 = R[position].square()
-        for name, key, number, value, scale, stream in (
-            ("M", "exp_avg", got.M, exact.M, 3 * keep1 * (R[position] - M).abs() + exact.M.abs(), Stream.EXP_AVG),
-            ("V", "exp_avg_sq", got.V, exact.V, 3 * keep2 * (R2 - V).abs() + keep2 * R2 + exact.V, Stream.EXP_AVG_SQ),
-        ):
-            if o.state_dtype == torch.float32:
-                note(name, _largest(number - value, scale), ELEMENTWISE)
-            else:
-                stored = path.optimizer.state[parameter][key].reshape(len(before), *value.shape)[position]
-                expected = path.rounded(value, o.state_dtype, stream, position, transposed=False)
-                note(name, *_straddling(stored, expected, ELEMENTWISE * scale))
-        largest_N = ((o.betas[0] * M.abs() + keep1 * R[position].abs()) / (exact.V.sqrt() + o.eps)).square()
-        total = sums[position].reshape(-1)
-        if o.scale_type == "tensor":
-            true_sums = torch.stack([exact.N.square().sum(), R2.sum(), squared_G[position].sum()])
-            note("sums", _largest(total - true_sums, torch.stack([largest_N.sum(), *true_sums[1:]])), SQUARES)
-            factor = (total[0].sqrt() / (total[1].sqrt() + 1e-8)).reshape(1, 1)
-            u = factor[0, 0] * total[2].sqrt()
+    exact = rescale(R, M, V, o)
+    scales = 3 * keep1 * (R - M).abs() + exact.M.abs(), 3 * keep2 * (R2 - V).abs() + keep2 * R2 + exact.V
+    for name, mine, true, scale, stream in (
+        ("M", got.M, exact.M, scales[0], Stream.EXP_AVG),
+        ("V", got.V, exact.V, scales[1], Stream.EXP_AVG_SQ),
+    ):
+        if o.state_dtype == torch.float32:
+            errors.add(path.name, name, _largest(mine - true, scale), ELEMENTWISE)
         else:
-            factor = s[position].reshape(-1, 1)
-            scale = largest_N.sum(1).sqrt() / (R2.sum(1).sqrt() + 1e-8)
-            note("s_c", _largest(factor[:, 0] - exact.s[:, 0], scale), FACTOR)
-            true_sum = (factor[:, 0].square() * squared_G[position]).sum()
-            note("sums", _largest(total[0] - true_sum, true_sum), SQUARES)
-            u = total[0].sqrt()
+            expected = path.rounded(true, o.state_dtype, stream, position, transposed=False)
+            errors.add_rounded(path.name, name, mine.to(o.state_dtype), expected, ELEMENTWISE * scale)
+    # |N|^2 as if nothing cancelled in M.
+    most = ((o.betas[0] * M.abs() + keep1 * R.abs()) / (exact.V.sqrt() + o.eps)).square()
+    if o.scale_type == "tensor":
+        true = torch.stack([exact.N.square().sum(), R2.sum(), squared_G.sum()])
+        errors.add(path.name, "sums", _largest(sums - true, torch.stack([most.sum(), true[1], true[2]])), SQUARES)
+        s = (sums[0].sqrt() / (sums[1].sqrt() + 1e-8)).reshape(1, 1)
+        return s, s[0, 0] * sums[2].sqrt()
+    scale = most.sum(1).sqrt() / (R2.sum(1).sqrt() + 1e-8)
+    errors.add(path.name, "s_c", _largest(s - exact.s[:, 0], scale), FACTOR)
+    true = (s.square() * squared_G).sum()
+    errors.add(path.name, "sums", _largest(sums[0] - true, true), SQUARES)
+    return s[:, None], sums[0].sqrt()
 
-        W_after, u_after, update = apply(W, G, factor, u, previous, path.t, o)
-        if not o.disable_nl:
-            note("u_prev", _largest(got.previous - u_after, u_after), NORM)
-        # The factor of G is rounded twelve times at most; W when the update is subtracted, and the decay thrice.
-        decay = float(o.lr) * o.weight_decay
-        scale = 12 * update.abs() + (1 + 3 * decay) * (W - update).abs() + (W_after.abs() if decay else 0)
-        if parameter.dtype == torch.float32:
-            note("W", _largest(got.W - W_after, scale), ELEMENTWISE)
-        else:
-            stored = path.matrices(0, parameter.detach())[position]
-            expected = path.rounded(W_after, parameter.dtype, Stream.WEIGHT, position, not path.keeps_rows[0])
-            note("W", *_straddling(stored, expected, ELEMENTWISE * scale))
+
+def _apply_errors(
+    path: Path, errors: Errors, position: int, before: Matrix, got: Matrix, G: Tensor, s: Tensor, u: Tensor
+) -> None:
+    o, parameter = path.settings, path.parameters[0]
+    W, previous, update = apply(before.W, G, s, u, before.previous, path.t, o)
+    if not o.disable_nl:
+        errors.add(path.name, "u_prev", _largest(got.previous - previous, previous), NORM)
+    # W is rounded when the update is subtracted, and around the decay.
+    decay = float(o.lr) * o.weight_decay
+    scale = UPDATE_GIVEN_S * update.abs() + (1 + 3 * decay) * (before.W - update).abs() + (W.abs() if decay else 0)
+    if parameter.dtype == torch.float32:
+        errors.add(path.name, "W", _largest(got.W - W, scale), ELEMENTWISE)
+    else:
+        stored = path.matrices(0, parameter.detach())[position]
+        expected = path.rounded(W, parameter.dtype, Stream.WEIGHT, position, not path.keeps_rows[0])
+        errors.add_rounded(path.name, "W", stored, expected, ELEMENTWISE * scale)
 
 
 def _table(path: Path) -> Table:
-    """The kernels' table of the next step's one launch."""
+    """The kernels' table for all of a case's matrices."""
     plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, None)
     table = plan.low_rank[0][0]
     if path.settings.proj == "svd":
@@ -401,7 +278,7 @@ def _table(path: Path) -> Table:
 
 
 def _kernel_stages(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R, |G_c|^2, s_c and the sums, of all matrices one after another, from the kernels; then ``apply``."""
+    """R, |G_c|^2, s_c and the sums, of all matrices one after another, from the kernels; W then is the next one."""
     table, o, moment = _table(path), path.settings, fused.Moment(path.t, None, None)
     fused.refresh(table, o, moment)
     sketch = fused.sketch(table, o, moment)
@@ -409,26 +286,28 @@ def _kernel_stages(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = torch.zeros(table.matrices, factors.sums.shape[1], dtype=torch.float64, device=path.device)
     sums.index_add_(0, table.channel_programs, factors.sums.double())
     fused.apply(table, o, moment, factors)
-    return sketch.projected, sketch.squared_norms, _or_nothing(factors.channel, len(sums)), sums
+    return sketch.projected, sketch.squared_norms, sums if factors.channel is None else factors.channel, sums
+
+
+def _batch(path: Path) -> Batch:
+    """The reference path's view of the same."""
+    parameter = path.parameters[0]
+    assert parameter.grad is not None
+    batch = Batch(path.geometry(parameter), path.settings, path.t, path.settings.seed, Scratch())
+    projections = path.projections(0)
+    P = torch.stack(projections) if len(projections) > 1 else projections[0]
+    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], P)
+    return batch
 
 
 def _reference_stages(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same from the reference path."""
-    parameter = path.parameters[0]
-    assert parameter.grad is not None
-    batch = Batch(path._geometry(parameter), path.settings, path.t, path.settings.seed, Scratch())
-    projections = path.projections(0)
-    P = torch.stack(projections) if len(projections) > 1 else projections[0]
-    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], P)
+    batch = _batch(path)
     sketch = reference.sketch(batch)
-    factors = reference.rescale(batch, reference.Sketch(sketch.projected.clone(), sketch.squared_norms.clone()))
+    factors = reference.rescale(batch, sketch)
     reference.apply(batch, factors)
-    s = _or_nothing(factors.channel, len(factors.sums)).flatten()
-    return sketch.projected.flatten(0, 1), sketch.squared_norms.flatten(), s, factors.sums
-
-
-def _or_nothing(factors: Tensor | None, matrices: int) -> Tensor:
-    return torch.zeros(matrices) if factors is None else factors
+    s = factors.sums if factors.channel is None else factors.channel
+    return sketch.projected.flatten(0, 1), sketch.squared_norms.flatten(), s.flatten(), factors.sums
 
 
 def _projection(path: Path, errors: Errors) -> None:
@@ -437,11 +316,10 @@ def _projection(path: Path, errors: Errors) -> None:
     assert o.rank is not None
     parameter.grad = torch.eye(len(parameter), device=path.device, dtype=parameter.dtype)
     path.optimizer.step()  # makes the state
-    for t in (1, GAP + 1):
-        path.t = t
+    for path.t in (1, GAP + 1):
         P = path.projections(0)[0]
         if path.name == "kernels":
-            table, moment = _table(path), fused.Moment(t, None, None)
+            table, moment = _table(path), fused.Moment(path.t, None, None)
             fused.refresh(table, o, moment)
             R = fused.sketch(table, o, moment).projected
             for projection in table.projections:
@@ -450,16 +328,8 @@ def _projection(path: Path, errors: Errors) -> None:
                 inside = (projection.buffer.double() / math.sqrt(o.rank)).float()
                 errors.add(path.name, "P", (inside - expected).abs().amax(), EXACTLY)
         else:
-            R = _reference_sketch(path)
+            R = reference.sketch(_batch(path)).projected[0]
         normals = P.double() * math.sqrt(o.rank)
-        limit = NORMAL if fused.projection_kind(o) is fused.sketch_kernels.GAUSSIAN else SCALED
         error = R.T.double() * math.sqrt(o.rank) - normals
+        limit = NORMAL if fused.projection_kind(o) is GAUSSIAN else SCALED
         errors.add(path.name, "R", _largest(error, normals.abs().clamp(min=1)), limit)
-
-
-def _reference_sketch(path: Path) -> Tensor:
-    parameter = path.parameters[0]
-    assert parameter.grad is not None
-    batch = Batch(path._geometry(parameter), path.settings, path.t, path.settings.seed, Scratch())
-    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], path.projections(0)[0])
-    return reference.sketch(batch).projected[0]

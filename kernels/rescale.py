@@ -88,13 +88,20 @@ def store_factors(
     if PER_CHANNEL:
         s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS)
         tl.store(p_factors + tl.load(p_row + FIRST_CHANNEL) + o_channel, s, mask=m_channel)
-        tl.store(p_sums + program, tl.sum(s * s * squared_G, 0))
+        store_sum(p_sums + program, s * s * squared_G)
     else:
-        tl.store(p_sums + program * 3, tl.sum(squared_N, 0))
-        tl.store(p_sums + program * 3 + 1, tl.sum(squared_R, 0))
-        tl.store(p_sums + program * 3 + 2, tl.sum(squared_G, 0))
+        store_sum(p_sums + program * 3, squared_N)
+        store_sum(p_sums + program * 3 + 1, squared_R)
+        store_sum(p_sums + program * 3 + 2, squared_G)
     if program == tl.load(p_row + FIRST_CHANNEL_PROGRAM):
         tl.store(p_previous + matrix, tl.load(tl.load(p_row + UPDATE_NORM).to(tl.pointer_type(tl.float32))))
+
+
+@triton.jit
+def store_sum(p, values):
+    """The sum of a vector, stored as a vector of one: Triton 3.7 cannot compile a scalar sum of what comes out of a
+    tensor core on sm_100 ("parent layout must have at least rank >= 2")."""
+    tl.store(p + tl.arange(0, 1), tl.sum(values[None, :], 1))
 
 
 @triton.jit(do_not_specialize=["step"])

@@ -101,10 +101,14 @@ def test_only_the_projection_is_computed_in_float64(rows):
 
 
 def test_products_are_on_tensor_cores_from_the_least_rank_on_that_fills_them(rows):
-    """svd's float32 product is exact, and on none but gfx942's, which has float32 ones."""
     random = [row for row in of(rows, "sketch") if "svd" not in row["what"]]
     check(random, lambda row: row["tensor_core"] == (rank(row) >= SMALL_RANK))
     check(of(rows, "apply", "dense", "squared_norm", "projection", "rescale"), lambda row: not row["tensor_core"])
+
+
+def test_nothing_is_rounded_to_tf32(rows):
+    """triton 3.7 does that on sm_100 to a float32 product whose one operand was bfloat16, input_precision="ieee" or not."""
+    check(of(rows, "sketch"), lambda row: not row["tf32"])
 
 
 def test_nothing_spills_but_the_tile_of_rank_256(rows):
