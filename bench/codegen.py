@@ -197,8 +197,7 @@ _LOCATION = re.compile(r'\s*(?://## File "(.+)", line|\.loc\s+(\d+)) (\d+)')
 def parsed(text: str, instruction: re.Pattern[str]) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions in order, and labels with the index of the instruction that follows."""
     files = {number: "/".join(path).rstrip("/") for number, *path in _FILE.findall(text)}
-    found: list[Instruction] = []
-    labels, line = {}, ""
+    found, labels, line = list[Instruction](), dict[str, int](), ""
     for each in text.splitlines():
         if match := _LOCATION.match(each):
             if match[3] != "0":
@@ -319,9 +318,9 @@ def table(rows: list[Row]) -> str:
     """The rows as text, a target after the other."""
     lines: list[str] = []
     for target, group in itertools.groupby(rows, lambda row: row["target"]):
-        lines += ["", f"{target:<66}" + "".join(f"  {name}" for name in _FIGURES) + "  instructions x bits"]
+        lines += ["", f"{target:<70}" + "".join(f"  {name}" for name in _FIGURES) + "  instructions x bits"]
         for row in group:
-            cells = [f"{row['kernel']:<14}{row['what']:<52}", row.get("error", "")]
+            cells = [f"{row['kernel']:<14}{row['what']:<56}", row.get("error", "")]
             for name in _FIGURES * ("error" not in row):
                 figure = ("-", "yes")[row[name]] if isinstance(row[name], bool) else row[name]
                 cells.append(f"{figure:>{len(name) + 2}}")

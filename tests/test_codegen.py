@@ -107,7 +107,7 @@ def test_products_are_on_tensor_cores_from_the_least_rank_on_that_fills_them(row
 
 
 def test_nothing_is_rounded_to_tf32(rows):
-    """triton 3.7 does that on sm_100 to a float32 product whose one operand was bfloat16, input_precision="ieee" or not."""
+    """triton 3.7 does it on sm_100, in spite of input_precision="ieee", where an operand has been bfloat16 before."""
     check(of(rows, "sketch"), lambda row: not row["tf32"])
 
 
