@@ -42,7 +42,7 @@ class Errors:
     ) -> None:
         """Note how many 16-bit numbers are not those expected, as a share of all of the case. Infinite if one is off by
         more than a unit in the last place and ``slack``, which is float32's own error where numbers cancel. ``apt`` is
-        the error beyond UPDATE that a badly conditioned R excuses."""
+        the error that a badly conditioned R excuses."""
         numbers = torch.finfo(got.dtype)
         unit = numbers.eps * expected.double().abs() + numbers.smallest_normal * numbers.eps
         near = (got.double() - expected.double()).abs() <= unit + slack

@@ -28,9 +28,9 @@ COMMAND = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90", "--sampl
 # twice the threads, so each spreads the same set-up over half as many elements.
 MOST_PER_ELEMENT = {"sketch": 13, "apply": 32, "dense": 44, "squared_norm": 6}
 MOST_PER_ELEMENT_STOCHASTIC = {"apply": 48, "dense": 80}
-# Bytes of stack a thread where R, M and V of a 64 x 256 tile do not fit 255 registers. Written and read once per
-# program: 128 KiB against 512 KiB of gradient at width 4096. More with three products of a float32 gradient.
-MOST_STACK_AT_256 = {"bf16": 512, "fp32": 768}
+# Bytes of stack a thread where R, M and V of a 64 x 256 tile do not fit 255 registers (464 on sm_90, 344 on sm_80, 176
+# on sm_100). Written and read once per program: 116 KiB against 512 KiB of gradient at width 4096.
+MOST_STACK_AT_256 = 512
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_nothing_spills_but_the_tile_of_rank_256(rows):
 
 def test_spills_of_the_tile_of_rank_256_are_bounded(rows):
     tile = [row for row in of(rows, "sketch") if rank(row) == 256]
-    check(tile, lambda row: row["stack"] <= MOST_STACK_AT_256["fp32" if "G fp32" in row["what"] else "bf16"])
+    check(tile, lambda row: row["stack"] <= MOST_STACK_AT_256)
 
 
 def test_instructions_an_element_leave_the_memory_to_decide(rows):
