@@ -142,7 +142,9 @@ def low_rank_step(before: Matrix, G: Tensor, P: Tensor, t: int, o: Settings) -> 
     else:
         ds = (dN.norm(dim=1) + factors.s[:, 0] * dR) / (R.norm(dim=1) + 1e-8)
     spread = ds * norms * (update.norm() / u if u > 0 else 0.0)
-    if not o.disable_nl and u > 0:  # the limiter hands on to all channels what u has of the worst
+    if (
+        o.scale_type == "channel" and not o.disable_nl and u > 0
+    ):  # the limiter hands on to all channels what u has of the worst
         spread = spread + update.norm(dim=1) * spread.norm() / update.norm()
     return Step(after, update, spread)
 

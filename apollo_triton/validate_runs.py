@@ -134,8 +134,8 @@ def _weight_errors(
         relative = (
             _ratio(exact.spread, exact.update.norm(dim=1))[:, None] if low_rank else torch.zeros_like(exact.update)
         )
-        # STRADDLING has room for spreads of 1e-5, of which errors are a tenth as a rule.
-        apt = exact.update.abs() * (relative - 5 * UPDATE).clamp(min=0)
+        # Errors are a tenth of the spread as a rule: up to a spread of 1e-5, STRADDLING has room for them.
+        apt = exact.update.abs() * (relative / 5 - UPDATE).clamp(min=0)
         # The worst of all channels, where W and its update cancel, is six times as far off as most.
         slack = exact.update.abs() * (UPDATE + 6 * relative) + 2 * U * before.W.abs() * moves
         errors.add_rounded(path.name, "W", stored, expected, slack, apt)

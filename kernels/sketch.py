@@ -193,8 +193,8 @@ def sketch_kernel(
                 p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
                 m_P = m_width[:, None] & (o_rank < RANK)[None, :]
                 P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
-                # Three bfloat16 parts of P as well. A float32 product with one operand from bfloat16 would be rounded to
-                # TF32 on sm_100 by triton 3.7, input_precision="ieee" or not.
+                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
+                # on sm_100 by triton 3.7, input_precision="ieee" or not.
                 if GRADIENT == tl.float16:
                     G = G.to(tl.float32)
                 for _ in range(3):
