@@ -175,3 +175,29 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_fi
 
 def test_scaler_takes_its_own_way_where_the_reference_path_updates():
     assert not optimizer_of(parameters_of([(8, 8)]), rank=1, engine="reference")._step_supports_amp_scaling
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is a real graph to try")
+def test_an_eager_step_after_a_replay_finds_its_own_gradients():
+    """A replay leaves the addresses of its capture in the table, and the host still remembers those of the step before."""
+    from replay import Graph
+
+    results = []
+    for captured in (False, True):
+        (weight,) = parameters_of([(24, 16)])
+        optimizer = optimizer_of([weight], rank=2, constructor={"capturable": True})
+        first, second = (drawn((24, 16), seed, scale=1e-2) for seed in (1, 2))
+        weight.grad = first
+        optimizer.step()
+        weight.grad = second
+        if captured:
+            with Graph() as graph:
+                optimizer.step()
+            optimizer.state[weight]["step"] -= 1  # a capture launches nothing
+            graph.replay()
+        else:
+            optimizer.step()
+        weight.grad = first
+        optimizer.step()
+        results.append(weight.detach())
+    assert torch.equal(*results)
