@@ -179,7 +179,7 @@ def test_scaler_takes_its_own_way_where_the_reference_path_updates():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a real graph to try")
 def test_an_eager_step_after_a_replay_finds_its_own_gradients():
-    """A replay leaves the addresses of its capture in the table, and the host still remembers those of the step before."""
+    """A replay leaves the addresses of its capture in the table; the host remembers those of the step before."""
     from replay import Graph
 
     results = []
