@@ -48,6 +48,8 @@ class Engine:
         settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(groups)]
         plan = self._planned(groups, states, settings, found_inf)
         plan.advance()
+        for table, _ in plan.tables:
+            table.copy_in()
         norms = self._squared_norms(plan, settings)
         scales = self._gradient_scales(plan, settings, norms, grad_scale, found_inf)
         if plan.reference:
@@ -95,8 +97,6 @@ class Engine:
             return {}
         from . import fused
 
-        for table, _ in wanted:
-            table.copy_in()
         return {id(table): fused.squared_norms(table) for table, _ in wanted}
 
     def _gradient_scales(
@@ -153,8 +153,6 @@ class Engine:
             if table.is_dense:
                 fused.dense(table, own, moment, norms[id(table)])
             else:
-                if own.max_grad_norm is None:
-                    table.copy_in()
                 if own.proj == "svd":
                     matrices = [matrix for each in table.members for matrix in _singular_vectors(each, own, step)]
                     table.point_at(matrices)

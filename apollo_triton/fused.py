@@ -120,7 +120,6 @@ def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
 def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
-    beta1, beta2 = settings.betas
     launch(
         rescale_kernels.rescale_kernel,
         (len(table.channel_programs),),
@@ -135,9 +134,7 @@ def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) ->
         moment.gradient_scale,
         moment.step,
         moment.step_tensor,
-        1 - beta1,
-        1 - beta2,
-        settings.eps,
+        *_moment_arguments(settings),
         RANK=table.rank,
         STATE=_DTYPES[table.state_dtype],
         KEEPS_ROWS=table.keeps_rows,
@@ -151,7 +148,6 @@ def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) ->
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
     kind = projection_kind(settings)
-    beta1, beta2 = settings.betas
     launch(
         sketch_kernels.sketch_kernel,
         (len(table.channel_programs), -(-table.rank // table.channel_blocks["BLOCK_RANK"])),
@@ -168,9 +164,7 @@ def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None
         moment.step,
         moment.step_tensor,
         settings.update_proj_gap,
-        1 - beta1,
-        1 - beta2,
-        settings.eps,
+        *_moment_arguments(settings),
         sketch_kernels.entry_scale(table.rank, kind.value),
         RANK=table.rank,
         GRADIENT=_DTYPES[table.gradient_dtype],
@@ -237,7 +231,6 @@ def squared_norms(table: Table) -> Tensor:
 
 def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tensor) -> None:
     """AdamW in APOLLO's convention for a table of dense parameters, given their ``squared_norms``."""
-    beta1, beta2 = settings.betas
     launch(
         dense_kernels.dense_kernel,
         (len(table.tile_programs),),
@@ -249,9 +242,7 @@ def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tenso
         table.skipped,
         moment.gradient_scale,
         *_step_arguments(settings, moment),
-        1 - beta1,
-        1 - beta2,
-        settings.eps,
+        *_moment_arguments(settings),
         WEIGHT_DTYPE=_DTYPES[table.weight_dtype],
         GRADIENT=_DTYPES[table.gradient_dtype],
         STATE=_DTYPES[table.state_dtype],
@@ -266,7 +257,6 @@ def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tenso
 def _step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
     """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2: what the kernels' ``step_size`` takes."""
     on_device = isinstance(settings.lr, Tensor)
-    beta1, beta2 = settings.betas
     correction = settings.bias_correction(moment.step) if moment.step_tensor is None else 1.0
     return (
         0.0 if on_device else float(settings.lr),
@@ -275,8 +265,14 @@ def _step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
         moment.step,
         moment.step_tensor,
         correction,
-        *(_log(beta) if settings.correct_bias else 0.0 for beta in (beta1, beta2)),
+        *(_log(beta) if settings.correct_bias else 0.0 for beta in settings.betas),
     )
+
+
+def _moment_arguments(settings: Settings) -> tuple[float, float, float]:
+    """keep1, keep2 and eps: what every kernel that moves moments takes."""
+    beta1, beta2 = settings.betas
+    return 1 - beta1, 1 - beta2, settings.eps
 
 
 def _log(beta: float) -> float:

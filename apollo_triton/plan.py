@@ -27,6 +27,7 @@ States = Mapping[Tensor, dict[str, Any]]
 WARM_UP = "a step is captured before one was run as it is: run a step with the same parameters before every capture"
 # A plan lives on when these change; each launch is given them anew.
 _MAY_CHANGE = ("lr", "weight_decay", "betas", "eps")
+_FIXED = tuple(name for name in FIELD_NAMES if name not in _MAY_CHANGE)
 
 
 class Plan:
@@ -44,7 +45,7 @@ class Plan:
         found = _checked(groups, states, settings, on_device)  # raises before anything changes
         self.on_device = on_device
         self.captured = False
-        self._structure = _structure(groups, settings)
+        self._structure = _structure(settings)
         self.counts: list[float] = []
         self.members: list[Member] = []
         self.engines: list[str] = []
@@ -80,7 +81,7 @@ class Plan:
             places is None
             or places != self._places
             or on_device != self.on_device
-            or _structure(groups, settings) != self._structure
+            or _structure(settings) != self._structure
             or not (on_device or [each.value for each in self._host_steps] == self.counts)
         ):
             return False
@@ -208,10 +209,9 @@ def _identities(settings: list[Settings]) -> list[int]:
     return result
 
 
-def _structure(groups: Groups, settings: list[Settings]) -> list[Any]:
+def _structure(settings: list[Settings]) -> list[Any]:
     """What a plan was made for, but for the numbers that may change."""
-    fixed = [name for name in FIELD_NAMES if name not in _MAY_CHANGE]
-    return [_identities(settings), *(tuple(getattr(each, name) for name in fixed) for each in settings)]
+    return [_identities(settings), *(tuple(getattr(each, name) for name in _FIXED) for each in settings)]
 
 
 def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | None, list[int]]:

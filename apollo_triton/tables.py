@@ -42,14 +42,11 @@ class Layout(NamedTuple):
 
 def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
     """How a tensor's matrices lie in its memory; None where rows and columns have no strides (``channels_last``)."""
-    if tensor.dim() == 3:
-        return Layout(tensor.data_ptr(), *tensor.stride())
-    if tensor.dim() == 2:
-        return Layout(tensor.data_ptr(), 0, *tensor.stride())
     try:
-        return Layout(tensor.data_ptr(), 0, *tensor.view(geometry.rows, geometry.columns).stride())
+        matrices = tensor.view(geometry.matrices, geometry.rows, geometry.columns)
     except RuntimeError:
         return None
+    return Layout(tensor.data_ptr(), *matrices.stride())
 
 
 def flat_geometry(parameter: Tensor) -> Geometry:
@@ -58,16 +55,6 @@ def flat_geometry(parameter: Tensor) -> Geometry:
     if parameter.dim() < 2 or (parameter.is_contiguous() and gradient is not None and gradient.is_contiguous()):
         return Geometry(1, 1, parameter.numel(), keeps_rows=True)
     return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
-
-
-def flat_layout(tensor: Tensor, geometry: Geometry) -> Layout | None:
-    """The layout of a dense weight, gradient or moment under its weight's ``flat_geometry``."""
-    if geometry.rows == 1 and tensor.dim() < 2:
-        return Layout(tensor.data_ptr(), 0, 0, tensor.stride(0) if tensor.dim() else 1)
-    try:
-        return Layout(tensor.data_ptr(), 0, *tensor.view(geometry.rows, geometry.columns).stride())
-    except RuntimeError:
-        return None
 
 
 @dataclass
@@ -166,7 +153,7 @@ class Table:
                     ]
                 )
                 if self.is_dense:
-                    moments_layout = flat_layout(state["exp_avg"], geometry)
+                    moments_layout = layout_of(state["exp_avg"], geometry)
                     assert moments_layout is not None
                     rows[-1][table.STATE_ROW_STRIDE.value] = moments_layout.row_stride
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moments_layout.column_stride
@@ -199,10 +186,9 @@ class Table:
 
     def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
         """Of weight and gradient; of contiguous stand-ins where either has no strides."""
-        of = flat_layout if self.is_dense else layout_of
         parameter, gradient = member.parameter, member.parameter.grad
         assert gradient is not None
-        weight_layout, gradient_layout = of(parameter, geometry), of(gradient, geometry)
+        weight_layout, gradient_layout = layout_of(parameter, geometry), layout_of(gradient, geometry)
         if weight_layout is None or gradient_layout is None:
             shape = (geometry.rows, geometry.columns)
             weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
@@ -276,7 +262,7 @@ def settle(member: Member) -> None:
     moments = [state["exp_avg"], state["exp_avg_sq"]]
     if member.geometry is None:
         geometry = flat_geometry(member.parameter)
-        layouts = [flat_layout(each, geometry) for each in moments]
+        layouts = [layout_of(each, geometry) for each in moments]
         fits = None not in layouts and moments[0].stride() == moments[1].stride()
     else:
         fits = all(each.is_contiguous() for each in moments)
