@@ -25,11 +25,13 @@ STANDARD_LIBRARY_EXCLUDED = frozenset(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two byte strings, as uint8 tensors, that come from different files; ``name`` is for people."""
+    """Two strings of tokens, as tensors of integers, that come from different files; ``name`` is for people. A token is
+    a byte, or one of a larger ``vocabulary``."""
 
     name: str
     train: Tensor
     held_out: Tensor
+    vocabulary: int = VOCABULARY
 
     @property
     def fingerprint(self) -> str:

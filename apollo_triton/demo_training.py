@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ SIZES = {"tiny": Size(32, 88, 2, 2), "1M": Size(192, 528, 2, 6)} | {
     for name, shape in paper_figures()["llama"].items()
 }
 
+OptimizerMaker = Callable[["Plan", torch.nn.Module], torch.optim.Optimizer]
 LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "mini": "APOLLO-Mini"}
 
 
@@ -53,6 +55,7 @@ class Plan:
     seed: int
     device: str
     data: str
+    dtype: str = "float32"
 
     @property
     def evaluation_gap(self) -> int:
@@ -79,14 +82,15 @@ class History:
 
 
 class Run:
-    """A model being trained by ``plan`` on ``corpus``; it starts evaluated, at step 0."""
+    """A model being trained by ``plan`` on ``corpus``, with the optimizer that ``build`` makes of plan and model."""
 
-    def __init__(self, plan: Plan, corpus: Corpus) -> None:
+    def __init__(self, plan: Plan, corpus: Corpus, build: OptimizerMaker | None = None) -> None:
         self.plan, self.corpus = plan, corpus
         self.step = 0
         self.history = History()
-        self.model = make_model(plan.model, plan.sequence, plan.seed).to(plan.device)
-        self.optimizer = make_optimizer(plan, self.model)
+        model = make_model(plan.model, plan.sequence, plan.seed, corpus.vocabulary)
+        self.model = model.to(plan.device, getattr(torch, plan.dtype))
+        self.optimizer = (build or make_optimizer)(plan, self.model)
         self._held_out = corpus.held_out_windows(plan.sequence + 1).to(plan.device)
 
     @property
@@ -120,7 +124,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Add the mean loss on the held-out text, in nats a byte, to the history."""
+        """Add the mean loss on the held-out text, in nats a token, to the history."""
         losses = [self._loss(windows).item() for windows in self._held_out.split(32)]
         self.history.held_out_loss[self.step] = sum(losses) / len(losses)
 
@@ -180,7 +184,7 @@ def read_checkpoint(path: Path, plan: Plan) -> dict[str, Any]:
     return saved
 
 
-def make_model(name: str, sequence: int, seed: int) -> torch.nn.Module:
+def make_model(name: str, sequence: int, seed: int, vocabulary: int = VOCABULARY) -> torch.nn.Module:
     """transformers' LLaMA of size ``name``, float32; the same weights whenever ``seed`` is the same."""
     # Nothing is downloaded; this keeps the library from so much as trying.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -188,7 +192,7 @@ def make_model(name: str, sequence: int, seed: int) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     size = SIZES[name]
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,

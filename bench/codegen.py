@@ -10,7 +10,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import json
 import linecache
 import math
 import multiprocessing
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from apollo_triton import APOLLOAdamW
 
-from .results_file import RESULTS
+from .results_file import Results
 
 Row = dict[str, Any]
 
@@ -333,16 +332,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS), help="compile all variants")
     parser.add_argument("--sampled", nargs="*", choices=TARGETS, default=[], help="compile the essential variants")
-    parser.add_argument("--out", type=Path, default=RESULTS / "codegen", help="folder for the results")
     arguments = parser.parse_args()
     rows = measured(arguments.targets, arguments.sampled)
-    import triton
-
-    versions = {"triton": triton.__version__, "torch": torch.__version__}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)  # a row a line, so that a diff shows which kernel changed
-    (arguments.out / "codegen.json").write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n')
-    (arguments.out / "codegen.txt").write_text(table(rows))
+    results = Results("codegen", device=None, fresh=True)
+    for row in rows:
+        results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)
+    results.path.with_suffix(".txt").write_text(table(rows))
     print(table(rows))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from apollo_triton import APOLLOAdamW, backends, fused
 
-from .results_file import save
+from .results_file import Results
 
 MATRICES = [(64, 64)] * 128 + [(172, 64)] * 64 + [(64, 172)] * 32
 DENSE = [(64,)] * 66
@@ -70,16 +70,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     rounds = parser.parse_args().rounds
-    figures = {}
+    results = Results("host_overhead", fresh=True, settings={"rounds": rounds})
     with mock.patch.object(backends, "_obstacle", return_value=None):  # a CPU tensor's address is as good as another
         for method, group in GROUPS.items():
             for dense in (False, True):
                 name = f"{method}, {len(MATRICES)} matrices" + (f" and {len(DENSE)} dense" if dense else "")
-                figures[name] = each = measured(group, dense, rounds)
+                each = measured(group, dense, rounds)
+                results.add(name, **{f"{kind}_ms": round(each[kind], 3) for kind in TARGETS}, launches=each["launches"])
                 times = "   ".join(f"{kind} {each[kind]:.2f} ms" for kind in TARGETS)
                 print(f"{name:45} {times}   {each['launches']} launches")
     print(f"targets for the matrices: stable {TARGETS['stable']} ms, moved {TARGETS['moved']} ms")
-    save("host_overhead", {"rounds": rounds, "milliseconds": figures, "targets_ms": TARGETS})
+    print(f"written to {results.path}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from .results_file import save
+from .results_file import Results
 
 
 def seconds(module: str) -> float:
@@ -27,7 +27,8 @@ def main() -> None:
     torch_time, our_time = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(ours / theirs for theirs, ours in pairs)
     print(f"import torch {torch_time:.2f} s, import apollo_triton {our_time:.2f} s, ratio {ratio:.3f} (target 1.2)")
-    save("import_time", {"torch_s": torch_time, "apollo_triton_s": our_time, "ratio": ratio, "target": 1.2})
+    results = Results("import_time", fresh=True)
+    results.add("import", torch_s=round(torch_time, 3), apollo_triton_s=round(our_time, 3), ratio=round(ratio, 3))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from sanitizer import Launch, Recorder  # noqa: E402
 
 from apollo_triton import APOLLOAdamW  # noqa: E402
 
+from .results_file import Results, Row  # noqa: E402
+
 METHODS = {
     "APOLLO-Mini": {"rank": 1, "scale_type": "tensor", "scale": 128.0},
     "APOLLO, rank 64": {"rank": 64},
@@ -50,47 +52,52 @@ def recorded(group: dict[str, object]) -> tuple[list[Launch], dict[str, list[tor
     return recorder.launches, tensors, sum(weight.numel() for weight in weights)
 
 
-def table() -> str:
-    """The table in Markdown: distinct bytes of a step per low-rank parameter, bfloat16 weights and gradients."""
-    lines = [
-        "| | launches | gradient read | weight read + written | moments read + written | projection | all else |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def measured() -> list[Row]:
+    """A row a kernel, and one for the step: launches, and distinct bytes per low-rank parameter, by what they go to."""
+    rows = []
     for method, group in METHODS.items():
         launches, tensors, parameters = recorded(group)
-        sums: Counter[str] = Counter()
-        for kernel in dict.fromkeys(launch.kernel for launch in launches):
-            own = [launch for launch in launches if launch.kernel == kernel]
-            read, written = Counter[str](), Counter[str]()
+        for kernel in [*dict.fromkeys(launch.kernel for launch in launches), "a step"]:
+            own = [launch for launch in launches if kernel in (launch.kernel, "a step")]
+            counts: Counter[str] = Counter()
             for launch in own:
                 for name, group_tensors in tensors.items():
                     for tensor in group_tensors:
                         traffic = launch.traffic(tensor)
-                        read[name] += traffic.loaded_once
-                        written[name] += traffic.stored_once
-            total = sum(launch.loaded_once + launch.stored_once for launch in own)
-            rest = total - read.total() - written.total()
-            cells = [
-                f"{method}: `{kernel}`",
-                str(len(own)),
-                _figure(read["gradient"], parameters),
-                _figures(read["weight"], written["weight"], parameters),
-                _figures(read["moments"], written["moments"], parameters),
-                _figure(read["projection"], parameters),
-                _figure(rest, parameters),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-            sums["total"] += total
-        lines.append(f"| {method}: a step | {len(launches)} | | | | | **{sums['total'] / parameters:.2f} in all** |")
+                        counts[f"{name} read"] += traffic.loaded_once
+                        counts[f"{name} written"] += traffic.stored_once
+            counts["all else"] = sum(launch.loaded_once + launch.stored_once for launch in own) - counts.total()
+            row: Row = {"method": method, "kernel": kernel, "launches": len(own)}
+            row |= {name: round(count / parameters, 4) for name, count in counts.items() if count}
+            rows.append(row | {"all": round(counts.total() / parameters, 4)})
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown, for bfloat16 weights and gradients."""
+    lines = [
+        "| | launches | gradient read | weight read + written | moments read + written | projection | all else |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["kernel"] == "a step":
+            lines.append(f"| {row['method']}: a step | {row['launches']} | | | | | **{row['all']:.2f} in all** |")
+            continue
+        cells = [
+            f"{row['method']}: `{row['kernel']}`",
+            str(row["launches"]),
+            _figures(row, "gradient read"),
+            _figures(row, "weight read", "weight written"),
+            _figures(row, "moments read", "moments written"),
+            _figures(row, "projection read"),
+            _figures(row, "all else"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _figure(count: int, parameters: int) -> str:
-    return f"{count / parameters:.2f}" if count else ""
-
-
-def _figures(read: int, written: int, parameters: int) -> str:
-    return f"{read / parameters:.2f} + {written / parameters:.2f}" if read or written else ""
+def _figures(row: Row, *names: str) -> str:
+    return " + ".join(f"{row[name]:.2f}" for name in names if name in row)
 
 
 def in_readme(readme: str) -> str:
@@ -101,7 +108,11 @@ def in_readme(readme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table into README.md")
-    made = table()
+    results = Results("launches", device=None, fresh=True)
+    rows = measured()
+    for row in rows:
+        results.add(f"{row['method']}: {row['kernel']}", **row)
+    made = table(rows)
     print(made)
     if parser.parse_args().write:
         path = ROOT / "README.md"

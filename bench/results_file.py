@@ -1,7 +1,12 @@
-"""Where a benchmark's figures go: one JSON file a question, under the name of the machine they were taken on."""
+"""Where figures go: ``results/<machine>/<name>.json``, rewritten after every row, so that nothing measured is lost.
+
+A file says on which machine, with which versions and from which source its rows come. Rows of an earlier run are kept
+only where all of that is the same; what does not depend on the machine lies under ``every-machine``.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -13,17 +18,95 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "apollo-triton", "apollo-torch")
+BENCH = Path(__file__).parent
+ROOT = BENCH.parent
+RESULTS = BENCH / "results"
+EVERY_MACHINE = "every-machine"
+PACKAGES = (
+    *("torch", "triton", "apollo-torch", "bitsandbytes", "torch-optimi", "torchao", "galore-torch"),
+    *("transformers", "tokenizers"),
+)
+
+Row = dict[str, Any]
 
 
-def machine() -> str:
-    """A folder name for this machine: its GPU, or its processor and number of cores."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_processor()} {os.cpu_count()} cores"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+class Results:
+    """The rows of the benchmark ``name`` on one device, each told from the others by its ``"id"``.
+
+    ``device`` is None for what is counted, and the same on every machine.
+
+    Opening it keeps the rows of an earlier run of the same source, versions, machine and ``settings`` (whatever else
+    decides the figures), unless ``fresh``. Rows that say why something was skipped are never kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: str | None = "cpu",
+        *,
+        fresh: bool = False,
+        settings: Row | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        described = {"name": EVERY_MACHINE} if device is None else describe(device)
+        self.path = (RESULTS if folder is None else folder) / folder_name(described) / f"{name}.json"
+        self._header = {"machine": described, "versions": versions(), "source": source(), "settings": settings or {}}
+        self.rows: dict[str, Row] = {}
+        earlier = {} if fresh else _read(self.path)
+        if all(earlier.get(name) == json.loads(json.dumps(value)) for name, value in self._header.items()):
+            self.rows = {row["id"]: row for row in earlier["rows"] if "skipped" not in row}
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self.rows
+
+    def add(self, identity: str, **figures: Any) -> None:
+        """Put a row down, in place of one with the same id; whatever happens meanwhile, the file is whole."""
+        self.rows[identity] = {"id": identity, **figures}
+        lines = ",\n".join(json.dumps(row) for row in self.rows.values())  # a row a line: a diff shows what changed
+        header = json.dumps(self._header | {"commit": commit()}, indent=1).removesuffix("\n}")
+        write_whole(self.path, f'{header},\n "rows": [\n{lines}\n]}}\n')
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` has it whole or what it had before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _read(path: Path) -> Row:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not whole: measured again
+        return {}
+
+
+def default_device() -> str:
+    """ "cuda" if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe(device: str) -> Row:
+    """What tells this machine from another, as far as ``device`` is concerned."""
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "name": properties.name,
+            "memory_GiB": round(properties.total_memory / 2**30),
+            "toolkit": torch.version.cuda or torch.version.hip,
+        }
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": f"{_processor()}, {cores} cores", "memory_GiB": round(memory / 2**30)}
+
+
+def folder_name(described: Row) -> str:
+    """
+    >>> folder_name({"name": "NVIDIA H100 80GB HBM3"})
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", described["name"].lower()).strip("-")
 
 
 def _processor() -> str:
@@ -35,26 +118,35 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(name: str, figures: dict[str, Any]) -> Path:
-    """Write ``figures`` with the machine, the versions and the commit to ``results/<machine>/<name>.json``."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    record = {
-        "machine": machine(),
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "threads": torch.get_num_threads(),
-        "commit": commit or "unknown",
-    } | figures
-    path = RESULTS / machine() / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+def versions() -> dict[str, str | None]:
+    """Of Python and of every package that is measured or takes part."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def source() -> str:
+    """A fingerprint of the package and its kernels: the same commit or not, this is what was measured."""
+    digest = hashlib.sha256()
+    for folder in ("apollo_triton", "kernels"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The commit, "-dirty" if code differs from it; where git is missing, what APOLLO_COMMIT says."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "apollo_triton", "kernels", "bench/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("APOLLO_COMMIT", "unknown")

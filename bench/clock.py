@@ -1,0 +1,130 @@
+"""Time on a CPU and on a GPU by one set of functions: contenders take turns, and caches are emptied before each.
+
+A GPU is timed by events on its own clock. The write that empties its cache keeps it busy while the host enqueues what
+is measured, so that a launch's latency does not count, as it would not in training.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+
+# More than any last-level cache of the day has: 50 MB an H100's L2, 256 MB a large server processor's.
+FLUSHED_BYTES = 256 * 2**20
+COPIED_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+@cache
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+
+def flush(device: str) -> None:
+    """Write more bytes than the caches hold; on a GPU this returns before it is done."""
+    _flush_buffer(device).zero_()
+
+
+class Stopwatch:
+    """A timer that is read twice: the first reading starts it and is 0.0, the second is the seconds since.
+
+    What pytest-benchmark takes as ``timer``. Seconds are the device's: between the readings a GPU does what it was
+    given, and the second reading waits for it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._started: float | torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        now = self._now()
+        if self._started is None:
+            self._started = now
+            return 0.0
+        started, self._started = self._started, None
+        if isinstance(now, float):
+            assert isinstance(started, float)
+            return now - started
+        now.synchronize()
+        return started.elapsed_time(now) / 1e3  # type: ignore[union-attr,arg-type]
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def seconds(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """One run with cold caches: the device's time, and the host's until ``run`` returned."""
+    flush(device)
+    stopwatch = Stopwatch(device)
+    stopwatch()
+    started = time.perf_counter()
+    run()
+    host = time.perf_counter() - started
+    return stopwatch(), host
+
+
+Times = dict[str, list[tuple[float, float]]]
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 1) -> Times:
+    """The ``seconds`` of every contender in every round. The order rotates, so that another user of the machine, and
+    what a neighbour leaves behind, slow all alike."""
+    names = list(runs)
+    times: Times = {name: [] for name in names}
+    for turn in range(-warm_up, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            measured = seconds(runs[name], device)
+            if turn >= 0:
+                times[name].append(measured)
+    return times
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """First quartile, median and third.
+
+    >>> quartiles([3.0, 1.0, 2.0])
+    [1.5, 2.0, 2.5]
+    """
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median over rounds of the two times in that round: what slows a whole round cancels.
+
+    >>> median_ratio([1.0, 10.0, 3.0], [2.0, 20.0, 3.0])
+    0.5
+    """
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a copy that is far larger than the caches; on random bits."""
+    size = COPIED_BYTES[device.partition(":")[0]] // 2
+    generator = torch.Generator(device).manual_seed(0)
+    source = torch.randint(-(2**31), 2**31, (size // 8,), dtype=torch.int64, device=device, generator=generator)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return 2 * source.nbytes / statistics.median(on_device for on_device, _ in times)
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """To significant digits: a result file is read by people.
+
+    >>> rounded(0.0123456), rounded(123456.0)
+    (0.01235, 123500.0)
+    """
+    return round(value, digits - 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else value

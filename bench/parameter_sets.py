@@ -1,0 +1,76 @@
+"""The weights that an optimizer steps over: LLaMA's of the paper's sizes, without the model, with gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from apollo_triton.llama import paper_figures
+
+
+class Shapes(NamedTuple):
+    """Of the matrices that APOLLO projects, and of all else: embedding, head, norms."""
+
+    matrices: list[tuple[int, int]]
+    rest: list[tuple[int, ...]]
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.matrices + self.rest)
+
+
+class Weights(NamedTuple):
+    """Parameters with gradients, as ``Shapes`` has them."""
+
+    matrices: list[nn.Parameter]
+    rest: list[nn.Parameter]
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return self.matrices + self.rest
+
+    @property
+    def bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.all)
+
+
+def layer_shapes(size: str) -> list[tuple[int, int]]:
+    """The seven matrices of one layer: four of attention, gate and up, down.
+
+    >>> layer_shapes("60M")[3:]
+    [(512, 512), (1376, 512), (1376, 512), (512, 1376)]
+    """
+    shape = paper_figures()["llama"][size]
+    hidden, wide = shape["hidden"], shape["intermediate"]
+    return [(hidden, hidden)] * 4 + [(wide, hidden)] * 2 + [(hidden, wide)]
+
+
+def llama_shapes(size: str, layers: int | None = None, matrices_only: bool = False) -> Shapes:
+    """Of the LLaMA of ``size``, with another number of ``layers`` if given.
+
+    >>> llama_shapes("60M").parameters, llama_shapes("60M", matrices_only=True).parameters
+    (58073600, 25296896)
+    """
+    shape = paper_figures()["llama"][size]
+    hidden, vocabulary = shape["hidden"], shape["vocab"]
+    layers = shape["layers"] if layers is None else layers
+    norms: list[tuple[int, ...]] = [(hidden,)] * (2 * layers + 1)
+    rest = [] if matrices_only else [(vocabulary, hidden), (vocabulary, hidden), *norms]
+    return Shapes(layer_shapes(size) * layers, rest)
+
+
+def make_weights(shapes: Shapes, dtype: torch.dtype, device: str) -> Weights:
+    """Normals of a seed: 0.02 times for weights, 1e-3 times for gradients. Zeros would time faster."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normals(shape: tuple[int, ...], scale: float) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
+
+    def parameter(shape: tuple[int, ...]) -> nn.Parameter:
+        made = nn.Parameter(normals(shape, 0.02))
+        made.grad = normals(shape, 1e-3)
+        return made
+
+    return Weights([parameter(shape) for shape in shapes.matrices], [parameter(shape) for shape in shapes.rest])

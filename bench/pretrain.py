@@ -1,0 +1,205 @@
+"""Do they train alike? LLaMA on text from disk, by each optimizer, with the same batches and initial weights a seed.
+
+    python -m bench.pretrain                                      # sized down: 20 minutes on two CPU cores
+    python -m bench.pretrain --model 60M --sequence 256 --batch 128 --steps 1000 --vocabulary 32000 --dtype bfloat16
+
+A run is one variant with one seed, one process and one thread each on a CPU; runs that the results file holds are not
+run again. A seed decides the weights, the batches and the projections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apollo_triton import APOLLOAdamW, apollo_param_groups
+from apollo_triton.demo_data import Corpus
+from apollo_triton.demo_training import SIZES, OptimizerMaker, Plan, Run
+
+from .contenders import MINI, OFFICIAL_KEYS
+from .pretrain_data import load_tokens
+from .results_file import Results, Row, default_device
+
+# The best of a sweep with the sized-down model and one seed (results/*/pretrain_sweep.json).
+LEARNING_RATES = {"AdamW": 5e-3, "APOLLO": 2e-2, "Mini": 1e-2}
+
+
+def _adamw(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.0, fused=True)
+
+
+def _quarter(plan: Plan) -> dict[str, Any]:
+    """APOLLO's group at the paper's rank, a quarter of the width."""
+    return {"rank": SIZES[plan.model].hidden // 4, "scale_type": "channel", "scale": 1.0}
+
+
+def _official(keys: Callable[[Plan], dict[str, Any]]) -> OptimizerMaker:
+    def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+        from apollo_torch import APOLLOAdamW as OfficialAPOLLOAdamW
+
+        groups = [group | OFFICIAL_KEYS if "rank" in group else group for group in _groups(model, keys(plan))]
+        return OfficialAPOLLOAdamW(groups, lr=plan.learning_rate)
+
+    return build
+
+
+def _ours(keys: Callable[[Plan], dict[str, Any]], **options: Any) -> OptimizerMaker:
+    def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+        distribution = {name: options[name] for name in options if name == "distribution"}
+        constructor = {name: options[name] for name in options if name != "distribution"}
+        groups = _groups(model, keys(plan) | distribution)
+        return APOLLOAdamW(groups, lr=plan.learning_rate, seed=plan.seed, **constructor)
+
+    return build
+
+
+def _groups(model: nn.Module, keys: dict[str, Any]) -> list[dict[str, Any]]:
+    """Groups of parameters alone: apollo-torch knows nothing of names."""
+    groups = apollo_param_groups(model, **keys)
+    return [{name: group[name] for name in group if name != "param_names"} for group in groups]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer, and whose learning rate it takes."""
+
+    build: OptimizerMaker
+    rate: str
+
+
+VARIANTS = {
+    "AdamW": Variant(_adamw, "AdamW"),
+    "apollo-torch": Variant(_official(_quarter), "APOLLO"),
+    "APOLLO": Variant(_ours(_quarter), "APOLLO"),
+    "APOLLO, a seed per matrix": Variant(_ours(_quarter, seed_per_param=True), "APOLLO"),
+    "APOLLO, Rademacher": Variant(_ours(_quarter, distribution="rademacher"), "APOLLO"),
+    "APOLLO, bf16 moments": Variant(_ours(_quarter, state_dtype=torch.bfloat16), "APOLLO"),
+    "apollo-torch Mini": Variant(_official(lambda plan: MINI), "Mini"),
+    "Mini": Variant(_ours(lambda plan: MINI), "Mini"),
+    "Mini, a seed per matrix": Variant(_ours(lambda plan: MINI, seed_per_param=True), "Mini"),
+    "Mini, Rademacher": Variant(_ours(lambda plan: MINI, distribution="rademacher"), "Mini"),
+    "Mini, bf16 moments": Variant(_ours(lambda plan: MINI, state_dtype=torch.bfloat16), "Mini"),
+}
+
+_corpus: Corpus | None = None
+
+
+def _use(corpus: Corpus) -> None:
+    """Once a process: the text, and one thread."""
+    global _corpus
+    _corpus = corpus
+    torch.set_num_threads(1)
+
+
+def train(plan: Plan) -> Row:
+    """Train ``plan`` to its end; its method is a name of ``VARIANTS``."""
+    assert _corpus is not None
+    started = time.perf_counter()
+    run = Run(plan, _corpus, VARIANTS[plan.method].build)
+    run.evaluate()
+    while not run.finished:
+        run.advance()
+        # Half as often as the demo: there are many runs, and the 128 windows take as long as five steps.
+        if run.finished or run.step % (2 * plan.evaluation_gap) == 0:
+            run.evaluate()
+    tenth = max(1, plan.steps // 10)
+    return {
+        "variant": plan.method,
+        "seed": plan.seed,
+        "learning_rate": plan.learning_rate,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "held_out_loss": run.history.held_out_loss[plan.steps],
+        "training_loss_last_tenth": sum(run.history.training_loss[-tenth:]) / tenth,
+        "curve": {str(step): round(loss, 5) for step, loss in run.history.held_out_loss.items()},
+        "state_bytes": run.state_bytes(),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def results_of(plans: list[Plan], corpus: Corpus, workers: int) -> Iterator[tuple[Plan, Row]]:
+    """Every plan's row as it comes, several at a time; a run that fails gives a row that says why."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_use, initargs=(corpus,)) as pool:
+        futures = {pool.submit(train, plan): plan for plan in plans}
+        for future in as_completed(futures):
+            plan = futures[future]
+            row: Row = {"variant": plan.method, "seed": plan.seed}
+            try:
+                yield plan, future.result()
+            except BrokenProcessPool:
+                yield plan, row | {"skipped": "its process was killed, for want of memory most likely"}
+            except Exception as error:
+                yield plan, row | {"skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+
+
+def learning_rates(given: list[str]) -> dict[str, float]:
+    """The defaults with ``NAME=NUMBER`` in place of some."""
+    rates = dict(LEARNING_RATES)
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in rates:
+            raise SystemExit(f"--lr {text}: give NAME=NUMBER, where NAME is one of {', '.join(rates)}")
+        rates[name] = float(number)
+    return rates
+
+
+def main() -> None:
+    """Run what is missing, a row to the file after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="1M", choices=SIZES, help="a LLaMA's size (%(default)s)")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--sequence", type=int, default=128, help="tokens in each (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="of the byte-level BPE (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    parser.add_argument("--lr", nargs="*", default=[], metavar="NAME=NUMBER", help=f"of {', '.join(LEARNING_RATES)}")
+    parser.add_argument("--data", type=Path, help="a file, or a folder of text files (default: Python sources here)")
+    parser.add_argument("--megabytes", type=float, default=12, help="of text (%(default)s)")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
+    parser.add_argument("--name", default="pretrain", help="of the results file (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    options = parser.parse_args()
+    rates = learning_rates(options.lr)
+    corpus = load_tokens(options.data, options.vocabulary, options.megabytes)
+    size, length = (options.batch, options.sequence)
+    plans = [
+        Plan(method, rates[VARIANTS[method].rate], None, options.model, options.steps, size, length, seed, *rest)
+        for seed in range(options.seeds)
+        for method in options.variants
+        for rest in [(options.device, corpus.fingerprint, options.dtype)]
+    ]
+    common = asdict(plans[0])
+    for varying in ("method", "learning_rate", "scale", "seed", "device"):
+        del common[varying]
+    about = {"text": corpus.name, "vocabulary": corpus.vocabulary, "tokens": len(corpus.train)}
+    results = Results(options.name, options.device, fresh=options.fresh, settings=common | about)
+    missing = [plan for plan in plans if identity(plan) not in results]
+    workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
+    print(f"{len(missing)} of {len(plans)} runs, {workers} at a time; {about}", flush=True)
+    for plan, row in results_of(missing, corpus, workers):
+        results.add(identity(plan), **row)
+        figure = row.get("skipped") or f"held-out loss {row['held_out_loss']:.4f}, {row['seconds']} s"
+        print(f"{identity(plan):44s} {figure}", flush=True)
+    print(f"written to {results.path}")
+
+
+def identity(plan: Plan) -> str:
+    return f"{plan.method}, lr {plan.learning_rate:g}, seed {plan.seed}"
+
+
+if __name__ == "__main__":
+    main()

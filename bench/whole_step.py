@@ -1,0 +1,248 @@
+"""A whole step against its peers: LLaMA's parameters, one run, every contender once a round in rotating order.
+
+    python -m bench.whole_step                     # what suits this machine: minutes on a CPU
+    python -m bench.whole_step --cases '7B.*'      # the cases whose names match
+    python -m bench.whole_step --list
+
+All contenders step over the same weights with the same gradients. They are held in memory together where that fits, and
+else one at a time beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from apollo_triton.llama import default_rank
+
+from .clock import copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
+from .contenders import CONTENDERS, OURS, Contender, bytes_to_move, state_bytes
+from .parameter_sets import Shapes, Weights, llama_shapes, make_weights
+from .results_file import Results, Row, default_device
+from .step_measures import Extra, launches
+
+GROWTH = (*OURS, "PyTorch AdamW, fused", "apollo-torch")
+RANKS = (1, 4, 16, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A parameter set, and who steps over it. ``curve`` names the picture of growth that it is a point of."""
+
+    size: str
+    dtype: torch.dtype
+    rounds: int
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    layers: int | None = None
+    matrices_only: bool = False
+    rank: int | None = None
+    curve: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.size]
+        parts += ["matrices"] if self.matrices_only else []
+        parts += [f"{self.layers} layers"] if self.layers else []
+        parts += [f"rank {self.rank}"] if self.rank else []
+        return " ".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+    @property
+    def shapes(self) -> Shapes:
+        return llama_shapes(self.size, self.layers, self.matrices_only)
+
+    @property
+    def used_rank(self) -> int:
+        return self.rank or default_rank(self.size)
+
+
+def cases(device: str) -> list[Case]:
+    """What is measured by default: LLaMA's parameter sets, then growth by rank and by number of layers."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    rank, layers = {"matrices_only": True, "curve": "rank"}, {"matrices_only": True, "curve": "layers"}
+    if device.startswith("cuda"):
+        return [
+            *(Case(size, bfloat16, 50) for size in ("60M", "130M", "350M", "1B", "7B")),
+            Case("7B", bfloat16, 30, matrices_only=True),
+            Case("60M", float32, 50),
+            *(Case("7B", bfloat16, 30, GROWTH, layers=4, rank=each, **rank) for each in (*RANKS, 1024)),
+            *(Case("350M", bfloat16, 30, GROWTH, layers=each, **layers) for each in (1, 2, 4, 8, 16, 32, 64)),
+        ]
+    return [
+        *(Case("60M", dtype, 15, matrices_only=True) for dtype in (float32, bfloat16)),
+        *(Case("60M", dtype, 10) for dtype in (float32, bfloat16)),
+        Case("130M", bfloat16, 5, GROWTH),
+        Case("350M", bfloat16, 3),
+        *(Case("60M", float32, 7, GROWTH, rank=each, **rank) for each in RANKS),
+        *(Case("60M", float32, 7, GROWTH, layers=each, **layers) for each in (1, 2, 4, 8, 16)),
+    ]
+
+
+class Stepper:
+    """A contender with its optimizer, stepped once or twice; ``step`` is what is timed."""
+
+    def __init__(self, contender: Contender, weights: Weights, rank: int, device: str) -> None:
+        self.contender, self._weights, self._rank, self._device = contender, weights, rank, device
+        extra = Extra(device)
+        with extra.profiled():
+            self.optimizer = contender.make(weights, rank, {})
+            self.optimizer.step()
+            with extra.measured():
+                self.optimizer.step()
+        self.step: Callable[[], object] = self.optimizer.step
+        if contender.captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.optimizer.step()
+            self.step = graph.replay
+        self.step()
+        state, _ = state_bytes(self.optimizer)
+        self.figures: Row = {
+            "launches": launches(self.step, device),
+            "state_bytes": state,
+            "extra_bytes": extra.peak - state,
+            "bytes": bytes_to_move(contender, weights, self.optimizer),
+        }
+
+    def refresh_ms(self) -> float | None:
+        """The time of a step that makes a new projection, the second one of an optimizer that does so at every step."""
+        if not self.contender.refreshes:
+            return None
+        optimizer = self.contender.make(self._weights, self._rank, {"update_proj_gap": 1})
+        optimizer.step()
+        return 1e3 * min(seconds(optimizer.step, self._device)[0] for _ in range(1 if self.contender.needs else 3))
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "it does not fit into the memory of this device"
+    return f"it failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
+
+
+def batches(contenders: list[Contender], weights: Weights, device: str) -> Iterator[list[Contender]]:
+    """Who is in memory at a time: all, if two moments each, and work space for one, leave a fifth of it free."""
+    peers = [each for each in contenders if each.name not in OURS]
+    ours = [each for each in contenders if each.name in OURS]
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_memory()
+    if 2 * weights.bytes * (len(peers) + 1) <= 0.8 * free:
+        yield contenders
+    elif peers:
+        yield from ([*ours, peer] for peer in peers)
+    else:
+        yield ours
+
+
+def available_memory() -> int:
+    """Bytes of main memory that a program may still take; 0 where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+
+
+@functools.cache
+def bandwidth(device: str) -> float:
+    """Measured once a run."""
+    return copy_bandwidth(device)
+
+
+def measure(case: Case, device: str, results: Results) -> None:
+    """Time the case's contenders that have no row yet, beside ours, and put a row down for each."""
+    shapes = case.shapes
+    about = {
+        **{"case": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch.")},
+        **{"layers": case.layers, "matrices_only": case.matrices_only, "rank": case.used_rank, "curve": case.curve},
+        **{"parameters": shapes.parameters, "rounds": case.rounds, "threads": torch.get_num_threads()},
+    }
+    runnable = []
+    for name in case.contenders:
+        if obstacle := CONTENDERS[name].obstacle(device, shapes):
+            results.add(f"{case.name}: {name}", contender=name, skipped=obstacle, **about)
+        elif f"{case.name}: {name}" not in results:
+            runnable.append(CONTENDERS[name])
+    if not runnable:
+        return
+    runnable = [CONTENDERS[name] for name in OURS] + [each for each in runnable if each.name not in OURS]
+    weights = make_weights(shapes, case.dtype, device)
+    for batch in batches(runnable, weights, device):
+        rows = measure_together(batch, weights, case, device)
+        for name, row in rows.items():
+            if f"{case.name}: {name}" not in results:  # ours come with every batch, the first counts
+                results.add(f"{case.name}: {name}", contender=name, **about, **row)
+                print(f"  {case.name}: {name:38s} {summary(row)}", flush=True)
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def measure_together(batch: list[Contender], weights: Weights, case: Case, device: str) -> dict[str, Row]:
+    """A row for each contender, timed in the same rounds."""
+    rows: dict[str, Row] = {}
+    steppers: dict[str, Stepper] = {}
+    for contender in batch:
+        try:
+            steppers[contender.name] = stepper = Stepper(contender, weights, case.used_rank, device)
+            refresh = stepper.refresh_ms()
+            rows[contender.name] = stepper.figures | {"refresh_ms": refresh and rounded(refresh)}
+        except Exception as error:  # whatever a peer does, the others are measured
+            rows[contender.name] = {"skipped": reason(error)}
+            steppers.pop(contender.name, None)
+            gc.collect()
+    times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
+    on_device = {name: [both[0] for both in pairs] for name, pairs in times.items()}
+    for name, pairs in times.items():
+        row = rows[name]
+        row["ms"] = [rounded(1e3 * value) for value in quartiles(on_device[name])]
+        row["host_ms"] = rounded(1e3 * quartiles([both[1] for both in pairs])[1])
+        row["copy_bandwidth"] = rounded(bandwidth(device))
+        for ours in OURS:
+            if ours in on_device:
+                row[f"times {ours}"] = rounded(median_ratio(on_device[name], on_device[ours]))
+    return rows
+
+
+def summary(row: Row) -> str:
+    if "skipped" in row:
+        return f"skipped: {row['skipped']}"
+    first, median, third = row["ms"]
+    return f"{median:9.2f} ms ({first:.2f} to {third:.2f}), {row['times APOLLO-Mini']:.2f} times APOLLO-Mini"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--cases", default=".*", help="a regular expression of whole names (see --list)")
+    parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    options: Any = parser.parse_args()
+    chosen = [case for case in cases(options.device) if re.fullmatch(options.cases, case.name)]
+    if not chosen:
+        raise SystemExit(f"--cases {options.cases!r}: no case matches; see --list")
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    results = Results("whole_step", options.device, fresh=options.fresh)
+    for case in chosen:
+        try:
+            measure(case, options.device, results)
+        except Exception as error:  # too little memory for the weights themselves, say
+            for name in case.contenders:
+                if f"{case.name}: {name}" not in results:
+                    results.add(f"{case.name}: {name}", case=case.name, contender=name, skipped=reason(error))
+            print(f"  {case.name}: {reason(error)}", flush=True)
+    print(f"written to {results.path}")
+
+
+if __name__ == "__main__":
+    main()
