@@ -1,0 +1,218 @@
+"""Memory from end to end: peak and speed of real training steps of a LLaMA, and the largest batch under 80 GB.
+
+    python -m bench.training                            # 1B, 7B and 13B on a GPU; 60M on a CPU
+    python -m bench.training --sizes 7B --sequence 256
+
+Random weights, batches of real tokens, no activation checkpointing; every run in a process of its own. Beside each
+figure stands what ``apollo-triton memory`` counts for weights, gradients and state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apollo_triton import APOLLOAdamW, memory
+from apollo_triton.extras import require
+from apollo_triton.llama import default_rank, meta_model, named_sizes
+
+from .clock import rounded, wait
+from .parameter_sets import llama_shapes
+from .pretrain_data import load_tokens
+from .results_file import Results, Row, default_device
+from .whole_step import reason
+
+CAP = 80e9  # bytes, of the paper's cards
+METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
+LAYER_WISE = "this version has no layer-wise updates"
+# The three are what the paper speaks of; a CPU trains them too, but not in minutes.
+SIZES = {"cuda": ("1B", "7B", "13B"), "cpu": ("60M",)}
+MOST_BATCHES = 256
+
+
+def make_optimizer(method: str, model: nn.Module, size: str) -> torch.optim.Optimizer:
+    if method == "AdamW":
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if method == "APOLLO":
+        return APOLLOAdamW.apollo(model, rank=default_rank(size), lr=1e-4)
+    return APOLLOAdamW.mini(model, lr=1e-4)
+
+
+def counted(method: str, size: str, dtype: torch.dtype) -> int:
+    """Bytes of weights, gradients and state, by ``apollo_triton.memory``."""
+    model = meta_model(size, dtype)
+    if method == "AdamW":
+        return memory.adamw(model).total
+    return (memory.apollo(model, default_rank(size)) if method == "APOLLO" else memory.apollo_mini(model)).total
+
+
+class Training:
+    """A model, its optimizer, and steps of any batch; to be made in a process that does nothing else."""
+
+    def __init__(self, size: str, method: str, sequence: int, dtype: torch.dtype, device: str, tokens: Tensor) -> None:
+        self._sequence, self._device, self._tokens = sequence, device, tokens
+        if device.startswith("cuda"):
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
+        transformers = require("transformers", "bench")
+        config = meta_model(size).config
+        config.max_position_embeddings = max(sequence, config.max_position_embeddings)
+        self._before = _resident_bytes()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # a 13B in float32 first would not fit
+        try:
+            with torch.device(device):
+                self.model = transformers.AutoModelForCausalLM.from_config(config)
+        finally:
+            torch.set_default_dtype(default)
+        self.optimizer = make_optimizer(method, self.model, size)
+
+    def step(self, batch: int) -> tuple[float, float]:
+        """One step on ``batch`` sequences; seconds of forward and backward, and of the optimizer."""
+        starts = torch.randint(len(self._tokens) - self._sequence, (batch,))
+        windows = torch.stack([self._tokens[start : start + self._sequence] for start in starts]).long()
+        windows = windows.to(self._device)
+        started = time.perf_counter()
+        self.model(input_ids=windows, labels=windows, use_cache=False).loss.backward()
+        wait(self._device)
+        between = time.perf_counter()
+        self.optimizer.step()
+        wait(self._device)
+        ended = time.perf_counter()
+        self.optimizer.zero_grad()
+        return between - started, ended - between
+
+    def measured(self, batch: int, steps: int) -> Row:
+        """Peak memory and speed at ``batch``; a first step, which makes state and compiles, is not timed."""
+        self.step(batch)
+        if self._device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self._device)
+        times = [self.step(batch) for _ in range(steps)]
+        backward, optimizer = (statistics.median(column) for column in zip(*times, strict=True))
+        return {
+            "batch": batch,
+            "peak_bytes": self._peak(),
+            "tokens_per_second": rounded(batch * self._sequence / (backward + optimizer)),
+            "backward_ms": rounded(1e3 * backward),
+            "optimizer_ms": rounded(1e3 * optimizer),
+        }
+
+    def largest_batch(self) -> int:
+        """The largest batch of which two steps fit, by doubling and halving; at most ``MOST_BATCHES``."""
+        fits, fails = 0, MOST_BATCHES + 1
+        batch = 1
+        while fails - fits > 1:
+            if self._fits(batch):
+                fits = batch
+            else:
+                fails = batch
+            batch = min(2 * fits, (fits + fails) // 2) if fits else fails // 2
+        return fits
+
+    def _fits(self, batch: int) -> bool:
+        try:
+            self.step(batch)
+            self.step(batch)
+        except torch.OutOfMemoryError:
+            fits = False
+        else:
+            fits = True
+        self.optimizer.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return fits
+
+    def _peak(self) -> int:
+        """What the device's allocator says; on a CPU, the most that the process had above what it started with."""
+        if self._device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self._device)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return most - self._before
+
+
+def _resident_bytes() -> int:
+    """Main memory of this process, now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def run(size: str, method: str, batch: int, sequence: int, dtype: torch.dtype, device: str, tokens: Tensor) -> Row:
+    """A row: steps at ``batch``, and on a GPU at the largest batch too."""
+    training = Training(size, method, sequence, dtype, device, tokens)
+    row = training.measured(batch, steps=3)
+    if device.startswith("cuda"):
+        largest = training.largest_batch()
+        row |= {f"largest_{name}": figure for name, figure in training.measured(largest, steps=5).items()}
+    return row
+
+
+def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Results) -> Iterator[tuple[str, Row]]:
+    """What ``results`` has not got yet."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    tokens = None
+    for size in dict.fromkeys([*sizes, *SIZES["cuda"]]):
+        for method in METHODS:
+            identity = f"{size} {method}"
+            if identity in results:
+                continue
+            row: Row = {
+                **{"size": size, "method": method, "sequence": sequence},
+                **{"dtype": str(dtype).removeprefix("torch."), "parameters": llama_shapes(size).parameters},
+            }
+            if "layer-wise" in method:
+                yield identity, row | {"skipped": LAYER_WISE}
+                continue
+            row["counted_bytes"] = counted(method, size, torch.bfloat16 if size in SIZES["cuda"] else dtype)
+            if size not in sizes:
+                yield identity, row | {"skipped": "it needs a CUDA device"}
+                continue
+            if tokens is None:
+                tokens = load_tokens(None, 32000, 4).train
+            # A process each: a peak is that of this run alone, and one that is killed for its memory stops no other.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                try:
+                    row |= pool.submit(run, size, method, batch, sequence, dtype, device, tokens).result()
+                except BrokenProcessPool:
+                    row["skipped"] = "it does not fit into the memory of this machine: its process was killed"
+                except Exception as error:
+                    row["skipped"] = reason(error)
+            yield identity, row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--sizes", nargs="*", choices=named_sizes(), help="(default: 1B 7B 13B; on a CPU 60M)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    parser.add_argument("--sequence", type=int, help="tokens in each (1024; on a CPU 256)")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    options: Any = parser.parse_args()
+    sizes = options.sizes or list(SIZES[options.device.partition(":")[0]])
+    options.sequence = options.sequence or (1024 if options.device.startswith("cuda") else 256)
+    about = {"batch": options.batch, "sequence": options.sequence}
+    results = Results("training", options.device, fresh=options.fresh, settings=about)
+    for identity, row in rows(sizes, options.batch, options.sequence, options.device, results):
+        results.add(identity, **row)
+        figure = row.get("skipped") or f"peak {row['peak_bytes'] / 1e9:.2f} GB, {row['tokens_per_second']} tokens/s"
+        print(f"{identity:32s} {figure}", flush=True)
+    print(f"written to {results.path}")
+
+
+if __name__ == "__main__":
+    main()
