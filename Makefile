@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # Pip's own record that an extra is installed: made anew when what it was made from changes.
 INSTALLED = $(VENV)/.installed-$(1)
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench bench-gpu clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
@@ -24,7 +24,10 @@ tests: $(call INSTALLED,test)
 	$(RUN) -m pytest --doctest-modules -n 2 $(ARGS)
 
 bench: $(call INSTALLED,bench)
-	$(RUN) -m bench.cpu_step $(ARGS)
+	$(RUN) -m bench $(ARGS)
+
+bench-gpu: $(call INSTALLED,bench)
+	$(RUN) -m bench --gpu $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'

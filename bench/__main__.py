@@ -1,0 +1,140 @@
+"""All benchmarks, stage after stage, then the report.
+
+    python -m bench                # what suits this machine
+    python -m bench --gpu          # everything that needs a CUDA device, in stages of under 8 minutes
+    python -m bench --only NAME    # stages whose names match a regular expression; --list names them
+
+A stage that fails or takes too long keeps what it measured, says so, and the next one starts. Started again, a stage
+measures only what is missing: what another version, machine or source has measured does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+
+from apollo_triton.llama import named_sizes
+
+from .results_file import ROOT
+
+GPU_SECONDS = 8 * 60
+CPU_SECONDS = 45 * 60
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``python -m bench.<module> <arguments>``; ``resumes`` if it takes --fresh."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    seconds: int = CPU_SECONDS
+    resumes: bool = True
+
+
+COUNTED = [
+    Stage("launches and bytes", "kernel_table", resumes=False),
+    Stage("machine code", "codegen", resumes=False),
+    Stage("host", "host_overhead", resumes=False),
+    Stage("import", "import_time", resumes=False),
+]
+CPU = [
+    *COUNTED,
+    Stage("whole step", "whole_step"),
+    Stage("kernels", "kernels", ("-k", "60M or 350M")),
+    Stage("training", "training"),
+    Stage("pre-training", "pretrain"),
+]
+
+
+def _gpu(name: str, module: str, *arguments: str) -> Stage:
+    return Stage(name, module, arguments, GPU_SECONDS)
+
+
+# The paper's learning rate for APOLLO, and a usual one for AdamW; 33 million tokens.
+PRETRAINING = (
+    *("--model", "60M", "--sequence", "256", "--batch", "128", "--steps", "1000", "--dtype", "bfloat16"),
+    *("--vocabulary", "32000", "--megabytes", "400", "--seeds", "2", "--name", "pretrain_60M"),
+    *("--lr", "AdamW=2e-3", "APOLLO=1e-2", "Mini=1e-2", "--variants"),
+)
+SHORT_GPU = [
+    _gpu("whole step, small", "whole_step", "--cases", "(60M|130M|350M) bfloat16"),
+    _gpu("whole step, 7B matrices", "whole_step", "--cases", "7B matrices bfloat16"),
+    _gpu("kernels, 7B", "kernels", "-k", "7B-"),
+]
+GPU = [
+    *SHORT_GPU,
+    _gpu("whole step, float32", "whole_step", "--cases", "60M float32"),
+    _gpu("whole step, 1B", "whole_step", "--cases", "1B bfloat16"),
+    _gpu("whole step, 7B", "whole_step", "--cases", "7B bfloat16"),
+    _gpu("whole step, by rank", "whole_step", "--cases", "7B .* rank .*"),
+    _gpu("whole step, by layers", "whole_step", "--cases", "350M .* layers .*"),
+    *(_gpu(f"training, {size}", "training", "--sizes", size) for size in ("1B", "7B", "13B")),
+    *(_gpu(f"kernels, {size}", "kernels", "-k", f"{size}-") for size in named_sizes() if size != "7B"),
+    _gpu("pre-training, AdamW and APOLLO", "pretrain", *PRETRAINING, "AdamW", "APOLLO"),
+    _gpu("pre-training, Mini and apollo-torch", "pretrain", *PRETRAINING, "Mini", "apollo-torch"),
+    _gpu("pre-training, variants", "pretrain", *PRETRAINING, "APOLLO, Rademacher", "Mini, a seed per matrix"),
+]
+
+
+def run(stage: Stage, fresh: bool) -> bool:
+    """Run a stage to its end or its limit; whether it ended well."""
+    command = [sys.executable, "-m", f"bench.{stage.module}", *stage.arguments]
+    print(f"\n== {stage.name}: python {' '.join(command[1:])}", flush=True)
+    command += ["--fresh"] if fresh and stage.resumes else []
+    started = time.perf_counter()
+    # Libraries that are measured warn a lot; what they say matters only if the stage fails.
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stderr=errors, timeout=stage.seconds, check=False).returncode
+            problem = f"it failed (exit code {code})" if code else ""
+        except subprocess.TimeoutExpired:
+            problem = f"it was stopped after {stage.seconds // 60} minutes"
+        if problem:
+            errors.seek(0)
+            print(
+                "".join(errors.readlines()[-5:]) + f"-- {stage.name}: {problem}; what it measured is kept", flush=True
+            )
+    print(f"-- {time.perf_counter() - started:.0f} s", flush=True)
+    return not problem
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="everything that needs a CUDA device")
+    parser.add_argument("--only", default=".*", metavar="PATTERN", help="stages whose names match")
+    parser.add_argument("--list", action="store_true", help="the stages' names, and nothing else")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    stages = [
+        s for s in (GPU if options.gpu else COUNTED + SHORT_GPU if on_gpu else CPU) if re.search(options.only, s.name)
+    ]
+    if not stages:
+        raise SystemExit(f"--only {options.only!r}: no stage matches; see --list")
+    if options.list:
+        print("\n".join(stage.name for stage in stages))
+        return 0
+    if options.gpu and not on_gpu:
+        raise SystemExit("--gpu: PyTorch sees no CUDA device here; python -m bench measures what a CPU can tell")
+    failed = []
+    try:
+        failed = [stage.name for stage in stages if not run(stage, options.fresh)]
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was measured is kept: the same command goes on from there.")
+        failed = ["interrupted"]
+    if not run(Stage("report", "report", resumes=False), fresh=False):
+        failed.append("report")
+    print(f"\nNot all went well: {', '.join(failed)}" if failed else "\nSee bench/REPORT.md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
