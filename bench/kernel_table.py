@@ -20,6 +20,7 @@ from sanitizer import Launch, Recorder  # noqa: E402
 
 from apollo_triton import APOLLOAdamW  # noqa: E402
 
+from .report_text import launches  # noqa: E402
 from .results_file import Results, Row  # noqa: E402
 
 METHODS = {
@@ -56,9 +57,9 @@ def measured() -> list[Row]:
     """A row a kernel, and one for the step: launches, and distinct bytes per low-rank parameter, by what they go to."""
     rows = []
     for method, group in METHODS.items():
-        launches, tensors, parameters = recorded(group)
-        for kernel in [*dict.fromkeys(launch.kernel for launch in launches), "a step"]:
-            own = [launch for launch in launches if kernel in (launch.kernel, "a step")]
+        steps, tensors, parameters = recorded(group)
+        for kernel in [*dict.fromkeys(launch.kernel for launch in steps), "a step"]:
+            own = [launch for launch in steps if kernel in (launch.kernel, "a step")]
             counts: Counter[str] = Counter()
             for launch in own:
                 for name, group_tensors in tensors.items():
@@ -73,33 +74,6 @@ def measured() -> list[Row]:
     return rows
 
 
-def table(rows: list[Row]) -> str:
-    """The rows in Markdown, for bfloat16 weights and gradients."""
-    lines = [
-        "| | launches | gradient read | weight read + written | moments read + written | projection | all else |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["kernel"] == "a step":
-            lines.append(f"| {row['method']}: a step | {row['launches']} | | | | | **{row['all']:.2f} in all** |")
-            continue
-        cells = [
-            f"{row['method']}: `{row['kernel']}`",
-            str(row["launches"]),
-            _figures(row, "gradient read"),
-            _figures(row, "weight read", "weight written"),
-            _figures(row, "moments read", "moments written"),
-            _figures(row, "projection read"),
-            _figures(row, "all else"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _figures(row: Row, *names: str) -> str:
-    return " + ".join(f"{row[name]:.2f}" for name in names if name in row)
-
-
 def in_readme(readme: str) -> str:
     """The table between the marks of the README."""
     return readme.partition(BEGIN)[2].partition(END)[0].strip()
@@ -112,7 +86,7 @@ def main() -> None:
     rows = measured()
     for row in rows:
         results.add(f"{row['method']}: {row['kernel']}", **row)
-    made = table(rows)
+    made = launches(rows)
     print(made)
     if parser.parse_args().write:
         path = ROOT / "README.md"

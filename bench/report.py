@@ -1,0 +1,59 @@
+"""``bench/REPORT.md`` and its pictures, from every results file there is: ``python -m bench.report``.
+
+What was not measured says so; nothing is carried over from one machine to another.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import report_figures, report_tables, report_text
+from .report_data import Machine, load
+from .report_targets import TARGETS
+from .results_file import BENCH, RESULTS, write_whole
+
+INTRODUCTION = """# Benchmarks
+
+Written by `python -m bench.report` from the files in [results](results), one folder a machine; `make bench` measures
+and writes it anew, `make bench-gpu` everything that needs a GPU. A figure without a machine beside it is counted, not
+timed, and the same everywhere. Where there is no figure it says so, and why."""
+
+
+def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
+    """The report in Markdown; its pictures go into the folder ``pictures``."""
+    sections = [INTRODUCTION, report_text.summary(counted, machines)]
+    rows = [target.line([counted, *machines]) for target in TARGETS]
+    sections.append("## Targets\n\n" + report_tables.table(["", "target", "measured", "on"], rows))
+    for machine in machines:
+        parts = [
+            report_tables.whole_step(machine),
+            report_figures.roofline(machine, pictures),
+            report_figures.growth(machine, pictures),
+            report_tables.growth(machine),
+            report_tables.kernels(machine),
+            report_figures.kernels(machine, pictures),
+            report_tables.training(machine),
+            report_tables.pretraining(machine),
+            report_figures.pretraining(machine, pictures),
+            report_tables.host(machine),
+        ]
+        sections.append("\n\n".join([f"## {machine.name}", report_tables.provenance(machine), *filter(None, parts)]))
+    sections.append(report_text.counted(counted))
+    sections.append(report_text.published())
+    sections.append(report_text.METHOD)
+    return "\n\n".join(sections) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the machines' folders")
+    parser.add_argument("--out", type=Path, default=BENCH / "REPORT.md")
+    options = parser.parse_args()
+    counted, machines = load(options.results)
+    write_whole(options.out, report(counted, machines, options.out.parent / "pictures"))
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

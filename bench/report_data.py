@@ -1,0 +1,114 @@
+"""What the report is made from: every results file, by machine, and the small statistics over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .results_file import BENCH, EVERY_MACHINE, RESULTS, Row
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; a normal's from there on.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A folder of results: each file's rows, and what else it says."""
+
+    folder: str
+    files: dict[str, Row]
+
+    @property
+    def name(self) -> str:
+        return next((file["machine"]["name"] for file in self.files.values()), self.folder)
+
+    @property
+    def is_gpu(self) -> bool:
+        return any("toolkit" in file["machine"] for file in self.files.values())
+
+    def rows(self, file: str) -> list[Row]:
+        """Of one results file; none if there is none."""
+        return self.files.get(file, {}).get("rows", [])
+
+    def find(self, file: str, identity: str) -> Row | None:
+        """The row with this id, if it was measured."""
+        return next((row for row in self.rows(file) if row["id"] == identity and "skipped" not in row), None)
+
+
+def load(folder: Path = RESULTS) -> tuple[Machine, list[Machine]]:
+    """What is the same on every machine, and the machines, GPUs first."""
+    found = {}
+    for path in sorted(folder.iterdir() if folder.exists() else []):
+        if path.is_dir():
+            found[path.name] = Machine(path.name, {each.stem: _read(each) for each in sorted(path.glob("*.json"))})
+    counted = found.pop(EVERY_MACHINE, Machine(EVERY_MACHINE, {}))
+    return counted, sorted(found.values(), key=lambda machine: (not machine.is_gpu, machine.folder))
+
+
+def _read(path: Path) -> Row:
+    try:
+        file = json.loads(path.read_text(encoding="utf-8"))
+        return file | {"rows": file["rows"], "machine": file["machine"]}
+    except (ValueError, KeyError) as error:
+        raise SystemExit(f"{path} is not a whole results file ({error!r}); delete it and measure it again") from error
+
+
+def paper() -> dict[str, Any]:
+    """The published tables of ``bench/paper.json``."""
+    return json.loads((BENCH / "paper.json").read_text(encoding="utf-8"))
+
+
+def cases(machine: Machine) -> dict[str, list[Row]]:
+    """The rows of the whole step, by case, in the order in which they were measured."""
+    grouped: dict[str, list[Row]] = {}
+    for row in machine.rows("whole_step"):
+        grouped.setdefault(row["case"], []).append(row)
+    return grouped
+
+
+def curve(machine: Machine, name: str) -> dict[str, list[tuple[float, float]]]:
+    """How a contender's milliseconds grow along "parameters" (of whole models in bfloat16), "rank" or "layers"."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in machine.rows("whole_step"):
+        is_whole_model = not row.get("curve") and not row.get("matrices_only") and row.get("dtype") == "bfloat16"
+        if "ms" in row and (is_whole_model if name == "parameters" else row.get("curve") == name):
+            points.setdefault(row["contender"], []).append((row[name], row["ms"][1]))
+    return {contender: sorted(each) for contender, each in points.items() if len(each) > 1}
+
+
+def pretraining_files(machine: Machine) -> Iterator[tuple[str, Row]]:
+    """The files of pre-training runs over several seeds; a sweep of learning rates is no comparison."""
+    for name, file in machine.files.items():
+        if name.startswith("pretrain") and not name.endswith("sweep"):
+            yield name, file
+
+
+def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:
+    """Finished runs: variant -> seed -> row."""
+    grouped: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if "held_out_loss" in row:
+            grouped.setdefault(row["variant"], {})[row["seed"]] = row
+    return grouped
+
+
+def mean_and_margin(values: list[float]) -> tuple[float, float | None]:
+    """The mean and the half-width of its 95 % confidence interval by Student's t; no width from one value.
+
+    >>> mean_and_margin([1.0, 2.0, 3.0])
+    (2.0, 2.484338...)
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    quantile = _STUDENT[len(values) - 2] if len(values) - 2 < len(_STUDENT) else 1.96
+    return mean, quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def share_of_roofline(row: Row) -> float:
+    """The time that the step's bytes would take at the measured bandwidth of a copy, over the time it took."""
+    return row["bytes"] / row["copy_bandwidth"] / (row["ms"][1] / 1e3)

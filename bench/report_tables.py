@@ -1,0 +1,221 @@
+"""The report's tables of one machine: each a function of its results that gives Markdown, "" where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apollo_triton.demo_report import as_bytes
+
+from .report_data import (
+    Machine,
+    by_variant,
+    cases,
+    curve,
+    mean_and_margin,
+    pretraining_files,
+    share_of_roofline,
+)
+from .report_targets import MISSING
+from .results_file import Row
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    return MISSING if value is None else form.format(value)
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, whatever the size.
+
+    >>> milliseconds(0.01234), milliseconds(1234.5)
+    ('0.0123', '1234')
+    """
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+
+
+def training_of(file: Row) -> str:
+    settings = file["settings"]
+    tokens = settings["steps"] * settings["batch"] * settings["sequence"]
+    return f"LLaMA {settings['model']}, {tokens / 1e6:.2g} M tokens"
+
+
+def difference_to_adamw(runs: dict[str, dict[int, Row]], variant: str) -> str:
+    """The mean over seeds of a variant's loss less AdamW's of the same seed, with its margin."""
+    seeds = sorted(runs.get(variant, {}).keys() & runs.get("AdamW", {}).keys())
+    if not seeds:
+        return ""
+    losses = [[runs[name][seed]["held_out_loss"] for seed in seeds] for name in (variant, "AdamW")]
+    mean, margin = mean_and_margin([ours - theirs for ours, theirs in zip(*losses, strict=True)])
+    return f"{mean:+.3f}" + (f" ± {margin:.3f}" if margin is not None else " (one seed)")
+
+
+def provenance(machine: Machine) -> str:
+    """Of which commit and versions the figures are."""
+    commits: dict[str, list[str]] = {}
+    for name, file in machine.files.items():
+        commits.setdefault(f"{file.get('commit', 'unknown')} (source {file.get('source', 'unknown')})", []).append(name)
+    file = next(iter(machine.files.values()))
+    versions = ", ".join(f"{name} {value}" for name, value in file["versions"].items() if value)
+    memory = file["machine"].get("memory_GiB")
+    parts = [f"{', '.join(names)} at {commit}" for commit, names in commits.items()]
+    return f"{memory} GiB of memory; {versions}. Measured: {'; '.join(parts)}."
+
+
+def whole_step(machine: Machine) -> str:
+    """A table a parameter set, an optimizer a row."""
+    parts = []
+    for case, rows in cases(machine).items():
+        if rows[0].get("curve"):
+            continue
+        lines = [_step_cells(row) for row in rows]
+        known = next((row for row in rows if "copy_bandwidth" in row), None)
+        text = f"**{case}**"
+        if known:
+            text += (
+                f": {known['parameters'] / 1e6:,.1f} M parameters, rank {known['rank']}, {known['rounds']} rounds; "
+                f"a copy moves {known['copy_bandwidth'] / 1e9:,.3g} GB/s"
+            )
+        heads = ["optimizer", "ms (quartiles)", "times Mini", "times APOLLO", "launches", "extra memory", "state"]
+        heads += ["bytes a parameter", "of the roofline", "ms at a refresh"]
+        parts.append(text + "\n\n" + table(heads, lines))
+    if not parts:
+        return f"### A whole step\n\n{MISSING}"
+    return "\n\n".join(["### A whole step against its peers, one run, interleaved", *parts])
+
+
+def _step_cells(row: Row) -> list[str]:
+    if "skipped" in row:
+        return [row["contender"], f"{MISSING}: {row['skipped']}", *[""] * 8]
+    first, median, third = map(milliseconds, row["ms"])
+    refresh = row.get("refresh_ms")
+    return [
+        row["contender"],
+        f"{median} ({first} to {third})",
+        number(row.get("times APOLLO-Mini")),
+        number(row.get("times APOLLO")),
+        "" if row["launches"] is None else str(row["launches"]),
+        as_bytes(max(0, row["extra_bytes"])),
+        as_bytes(row["state_bytes"]),
+        f"{row['bytes'] / row['parameters']:.1f}",
+        f"{100 * share_of_roofline(row):.0f} %",
+        milliseconds(refresh) if refresh else "",
+    ]
+
+
+def growth(machine: Machine) -> str:
+    """Milliseconds along parameters, rank and layers."""
+    parts = []
+    for name in ("parameters", "rank", "layers"):
+        points = curve(machine, name)
+        if points:
+            along = sorted({x for each in points.values() for x, _ in each})
+            labels = [f"{x / 1e6:.0f} M" if name == "parameters" else f"{x:g}" for x in along]
+            rows = [[who, *(_at(each, x) for x in along)] for who, each in points.items()]
+            parts.append(table([f"ms by {name}", *labels], rows))
+    return "\n\n".join(parts)
+
+
+def _at(points: list[tuple[float, float]], x: float) -> str:
+    return next((milliseconds(ms) for at, ms in points if at == x), "")
+
+
+def kernels(machine: Machine) -> str:
+    """Of the matrix with the most rows of each size: microseconds and the share of a copy's bandwidth."""
+    rows = [row for row in machine.rows("kernels") if "us" in row]
+    if not rows:
+        return ""
+    ranks = sorted({row["rank"] for row in rows})
+    parts = []
+    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
+        tallest = max(row["shape"] for row in rows if row["size"] == size)
+        own = {(r["verb"], r["rank"]): r for r in rows if (r["size"], r["shape"], r["dtype"]) == (size, tallest, dtype)}
+        lines = [
+            [verb, *(_kernel_cell(own.get((verb, rank))) for rank in ranks)]
+            for verb in dict.fromkeys(v for v, _ in own)
+        ]
+        heads = [f"{size}, {tallest[0]} x {tallest[1]}, {dtype}", *(f"rank {rank}" for rank in ranks)]
+        parts.append(table(heads, lines))
+    about = "Median µs, and the achieved share of the bandwidth of a copy. Rank 1 is Mini. Every shape: results."
+    return "\n\n".join(["### The verbs, one matrix", about, *parts])
+
+
+def _kernel_cell(row: Row | None) -> str:
+    return f"{milliseconds(row['us'][1])}, {100 * row['share_of_copy']:.0f} %" if row else MISSING
+
+
+def training(machine: Machine) -> str:
+    """Peak memory and speed of whole training steps."""
+    rows = machine.rows("training")
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        cells = [f"{row['size']} {row['method']}", as_bytes(row["counted_bytes"]) if "counted_bytes" in row else ""]
+        if "skipped" in row:
+            cells += [f"{MISSING}: {row['skipped']}", "", "", "", ""]
+        else:
+            times = f"{milliseconds(row['backward_ms'])} + {milliseconds(row['optimizer_ms'])}"
+            cells += [as_bytes(row["peak_bytes"]), f"{row['tokens_per_second']:,.0f}", times]
+            largest = "largest_batch" in row
+            cells += [str(row["largest_batch"]), f"{row['largest_tokens_per_second']:,.0f}"] if largest else ["", ""]
+        lines.append(cells)
+    settings = machine.files["training"]["settings"]
+    heads = ["", "weights, gradients, state (counted)", "peak", "tokens/s", "backward + optimizer, ms"]
+    heads += ["largest batch under 80 GB", "tokens/s there"]
+    about = f"Batch {settings['batch']} x {settings['sequence']} tokens, no activation checkpointing."
+    return "\n\n".join(["### Training steps from end to end", about, table(heads, lines)])
+
+
+def pretraining(machine: Machine) -> str:
+    """Losses of every variant, and their differences to AdamW's, seed by seed."""
+    parts = []
+    for _, file in pretraining_files(machine):
+        runs = by_variant(file["rows"])
+        lines = []
+        for variant, own in runs.items():
+            mean, margin = mean_and_margin([row["held_out_loss"] for row in own.values()])
+            row = next(iter(own.values()))
+            loss = f"{mean:.3f}" + (f" ± {margin:.3f}" if margin is not None else "")
+            difference = "" if variant == "AdamW" else difference_to_adamw(runs, variant) or MISSING
+            cells = [
+                variant,
+                f"{row['learning_rate']:g}",
+                str(len(own)),
+                loss,
+                difference,
+                as_bytes(row["state_bytes"]),
+            ]
+            lines.append(cells)
+        for row in file["rows"]:
+            if "skipped" in row:
+                lines.append([f"{row['variant']}, seed {row['seed']}", "", "", f"{MISSING}: {row['skipped']}", "", ""])
+        settings = file["settings"]
+        about = (
+            f"{training_of(file)} of {settings['text']} ({settings['steps']} steps of {settings['batch']} x "
+            f"{settings['sequence']}, byte-level BPE of {settings['vocabulary']}, {settings['dtype']}). "
+            "A seed decides weights, batches and projections, the same for all; ± is a 95 % confidence interval over "
+            "seeds. Learning rates from a sweep with one seed. Far from convergence: it tells whether they train "
+            "alike, and which choices matter, not which is best."
+        )
+        heads = ["", "learning rate", "seeds", "held-out loss, nats a token", "against AdamW, same seed", "state"]
+        parts += [about, table(heads, lines)]
+    return "\n\n".join(["### Quality", *parts]) if parts else ""
+
+
+def host(machine: Machine) -> str:
+    """What a step costs in Python, and what the import adds."""
+    rows = machine.rows("host_overhead")
+    if not rows:
+        return ""
+    lines = [[r["id"], f"{r['stable_ms']:.2f}", f"{r['moved_ms']:.2f}", str(r["launches"])] for r in rows]
+    heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
+    text = "### Host\n\n" + table(heads, lines)
+    found = machine.find("import_time", "import")
+    if found:
+        text += f"\n\n`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`."
+    return text

@@ -1,0 +1,119 @@
+"""What was promised, beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .report_data import Machine, share_of_roofline
+
+MISSING = "not measured"
+LARGE, SMALL = "7B matrices bfloat16", "60M matrices float32"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``value`` finds the figure on a machine, None if it was not measured there; reached at ``bound`` or below it, or
+    above where ``at_least``. ``gpu`` says where it is meant to hold, None for anywhere."""
+
+    text: str
+    bound: float
+    value: Callable[[Machine], float | None]
+    at_least: bool = False
+    gpu: bool | None = True
+    form: str = "{:.2f}"
+
+    def line(self, machines: Sequence[Machine]) -> list[str]:
+        """The table's cells for the target: text, bound, figure with its verdict, machine."""
+        bound = f"{'at least' if self.at_least else 'at most'} {self.form.format(self.bound)}"
+        for machine in machines:
+            figure = self.value(machine) if self.gpu is None or machine.is_gpu == self.gpu else None
+            if figure is not None:
+                reached = figure >= self.bound if self.at_least else figure <= self.bound
+                verdict = "reached" if reached else "**missed**"
+                return [self.text, bound, f"{self.form.format(figure)}, {verdict}", machine.name]
+        return [self.text, bound, MISSING, "needs a GPU" if self.gpu else ""]
+
+
+def _ratio(case: str, contender: str, to: str, inverse: bool = False) -> Callable[[Machine], float | None]:
+    def value(machine: Machine) -> float | None:
+        row = machine.find("whole_step", f"{case}: {contender}")
+        figure = row and row.get(f"times {to}")
+        return (1 / figure if inverse else figure) if figure else None
+
+    return value
+
+
+def _mini_of_copy(machine: Machine) -> float | None:
+    row = machine.find("whole_step", f"{LARGE}: APOLLO-Mini")
+    return row and share_of_roofline(row) * 8 * row["parameters"] / row["bytes"]
+
+
+def _figure(file: str, identity: str, name: str) -> Callable[[Machine], float | None]:
+    def value(machine: Machine) -> float | None:
+        row = machine.find(file, identity)
+        return row and row.get(name)
+
+    return value
+
+
+HOST = "APOLLO, rank 32, 224 matrices"
+TARGETS = (
+    Target("7B matrices: Mini, share of the copy bandwidth at 8 bytes a parameter", 0.90, _mini_of_copy, at_least=True),
+    Target("7B matrices: APOLLO at rank 256, times Mini", 1.45, _ratio(LARGE, "APOLLO", "APOLLO-Mini")),
+    Target(
+        "7B matrices: PyTorch's fused AdamW, times Mini",
+        1.75,
+        _ratio(LARGE, "PyTorch AdamW, fused", "APOLLO-Mini"),
+        at_least=True,
+    ),
+    Target(
+        "7B matrices: apollo-torch Mini, times Mini",
+        3.0,
+        _ratio(LARGE, "apollo-torch, Mini", "APOLLO-Mini"),
+        at_least=True,
+    ),
+    Target("7B matrices: Mini, times fused SGD", 1.4, _ratio(LARGE, "PyTorch SGD, fused", "APOLLO-Mini", inverse=True)),
+    Target(
+        "60M, whole model: Mini, times fused AdamW",
+        1.0,
+        _ratio("60M bfloat16", "PyTorch AdamW, fused", "APOLLO-Mini", inverse=True),
+    ),
+    Target("a step of 224 matrices on the host, ms", 1.0, _figure("host_overhead", HOST, "stable_ms"), gpu=None),
+    Target("the same, every gradient moved, ms", 2.0, _figure("host_overhead", HOST, "moved_ms"), gpu=None),
+    Target(
+        "launches for all matrices", 4, _figure("launches", "APOLLO-Mini: a step", "launches"), gpu=None, form="{:.0f}"
+    ),
+    Target("Mini: bytes moved a parameter, bfloat16", 8.2, _figure("launches", "APOLLO-Mini: a step", "all"), gpu=None),
+    Target("import apollo_triton, times import torch", 1.2, _figure("import_time", "import", "ratio"), gpu=None),
+    Target(
+        "CPU, float32: Mini, times fused AdamW",
+        1.25,
+        _ratio(SMALL, "PyTorch AdamW, fused", "APOLLO-Mini", inverse=True),
+        gpu=False,
+    ),
+    Target(
+        "CPU, float32: Mini, times apollo-torch Mini",
+        0.5,
+        _ratio(SMALL, "apollo-torch, Mini", "APOLLO-Mini", inverse=True),
+        gpu=False,
+    ),
+    Target(
+        "CPU, float32: rank 128, times apollo-torch",
+        0.8,
+        _ratio(SMALL, "apollo-torch", "APOLLO", inverse=True),
+        gpu=False,
+    ),
+    Target(
+        "CPU, bfloat16: Mini, times apollo-torch Mini",
+        0.67,
+        _ratio("60M matrices bfloat16", "apollo-torch, Mini", "APOLLO-Mini", inverse=True),
+        gpu=False,
+    ),
+    Target(
+        "CPU, bfloat16: rank 128, times apollo-torch",
+        0.5,
+        _ratio("60M matrices bfloat16", "apollo-torch", "APOLLO", inverse=True),
+        gpu=False,
+    ),
+)

@@ -1,0 +1,140 @@
+"""What the report says of all machines together: the summary, what was counted, what the paper has, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apollo_triton.demo_report import as_bytes
+from apollo_triton.llama import paper_figures
+
+from .contenders import OURS
+from .report_data import Machine, by_variant, cases, paper, pretraining_files
+from .report_tables import difference_to_adamw, milliseconds, table, training_of
+from .report_targets import LARGE, MISSING, SMALL
+from .results_file import Row
+
+METHOD = """## How
+
+- **A step**: contenders take turns, once a round, in rotating order, with caches emptied before each; medians over
+  rounds, and ratios as medians of the ratio within a round. All step over the same weights and gradients. On a GPU by
+  CUDA events.
+- **Extra memory**: the peak of a step above weights, gradients and state: temporaries, and buffers kept beside the
+  state.
+- **Bytes a parameter**: what a step cannot do without: weights and state read and written, gradients read (twice by
+  APOLLO, whose factors depend on all of it), a stored projection read. **Of the roofline**: the time these bytes take
+  at the bandwidth of a copy, measured in the same run, over the time of the step.
+- **A refresh** is a step that makes a new projection, every 200 steps.
+- A peer is its latest release in its own package, with its default settings. What could not run says why."""
+
+
+def summary(counted: Machine, machines: Sequence[Machine]) -> str:
+    """What a reader takes away in a minute: memory, speed, loss."""
+    rows = []
+    seven = {row["method"]: row for machine in machines for row in machine.rows("training") if row["size"] == "7B"}
+    if "counted_bytes" in seven.get("AdamW", {}):
+        figures = [f"{method} {as_bytes(seven[method]['counted_bytes'])}" for method in ("AdamW", *reversed(OURS))]
+        rows.append(["Memory of LLaMA-7B, bfloat16: weights, gradients, state", ", ".join(figures), "counted"])
+    step = counted.find("launches", "APOLLO-Mini: a step")
+    if step:
+        text = f"Mini {step['all']:.2f} bytes a parameter in {step['launches']} launches; AdamW 14, SGD 6"
+        rows.append(["Traffic of a step, bfloat16 moments for AdamW", text, "counted"])
+    for machine in machines:
+        case = LARGE if machine.is_gpu else SMALL
+        timed = {row["contender"]: row for row in cases(machine).get(case, []) if "ms" in row}
+        peers = [name for name in ("PyTorch SGD, fused", "PyTorch AdamW, fused", "apollo-torch, Mini") if name in timed]
+        if OURS[0] in timed and peers:
+            figures = [f"{name} {milliseconds(timed[name]['ms'][1])}" for name in (OURS[0], *peers)]
+            rows.append([f"Milliseconds of a step, {case}", ", ".join(figures), machine.name])
+    if not any(machine.is_gpu for machine in machines):
+        rows.append(["Speed on a GPU", MISSING, "no GPU has run this yet"])
+    for machine in machines:
+        for _, file in pretraining_files(machine):
+            rows.append([f"Held-out loss against AdamW, {training_of(file)}", _verdict(file), machine.name])
+    return "## In a minute\n\n" + table(["", "", "on"], rows)
+
+
+def _verdict(file: Row) -> str:
+    runs = by_variant(file["rows"])
+    parts = []
+    for variant in ("APOLLO", "Mini", "apollo-torch"):
+        difference = difference_to_adamw(runs, variant)
+        if difference:
+            parts.append(f"{variant} {difference}")
+    return ", ".join(parts) or MISSING
+
+
+def launches(rows: Sequence[Row]) -> str:
+    """Each launch of a step, with the bytes per parameter that it loads and stores."""
+    heads = [
+        "",
+        "launches",
+        "gradient read",
+        "weight read + written",
+        "moments read + written",
+        "projection",
+        "all else",
+    ]
+    lines = []
+    for row in rows:
+        if row["kernel"] == "a step":
+            cells = [f"{row['method']}: a step", str(row["launches"]), "", "", "", "", f"**{row['all']:.2f} in all**"]
+        else:
+            cells = [
+                f"{row['method']}: `{row['kernel']}`",
+                str(row["launches"]),
+                _bytes(row, "gradient read"),
+                _bytes(row, "weight read", "weight written"),
+                _bytes(row, "moments read", "moments written"),
+                _bytes(row, "projection read"),
+                _bytes(row, "all else"),
+            ]
+        lines.append(cells)
+    return table(heads, lines)
+
+
+def _bytes(row: Row, *names: str) -> str:
+    return " + ".join(f"{row[name]:.2f}" for name in names if name in row)
+
+
+def counted(machine: Machine) -> str:
+    """What needs no clock."""
+    parts = ["## Counted, the same everywhere"]
+    if rows := machine.rows("launches"):
+        about = "Distinct bytes per parameter, bfloat16, eight matrices of 512 x 384, by the tests' launch recorder:"
+        parts += [about, launches(rows)]
+    if rows := machine.rows("codegen"):
+        lines = []
+        for target in dict.fromkeys(row["target"] for row in rows):
+            own = [row for row in rows if row["target"] == target and "error" not in row]
+            failed = sum(row["target"] == target for row in rows) - len(own)
+            stack = max(own, key=lambda row: row["stack"])
+            cells = [
+                target,
+                f"{len(own)} of {len(own) + failed}",
+                f"{stack['stack']} ({stack['kernel']} {stack['what']})",
+            ]
+            lines.append([*cells, ", ".join(sorted({row["kernel"] for row in own if row["float64"]})) or "none"])
+        heads = ["compiled for", "kernels", "largest stack, bytes a thread", "float64 in"]
+        parts += [
+            table(heads, lines),
+            "[Every kernel](results/every-machine/codegen.txt): instructions, registers, widths.",
+        ]
+    return "\n\n".join(parts if len(parts) > 1 else [*parts, MISSING])
+
+
+def published() -> str:
+    """The paper's tables, to stand beside."""
+    tables = paper()
+    steps = tables["optimizer_step_seconds_one_A100"]
+    parts = ["## Published (arXiv 2412.05270), not measured here"]
+    heads = ["seconds of an optimizer step, one A100", *steps["7B"]]
+    parts.append(table(heads, [[size, *(f"{seconds:.3f}" for seconds in row.values())] for size, row in steps.items()]))
+    c4 = paper_figures()["pretrain_c4_perplexity"]
+    heads = ["perplexity on C4 (GB of weights and states)", *c4["AdamW"]]
+    parts.append(table(heads, [[name, *(f"{p:.2f} ({g:.2f})" for p, g in row.values())] for name, row in c4.items()]))
+    seven = tables["pretrain_7b_perplexity_at_steps"]
+    heads = ["perplexity of 7B after steps", *(f"{step:,}" for step in seven["steps"])]
+    rows = [[name, *map(str, values)] for name, values in seven.items() if name != "steps"]
+    parts.append(table(heads, rows))
+    parts.append("\n".join(f"- {name.replace('_', ' ')}: {claim}" for name, claim in tables["system_claims"].items()))
+    return "\n\n".join(parts)
