@@ -11,7 +11,9 @@ measures only what is missing: what another version, machine or source has measu
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,13 +57,15 @@ CPU = [
 
 
 def _gpu(name: str, module: str, *arguments: str) -> Stage:
-    return Stage(name, module, arguments, GPU_SECONDS)
+    """With a results file of its own, so that no stage can take another's rows along."""
+    file = f"{module}-{re.sub('[^A-Za-z0-9]+', '-', name.partition(', ')[2])}"
+    return Stage(name, module, ("--name", file, *arguments), GPU_SECONDS)
 
 
 # The paper's learning rate for APOLLO, and a usual one for AdamW; 33 million tokens.
 PRETRAINING = (
     *("--model", "60M", "--sequence", "256", "--batch", "128", "--steps", "1000", "--dtype", "bfloat16"),
-    *("--vocabulary", "32000", "--megabytes", "400", "--seeds", "2", "--name", "pretrain_60M"),
+    *("--vocabulary", "32000", "--megabytes", "400", "--seeds", "2"),
     *("--lr", "AdamW=2e-3", "APOLLO=1e-2", "Mini=1e-2", "--variants"),
 )
 SHORT_GPU = [
@@ -92,11 +96,17 @@ def run(stage: Stage, fresh: bool) -> bool:
     started = time.perf_counter()
     # Libraries that are measured warn a lot; what they say matters only if the stage fails.
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=errors, start_new_session=True)
+        problem = ""
         try:
-            code = subprocess.run(command, cwd=ROOT, stderr=errors, timeout=stage.seconds, check=False).returncode
-            problem = f"it failed (exit code {code})" if code else ""
+            if process.wait(stage.seconds):
+                problem = f"it failed (exit code {process.returncode})"
         except subprocess.TimeoutExpired:
             problem = f"it was stopped after {stage.seconds // 60} minutes"
+        finally:
+            if process.poll() is None:  # with its workers, which would go on for a while
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         if problem:
             errors.seek(0)
             print(

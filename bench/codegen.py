@@ -337,8 +337,10 @@ def main() -> None:
     results = Results("codegen", device=None, fresh=True)
     for row in rows:
         results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)
-    results.path.with_suffix(".txt").write_text(table(rows))
-    print(table(rows))
+    text = results.path.with_suffix(".txt")
+    text.write_text(table(rows))
+    failed = [f"{row['target']} {row['kernel']} {row['what']}: {row['error']}" for row in rows if "error" in row]
+    print("\n".join([*failed, f"{len(rows) - len(failed)} of {len(rows)} kernels compiled; written to {text}"]))
 
 
 if __name__ == "__main__":

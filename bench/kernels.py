@@ -41,9 +41,10 @@ def _name(item: pytest.Item) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-k", default="", metavar="EXPRESSION", help="which ones, as pytest takes it")
+    parser.add_argument("--name", default="kernels", help="of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
-    results = Results("kernels", default_device(), fresh=options.fresh)
+    results = Results(options.name, default_device(), fresh=options.fresh)
     tests = str(Path(__file__).with_name("test_kernels.py"))
     arguments = [
         tests,

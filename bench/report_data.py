@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,17 @@ class Machine:
     def is_gpu(self) -> bool:
         return any("toolkit" in file["machine"] for file in self.files.values())
 
-    def rows(self, file: str) -> list[Row]:
-        """Of one results file; none if there is none."""
-        return self.files.get(file, {}).get("rows", [])
+    def of(self, benchmark: str) -> list[Row]:
+        """The results files of a benchmark: ``benchmark.json``, and those of its stages, ``benchmark-STAGE.json``."""
+        return [file for name, file in self.files.items() if name == benchmark or name.startswith(f"{benchmark}-")]
 
-    def find(self, file: str, identity: str) -> Row | None:
+    def rows(self, benchmark: str) -> list[Row]:
+        """Of all of a benchmark's files."""
+        return [row for file in self.of(benchmark) for row in file["rows"]]
+
+    def find(self, benchmark: str, identity: str) -> Row | None:
         """The row with this id, if it was measured."""
-        return next((row for row in self.rows(file) if row["id"] == identity and "skipped" not in row), None)
+        return next((row for row in self.rows(benchmark) if row["id"] == identity and "skipped" not in row), None)
 
 
 def load(folder: Path = RESULTS) -> tuple[Machine, list[Machine]]:
@@ -80,11 +83,13 @@ def curve(machine: Machine, name: str) -> dict[str, list[tuple[float, float]]]:
     return {contender: sorted(each) for contender, each in points.items() if len(each) > 1}
 
 
-def pretraining_files(machine: Machine) -> Iterator[tuple[str, Row]]:
-    """The files of pre-training runs over several seeds; a sweep of learning rates is no comparison."""
-    for name, file in machine.files.items():
-        if name.startswith("pretrain") and not name.endswith("sweep"):
-            yield name, file
+def pretrainings(machine: Machine) -> list[Row]:
+    """Pre-training runs, files of the same settings together: their settings and rows."""
+    found: dict[str, Row] = {}
+    for file in machine.of("pretrain"):
+        one = found.setdefault(json.dumps(file["settings"]), {"settings": file["settings"], "rows": []})
+        one["rows"] += file["rows"]
+    return list(found.values())
 
 
 def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:

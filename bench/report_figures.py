@@ -9,7 +9,7 @@ from typing import Any
 
 from apollo_triton.extras import require
 
-from .report_data import Machine, by_variant, curve, mean_and_margin, pretraining_files
+from .report_data import Machine, by_variant, curve, mean_and_margin, pretrainings
 
 # Okabe and Ito's, which colour-blind readers can tell apart; ours strong, peers told apart by their markers too.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#555555", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -53,6 +53,9 @@ def roofline(machine: Machine, folder: Path) -> str:
         line = [1e12 * x / bandwidth for x in ends]
         axes.plot(ends, line, color="black", linewidth=1, label=f"a copy, {bandwidth / 1e9:,.3g} GB/s")
         axes.set(xscale="log", yscale="log", xlabel="GB that the step must move", ylabel="milliseconds a step")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.set_title(f"{machine.name}: time against bytes, lower is better", loc="left", fontsize="medium")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return _shown(path, f"Time of a step against the bytes it must move, {machine.name}")
@@ -96,7 +99,8 @@ def kernels(machine: Machine, folder: Path) -> str:
                 own = [row for row in rows if (row["size"], row["shape"], row["verb"]) == (size, tallest, verb)]
                 points = sorted((row["rank"], 100 * row["share_of_copy"]) for row in own)
                 label = f"{size}, {tallest[0]} x {tallest[1]}"
-                axes.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(index))
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(index))
             axes.set(xscale="log", xlabel="rank", title=verb, ylim=(0, None))
             axes.set_xticks(sorted({row["rank"] for row in rows}), labels=sorted({row["rank"] for row in rows}))
             axes.minorticks_off()
@@ -107,14 +111,14 @@ def kernels(machine: Machine, folder: Path) -> str:
 
 def pretraining(machine: Machine, folder: Path) -> str:
     """Held-out loss, the mean over seeds in a band of its confidence, and the last one's difference to AdamW's."""
-    return "\n\n".join(_curves(machine, name, file["rows"], folder) for name, file in pretraining_files(machine))
+    return "\n\n".join(filter(None, (_curves(machine, each, folder) for each in pretrainings(machine))))
 
 
-def _curves(machine: Machine, name: str, rows: list[dict[str, Any]], folder: Path) -> str:
-    runs = by_variant(rows)
+def _curves(machine: Machine, training: dict[str, Any], folder: Path) -> str:
+    runs = by_variant(training["rows"])
     if not runs:
         return ""
-    path = folder / f"{machine.folder}-{name}.png"
+    path = folder / f"{machine.folder}-pretraining-{training['settings']['model']}.png"
     plain = [variant for variant in ("AdamW", "apollo-torch", "APOLLO", "Mini") if variant in runs]
     with _figure(path, 2, 10, 4.6) as (losses, differences):
         for index, variant in enumerate(plain):

@@ -12,7 +12,7 @@ from .report_data import (
     cases,
     curve,
     mean_and_margin,
-    pretraining_files,
+    pretrainings,
     share_of_roofline,
 )
 from .report_targets import MISSING
@@ -81,7 +81,7 @@ def whole_step(machine: Machine) -> str:
                 f"a copy moves {known['copy_bandwidth'] / 1e9:,.3g} GB/s"
             )
         heads = ["optimizer", "ms (quartiles)", "times Mini", "times APOLLO", "launches", "extra memory", "state"]
-        heads += ["bytes a parameter", "of the roofline", "ms at a refresh"]
+        heads += ["bytes a parameter", "of the roofline", "ms at a refresh", "ms on the host"]
         parts.append(text + "\n\n" + table(heads, lines))
     if not parts:
         return f"### A whole step\n\n{MISSING}"
@@ -90,7 +90,7 @@ def whole_step(machine: Machine) -> str:
 
 def _step_cells(row: Row) -> list[str]:
     if "skipped" in row:
-        return [row["contender"], f"{MISSING}: {row['skipped']}", *[""] * 8]
+        return [row["contender"], f"{MISSING}: {row['skipped']}", *[""] * 9]
     first, median, third = map(milliseconds, row["ms"])
     refresh = row.get("refresh_ms")
     return [
@@ -104,6 +104,7 @@ def _step_cells(row: Row) -> list[str]:
         f"{row['bytes'] / row['parameters']:.1f}",
         f"{100 * share_of_roofline(row):.0f} %",
         milliseconds(refresh) if refresh else "",
+        "" if row["launches"] is None else milliseconds(row["host_ms"]),
     ]
 
 
@@ -164,7 +165,7 @@ def training(machine: Machine) -> str:
             largest = "largest_batch" in row
             cells += [str(row["largest_batch"]), f"{row['largest_tokens_per_second']:,.0f}"] if largest else ["", ""]
         lines.append(cells)
-    settings = machine.files["training"]["settings"]
+    settings = machine.of("training")[0]["settings"]
     heads = ["", "weights, gradients, state (counted)", "peak", "tokens/s", "backward + optimizer, ms"]
     heads += ["largest batch under 80 GB", "tokens/s there"]
     about = f"Batch {settings['batch']} x {settings['sequence']} tokens, no activation checkpointing."
@@ -174,7 +175,7 @@ def training(machine: Machine) -> str:
 def pretraining(machine: Machine) -> str:
     """Losses of every variant, and their differences to AdamW's, seed by seed."""
     parts = []
-    for _, file in pretraining_files(machine):
+    for file in pretrainings(machine):
         runs = by_variant(file["rows"])
         lines = []
         for variant, own in runs.items():

@@ -53,8 +53,12 @@ class Results:
         self._header = {"machine": described, "versions": versions(), "source": source(), "settings": settings or {}}
         self.rows: dict[str, Row] = {}
         earlier = {} if fresh else _read(self.path)
-        if all(earlier.get(name) == json.loads(json.dumps(value)) for name, value in self._header.items()):
+        header = json.loads(json.dumps(self._header))
+        changed = [name for name in header if earlier.get(name) != header[name]]
+        if not changed:
             self.rows = {row["id"]: row for row in earlier["rows"] if "skipped" not in row}
+        elif earlier:
+            print(f"{self.path.name} is of another {' and '.join(changed)}: all is measured anew", flush=True)
 
     def __contains__(self, identity: str) -> bool:
         return identity in self.rows

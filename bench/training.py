@@ -201,12 +201,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=named_sizes(), help="(default: 1B 7B 13B; on a CPU 60M)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
     parser.add_argument("--sequence", type=int, help="tokens in each (1024; on a CPU 256)")
+    parser.add_argument("--name", default="training", help="of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options: Any = parser.parse_args()
     sizes = options.sizes or list(SIZES[options.device.partition(":")[0]])
     options.sequence = options.sequence or (1024 if options.device.startswith("cuda") else 256)
     about = {"batch": options.batch, "sequence": options.sequence}
-    results = Results("training", options.device, fresh=options.fresh, settings=about)
+    results = Results(options.name, options.device, fresh=options.fresh, settings=about)
     for identity, row in rows(sizes, options.batch, options.sequence, options.device, results):
         results.add(identity, **row)
         figure = row.get("skipped") or f"peak {row['peak_bytes'] / 1e9:.2f} GB, {row['tokens_per_second']} tokens/s"

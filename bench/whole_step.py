@@ -176,6 +176,7 @@ def measure(case: Case, device: str, results: Results) -> None:
     if not runnable:
         return
     runnable = [CONTENDERS[name] for name in OURS] + [each for each in runnable if each.name not in OURS]
+    bandwidth(device)  # while there is memory for it
     weights = make_weights(shapes, case.dtype, device)
     for batch in batches(runnable, weights, device):
         rows = measure_together(batch, weights, case, device)
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--cases", default=".*", help="a regular expression of whole names (see --list)")
     parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
+    parser.add_argument("--name", default="whole_step", help="of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options: Any = parser.parse_args()
     chosen = [case for case in cases(options.device) if re.fullmatch(options.cases, case.name)]
@@ -234,7 +236,7 @@ def main() -> None:
     if options.list:
         print("\n".join(case.name for case in chosen))
         return
-    results = Results("whole_step", options.device, fresh=options.fresh)
+    results = Results(options.name, options.device, fresh=options.fresh)
     for case in chosen:
         try:
             measure(case, options.device, results)

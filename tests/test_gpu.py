@@ -123,3 +123,22 @@ def test_the_same_bits_every_time():
             optimizer.step()
         runs.append((weights, optimizer))
     assert_same_bits(runs[0][0], runs[1][0], (runs[0][1], runs[1][1]))
+
+
+def test_the_benchmarks_measure_a_gpu(tmp_path, monkeypatch):
+    """Events, graph replays, launches and peaks, of every contender that is installed."""
+    from bench import whole_step
+    from bench.contenders import CONTENDERS
+    from bench.results_file import Results
+
+    case = whole_step.Case("60M", torch.bfloat16, 3, layers=1)
+    results = Results("whole_step", "cuda", folder=tmp_path)
+    whole_step.measure(case, "cuda", results)
+    rows = {row["contender"]: row for row in results.rows.values()}
+    assert rows.keys() == CONTENDERS.keys()
+    assert all("failed" not in row.get("skipped", "") for row in rows.values())
+    for name in ("APOLLO-Mini", "APOLLO-Mini, graph replay"):
+        assert rows[name]["launches"] == 6  # four for the matrices, two for the rest
+        assert 0 < rows[name]["ms"][1] < 100
+        assert rows[name]["extra_bytes"] < 1 << 22
+    assert rows["PyTorch AdamW, fused"]["state_bytes"] > 4 * case.shapes.parameters

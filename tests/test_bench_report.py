@@ -1,0 +1,164 @@
+"""The report says what the results files say, of the machine that they are from, and says where there is nothing."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from bench import report, report_data
+from bench.report_data import load, mean_and_margin
+from bench.results_file import Results
+
+GPU = {"name": "Some GPU", "memory_GiB": 80, "toolkit": "13.0"}
+CPU = {"name": "Some CPU, 2 cores", "memory_GiB": 24}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that opens a results file of a machine that is not this one."""
+
+    def opened(described, name, settings=None):
+        monkeypatch.setattr("bench.results_file.describe", lambda device: described)
+        return Results(name, folder=tmp_path / "results", settings=settings)
+
+    return opened
+
+
+def written(tmp_path):
+    counted, machines = load(tmp_path / "results")
+    return report.report(counted, machines, tmp_path / "pictures")
+
+
+def section(text, heading):
+    """From a heading to the next one of its kind."""
+    return re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", text, re.M | re.S)[1]
+
+
+def add_step(results, case, contender, ms, **more):
+    row = {
+        **{"case": case, "size": case.split()[0], "dtype": case.split()[-1], "contender": contender, "curve": ""},
+        **{"layers": None, "matrices_only": "matrices" in case, "rank": 256, "parameters": 10**9, "rounds": 30},
+        **{"launches": 4, "state_bytes": 10**6, "extra_bytes": 10**5, "bytes": 8 * 10**9, "copy_bandwidth": 4e12},
+        **{"refresh_ms": None, "ms": [ms - 0.1, ms, ms + 0.1], "host_ms": 0.5},
+    }
+    results.add(f"{case}: {contender}", **row | more)
+
+
+def test_an_empty_folder_makes_a_report_without_a_figure(tmp_path):
+    text = written(tmp_path)
+    targets = section(text, "Targets")
+    assert targets.count("not measured") == len(report.TARGETS)
+    assert "reached" not in text
+    assert "no GPU has run this yet" in text
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_targets_are_judged_on_the_machines_they_are_meant_for(tmp_path, machine):
+    gpu, cpu = machine(GPU, "whole_step"), None
+    case = "7B matrices bfloat16"
+    add_step(gpu, case, "APOLLO-Mini", 2.5, **{"times APOLLO-Mini": 1.0})  # 8 GB at 4 TB/s are 2 ms: 80 %
+    add_step(gpu, case, "APOLLO", 3.0, **{"times APOLLO-Mini": 1.2})
+    add_step(gpu, case, "PyTorch AdamW, fused", 5.0, **{"times APOLLO-Mini": 2.0})
+    add_step(gpu, case, "PyTorch SGD, fused", 1.25, **{"times APOLLO-Mini": 0.5})
+    cpu = machine(CPU, "whole_step")
+    add_step(cpu, "60M matrices float32", "APOLLO-Mini", 20.0, **{"times APOLLO-Mini": 1.0})
+    add_step(cpu, "60M matrices float32", "PyTorch AdamW, fused", 17.0, **{"times APOLLO-Mini": 0.5})
+    add_step(cpu, case, "apollo-torch, Mini", 1.0, **{"times APOLLO-Mini": 9.0})  # no GPU's figure
+    text = section(written(tmp_path), "Targets")
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    bandwidth = "7B matrices: Mini, share of the copy bandwidth at 8 bytes a parameter"
+    assert "| 0.80, **missed** | Some GPU |" in lines[bandwidth]
+    assert "| 1.20, reached | Some GPU |" in lines["7B matrices: APOLLO at rank 256, times Mini"]
+    assert "| 2.00, reached | Some GPU |" in lines["7B matrices: PyTorch's fused AdamW, times Mini"]
+    assert "| 2.00, **missed** | Some GPU |" in lines["7B matrices: Mini, times fused SGD"]
+    assert "| not measured | needs a GPU |" in lines["7B matrices: apollo-torch Mini, times Mini"]
+    assert "| 2.00, **missed** | Some CPU, 2 cores |" in lines["CPU, float32: Mini, times fused AdamW"]
+
+
+def test_machines_do_not_mix(tmp_path, machine):
+    add_step(machine(GPU, "whole_step"), "7B bfloat16", "APOLLO-Mini", 2.5, **{"times APOLLO-Mini": 1.0})
+    add_step(machine(CPU, "whole_step"), "60M bfloat16", "APOLLO-Mini", 77.7, **{"times APOLLO-Mini": 1.0})
+    text = written(tmp_path)
+    assert text.index("## Some GPU") < text.index("## Some CPU")
+    assert "77.7" not in section(text, "Some GPU")
+    assert "7B bfloat16" not in section(text, "Some CPU, 2 cores")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        "some-gpu-roofline.png",
+        "some-cpu-2-cores-roofline.png",
+    }
+    for line in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (tmp_path / line).stat().st_size > 1000
+
+
+def test_a_step_s_row_and_one_that_was_skipped(tmp_path, machine):
+    results = machine(GPU, "whole_step")
+    about = {"times APOLLO-Mini": 1.0, "times APOLLO": 0.8, "refresh_ms": 12.0}
+    add_step(results, "7B bfloat16", "APOLLO-Mini", 2.5, **about)
+    results.add("7B bfloat16: GaLore", case="7B bfloat16", contender="GaLore", skipped="it takes too long")
+    lines = section(written(tmp_path), "Some GPU").splitlines()
+    (mini,) = [line for line in lines if line.startswith("| APOLLO-Mini |")]
+    cells = [cell.strip() for cell in mini.strip("|").split("|")]
+    assert cells[1:] == ["2.50 (2.40 to 2.60)", "1.00", "0.80", "4", "100 kB", "1 MB", "8.0", "80 %", "12.0", "0.500"]
+    assert any(line.startswith("| GaLore | not measured: it takes too long |") for line in lines)
+
+
+def test_growth_takes_whole_models_by_size_and_leaves_the_others_out(tmp_path, machine):
+    results = machine(GPU, "whole_step")
+    for case, parameters, ms in (("350M bfloat16", 35e7, 2.0), ("60M bfloat16", 6e7, 1.0), ("60M float32", 6e7, 9.0)):
+        add_step(results, case, "APOLLO", ms, parameters=parameters)
+    add_step(results, "7B matrices 4 layers rank 16 bfloat16", "APOLLO", 5.0, curve="rank", rank=16)
+    add_step(results, "7B matrices 4 layers rank 1 bfloat16", "APOLLO", 4.0, curve="rank", rank=1)
+    ((_, machines), _) = load(tmp_path / "results"), None
+    assert report_data.curve(machines[0], "parameters") == {"APOLLO": [(6e7, 1.0), (35e7, 2.0)]}
+    assert report_data.curve(machines[0], "rank") == {"APOLLO": [(1, 4.0), (16, 5.0)]}
+    assert report_data.curve(machines[0], "layers") == {}
+
+
+def test_a_loss_is_compared_seed_by_seed(tmp_path, machine):
+    about = {"model": "1M", "steps": 10, "batch": 2, "sequence": 8, "text": "t", "vocabulary": 256, "dtype": "float32"}
+    results = machine(CPU, "pretrain", settings=about)
+    losses = {"AdamW": (3.0, 4.0, 5.0), "APOLLO": (2.9, 3.8, 4.7)}
+    for variant, values in losses.items():
+        for seed, loss in enumerate(values):
+            row = {"variant": variant, "seed": seed, "learning_rate": 1e-3, "held_out_loss": loss, "state_bytes": 1}
+            results.add(f"{variant} {seed}", **row, curve={"0": 5.5, "5": loss + 0.1, "10": loss})
+    results.add("Mini 0", variant="Mini", seed=0, skipped="its process was killed")
+    sweep = machine(CPU, "pretrain_sweep", settings=about)  # of learning rates: no comparison
+    sweep.add("x", **row | {"held_out_loss": 123.0}, curve={})
+    more = machine(CPU, "pretrain-variants", settings=about)  # another stage of the same
+    more.add("Mini 1", variant="Mini", seed=1, learning_rate=1e-3, held_out_loss=4.5, state_bytes=1, curve={"10": 4.5})
+    text = written(tmp_path)
+    # Differences of -0.1, -0.2, -0.3: their mean, and 4.303 of 0.1 / sqrt(3).
+    assert "| APOLLO | 0.001 | 3 | 3.800 ± 2.236 | -0.200 ± 0.248 |" in text
+    assert "Mini, seed 0 |  |  | not measured: its process was killed" in text
+    assert "123" not in text
+    assert "| Mini | 0.001 | 1 | 4.500 | +0.500 (one seed) | 1 B |" in text
+    assert text.count("### Quality") == 1
+    assert "APOLLO -0.200 ± 0.248" in section(text, "In a minute")
+
+
+def test_the_confidence_interval_is_student_s():
+    assert mean_and_margin([2.0]) == (2.0, None)
+    # Of four values by a table of t: 3.182 standard errors.
+    mean, margin = mean_and_margin([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert margin == pytest.approx(3.182 * (5 / 3) ** 0.5 / 2)
+
+
+def test_a_file_that_is_not_whole_is_named(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results" / "some-cpu"
+    folder.mkdir(parents=True)
+    (folder / "whole_step.json").write_text('{"machine": {"name": "x"}, "ro')
+    paths = ["--results", str(tmp_path / "results"), "--out", str(tmp_path / "R.md")]
+    monkeypatch.setattr(sys, "argv", ["report", *paths])
+    with pytest.raises(SystemExit, match=r"whole_step\.json is not a whole results file"):
+        report.main()
+    assert not (tmp_path / "R.md").exists()
+
+
+def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+    counted, machines = load()
+    text = report.report(counted, machines, tmp_path / "pictures")
+    assert (report.BENCH / "REPORT.md").read_text() == text
