@@ -53,9 +53,11 @@ def roofline(machine: Machine, folder: Path) -> str:
         line = [1e12 * x / bandwidth for x in ends]
         axes.plot(ends, line, color="black", linewidth=1, label=f"a copy, {bandwidth / 1e9:,.3g} GB/s")
         axes.set(xscale="log", yscale="log", xlabel="GB that the step must move", ylabel="milliseconds a step")
+        ticker = require("matplotlib.ticker", "bench")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+        axes.minorticks_off()
         axes.set_title(f"{machine.name}: time against bytes, lower is better", loc="left", fontsize="medium")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return _shown(path, f"Time of a step against the bytes it must move, {machine.name}")
@@ -102,7 +104,8 @@ def kernels(machine: Machine, folder: Path) -> str:
                 if points:
                     axes.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(index))
             axes.set(xscale="log", xlabel="rank", title=verb, ylim=(0, None))
-            axes.set_xticks(sorted({row["rank"] for row in rows}), labels=sorted({row["rank"] for row in rows}))
+            ticks = sorted({row["rank"] for row in rows})[::2]
+            axes.set_xticks(ticks, labels=ticks)
             axes.minorticks_off()
         all_axes[0].set_ylabel("% of a copy's bandwidth, bfloat16")
         all_axes[0].figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)

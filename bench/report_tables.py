@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from apollo_triton.demo_report import as_bytes
 
@@ -67,45 +67,45 @@ def provenance(machine: Machine) -> str:
 
 
 def whole_step(machine: Machine) -> str:
-    """A table a parameter set, an optimizer a row."""
+    """A table a parameter set, an optimizer a row; those that could not run come last."""
     parts = []
     for case, rows in cases(machine).items():
         if rows[0].get("curve"):
             continue
-        lines = [_step_cells(row) for row in rows]
-        known = next((row for row in rows if "copy_bandwidth" in row), None)
+        measured = [row for row in rows if "ms" in row]
+        columns = STEP_COLUMNS | (GPU_COLUMNS if machine.is_gpu else {})
+        lines = [[row["contender"], *(cell(row) for cell in columns.values())] for row in measured]
         text = f"**{case}**"
-        if known:
+        if measured:
+            known = measured[0]
             text += (
                 f": {known['parameters'] / 1e6:,.1f} M parameters, rank {known['rank']}, {known['rounds']} rounds; "
-                f"a copy moves {known['copy_bandwidth'] / 1e9:,.3g} GB/s"
+                f"a copy moves {known['copy_bandwidth'] / 1e9:,.3g} GB/s\n\n" + table(["optimizer", *columns], lines)
             )
-        heads = ["optimizer", "ms (quartiles)", "times Mini", "times APOLLO", "launches", "extra memory", "state"]
-        heads += ["bytes a parameter", "of the roofline", "ms at a refresh", "ms on the host"]
-        parts.append(text + "\n\n" + table(heads, lines))
+        reasons: dict[str, list[str]] = {}
+        for row in rows:
+            if "skipped" in row:
+                reasons.setdefault(row["skipped"], []).append(row["contender"])
+        parts += [text, *(f"{MISSING.capitalize()}: {'; '.join(names)}: {why}." for why, names in reasons.items())]
     if not parts:
         return f"### A whole step\n\n{MISSING}"
     return "\n\n".join(["### A whole step against its peers, one run, interleaved", *parts])
 
 
-def _step_cells(row: Row) -> list[str]:
-    if "skipped" in row:
-        return [row["contender"], f"{MISSING}: {row['skipped']}", *[""] * 9]
-    first, median, third = map(milliseconds, row["ms"])
-    refresh = row.get("refresh_ms")
-    return [
-        row["contender"],
-        f"{median} ({first} to {third})",
-        number(row.get("times APOLLO-Mini")),
-        number(row.get("times APOLLO")),
-        "" if row["launches"] is None else str(row["launches"]),
-        as_bytes(max(0, row["extra_bytes"])),
-        as_bytes(row["state_bytes"]),
-        f"{row['bytes'] / row['parameters']:.1f}",
-        f"{100 * share_of_roofline(row):.0f} %",
-        milliseconds(refresh) if refresh else "",
-        "" if row["launches"] is None else milliseconds(row["host_ms"]),
-    ]
+STEP_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms (quartiles)": lambda row: "{1} ({0} to {2})".format(*map(milliseconds, row["ms"])),
+    "times Mini": lambda row: number(row.get("times APOLLO-Mini")),
+    "times APOLLO": lambda row: number(row.get("times APOLLO")),
+    "extra memory": lambda row: as_bytes(max(0, row["extra_bytes"])),
+    "state": lambda row: as_bytes(row["state_bytes"]),
+    "bytes a parameter": lambda row: f"{row['bytes'] / row['parameters']:.1f}",
+    "of the roofline": lambda row: f"{100 * share_of_roofline(row):.0f} %",
+    "ms at a refresh": lambda row: milliseconds(row["refresh_ms"]) if row["refresh_ms"] else "",
+}
+GPU_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "launches": lambda row: str(row["launches"]),
+    "ms on the host": lambda row: milliseconds(row["host_ms"]),
+}
 
 
 def growth(machine: Machine) -> str:

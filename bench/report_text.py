@@ -13,6 +13,10 @@ from .report_tables import difference_to_adamw, milliseconds, table, training_of
 from .report_targets import LARGE, MISSING, SMALL
 from .results_file import Row
 
+WHETHER = """Switch from AdamW if its memory is what limits you and you can tune the learning rate anew: APOLLO wants a larger
+one. Whether the loss above holds for your model takes a line to try. Do not switch for speed where the table has no
+figure of a machine like yours."""
+
 METHOD = """## How
 
 - **A step**: contenders take turns, once a round, in rotating order, with caches emptied before each; medians over
@@ -51,7 +55,7 @@ def summary(counted: Machine, machines: Sequence[Machine]) -> str:
     for machine in machines:
         for file in pretrainings(machine):
             rows.append([f"Held-out loss against AdamW, {training_of(file)}", _verdict(file), machine.name])
-    return "## In a minute\n\n" + table(["", "", "on"], rows)
+    return "\n\n".join(["## In a minute", table(["", "", "on"], rows), WHETHER])
 
 
 def _verdict(file: Row) -> str:
