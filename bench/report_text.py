@@ -13,9 +13,9 @@ from .report_tables import difference_to_adamw, milliseconds, table, training_of
 from .report_targets import LARGE, MISSING, SMALL
 from .results_file import Row
 
-WHETHER = """Switch from AdamW if its memory is what limits you and you can tune the learning rate anew: APOLLO wants a larger
-one. Whether the loss above holds for your model takes a line to try. Do not switch for speed where the table has no
-figure of a machine like yours."""
+WHETHER = """Switch from AdamW if its memory is what limits you and you can tune the learning rate anew: APOLLO wants a
+larger one. Whether the loss above holds for your model takes a line to try. Do not switch for speed where the table has
+no figure of a machine like yours."""
 
 METHOD = """## How
 
