@@ -62,6 +62,10 @@ class Stopwatch:
         now.synchronize()
         return started.elapsed_time(now) / 1e3  # type: ignore[union-attr,arg-type]
 
+    def reset(self) -> None:
+        """Forget a first reading that was never followed by a second."""
+        self._started = None
+
     def _now(self) -> float | torch.cuda.Event:
         if not self._on_gpu:
             return time.perf_counter()

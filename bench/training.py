@@ -10,7 +10,6 @@ figure stands what ``apollo-triton memory`` counts for weights, gradients and st
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import os
 import resource
@@ -34,7 +33,7 @@ from .clock import rounded, wait
 from .parameter_sets import llama_shapes
 from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
-from .whole_step import reason
+from .whole_step import reason, release
 
 CAP = 80e9  # bytes, of the paper's cards
 METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
@@ -132,8 +131,7 @@ class Training:
         else:
             fits = True
         self.optimizer.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
+        release(self._device)
         return fits
 
     def _peak(self) -> int:

@@ -184,9 +184,14 @@ def measure(case: Case, device: str, results: Results) -> None:
             if f"{case.name}: {name}" not in results:  # ours come with every batch, the first counts
                 results.add(f"{case.name}: {name}", contender=name, **about, **row)
                 print(f"  {case.name}: {name:38s} {summary(row)}", flush=True)
-        gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        release(device)
+
+
+def release(device: str) -> None:
+    """Give back the memory of what is gone."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def measure_together(batch: list[Contender], weights: Weights, case: Case, device: str) -> dict[str, Row]:
@@ -201,7 +206,8 @@ def measure_together(batch: list[Contender], weights: Weights, case: Case, devic
         except Exception as error:  # whatever a peer does, the others are measured
             rows[contender.name] = {"skipped": reason(error)}
             steppers.pop(contender.name, None)
-            gc.collect()
+        if contender.name not in steppers:
+            release(device)  # only now: until here the error held on to the frames, and they to tensors
     times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
     on_device = {name: [both[0] for both in pairs] for name, pairs in times.items()}
     for name, pairs in times.items():
