@@ -88,14 +88,25 @@ def seconds(run: Callable[[], object], device: str) -> tuple[float, float]:
 Times = dict[str, list[tuple[float, float]]]
 
 
+class RunFailed(RuntimeError):
+    """The contender ``name`` raised ``error`` while it was timed."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name} failed while it was timed: {error}")
+        self.name, self.error = name, error
+
+
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 1) -> Times:
     """The ``seconds`` of every contender in every round. The order rotates, so that another user of the machine, and
-    what a neighbour leaves behind, slow all alike."""
+    what a neighbour leaves behind, slow all alike. Raises RunFailed."""
     names = list(runs)
     times: Times = {name: [] for name in names}
     for turn in range(-warm_up, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            measured = seconds(runs[name], device)
+            try:
+                measured = seconds(runs[name], device)
+            except Exception as error:
+                raise RunFailed(name, error) from error
             if turn >= 0:
                 times[name].append(measured)
     return times

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from apollo_triton import APOLLOAdamW
 
-from .results_file import Results
+from .results_file import RESULTS, Results
 
 Row = dict[str, Any]
 
@@ -332,9 +332,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS), help="compile all variants")
     parser.add_argument("--sampled", nargs="*", choices=TARGETS, default=[], help="compile the essential variants")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     rows = measured(arguments.targets, arguments.sampled)
-    results = Results("codegen", device=None, fresh=True)
+    results = Results("codegen", device=None, fresh=True, folder=arguments.out)
     for row in rows:
         results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)
     text = results.path.with_suffix(".txt")

@@ -22,7 +22,7 @@ import torch
 
 from apollo_triton.llama import default_rank
 
-from .clock import copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
+from .clock import RunFailed, copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
 from .contenders import CONTENDERS, OURS, Contender, bytes_to_move, state_bytes
 from .parameter_sets import Shapes, Weights, llama_shapes, make_weights
 from .results_file import Results, Row, default_device
@@ -208,7 +208,13 @@ def measure_together(batch: list[Contender], weights: Weights, case: Case, devic
             steppers.pop(contender.name, None)
         if contender.name not in steppers:
             release(device)  # only now: until here the error held on to the frames, and they to tensors
-    times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
+    times = None
+    while times is None:
+        try:
+            times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
+        except RunFailed as failure:
+            rows[failure.name] = {"skipped": reason(failure.error)}
+            del steppers[failure.name]
     on_device = {name: [both[0] for both in pairs] for name, pairs in times.items()}
     for name, pairs in times.items():
         row = rows[name]
@@ -225,7 +231,8 @@ def summary(row: Row) -> str:
     if "skipped" in row:
         return f"skipped: {row['skipped']}"
     first, median, third = row["ms"]
-    return f"{median:9.2f} ms ({first:.2f} to {third:.2f}), {row['times APOLLO-Mini']:.2f} times APOLLO-Mini"
+    ratio = f", {row['times APOLLO-Mini']:.2f} times APOLLO-Mini" if "times APOLLO-Mini" in row else ""
+    return f"{median:9.2f} ms ({first:.2f} to {third:.2f}){ratio}"
 
 
 def main() -> None:

@@ -221,7 +221,9 @@ def out_of_memory(weights, rank, more):
 def case(monkeypatch, results):
     """A small case of three peers, one of which fails."""
     peers = {name: CONTENDERS[name] for name in contenders.OURS}
-    peers |= {each.name: each for each in (contender("good"), contender("bad", fails_at=2))}
+    peers |= {
+        each.name: each for each in (contender("good"), contender("bad", fails_at=2), contender("late", fails_at=5))
+    }
     peers["large"] = Contender("large", "torch", out_of_memory)
     peers["absent"] = Contender("absent", "no-such-package", CONTENDERS["APOLLO"].make)
     monkeypatch.setattr(whole_step, "CONTENDERS", peers)
@@ -240,7 +242,8 @@ def test_a_peer_that_fails_does_not_stop_the_others(case, results, together, mon
     whole_step.measure(case, "cpu", results())
     saved = json.loads(results().path.read_text())["rows"]
     rows = {row["contender"]: row for row in saved}
-    assert set(rows) == {*contenders.OURS, "good", "bad", "large", "absent"}
+    assert set(rows) == {*contenders.OURS, "good", "bad", "late", "large", "absent"}
+    assert rows["late"]["skipped"] == rows["bad"]["skipped"]  # at its first step that counts
     assert rows["large"]["skipped"] == "it does not fit into the memory of this device"
     assert rows["bad"]["skipped"] == "it failed: RuntimeError: first line"
     assert rows["absent"]["skipped"] == "no-such-package is not installed"
@@ -264,7 +267,7 @@ def test_a_case_goes_on_where_it_was_left(case, results, monkeypatch):
     )
     ours = kept.rows[f"{case.name}: APOLLO"]
     whole_step.measure(case, "cpu", kept)
-    assert stepped == [*contenders.OURS, "bad", "large"]  # ours for their ratio, and those without a figure
+    assert stepped == [*contenders.OURS, "bad", "late", "large"]  # ours for their ratio, and those without a figure
     assert kept.rows[f"{case.name}: APOLLO"] == ours
 
 

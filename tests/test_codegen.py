@@ -39,14 +39,15 @@ def rows(tmp_path_factory):
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     folder = tmp_path_factory.mktemp("codegen") if run is None else tmp_path_factory.getbasetemp().parent / run
     folder.mkdir(exist_ok=True)
+    table = folder / "every-machine" / "codegen.json"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "codegen.json").exists():
+        if not table.exists():
             environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
             command = [*COMMAND, "--out", str(folder)]
             done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "codegen.json").read_text())["rows"]
+    return json.loads(table.read_text())["rows"]
 
 
 def of(rows, *kernels):
