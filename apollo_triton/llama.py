@@ -64,6 +64,8 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         config = _llama_config(transformers, model.upper())
     else:
         config = _loaded_config(transformers, model)
+    # Here, and not lazily on the meta device, where torch 2.6 cannot import what this imports.
+    require("transformers.modeling_utils", "demo")
     with torch.device("meta"):
         return _from_config(transformers, config).to(dtype)
 

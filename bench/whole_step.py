@@ -22,7 +22,7 @@ import torch
 
 from apollo_triton.llama import default_rank
 
-from .clock import RunFailed, copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
+from .clock import RunFailed, Times, copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
 from .contenders import CONTENDERS, OURS, Contender, bytes_to_move, state_bytes
 from .parameter_sets import Shapes, Weights, llama_shapes, make_weights
 from .results_file import Results, Row, default_device
@@ -208,8 +208,8 @@ def measure_together(batch: list[Contender], weights: Weights, case: Case, devic
             steppers.pop(contender.name, None)
         if contender.name not in steppers:
             release(device)  # only now: until here the error held on to the frames, and they to tensors
-    times = None
-    while times is None:
+    times: Times = {}
+    while steppers and not times:
         try:
             times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
         except RunFailed as failure:
