@@ -156,6 +156,8 @@ class Kernel:
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
         if "p_step" in dict(self.types) and "p_step" not in at:
             words.append("t on the device")
+        if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
+            words.append(f"{at['BLOCK_CHANNELS']} channels a sum")
         return " ".join(words)
 
     @property
@@ -338,6 +340,7 @@ def main() -> None:
     results = Results("codegen", device=None, fresh=True, folder=arguments.out)
     for row in rows:
         results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)
+    assert len(results.rows) == len(rows), "two kernels are described alike: see Kernel.what"
     text = results.path.with_suffix(".txt")
     text.write_text(table(rows))
     failed = [f"{row['target']} {row['kernel']} {row['what']}: {row['error']}" for row in rows if "error" in row]

@@ -113,11 +113,8 @@ def counted(machine: Machine) -> str:
             own = [row for row in rows if row["target"] == target and "error" not in row]
             failed = sum(row["target"] == target for row in rows) - len(own)
             stack = max(own, key=lambda row: row["stack"])
-            cells = [
-                target,
-                f"{len(own)} of {len(own) + failed}",
-                f"{stack['stack']} ({stack['kernel']} {stack['what']})",
-            ]
+            largest = f"{stack['stack']} ({stack['kernel']} {stack['what']})" if stack["stack"] else "0"
+            cells = [target, f"{len(own)} of {len(own) + failed}", largest]
             lines.append([*cells, ", ".join(sorted({row["kernel"] for row in own if row["float64"]})) or "none"])
         heads = ["compiled for", "kernels", "largest stack, bytes a thread", "float64 in"]
         parts += [
