@@ -13,7 +13,7 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -39,35 +39,33 @@ def _adamw(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.0, fused=True)
 
 
-def _quarter(plan: Plan) -> dict[str, Any]:
-    """APOLLO's group at the paper's rank, a quarter of the width."""
-    return {"rank": SIZES[plan.model].hidden // 4, "scale_type": "channel", "scale": 1.0}
+def _quarter(plan: Plan) -> int:
+    """The paper's rank, a quarter of the width."""
+    return SIZES[plan.model].hidden // 4
 
 
-def _official(keys: Callable[[Plan], dict[str, Any]]) -> OptimizerMaker:
+def _apollo(**options: Any) -> OptimizerMaker:
+    return lambda plan, model: APOLLOAdamW.apollo(
+        model, _quarter(plan), lr=plan.learning_rate, seed=plan.seed, **options
+    )
+
+
+def _mini(**options: Any) -> OptimizerMaker:
+    return lambda plan, model: APOLLOAdamW.mini(model, lr=plan.learning_rate, seed=plan.seed, **options)
+
+
+def _official(mini: bool) -> OptimizerMaker:
+    """apollo-torch's, which knows nothing of names, and insists on more keys."""
+
     def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         from apollo_torch import APOLLOAdamW as OfficialAPOLLOAdamW
 
-        groups = [group | OFFICIAL_KEYS if "rank" in group else group for group in _groups(model, keys(plan))]
+        keys = MINI if mini else {"rank": _quarter(plan), "scale_type": "channel", "scale": 1.0}
+        low_rank, dense = (group["params"] for group in apollo_param_groups(model, **keys))
+        groups = [{"params": low_rank, **keys, **OFFICIAL_KEYS}, {"params": dense}]
         return OfficialAPOLLOAdamW(groups, lr=plan.learning_rate)
 
     return build
-
-
-def _ours(keys: Callable[[Plan], dict[str, Any]], **options: Any) -> OptimizerMaker:
-    def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-        distribution = {name: options[name] for name in options if name == "distribution"}
-        constructor = {name: options[name] for name in options if name != "distribution"}
-        groups = _groups(model, keys(plan) | distribution)
-        return APOLLOAdamW(groups, lr=plan.learning_rate, seed=plan.seed, **constructor)
-
-    return build
-
-
-def _groups(model: nn.Module, keys: dict[str, Any]) -> list[dict[str, Any]]:
-    """Groups of parameters alone: apollo-torch knows nothing of names."""
-    groups = apollo_param_groups(model, **keys)
-    return [{name: group[name] for name in group if name != "param_names"} for group in groups]
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,16 @@ class Variant:
 
 VARIANTS = {
     "AdamW": Variant(_adamw, "AdamW"),
-    "apollo-torch": Variant(_official(_quarter), "APOLLO"),
-    "APOLLO": Variant(_ours(_quarter), "APOLLO"),
-    "APOLLO, a seed per matrix": Variant(_ours(_quarter, seed_per_param=True), "APOLLO"),
-    "APOLLO, Rademacher": Variant(_ours(_quarter, distribution="rademacher"), "APOLLO"),
-    "APOLLO, bf16 moments": Variant(_ours(_quarter, state_dtype=torch.bfloat16), "APOLLO"),
-    "apollo-torch Mini": Variant(_official(lambda plan: MINI), "Mini"),
-    "Mini": Variant(_ours(lambda plan: MINI), "Mini"),
-    "Mini, a seed per matrix": Variant(_ours(lambda plan: MINI, seed_per_param=True), "Mini"),
-    "Mini, Rademacher": Variant(_ours(lambda plan: MINI, distribution="rademacher"), "Mini"),
-    "Mini, bf16 moments": Variant(_ours(lambda plan: MINI, state_dtype=torch.bfloat16), "Mini"),
+    "apollo-torch": Variant(_official(mini=False), "APOLLO"),
+    "APOLLO": Variant(_apollo(), "APOLLO"),
+    "APOLLO, a seed per matrix": Variant(_apollo(seed_per_param=True), "APOLLO"),
+    "APOLLO, Rademacher": Variant(_apollo(distribution="rademacher"), "APOLLO"),
+    "APOLLO, bf16 moments": Variant(_apollo(state_dtype=torch.bfloat16), "APOLLO"),
+    "apollo-torch Mini": Variant(_official(mini=True), "Mini"),
+    "Mini": Variant(_mini(), "Mini"),
+    "Mini, a seed per matrix": Variant(_mini(seed_per_param=True), "Mini"),
+    "Mini, Rademacher": Variant(_mini(distribution="rademacher"), "Mini"),
+    "Mini, bf16 moments": Variant(_mini(state_dtype=torch.bfloat16), "Mini"),
 }
 
 _corpus: Corpus | None = None
