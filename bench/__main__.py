@@ -69,12 +69,13 @@ PRETRAINING = (
     *("--lr", "AdamW=2e-3", "APOLLO=1e-2", "Mini=1e-2", "--variants"),
 )
 SHORT_GPU = [
-    _gpu("whole step, small", "whole_step", "--cases", "(60M|130M|350M) bfloat16"),
+    _gpu("whole step, small", "whole_step", "--cases", "(60M|130M) bfloat16"),
     _gpu("whole step, 7B matrices", "whole_step", "--cases", "7B matrices bfloat16"),
     _gpu("kernels, 7B", "kernels", "-k", "7B-"),
 ]
 GPU = [
     *SHORT_GPU,
+    _gpu("whole step, 350M", "whole_step", "--cases", "350M bfloat16"),
     _gpu("whole step, float32", "whole_step", "--cases", "60M float32"),
     _gpu("whole step, 1B", "whole_step", "--cases", "1B bfloat16"),
     _gpu("whole step, 7B", "whole_step", "--cases", "7B bfloat16"),

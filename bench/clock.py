@@ -1,7 +1,7 @@
 """Time on a CPU and on a GPU by one set of functions: contenders take turns, and caches are emptied before each.
 
-A GPU is timed by events on its own clock. The write that empties its cache keeps it busy while the host enqueues what
-is measured, so that a launch's latency does not count, as it would not in training.
+A GPU is timed by events on its own clock. It is kept busy while the host enqueues what is measured, so that the host's
+time does not count, as it does not in training, where the host runs ahead. The host's time is taken apart from that.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 # More than any last-level cache of the day has: 50 MB an H100's L2, 256 MB a large server processor's.
 FLUSHED_BYTES = 256 * 2**20
+# Of a GPU that waits for the host to enqueue a step, in seconds; 5,000 launches take about 40 ms.
+LONGEST_HEAD_START = 0.1
 COPIED_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
 
@@ -74,18 +77,35 @@ class Stopwatch:
         return event
 
 
-def seconds(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """One run with cold caches: the device's time, and the host's until ``run`` returned."""
+def head_start(device: str, seconds: float) -> None:
+    """Keep a GPU busy for about so long, and return at once: by then the host has enqueued what comes next."""
+    if device.startswith("cuda"):
+        torch.cuda._sleep(int(seconds * 2e9))  # cycles, of about 2 GHz on GPUs of the day
+
+
+def host_seconds(run: Callable[[], object], device: str) -> float:
+    """Until ``run`` returns, started on an idle device."""
+    wait(device)
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def seconds(run: Callable[[], object], device: str, ahead: float = 0.0) -> float:
+    """One run with cold caches, on the device's clock; ``ahead`` is the host's time, by which a GPU starts later."""
+    head_start(device, min(2 * ahead + 5e-4, LONGEST_HEAD_START))
     flush(device)
     stopwatch = Stopwatch(device)
     stopwatch()
-    started = time.perf_counter()
     run()
-    host = time.perf_counter() - started
-    return stopwatch(), host
+    return stopwatch()
 
 
-Times = dict[str, list[tuple[float, float]]]
+class Times(NamedTuple):
+    """Seconds of every contender: on the device in every round, and on the host once."""
+
+    device: dict[str, list[float]]
+    host: dict[str, float]
 
 
 class RunFailed(RuntimeError):
@@ -96,19 +116,20 @@ class RunFailed(RuntimeError):
         self.name, self.error = name, error
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 1) -> Times:
-    """The ``seconds`` of every contender in every round. The order rotates, so that another user of the machine, and
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str) -> Times:
+    """Times of every contender, on the device once a round. The order rotates, so that another user of the machine, and
     what a neighbour leaves behind, slow all alike. Raises RunFailed."""
+    times = Times({name: [] for name in runs}, {})
     names = list(runs)
-    times: Times = {name: [] for name in names}
-    for turn in range(-warm_up, rounds):
+    for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             try:
-                measured = seconds(runs[name], device)
+                if turn < 0:
+                    times.host[name] = host_seconds(runs[name], device)
+                else:
+                    times.device[name].append(seconds(runs[name], device, times.host[name]))
             except Exception as error:
                 raise RunFailed(name, error) from error
-            if turn >= 0:
-                times[name].append(measured)
     return times
 
 
@@ -136,8 +157,8 @@ def copy_bandwidth(device: str) -> float:
     generator = torch.Generator(device).manual_seed(0)
     source = torch.randint(-(2**31), 2**31, (size // 8,), dtype=torch.int64, device=device, generator=generator)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    return 2 * source.nbytes / statistics.median(on_device for on_device, _ in times)
+    times = interleaved({"copy": lambda: target.copy_(source)}, 10, device).device["copy"]
+    return 2 * source.nbytes / statistics.median(times)
 
 
 def rounded(value: float, digits: int = 4) -> float:

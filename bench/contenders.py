@@ -20,8 +20,9 @@ LEARNING_RATE = 1e-5  # small: hundreds of steps with the same gradients must le
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 # What the official code insists on in a group; the values are our defaults.
 OFFICIAL_KEYS: dict[str, Any] = {"proj": "random", "proj_type": "std", "update_proj_gap": 200}
-# Multiplications and additions of a singular value decomposition, about, that GaLore may cost us here: a minute.
-MOST_SVD_FLOP = {"cpu": 1.5e12, "cuda": 2e13}
+# Multiplications and additions, about, of the decompositions of one step that GaLore may cost us here: a minute, for
+# there are three such steps.
+MOST_SVD_FLOP = {"cpu": 1.5e12, "cuda": 7e12}
 
 Maker = Callable[[Weights, int, dict[str, Any]], torch.optim.Optimizer]
 

@@ -27,7 +27,7 @@ from apollo_triton import APOLLOAdamW, apollo_param_groups
 from apollo_triton.demo_data import Corpus
 from apollo_triton.demo_training import SIZES, OptimizerMaker, Plan, Run
 
-from .contenders import MINI, OFFICIAL_KEYS
+from .contenders import MINI, OFFICIAL_KEYS, state_bytes
 from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 
@@ -120,7 +120,7 @@ def train(plan: Plan) -> Row:
         "held_out_loss": run.history.held_out_loss[plan.steps],
         "training_loss_last_tenth": sum(run.history.training_loss[-tenth:]) / tenth,
         "curve": {str(step): round(loss, 5) for step, loss in run.history.held_out_loss.items()},
-        "state_bytes": run.state_bytes(),
+        "state_bytes": state_bytes(run.optimizer)[0],
         "seconds": round(time.perf_counter() - started, 1),
     }
 

@@ -46,8 +46,8 @@ def load(folder: Path = RESULTS) -> tuple[Machine, list[Machine]]:
     """What is the same on every machine, and the machines, GPUs first."""
     found = {}
     for path in sorted(folder.iterdir() if folder.exists() else []):
-        if path.is_dir():
-            found[path.name] = Machine(path.name, {each.stem: _read(each) for each in sorted(path.glob("*.json"))})
+        if files := {each.stem: _read(each) for each in sorted(path.glob("*.json"))}:
+            found[path.name] = Machine(path.name, files)
     counted = found.pop(EVERY_MACHINE, Machine(EVERY_MACHINE, {}))
     return counted, sorted(found.values(), key=lambda machine: (not machine.is_gpu, machine.folder))
 
@@ -93,10 +93,11 @@ def pretrainings(machine: Machine) -> list[Row]:
 
 
 def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:
-    """Finished runs: variant -> seed -> row."""
+    """Finished runs: variant -> seed -> row, with the learning rate that was taken last."""
+    rates = {row["variant"]: row["learning_rate"] for row in rows if "held_out_loss" in row}
     grouped: dict[str, dict[int, Row]] = {}
     for row in rows:
-        if "held_out_loss" in row:
+        if "held_out_loss" in row and row["learning_rate"] == rates[row["variant"]]:
             grouped.setdefault(row["variant"], {})[row["seed"]] = row
     return grouped
 

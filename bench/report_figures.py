@@ -114,14 +114,14 @@ def kernels(machine: Machine, folder: Path) -> str:
 
 def pretraining(machine: Machine, folder: Path) -> str:
     """Held-out loss, the mean over seeds in a band of its confidence, and the last one's difference to AdamW's."""
-    return "\n\n".join(filter(None, (_curves(machine, each, folder) for each in pretrainings(machine))))
+    return "\n\n".join(filter(None, (_curves(machine, *each, folder) for each in enumerate(pretrainings(machine), 1))))
 
 
-def _curves(machine: Machine, training: dict[str, Any], folder: Path) -> str:
+def _curves(machine: Machine, number: int, training: dict[str, Any], folder: Path) -> str:
     runs = by_variant(training["rows"])
     if not runs:
         return ""
-    path = folder / f"{machine.folder}-pretraining-{training['settings']['model']}.png"
+    path = folder / f"{machine.folder}-pretraining-{number}.png"
     plain = [variant for variant in ("AdamW", "apollo-torch", "APOLLO", "Mini") if variant in runs]
     with _figure(path, 2, 10, 4.6) as (losses, differences):
         for index, variant in enumerate(plain):

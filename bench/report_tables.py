@@ -126,7 +126,7 @@ def _at(points: list[tuple[float, float]], x: float) -> str:
 
 
 def kernels(machine: Machine) -> str:
-    """Of the matrix with the most rows of each size: microseconds and the share of a copy's bandwidth."""
+    """Of one matrix of each size, gate's and up's where all are there: microseconds, and the share of a copy."""
     rows = [row for row in machine.rows("kernels") if "us" in row]
     if not rows:
         return ""
@@ -165,10 +165,10 @@ def training(machine: Machine) -> str:
             largest = "largest_batch" in row
             cells += [str(row["largest_batch"]), f"{row['largest_tokens_per_second']:,.0f}"] if largest else ["", ""]
         lines.append(cells)
-    settings = machine.of("training")[0]["settings"]
+    batches = {f"{each['settings']['batch']} x {each['settings']['sequence']}" for each in machine.of("training")}
     heads = ["", "weights, gradients, state (counted)", "peak", "tokens/s", "backward + optimizer, ms"]
     heads += ["largest batch under 80 GB", "tokens/s there"]
-    about = f"Batch {settings['batch']} x {settings['sequence']} tokens, no activation checkpointing."
+    about = f"Batch {' and '.join(sorted(batches))} tokens, no activation checkpointing."
     return "\n\n".join(["### Training steps from end to end", about, table(heads, lines)])
 
 
@@ -200,8 +200,8 @@ def pretraining(machine: Machine) -> str:
             f"{training_of(file)} of {settings['text']} ({settings['steps']} steps of {settings['batch']} x "
             f"{settings['sequence']}, byte-level BPE of {settings['vocabulary']}, {settings['dtype']}). "
             "A seed decides weights, batches and projections, the same for all; ± is a 95 % confidence interval over "
-            "seeds. Learning rates from a sweep with one seed. Far from convergence: it tells whether they train "
-            "alike, and which choices matter, not which is best."
+            "seeds. Learning rates: of a sweep with one seed for the sized-down model, of the paper for larger ones. "
+            "Far from convergence: it tells whether they train alike, and which choices matter, not which is best."
         )
         heads = ["", "learning rate", "seeds", "held-out loss, nats a token", "against AdamW, same seed", "state"]
         parts += [about, table(heads, lines)]

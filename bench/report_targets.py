@@ -46,6 +46,17 @@ def _ratio(case: str, contender: str, to: str, inverse: bool = False) -> Callabl
     return value
 
 
+def _slower_of_host_and_device(case: str, contender: str, to: str) -> Callable[[Machine], float | None]:
+    """A ratio of step times where the host may be what a step waits for."""
+
+    def value(machine: Machine) -> float | None:
+        rows = [machine.find("whole_step", f"{case}: {name}") for name in (contender, to)]
+        times = [max(row["ms"][1], row["host_ms"]) for row in rows if row]
+        return times[0] / times[1] if len(times) == 2 else None
+
+    return value
+
+
 def _mini_of_copy(machine: Machine) -> float | None:
     row = machine.find("whole_step", f"{LARGE}: APOLLO-Mini")
     return row and share_of_roofline(row) * 8 * row["parameters"] / row["bytes"]
@@ -77,9 +88,9 @@ TARGETS = (
     ),
     Target("7B matrices: Mini, times fused SGD", 1.4, _ratio(LARGE, "PyTorch SGD, fused", "APOLLO-Mini", inverse=True)),
     Target(
-        "60M, whole model: Mini, times fused AdamW",
+        "60M, whole model: Mini, times fused AdamW, host included",
         1.0,
-        _ratio("60M bfloat16", "PyTorch AdamW, fused", "APOLLO-Mini", inverse=True),
+        _slower_of_host_and_device("60M bfloat16", "APOLLO-Mini", "PyTorch AdamW, fused"),
     ),
     Target("a step of 224 matrices on the host, ms", 1.0, _figure("host_overhead", HOST, "stable_ms"), gpu=None),
     Target("the same, every gradient moved, ms", 2.0, _figure("host_overhead", HOST, "moved_ms"), gpu=None),

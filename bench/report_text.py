@@ -35,14 +35,15 @@ METHOD = """## How
 def summary(counted: Machine, machines: Sequence[Machine]) -> str:
     """What a reader takes away in a minute: memory, speed, loss."""
     rows = []
-    seven = {row["method"]: row for machine in machines for row in machine.rows("training") if row["size"] == "7B"}
-    if "counted_bytes" in seven.get("AdamW", {}):
-        figures = [f"{method} {as_bytes(seven[method]['counted_bytes'])}" for method in ("AdamW", *reversed(OURS))]
+    trained = [row for machine in machines for row in machine.rows("training") if "counted_bytes" in row]
+    seven = {row["method"]: row["counted_bytes"] for row in trained if row["size"] == "7B"}
+    if seven:
+        figures = [f"{method} {as_bytes(count)}" for method, count in seven.items()]
         rows.append(["Memory of LLaMA-7B, bfloat16: weights, gradients, state", ", ".join(figures), "counted"])
     step = counted.find("launches", "APOLLO-Mini: a step")
     if step:
-        text = f"Mini {step['all']:.2f} bytes a parameter in {step['launches']} launches; AdamW 14, SGD 6"
-        rows.append(["Traffic of a step, bfloat16 moments for AdamW", text, "counted"])
+        text = f"Mini {step['all']:.2f} bytes a parameter in {step['launches']} launches; by arithmetic AdamW 14, SGD 6"
+        rows.append(["Traffic of a step, all in bfloat16 (AdamW's moments too)", text, "counted"])
     for machine in machines:
         case = LARGE if machine.is_gpu else SMALL
         timed = {row["contender"]: row for row in cases(machine).get(case, []) if "ms" in row}
@@ -112,7 +113,7 @@ def counted(machine: Machine) -> str:
         for target in dict.fromkeys(row["target"] for row in rows):
             own = [row for row in rows if row["target"] == target and "error" not in row]
             failed = sum(row["target"] == target for row in rows) - len(own)
-            stack = max(own, key=lambda row: row["stack"])
+            stack = max(own, key=lambda row: row["stack"], default={"stack": 0})
             largest = f"{stack['stack']} ({stack['kernel']} {stack['what']})" if stack["stack"] else "0"
             cells = [target, f"{len(own)} of {len(own) + failed}", largest]
             lines.append([*cells, ", ".join(sorted({row["kernel"] for row in own if row["float64"]})) or "none"])

@@ -66,7 +66,7 @@ class Training:
         self._sequence, self._device, self._tokens = sequence, device, tokens
         if device.startswith("cuda"):
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))  # of the current device
         transformers = require("transformers", "bench")
         config = meta_model(size).config
         config.max_position_embeddings = max(sequence, config.max_position_embeddings)
@@ -156,16 +156,22 @@ def run(size: str, method: str, batch: int, sequence: int, dtype: torch.dtype, d
     row = training.measured(batch, steps=3)
     if device.startswith("cuda"):
         largest = training.largest_batch()
-        row |= {f"largest_{name}": figure for name, figure in training.measured(largest, steps=5).items()}
+        while largest:  # two steps fitted; a few more may not, where memory is in pieces
+            try:
+                return row | {f"largest_{name}": each for name, each in training.measured(largest, steps=5).items()}
+            except torch.OutOfMemoryError:
+                largest -= 1
     return row
 
 
 def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Results) -> Iterator[tuple[str, Row]]:
     """What ``results`` has not got yet."""
     tokens = None
-    for size in dict.fromkeys([*sizes, *SIZES["cuda"]]):
+    on_gpu = device.startswith("cuda")
+    # Without a GPU the paper's sizes are counted, and named as not measured.
+    for size in dict.fromkeys(sizes if on_gpu else [*sizes, *SIZES["cuda"]]):
         # Of the paper's sizes whole bfloat16 models are trained; a CPU's float32 is the faster one.
-        dtype = torch.bfloat16 if size in SIZES["cuda"] or device.startswith("cuda") else torch.float32
+        dtype = torch.bfloat16 if on_gpu or size in SIZES["cuda"] else torch.float32
         for method in METHODS:
             identity = f"{size} {method}"
             if identity in results:

@@ -116,9 +116,8 @@ class Stepper:
             return None
         optimizer = self.contender.make(self._weights, self._rank, {"update_proj_gap": 1})
         optimizer.step()
-        return 1e3 * min(
-            seconds(optimizer.step, self._device)[0] for _ in range(1 if self.contender.needs == "svd" else 3)
-        )
+        tries = 1 if self.contender.needs == "svd" else 3
+        return 1e3 * min(seconds(optimizer.step, self._device, ahead=0.01) for _ in range(tries))
 
 
 def reason(error: Exception) -> str:
@@ -177,7 +176,9 @@ def measure(case: Case, device: str, results: Results) -> None:
         return
     runnable = [CONTENDERS[name] for name in OURS] + [each for each in runnable if each.name not in OURS]
     bandwidth(device)  # while there is memory for it
+    multiply_once(device)
     weights = make_weights(shapes, case.dtype, device)
+    release(device)
     for batch in batches(runnable, weights, device):
         rows = measure_together(batch, weights, case, device)
         for name, row in rows.items():
@@ -185,6 +186,14 @@ def measure(case: Case, device: str, results: Results) -> None:
                 results.add(f"{case.name}: {name}", contender=name, **about, **row)
                 print(f"  {case.name}: {name:38s} {summary(row)}", flush=True)
         release(device)
+
+
+@functools.cache
+def multiply_once(device: str) -> None:
+    """cuBLAS keeps 32 MB from the first product on, which must not count as the first contender's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(64, 64, dtype=dtype, device=device)
+        torch.mm(matrix, matrix)
 
 
 def release(device: str) -> None:
@@ -199,32 +208,40 @@ def measure_together(batch: list[Contender], weights: Weights, case: Case, devic
     rows: dict[str, Row] = {}
     steppers: dict[str, Stepper] = {}
     for contender in batch:
-        try:
-            steppers[contender.name] = stepper = Stepper(contender, weights, case.used_rank, device)
-            refresh = stepper.refresh_ms()
-            rows[contender.name] = stepper.figures | {"refresh_ms": refresh and rounded(refresh)}
-        except Exception as error:  # whatever a peer does, the others are measured
-            rows[contender.name] = {"skipped": reason(error)}
-            steppers.pop(contender.name, None)
+        rows[contender.name] = prepare(contender, weights, case.used_rank, device, steppers)
         if contender.name not in steppers:
-            release(device)  # only now: until here the error held on to the frames, and they to tensors
-    times: Times = {}
-    while steppers and not times:
+            release(device)
+    times = Times({}, {})
+    while steppers and not times.device:
         try:
             times = interleaved({name: stepper.step for name, stepper in steppers.items()}, case.rounds, device)
         except RunFailed as failure:
             rows[failure.name] = {"skipped": reason(failure.error)}
             del steppers[failure.name]
-    on_device = {name: [both[0] for both in pairs] for name, pairs in times.items()}
-    for name, pairs in times.items():
+    for name, on_device in times.device.items():
         row = rows[name]
-        row["ms"] = [rounded(1e3 * value) for value in quartiles(on_device[name])]
-        row["host_ms"] = rounded(1e3 * quartiles([both[1] for both in pairs])[1])
+        row["ms"] = [rounded(1e3 * value) for value in quartiles(on_device)]
+        row["host_ms"] = rounded(1e3 * times.host[name])
         row["copy_bandwidth"] = rounded(bandwidth(device))
         for ours in OURS:
-            if ours in on_device:
-                row[f"times {ours}"] = rounded(median_ratio(on_device[name], on_device[ours]))
+            if ours in times.device:
+                row[f"times {ours}"] = rounded(median_ratio(on_device, times.device[ours]))
     return rows
+
+
+def prepare(contender: Contender, weights: Weights, rank: int, device: str, steppers: dict[str, Stepper]) -> Row:
+    """Add the contender to ``steppers``, and give its row without times; or say in the row why it cannot run. Here, in
+    a function, so that what failed keeps no memory when it has returned."""
+    try:
+        stepper = Stepper(contender, weights, rank, device)
+    except Exception as error:  # whatever a peer does, the others are measured
+        return {"skipped": reason(error)}
+    steppers[contender.name] = stepper
+    try:
+        refresh = stepper.refresh_ms()
+    except torch.OutOfMemoryError:  # it takes a second optimizer
+        refresh = None
+    return stepper.figures | {"refresh_ms": refresh and rounded(refresh)}
 
 
 def summary(row: Row) -> str:

@@ -110,10 +110,20 @@ def test_the_source_s_fingerprint_follows_the_kernels(tmp_path, monkeypatch):
 
 def test_every_contender_takes_every_place_of_a_round():
     order = []
-    times = clock.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3, "cpu", warm_up=0)
-    assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-    assert [len(each) for each in times.values()] == [3, 3, 3]
-    assert all(device >= host >= 0 for pairs in times.values() for device, host in pairs)
+    times = clock.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3, "cpu")
+    assert sorted(order[:3]) == ["a", "b", "c"]  # the host's time
+    assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [len(each) for each in times.device.values()] == [3, 3, 3]
+    assert times.host.keys() == set("abc")
+
+
+def test_a_gpu_starts_when_the_host_has_enqueued_the_step(monkeypatch):
+    log = []
+    monkeypatch.setattr(clock, "head_start", lambda device, seconds: log.append(round(seconds, 4)))
+    monkeypatch.setattr(clock, "flush", lambda device: log.append("flush"))
+    clock.seconds(lambda: log.append("run"), "cpu", ahead=0.01)
+    clock.seconds(lambda: log.append("run"), "cpu", ahead=10.0)
+    assert log == [0.0205, "flush", "run", clock.LONGEST_HEAD_START, "flush", "run"]
 
 
 def test_a_gpu_s_stopwatch_waits_at_its_second_reading_only(monkeypatch):
