@@ -110,9 +110,8 @@ def run(stage: Stage, fresh: bool) -> bool:
                 process.wait()
         if problem:
             errors.seek(0)
-            print(
-                "".join(errors.readlines()[-5:]) + f"-- {stage.name}: {problem}; what it measured is kept", flush=True
-            )
+            print("".join(errors.readlines()[-5:]), end="")
+            print(f"-- {stage.name}: {problem}; what it measured is kept", flush=True)
     print(f"-- {time.perf_counter() - started:.0f} s", flush=True)
     return not problem
 
@@ -125,9 +124,12 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
-    stages = [
-        s for s in (GPU if options.gpu else COUNTED + SHORT_GPU if on_gpu else CPU) if re.search(options.only, s.name)
-    ]
+    suited = CPU
+    if options.gpu:
+        suited = GPU
+    elif on_gpu:
+        suited = COUNTED + SHORT_GPU
+    stages = [stage for stage in suited if re.search(options.only, stage.name)]
     if not stages:
         raise SystemExit(f"--only {options.only!r}: no stage matches; see --list")
     if options.list:

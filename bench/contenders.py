@@ -67,13 +67,15 @@ def _ours(mini: bool, **options: Any) -> Maker:
     return make
 
 
-def _apollo_torch(mini: bool) -> Maker:
-    def make(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:
-        keys = MINI if mini else {"rank": rank, "scale_type": "channel", "scale": 1.0}
-        official = importlib.import_module("apollo_torch").APOLLOAdamW
-        return official(_groups(weights, keys | OFFICIAL_KEYS | more), lr=LEARNING_RATE)
+def apollo_torch(mini: bool, weights: Weights, rank: int, lr: float, **more: Any) -> torch.optim.Optimizer:
+    """The official optimizer: Mini, or APOLLO at ``rank``."""
+    keys = MINI if mini else {"rank": rank, "scale_type": "channel", "scale": 1.0}
+    official = importlib.import_module("apollo_torch").APOLLOAdamW
+    return official(_groups(weights, keys | OFFICIAL_KEYS | more), lr=lr)
 
-    return make
+
+def _apollo_torch(mini: bool) -> Maker:
+    return lambda weights, rank, more: apollo_torch(mini, weights, rank, LEARNING_RATE, **more)
 
 
 def _galore(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:

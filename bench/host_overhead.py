@@ -16,11 +16,12 @@ import torch
 
 from apollo_triton import APOLLOAdamW, backends, fused
 
+from .contenders import MINI
 from .results_file import Results
 
 MATRICES = [(64, 64)] * 128 + [(172, 64)] * 64 + [(64, 172)] * 32
 DENSE = [(64,)] * 66
-GROUPS = {"APOLLO, rank 32": {"rank": 32}, "APOLLO-Mini": {"rank": 1, "scale_type": "tensor", "scale": 128.0}}
+GROUPS = {"APOLLO, rank 32": {"rank": 32}, "APOLLO-Mini": MINI}
 TARGETS = {"stable": 1.0, "moved": 2.0}
 
 

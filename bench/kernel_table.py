@@ -20,11 +20,12 @@ from sanitizer import Launch, Recorder  # noqa: E402
 
 from apollo_triton import APOLLOAdamW  # noqa: E402
 
+from .contenders import MINI  # noqa: E402
 from .report_text import launches  # noqa: E402
 from .results_file import Results, Row  # noqa: E402
 
 METHODS = {
-    "APOLLO-Mini": {"rank": 1, "scale_type": "tensor", "scale": 128.0},
+    "APOLLO-Mini": MINI,
     "APOLLO, rank 64": {"rank": 64},
 }
 LAYERS = 4
@@ -82,13 +83,14 @@ def in_readme(readme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table into README.md")
+    options = parser.parse_args()
     results = Results("launches", device=None, fresh=True)
     rows = measured()
     for row in rows:
         results.add(f"{row['method']}: {row['kernel']}", **row)
     made = launches(rows)
     print(made)
-    if parser.parse_args().write:
+    if options.write:
         path = ROOT / "README.md"
         before, begin, rest = path.read_text().partition(BEGIN)
         if not begin:

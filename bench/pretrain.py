@@ -27,7 +27,8 @@ from apollo_triton import APOLLOAdamW, apollo_param_groups
 from apollo_triton.demo_data import Corpus
 from apollo_triton.demo_training import SIZES, OptimizerMaker, Plan, Run
 
-from .contenders import MINI, OFFICIAL_KEYS, state_bytes
+from .contenders import apollo_torch, state_bytes
+from .parameter_sets import Weights
 from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 
@@ -55,15 +56,10 @@ def _mini(**options: Any) -> OptimizerMaker:
 
 
 def _official(mini: bool) -> OptimizerMaker:
-    """apollo-torch's, which knows nothing of names, and insists on more keys."""
-
     def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-        from apollo_torch import APOLLOAdamW as OfficialAPOLLOAdamW
-
-        keys = MINI if mini else {"rank": _quarter(plan), "scale_type": "channel", "scale": 1.0}
-        low_rank, dense = (group["params"] for group in apollo_param_groups(model, **keys))
-        groups = [{"params": low_rank, **keys, **OFFICIAL_KEYS}, {"params": dense}]
-        return OfficialAPOLLOAdamW(groups, lr=plan.learning_rate)
+        rank = 1 if mini else _quarter(plan)
+        weights = Weights(*(group["params"] for group in apollo_param_groups(model, rank)))
+        return apollo_torch(mini, weights, rank, plan.learning_rate)
 
     return build
 

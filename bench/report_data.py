@@ -83,6 +83,15 @@ def curve(machine: Machine, name: str) -> dict[str, list[tuple[float, float]]]:
     return {contender: sorted(each) for contender, each in points.items() if len(each) > 1}
 
 
+def of_tallest_matrices(machine: Machine) -> list[Row]:
+    """The microbenchmarks of one matrix of each size: gate's and up's, where all are there."""
+    rows = [row for row in machine.rows("kernels") if "us" in row]
+    tallest: dict[str, list[int]] = {}
+    for row in rows:
+        tallest[row["size"]] = max(row["shape"], tallest.get(row["size"], []))
+    return [row for row in rows if row["shape"] == tallest[row["size"]]]
+
+
 def pretrainings(machine: Machine) -> list[Row]:
     """Pre-training runs, files of the same settings together: their settings and rows."""
     found: dict[str, Row] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from apollo_triton.extras import require
 
-from .report_data import Machine, by_variant, curve, mean_and_margin, pretrainings
+from .report_data import Machine, by_variant, curve, mean_and_margin, of_tallest_matrices, pretrainings
 
 # Okabe and Ito's, which colour-blind readers can tell apart; ours strong, peers told apart by their markers too.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#555555", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -88,7 +88,7 @@ def growth(machine: Machine, folder: Path) -> str:
 
 def kernels(machine: Machine, folder: Path) -> str:
     """The share of a copy's bandwidth by rank: a panel a verb, a line a size, its tallest matrix."""
-    rows = [row for row in machine.rows("kernels") if "us" in row and row["dtype"] == "bfloat16"]
+    rows = [row for row in of_tallest_matrices(machine) if row["dtype"] == "bfloat16"]
     if not rows:
         return ""
     path = folder / f"{machine.folder}-kernels.png"
@@ -97,11 +97,10 @@ def kernels(machine: Machine, folder: Path) -> str:
     with _figure(path, len(verbs), 3 * len(verbs), 3.6) as all_axes:
         for axes, verb in zip(all_axes, verbs, strict=True):
             for index, size in enumerate(sizes):
-                tallest = max(row["shape"] for row in rows if row["size"] == size)
-                own = [row for row in rows if (row["size"], row["shape"], row["verb"]) == (size, tallest, verb)]
+                own = [row for row in rows if (row["size"], row["verb"]) == (size, verb)]
                 points = sorted((row["rank"], 100 * row["share_of_copy"]) for row in own)
-                label = f"{size}, {tallest[0]} x {tallest[1]}"
                 if points:
+                    label = f"{size}, {own[0]['shape'][0]} x {own[0]['shape'][1]}"
                     axes.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(index))
             axes.set(xscale="log", xlabel="rank", title=verb, ylim=(0, None))
             ticks = sorted({row["rank"] for row in rows})[::2]

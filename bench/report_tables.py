@@ -12,6 +12,7 @@ from .report_data import (
     cases,
     curve,
     mean_and_margin,
+    of_tallest_matrices,
     pretrainings,
     share_of_roofline,
 )
@@ -25,8 +26,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def number(value: float | None, form: str = "{:.2f}") -> str:
-    return MISSING if value is None else form.format(value)
+def number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
 
 
 def milliseconds(value: float) -> str:
@@ -126,20 +127,17 @@ def _at(points: list[tuple[float, float]], x: float) -> str:
 
 
 def kernels(machine: Machine) -> str:
-    """Of one matrix of each size, gate's and up's where all are there: microseconds, and the share of a copy."""
-    rows = [row for row in machine.rows("kernels") if "us" in row]
+    """Of one matrix of each size: microseconds, and the share of a copy's bandwidth."""
+    rows = of_tallest_matrices(machine)
     if not rows:
         return ""
     ranks = sorted({row["rank"] for row in rows})
     parts = []
-    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in rows):
-        tallest = max(row["shape"] for row in rows if row["size"] == size)
-        own = {(r["verb"], r["rank"]): r for r in rows if (r["size"], r["shape"], r["dtype"]) == (size, tallest, dtype)}
-        lines = [
-            [verb, *(_kernel_cell(own.get((verb, rank))) for rank in ranks)]
-            for verb in dict.fromkeys(v for v, _ in own)
-        ]
-        heads = [f"{size}, {tallest[0]} x {tallest[1]}, {dtype}", *(f"rank {rank}" for rank in ranks)]
+    for size, shape, dtype in dict.fromkeys((row["size"], tuple(row["shape"]), row["dtype"]) for row in rows):
+        own = {(row["verb"], row["rank"]): row for row in rows if (row["size"], row["dtype"]) == (size, dtype)}
+        verbs = dict.fromkeys(verb for verb, _ in own)
+        lines = [[verb, *(_kernel_cell(own.get((verb, rank))) for rank in ranks)] for verb in verbs]
+        heads = [f"{size}, {shape[0]} x {shape[1]}, {dtype}", *(f"rank {rank}" for rank in ranks)]
         parts.append(table(heads, lines))
     about = "Median µs, and the achieved share of the bandwidth of a copy. Rank 1 is Mini. Every shape: results."
     return "\n\n".join(["### The verbs, one matrix", about, *parts])

@@ -99,34 +99,19 @@ TARGETS = (
     ),
     Target("Mini: bytes moved a parameter, bfloat16", 8.2, _figure("launches", "APOLLO-Mini: a step", "all"), gpu=None),
     Target("import apollo_triton, times import torch", 1.2, _figure("import_time", "import", "ratio"), gpu=None),
-    Target(
-        "CPU, float32: Mini, times fused AdamW",
-        1.25,
-        _ratio(SMALL, "PyTorch AdamW, fused", "APOLLO-Mini", inverse=True),
-        gpu=False,
-    ),
-    Target(
-        "CPU, float32: Mini, times apollo-torch Mini",
-        0.5,
-        _ratio(SMALL, "apollo-torch, Mini", "APOLLO-Mini", inverse=True),
-        gpu=False,
-    ),
-    Target(
-        "CPU, float32: rank 128, times apollo-torch",
-        0.8,
-        _ratio(SMALL, "apollo-torch", "APOLLO", inverse=True),
-        gpu=False,
-    ),
-    Target(
-        "CPU, bfloat16: Mini, times apollo-torch Mini",
-        0.67,
-        _ratio("60M matrices bfloat16", "apollo-torch, Mini", "APOLLO-Mini", inverse=True),
-        gpu=False,
-    ),
-    Target(
-        "CPU, bfloat16: rank 128, times apollo-torch",
-        0.5,
-        _ratio("60M matrices bfloat16", "apollo-torch", "APOLLO", inverse=True),
-        gpu=False,
+    *(
+        Target(
+            f"CPU, {dtype}: {label}, times {peer_label}",
+            bound,
+            _ratio(f"60M matrices {dtype}", peer, ours, inverse=True),
+            gpu=False,
+        )
+        for dtype, label, ours, peer_label, peer, bound in (
+            ("float32", "Mini", "APOLLO-Mini", "fused AdamW", "PyTorch AdamW, fused", 1.25),
+            ("float32", "Mini", "APOLLO-Mini", "apollo-torch Mini", "apollo-torch, Mini", 0.5),
+            ("float32", "rank 128", "APOLLO", "apollo-torch", "apollo-torch", 0.8),
+            ("bfloat16", "Mini", "APOLLO-Mini", "apollo-torch Mini", "apollo-torch, Mini", 0.67),
+            ("bfloat16", "rank 128", "APOLLO", "apollo-torch", "apollo-torch", 0.5),
+        )
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,11 +74,7 @@ class Extra:
             return self._peak
         events = self._profiler.profiler.kineto_results.events()
         started = min(event.start_ns() for event in events if event.name() == _MARK)
-        allocated = peak = 0
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
-            if event.start_ns() >= started:
-                peak = max(peak, allocated)
-            allocated += event.nbytes()
-            if event.start_ns() >= started:
-                peak = max(peak, allocated)
-        return peak
+        memory = sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns())
+        before = sum(each.nbytes() for each in memory if each.start_ns() < started)
+        during = (each.nbytes() for each in memory if each.start_ns() >= started)
+        return max(itertools.accumulate(during, initial=before))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,12 +290,12 @@ def test_all_cases_have_names_of_their_own_and_contenders_that_exist():
     for stage in stages.GPU:
         if stage.module == "whole_step":
             pattern = stage.arguments[-1]
-            chosen = [each.name for each in whole_step.cases("cuda") if whole_step.re.fullmatch(pattern, each.name)]
+            chosen = [each.name for each in whole_step.cases("cuda") if re.fullmatch(pattern, each.name)]
             assert chosen, stage
     left = {each.name for each in whole_step.cases("cuda")}
     for stage in stages.GPU:
         if stage.module == "whole_step":
-            left -= {name for name in left if whole_step.re.fullmatch(stage.arguments[-1], name)}
+            left -= {name for name in left if re.fullmatch(stage.arguments[-1], name)}
     assert not left
     files = [stage.arguments[1] for stage in stages.GPU]
     assert len(set(files)) == len(files)  # none can overwrite another's
