@@ -14,6 +14,7 @@ from torch import Tensor
 from .geometry import Geometry, as_matrices, per_matrix
 from .scratch import Scratch
 from .settings import Settings
+from .sharding import Piece
 
 # Parts of a batch whose R has no more elements are stacked, so that rank 1 takes one small operation for many matrices
 # (LLaMA-60M, rank 1, 2 cores: 24 ms a step, 42 ms matrix by matrix). A matrix with a larger R is a part of its own.
@@ -25,7 +26,8 @@ class Batch:
     """Matrices alike but for their values, entry i of every list belonging to matrix i.
 
     weights, gradients ``[rows, columns]``; exp_avg, exp_avg_sq ``[channels, rank]``; update_norm (u_prev), float32
-    scalars; projections ``[rank, width]``, float32; positions: which matrix of its parameter each one is.
+    scalars; projections ``[rank, width]``, float32; numbers and moment_numbers: from which channel on rounding bits
+    are counted (``Piece``).
     ``step`` is t, counted from 1; ``gradient_scale`` a float32 scalar that multiplies every gradient (clipping),
     None for 1.
     """
@@ -42,29 +44,38 @@ class Batch:
     exp_avg_sq: list[Tensor] = field(default_factory=list)
     update_norm: list[Tensor] = field(default_factory=list)
     projections: list[Tensor] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    moment_numbers: list[int] = field(default_factory=list)
     _copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def add(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], projection: Tensor) -> None:
-        """Append the matrices of one parameter; ``projection`` is shared, or ``[experts, rank, width]`` for svd."""
+    def add(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], projection: Tensor, piece: Piece
+    ) -> None:
+        """Append the matrices of one parameter; ``projection`` is shared, or ``[experts, rank, width]`` for svd.
+
+        ``parameter``, ``gradient`` and ``state`` are what this rank holds of it, ``piece``.
+        """
         geometry = self.geometry
+        if not geometry.matrices:
+            return
         weights = as_matrices(parameter, geometry)
         if weights[0].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             self._copies.append((parameter, weights[0]))
         self.weights += weights
         self.gradients += as_matrices(gradient, geometry)
-        self.exp_avg += per_matrix(state["exp_avg"], geometry.matrices)
-        self.exp_avg_sq += per_matrix(state["exp_avg_sq"], geometry.matrices)
-        self.update_norm += per_matrix(state["update_norm"], geometry.matrices)
+        self.exp_avg += per_matrix(state["exp_avg"], 2)
+        self.exp_avg_sq += per_matrix(state["exp_avg_sq"], 2)
+        self.update_norm += per_matrix(state["update_norm"], 0)
         self.projections += list(projection) if projection.dim() == 3 else [projection] * geometry.matrices
-        self.positions += range(geometry.matrices)
+        self.numbers += piece.numbers
+        self.moment_numbers += piece.moment_numbers
 
     def parts(self) -> Iterator[Batch]:
         """The batch cut into runs of matrices, in order; results do not depend on the cut."""
-        count = max(1, STACK_ELEMENTS // (self.geometry.channels * (self.settings.rank or 1)))
+        count = max(1, STACK_ELEMENTS // max(1, self.geometry.channels * (self.settings.rank or 1)))
         for start in range(0, len(self), count):
             cut = slice(start, start + count)
             yield replace(self, **{name: getattr(self, name)[cut] for name in _LISTS})
@@ -75,4 +86,4 @@ class Batch:
             parameter.copy_(matrix.view(parameter.shape))
 
 
-_LISTS = ("weights", "gradients", "exp_avg", "exp_avg_sq", "update_norm", "projections", "positions")
+_LISTS = ("weights", "gradients", "exp_avg", "exp_avg_sq", "update_norm", "projections", "numbers", "moment_numbers")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .settings import Settings
+from .sharding import Piece, is_sharded, local, piece_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,13 +31,32 @@ class Label(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A parameter that takes part in a step, its state, and its group's number. ``geometry`` is None for dense."""
+    """A parameter that takes part in a step, its state, its group's number, and which piece of it is here.
+
+    ``weight``, ``gradient`` and ``local_state`` are what is here; ``geometry`` that of the piece, None for dense.
+    """
 
     label: Label
     parameter: Tensor
     state: dict[str, Any]
     group: int
-    geometry: Geometry | None
+    piece: Piece
+
+    @property
+    def geometry(self) -> Geometry | None:
+        return self.piece.geometry
+
+    @property
+    def weight(self) -> Tensor:
+        return local(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor:
+        assert self.parameter.grad is not None
+        return local(self.parameter.grad)
+
+    def local_state(self, name: str) -> Tensor:
+        return local(self.state[name])
 
 
 def labels(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Label]]:
@@ -56,6 +76,14 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
     return Geometry.of(parameter.shape, settings.proj_type)
 
 
+def find_piece(label: Label, settings: Settings) -> Piece:
+    """Which piece of the parameter is here; raises ValueError for a sharding that cannot be updated."""
+    try:
+        return piece_of(label.parameter, geometry_of(label.parameter, settings))
+    except ValueError as error:
+        raise ValueError(f"{label} {error}") from None
+
+
 def check_parameter(label: Label, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
     parameter = label.parameter
@@ -65,11 +93,9 @@ def check_parameter(label: Label, settings: Settings) -> None:
             f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
-    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
-        raise ValueError(
-            f"{label} is a DTensor (FSDP2 or tensor parallel), which this version cannot update yet; "
-            "train it unsharded, e.g. with DistributedDataParallel"
-        )
+    piece = find_piece(label, settings)
+    if settings.capturable and is_sharded(parameter):
+        raise ValueError(f"{label} is a DTensor, whose step communicates and is not captured; use capturable=False")
     # FSDP1's one flat parameter, or with use_orig_params=True its shards, one vector a weight.
     flattened = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
     if settings.rank is not None and flattened and parameter.dim() < 2:
@@ -86,6 +112,11 @@ def check_parameter(label: Label, settings: Settings) -> None:
             f"{label}: rank {settings.rank} is above its projected width {geometry.width}, which would inflate the "
             f"state; use a rank of at most {geometry.width}, or put it into a group without 'rank'"
         )
+    if settings.proj == "svd" and piece.summed:
+        raise ValueError(
+            f"{label} is sharded ({parameter.placements}), and proj='svd' needs the singular vectors of the whole "  # type: ignore[attr-defined]
+            "gradient; use proj='random'"
+        )
     if settings.proj == "svd" and settings.rank > min(geometry.rows, geometry.columns):
         raise ValueError(
             f"{label}: rank {settings.rank} is above its {min(geometry.rows, geometry.columns)} singular vectors; "
@@ -96,6 +127,11 @@ def check_parameter(label: Label, settings: Settings) -> None:
 def check_gradient(label: Label, gradient: Tensor) -> None:
     """Raise RuntimeError or ValueError unless the gradient is a dense real one like its parameter."""
     parameter = label.parameter
+    if is_sharded(gradient) != is_sharded(parameter):
+        raise ValueError(
+            f"{label} and its gradient must both be DTensors, or neither: the parameter is a "
+            f"{type(parameter).__name__}, the gradient a {type(gradient).__name__}"
+        )
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"{label}: APOLLOAdamW does not support sparse gradients; use sparse=False in the embedding, "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from .philox import Stream
-from .reference import flattened, shrink, squared_norm, store
+from .reference import flattened, shrink, store
 from .scratch import Scratch
 from .settings import Settings
 
@@ -29,13 +29,16 @@ def adamw(
     step: int,
     seed: int,
     gradient_scale: Tensor | None,
+    squared_norm: Tensor,
+    first_element: int,
     scratch: Scratch,
 ) -> Tensor:
     """One step of a parameter and its state (exp_avg and exp_avg_sq of its shape, ``step`` and seed given apart).
 
+    ``squared_norm`` is that of the whole gradient, of which this may be a piece, beginning at ``first_element``.
     Returns 1 if its gradient is not finite and nothing moved, else 0: int64 scalar on the device.
     """
-    finite = squared_norm(gradient, scratch).isfinite()
+    finite = squared_norm.isfinite().reshape(())
     tensors = flattened([weight, gradient, state["exp_avg"], state["exp_avg_sq"]])
     update = _kernel_step if _fits_fused_kernel(tensors, settings) else _plain_step
     size = tensors[0].numel() // max(1, len(tensors[0]))
@@ -47,7 +50,7 @@ def adamw(
         streams = (Stream.WEIGHT, Stream.EXP_AVG, Stream.EXP_AVG_SQ)
         for target, values, stream in zip((tensors[0], *tensors[2:]), (W, M, V), streams, strict=True):
             if target.dtype != torch.float32:
-                store(values, target[rows], settings, seed, step, stream, rows.start * size)
+                store(values, target[rows], settings, seed, step, stream, first_element + rows.start * size)
     return (~finite).sum()
 
 

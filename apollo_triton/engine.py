@@ -5,20 +5,24 @@ What it keeps between steps is made again whenever it is missing: nothing here i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dense, reference
+from . import reference
 from .batches import Batch
 from .checks import Member
+from .distributed import Agreement
 from .geometry import as_matrices
 from .plan import WARM_UP, Groups, Plan, States
 from .projection import ProjectionCache, top_singular_vectors
 from .scratch import Scratch
 from .settings import Settings
+from .work import BatchWork, DenseWork, TableWork, Work
 
 
 class Engine:
@@ -30,6 +34,7 @@ class Engine:
         self._captured: list[Plan] = []
         self._projections = ProjectionCache()
         self._scratch = Scratch()
+        self._agreement = Agreement()
         self._skipped: dict[torch.device, Tensor] = {}
 
     @property
@@ -51,11 +56,29 @@ class Engine:
         for table, _ in plan.tables:
             table.copy_in()
         norms = self._squared_norms(plan, settings)
-        scales = self._gradient_scales(plan, settings, norms, grad_scale, found_inf)
-        if plan.reference:
-            self._reference(plan, settings, scales)
-        if plan.tables:
-            self._fused(plan, settings, scales, norms)
+        works = self._works(plan, settings, norms)
+        # Autocast would round the projection's operands to half precision.
+        with _no_autocast(plan):
+            sketches: dict[int, Tensor] = {}
+            for work in works:
+                if work.is_scattered:
+                    sketches |= work.sketch()
+            sketches, totals = plan.exchange.scatter(sketches, self._totals(plan, settings, norms))
+            scales = self._gradient_scales(plan, settings, totals, grad_scale, found_inf)
+            channel: dict[int, Tensor] = {}
+            sums: dict[int, Tensor] = {}
+            for work in works:
+                work.factors(sketches, scales.get(work.device))
+                if work.is_split:
+                    own_channel, own_sums = work.shares()
+                    channel |= own_channel if work.is_scattered else {}
+                    sums |= own_sums
+            channel, sums = plan.exchange.gather(channel, sums)
+            for work in works:
+                skipped = work.apply(channel, sums)
+                if skipped is not None:
+                    self._count_skipped(skipped)
+        self._projections.end_step()
         if found_inf is not None:  # the step has not been one
             for device in {step.device for step in plan.steps}:
                 steps = [step for step in plan.steps if step.device == device]
@@ -78,7 +101,7 @@ class Engine:
         if plan is None or not plan.holds(groups, states, settings, on_device, capturing):
             if capturing:
                 raise RuntimeError(WARM_UP)
-            new = Plan(groups, states, settings, on_device, plan)
+            new = Plan(groups, states, settings, on_device, plan, self._agreement)
             if plan is not None:
                 for table, _ in plan.tables:
                     self._count_skipped(table.skipped.sum())
@@ -88,22 +111,52 @@ class Engine:
         return plan
 
     def _squared_norms(self, plan: Plan, settings: list[Settings]) -> dict[int, Tensor]:
-        """|G|_F^2 in parts ``[matrices, parts]`` of each table by its ``id``: of dense ones, which wait for it, and of
-        all that are to be clipped."""
-        wanted = list(plan.dense)
-        if settings and settings[0].max_grad_norm is not None:
-            wanted = plan.tables
-        if not wanted:
-            return {}
-        from . import fused
+        """|G|_F^2 of what waits for it, dense parameters and all that is to be clipped: ``[matrices, parts]`` of each
+        table by its ``id``, ``[matrices]`` of each member of the reference path by its index."""
+        clips = plan.exchange.clips
+        tables = [table for table, _ in (plan.tables if clips else plan.dense)]
+        if tables:
+            from . import fused
 
-        return {id(table): fused.squared_norms(table) for table, _ in wanted}
+            norms = {id(table): fused.squared_norms(table) for table in tables}
+        else:
+            norms = {}
+        for index in plan.reference:
+            member = plan.members[index]
+            if member.geometry is None:
+                norms[index] = reference.squared_norm(member.gradient, self._scratch).reshape(1)
+            elif clips:
+                squares = [
+                    reference.squared_norm(matrix, self._scratch)
+                    for matrix in as_matrices(member.gradient, member.geometry)
+                ]
+                norms[index] = torch.stack(squares) if squares else torch.zeros(0, device=member.parameter.device)
+        return norms
+
+    def _totals(self, plan: Plan, settings: list[Settings], norms: dict[int, Tensor]) -> dict[int, Tensor]:
+        """|G|_F^2 of this rank's part of every matrix of every member, for clipping: ``[all matrices]``, 0 where an
+        expert is not here."""
+        if not plan.exchange.clips:
+            return {}
+        totals = {index: norms[index] for index in plan.reference}
+        indices = {id(member): index for index, member in enumerate(plan.members)}
+        for table, _ in plan.tables:
+            sums = norms[id(table)].sum(1)
+            for member, geometry in zip(table.members, table.geometries, strict=True):
+                totals[indices[id(member)]], sums = sums[: geometry.matrices], sums[geometry.matrices :]
+        for index, total in totals.items():
+            piece = plan.members[index].piece
+            if piece.whole is not None and len(total) < piece.whole.matrices:
+                whole = total.new_zeros(piece.whole.matrices)
+                whole[piece.first_matrix : piece.first_matrix + len(total)] = total
+                totals[index] = whole
+        return dict(sorted(totals.items()))
 
     def _gradient_scales(
         self,
         plan: Plan,
         settings: list[Settings],
-        norms: dict[int, Tensor],
+        totals: dict[int, Tensor],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> dict[torch.device, Tensor]:
@@ -115,7 +168,7 @@ class Engine:
         self.gradient_norm = None
         scale = None if grad_scale is None else grad_scale.to(torch.float32).reciprocal().reshape(())
         if limit is not None:
-            self.gradient_norm = norm = self._norm(plan, norms)
+            self.gradient_norm = norm = _norm(plan, totals)
             if scale is not None:
                 self.gradient_norm = norm = norm * scale.to(norm.device)
             clip = (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -125,63 +178,41 @@ class Engine:
             scale = torch.where(found_inf > 0, float("nan"), scale).reshape(())
         return {} if scale is None else {device: scale.to(device) for device in devices}
 
-    def _norm(self, plan: Plan, norms: dict[int, Tensor]) -> Tensor:
-        """The 2-norm of all matrices' gradients that are finite: float32 scalar on the first parameter's device."""
-        device = plan.members[0].parameter.device
-        squares = [norms[id(table)].sum(1).to(device) for table, _ in plan.tables]
-        for index in plan.reference:
-            member = plan.members[index]
-            gradient = member.parameter.grad
-            assert gradient is not None
-            matrices = [gradient] if member.geometry is None else as_matrices(gradient, member.geometry)
-            squares += [reference.squared_norm(matrix, self._scratch).to(device).reshape(1) for matrix in matrices]
-        squared = torch.cat([*squares, torch.zeros(1, dtype=torch.float32, device=device)])
-        squared = torch.where(squared.isfinite(), squared, 0)
-        # By the largest, so that many large norms do not overflow together.
-        largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)
-        return (squared / largest).sum().sqrt() * largest.sqrt()
-
-    def _fused(
-        self, plan: Plan, settings: list[Settings], scales: dict[torch.device, Tensor], norms: dict[int, Tensor]
-    ) -> None:
-        from . import fused
-
-        for table, first in plan.tables:
-            own = _with_lr_for(settings[table.group], table.device)
-            step, step_tensor = (0, plan.steps[first]) if plan.on_device else (int(plan.counts[first]), None)
-            moment = fused.Moment(step, step_tensor, scales.get(table.device))
-            if table.is_dense:
-                fused.dense(table, own, moment, norms[id(table)])
-            else:
-                if own.proj == "svd":
-                    matrices = [matrix for each in table.members for matrix in _singular_vectors(each, own, step)]
-                    table.point_at(matrices)
-                fused.refresh(table, own, moment)
-                fused.apply(table, own, moment, fused.factors(table, own, moment))
-            table.copy_out()
-
-    def _reference(self, plan: Plan, settings: list[Settings], scales: dict[torch.device, Tensor]) -> None:
-        batches: dict[tuple[Any, ...], Batch] = {}
+    def _works(self, plan: Plan, settings: list[Settings], norms: dict[int, Tensor]) -> list[Work]:
+        """What there is to do, in the plan's order; members of one geometry share a batch."""
+        works: list[Work] = []
+        batches: dict[tuple[Any, ...], BatchWork] = {}
         for index in plan.reference:
             member, step = plan.members[index], int(plan.counts[index])
-            weight, gradient, state = member.parameter, member.parameter.grad, member.state
-            assert gradient is not None
-            own, scale, seed = settings[member.group], scales.get(weight.device), state["seed"]
-            if member.geometry is None:
-                self._count_skipped(dense.adamw(weight, gradient, state, own, step, seed, scale, self._scratch))
+            weight, own, seed, geometry = (
+                member.parameter,
+                settings[member.group],
+                member.state["seed"],
+                member.geometry,
+            )
+            if geometry is None:
+                works.append(DenseWork(index, member, own, step, norms[index], self._scratch))
                 continue
-            key = (member.geometry, id(own), step, seed, weight.device, weight.dtype, gradient.dtype)
-            batch = batches.get(key)
-            if batch is None:
-                batches[key] = batch = Batch(member.geometry, own, step, seed, self._scratch, scale)
-            batch.add(weight, gradient, state, self._projection(member, own, step))
-        for batch in batches.values():
-            # Autocast would round the projection's operands to half precision.
-            with torch.autocast(batch.weights[0].device.type, enabled=False):
-                factors = [reference.rescale(part, reference.sketch(part)) for part in batch.parts()]
-                self._count_skipped(reference.apply(batch, reference.join(factors)))
-            batch.write_back()
-        self._projections.end_step()
+            if not geometry.matrices:
+                continue
+            axes = member.piece.summed, member.piece.scattered, member.piece.moments
+            key = (geometry, axes, id(own), step, seed, weight.device, weight.dtype, member.gradient.dtype)
+            if key not in batches:
+                batches[key] = BatchWork(Batch(geometry, own, step, seed, self._scratch), member)
+                works.append(batches[key])
+            batches[key].add(index, member, self._projection(member, own, step))
+        for table, first in plan.tables:
+            own = _with_lr_for(settings[table.group], table.device)
+            if own.proj == "svd" and not table.is_dense:
+                step = int(plan.counts[first])
+                table.point_at([matrix for each in table.members for matrix in _singular_vectors(each, own, step)])
+            elif table.is_scattered and not table.projections:
+                step = int(plan.counts[first])
+                table.point_at(
+                    [self._projection(member, own, step) for member in table.members for _ in member.piece.numbers]
+                )
+            works.append(TableWork(table, first, plan, own, norms.get(id(table))))
+        return works
 
     def _projection(self, member: Member, settings: Settings, step: int) -> Tensor:
         """P of this step for the reference path: from the cache, or svd's own."""
@@ -195,7 +226,8 @@ class Engine:
             member.state["seed"],
             settings.epoch(step),
             settings.rank,
-            geometry.width,
+            member.piece.first_width,
+            member.piece.first_width + geometry.width,
             settings.distribution,
             member.parameter.device,
         )
@@ -211,15 +243,31 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> list[Ten
     assert geometry is not None
     assert settings.rank is not None
     if "projection" not in state or (step - 1) % settings.update_proj_gap == 0:
-        gradient = member.parameter.grad
-        assert gradient is not None
         vectors = [
             top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
-            for matrix in as_matrices(gradient, geometry)
+            for matrix in as_matrices(member.gradient, geometry)
         ]
         state["projection"] = torch.stack(vectors) if geometry.matrices > 1 else vectors[0]
     projection = state["projection"]
     return list(projection) if projection.dim() == 3 else [projection]
+
+
+def _norm(plan: Plan, totals: dict[int, Tensor]) -> Tensor:
+    """The 2-norm of all matrices' gradients that are finite: float32 scalar on the first parameter's device."""
+    device = plan.members[0].parameter.device
+    squared = torch.cat([each.to(device) for each in totals.values()] + [torch.zeros(1, device=device)])
+    squared = torch.where(squared.isfinite(), squared, 0)
+    # By the largest, so that many large norms do not overflow together.
+    largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)
+    return (squared / largest).sum().sqrt() * largest.sqrt()
+
+
+@contextlib.contextmanager
+def _no_autocast(plan: Plan) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for device_type in {member.parameter.device.type for member in plan.members}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def _is_capturing() -> bool:

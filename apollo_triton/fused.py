@@ -25,7 +25,7 @@ from .kernels import rescale as rescale_kernels
 from .kernels import sketch as sketch_kernels
 from .reference import Sketch
 from .settings import Settings
-from .tables import Projection, Table
+from .tables import MomentTable, Projection, Table
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # How many bfloat16 parts of a float32 gradient are multiplied, by torch.get_float32_matmul_precision().
@@ -56,10 +56,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         kernel[grid](*arguments, **constants)
 
 
-def projection_kind(settings: Settings) -> Any:
-    """How the kernels come by P: made in place, or read."""
+def projection_kind(table: Table, settings: Settings) -> Any:
+    """How the kernels come by P: made in place, or read. What is made in place begins at column 0, so matrices that are
+    cut along their width read theirs, as svd's do."""
     assert settings.rank is not None
-    if settings.proj == "svd":
+    is_cheap = settings.distribution == "rademacher" or settings.rank < sketch_kernels.SMALL_RANK
+    if settings.proj == "svd" or (table.is_scattered and is_cheap):
         return sketch_kernels.SINGULAR_VECTORS
     if settings.distribution == "rademacher":
         return sketch_kernels.RADEMACHER
@@ -87,7 +89,7 @@ def _write(projection: Projection, settings: Settings, moment: Moment, force: bo
     block = projection_kernels.BLOCK_CALLS
     launch(
         projection_kernels.projection_kernel,
-        (rank, -(-row_length // (4 * block))),
+        (rank, -(-(row_length + projection.start % 4) // (4 * block))),
         projection.buffer.device,
         projection.buffer,
         projection.seed,
@@ -95,6 +97,7 @@ def _write(projection: Projection, settings: Settings, moment: Moment, force: bo
         moment.step_tensor,
         settings.update_proj_gap,
         int(force),
+        projection.start,
         projection.width,
         row_length,
         BLOCK=block,
@@ -117,9 +120,11 @@ def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
     return result
 
 
-def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
+def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
+    if not len(table.channel_programs):
+        return result
     launch(
         rescale_kernels.rescale_kernel,
         (len(table.channel_programs),),
@@ -147,7 +152,7 @@ def rescale(table: Table, settings: Settings, moment: Moment, sketch: Sketch) ->
 
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
-    kind = projection_kind(settings)
+    kind = projection_kind(table, settings)
     launch(
         sketch_kernels.sketch_kernel,
         (len(table.channel_programs), -(-table.rank // table.channel_blocks["BLOCK_RANK"])),
@@ -279,7 +284,30 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def _empty_factors(table: Table, settings: Settings) -> Factors:
+def matrix_sums(table: Table | MomentTable, factors: Factors) -> Tensor:
+    """The sums of each matrix from those of its programs: ``[matrices, 1]`` or ``[matrices, 3]``."""
+    lengths = torch.tensor(table.programs, dtype=torch.int64, device=table.device)
+    return torch.segment_reduce(factors.sums, "sum", lengths=lengths, axis=0, initial=0.0)
+
+
+def squared_norms_of_matrices(table: Table, squared_norms: Tensor) -> Tensor:
+    """|G|_F^2 of each matrix from the |G_c|^2 ``[all channels]`` of ``sketch``."""
+    counts = [each.channels for each in table.geometries for _ in range(each.matrices)]
+    lengths = torch.tensor(counts, dtype=torch.int64, device=table.device)
+    return torch.segment_reduce(squared_norms, "sum", lengths=lengths, initial=0.0)
+
+
+def joined_factors(table: Table, channel: list[Tensor], sums: list[Tensor]) -> Factors:
+    """What ``apply`` takes, from the factors ``[matrices, channels]`` and sums ``[matrices, numbers]`` of each member."""
+    totals = torch.cat(sums)
+    by_program = torch.zeros(len(table.channel_programs), totals.shape[1], dtype=torch.float32, device=table.device)
+    first = [sum(table.programs[:i]) for i in range(len(table.programs))]
+    by_program[torch.tensor(first, dtype=torch.int64, device=table.device)] = totals
+    norms = [member.local_state("update_norm").reshape(-1) for member in table.members]
+    return Factors(torch.cat([each.reshape(-1) for each in channel]) if channel else None, by_program, torch.cat(norms))
+
+
+def _empty_factors(table: Table | MomentTable, settings: Settings) -> Factors:
     programs = len(table.channel_programs)
     per_channel = settings.scale_type == "channel"
     return Factors(
@@ -289,5 +317,5 @@ def _empty_factors(table: Table, settings: Settings) -> Factors:
     )
 
 
-def _scratch(table: Table, *shape: int) -> Tensor:
+def _scratch(table: Table | MomentTable, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=table.device)

@@ -69,6 +69,6 @@ def as_matrices(tensor: Tensor, geometry: Geometry) -> list[Tensor]:
     return list(tensor.unbind(0))
 
 
-def per_matrix(state: Tensor, matrices: int) -> list[Tensor]:
-    """A per-channel or scalar state of a weight of so many matrices, cut into one view per matrix."""
-    return [state] if matrices == 1 else list(state.unbind(0))
+def per_matrix(state: Tensor, dimensions: int) -> list[Tensor]:
+    """The state of a weight, whose state of one matrix has so many dimensions, cut into one view per matrix."""
+    return [state] if state.dim() == dimensions else list(state.unbind(0))

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backends import Backend, choose
-from .checks import Label, check_parameter, labels
+from .checks import Label, check_parameter, find_piece, labels
 from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
+from .sharding import is_sharded
 from .state import check_state, restored
 
 
@@ -178,9 +179,10 @@ class APOLLOAdamW(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``torch.amp.GradScaler`` may leave unscaling and skipping to ``step``, which then waits for nothing:
-        if kernels update every parameter, and none needs the step count on the host."""
+        if kernels update every parameter, none is a ``DTensor``, and none needs the step count on the host."""
         return all(
             choose(label.parameter, self.param_groups[number]["backend"]).name == "triton"
+            and not is_sharded(label.parameter)
             and self.param_groups[number].get("proj") != "svd"
             for number, label in labels(self.param_groups)
         )
@@ -243,10 +245,13 @@ class APOLLOAdamW(Optimizer):
                         check_state(label, state, settings)
 
         def restore(optimizer: Optimizer) -> None:
+            known = labels(self.param_groups)
             for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-                for index, parameter in zip(saved["params"], group["params"], strict=True):
+                settings = Settings.of(group)
+                for index, (_, label) in zip(saved["params"], known, strict=False):
+                    piece = find_piece(label, settings)
                     for name, value in loaded["state"].get(index, {}).items():
-                        self.state[parameter][name] = restored(name, value, parameter)
+                        self.state[label.parameter][name] = restored(name, value, label.parameter, piece)
                 _place_learning_rate(group)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.

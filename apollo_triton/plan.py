@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .backends import choose
-from .checks import Label, Member, check_gradient, check_parameter, geometry_of, labels
+from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
+from .distributed import Agreement, Exchange
 from .settings import FIELD_NAMES, Settings
+from .sharding import is_sharded, local
 from .state import check_state, make_state
 
 if TYPE_CHECKING:
@@ -36,13 +38,21 @@ class Plan:
     ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host
     and in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the
     kernels, each with the index of its first member; ``low_rank`` and ``dense`` share them out. ``captured``: whether
-    a CUDA graph reads them.
+    a CUDA graph reads them. ``exchange`` adds up what several ranks hold pieces of.
     """
 
     def __init__(
-        self, groups: Groups, states: States, settings: list[Settings], on_device: bool, previous: Plan | None
+        self,
+        groups: Groups,
+        states: States,
+        settings: list[Settings],
+        on_device: bool,
+        previous: Plan | None,
+        agreement: Agreement,
     ) -> None:
         found = _checked(groups, states, settings, on_device)  # raises before anything changes
+        pieces = [find_piece(label, settings[number]) for label, number, _ in found]
+        agreement.check([(label, number) for label, number, _ in found], pieces, settings, states)
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
@@ -50,20 +60,20 @@ class Plan:
         self.members: list[Member] = []
         self.engines: list[str] = []
         known = {} if previous is None else {id(s): c for s, c in zip(previous.steps, previous.counts, strict=True)}
-        for label, number, engine in found:
+        for (label, number, engine), piece in zip(found, pieces, strict=True):
             state, own = states[label.parameter], settings[number]
             count = known.get(id(state.get("step"))) if on_device else None
             if "step" not in state:
-                state.update(make_state(label, own))
+                state.update(make_state(label, own, piece))
                 count = 0
             # On the device read back only where it was loaded from somewhere, and never in the steps that follow.
             self.counts.append(state["step"].tolist() if count is None else count)
             wanted = label.parameter.device if on_device else torch.device("cpu")
             if state["step"].device != wanted:
                 state["step"] = state["step"].to(wanted)
-            geometry = geometry_of(label.parameter, own)
-            self.members.append(Member(label, label.parameter, state, number, geometry))
+            self.members.append(Member(label, label.parameter, state, number, piece))
             self.engines.append(engine)
+        self.exchange = Exchange(self.members, settings)
         self.steps: list[Tensor] = [member.state["step"] for member in self.members]
         # The same memory as plain C floats: an addition through torch takes 1.8 us a tensor, half a step of 290.
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
@@ -123,16 +133,17 @@ class Plan:
             if engine != "triton":
                 continue
             settle(member)
-            geometry, gradient = member.geometry, member.parameter.grad
-            assert gradient is not None
+            geometry, piece = member.geometry, member.piece
             key = (
                 geometry is None,
                 geometry is not None and geometry.keeps_rows,
+                bool(piece.summed),
+                bool(piece.scattered),
                 identities[member.group],
                 self.counts[index],
                 member.parameter.device,
                 member.parameter.dtype,
-                gradient.dtype,
+                member.gradient.dtype,
                 member.state["exp_avg"].dtype,
                 is_aligned(member),
             )
@@ -152,20 +163,20 @@ class Plan:
         made: dict[tuple[Any, ...], Projection] = {}
         for table, first in self.low_rank:
             own, count = settings[table.group], self.counts[first]
-            if fused.projection_kind(own) is not MATERIALISED:
+            if fused.projection_kind(table, own) is not MATERIALISED:
                 continue
-            for seed, width in sorted(set(table.seeds_and_widths)):
-                key = (table.device, seed, table.rank, width, own.update_proj_gap, count)
+            for seed, start, width in sorted(set(table.slices_of_P)):
+                key = (table.device, seed, table.rank, start, width, own.update_proj_gap, count)
                 if key not in made:
                     epoch = own.epoch(int(count) + 1)
                     # What the last plan has made of this epoch serves on; with t on the device it cannot be known.
                     made[key] = next(
-                        (each for each in old if not self.on_device and each.serves(*key[:4], epoch)),
+                        (each for each in old if not self.on_device and each.serves(*key[:5], epoch)),
                         None,
-                    ) or Projection.empty(seed, table.rank, width, table.device)
+                    ) or Projection.empty(seed, table.rank, start, width, table.device)
                 table.projections.append(made[key])
-            at = {(each.seed, each.width): each.buffer for each in table.projections}
-            table.point_at([at[pair] for pair in table.seeds_and_widths])
+            at = {(each.seed, each.start, each.width): each.buffer for each in table.projections}
+            table.point_at([at[each] for each in table.slices_of_P])
 
 
 def _checked(groups: Groups, states: States, settings: list[Settings], on_device: bool) -> list[tuple[Label, int, str]]:
@@ -194,7 +205,10 @@ def _checked(groups: Groups, states: States, settings: list[Settings], on_device
             )
         if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
             raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
-        found.append((label, number, backend.name if parameter.numel() else "none"))
+        name = backend.name
+        if not local(parameter).numel():  # nothing to update, but what a rank has of no piece still counts in the sums
+            name = "reference" if is_sharded(parameter) else "none"
+        found.append((label, number, name))
     return found
 
 
@@ -228,15 +242,20 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                 state = states.get(parameter)
                 if not state:
                     return None, []
+                identity, norm = id(parameter), state.get("update_norm")
+                exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+                if is_sharded(parameter):
+                    parameter, gradient = local(parameter), local(gradient)
+                    exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
+                    norm = None if norm is None else local(norm)
                 address = gradient.data_ptr()
-                norm = state.get("update_norm")
                 places.append(
                     (
-                        id(parameter),
+                        identity,
                         id(state["step"]),
                         parameter.data_ptr(),
-                        state["exp_avg"].data_ptr(),
-                        state["exp_avg_sq"].data_ptr(),
+                        exp_avg.data_ptr(),
+                        exp_avg_sq.data_ptr(),
                         None if norm is None else norm.data_ptr(),
                         address & 15,
                         parameter.shape,

@@ -104,7 +104,7 @@ def _check(seed: int, epoch: int, rank: int, width: int, distribution: str, star
 class ProjectionCache:
     """The materialised projections that steps use: a cache, never state, rebuilt whenever it is missing.
 
-    One matrix ``[rank, width]`` in float32 per distinct (seed, epoch, rank, width, distribution, device): with the
+    One matrix ``[rank, width]`` in float32 per distinct (seed, epoch, rank, columns, distribution, device): with the
     default shared seed one per width, under ``seed_per_param`` one per parameter.
     """
 
@@ -112,12 +112,16 @@ class ProjectionCache:
         self._matrices: dict[tuple[Any, ...], Tensor] = {}
         self._used: set[tuple[Any, ...]] = set()
 
-    def get(self, seed: int, epoch: int, rank: int, width: int, distribution: str, device: torch.device) -> Tensor:
-        """P, made at its first use."""
-        key = (seed, epoch, rank, width, distribution, device)
+    def get(
+        self, seed: int, epoch: int, rank: int, start: int, stop: int, distribution: str, device: torch.device
+    ) -> Tensor:
+        """Columns ``start`` to ``stop`` of P, made at their first use."""
+        key = (seed, epoch, rank, start, stop, distribution, device)
         self._used.add(key)
         if key not in self._matrices:
-            self._matrices[key] = projection_matrix(seed, epoch, rank, width, distribution=distribution, device=device)
+            self._matrices[key] = projection_matrix(
+                seed, epoch, rank, stop, distribution=distribution, device=device, start=start
+            )
         return self._matrices[key]
 
     def end_step(self) -> None:

@@ -41,13 +41,18 @@ class Factors(NamedTuple):
 
 
 def sketch(batch: Batch) -> Sketch:
-    """R = G P^T (rows kept) or (P G)^T (columns kept), and the squared norms of G, reading G once."""
+    """R = G P^T (rows kept) or (P G)^T (columns kept), and the squared norms of G as it is, reading G once."""
     keeps_rows = batch.geometry.keeps_rows
     per_channel = batch.settings.scale_type == "channel"
     projected, squared_norms = [], []
     for gradient, projection in zip(batch.gradients, _doubled(batch), strict=True):
         R: list[Tensor] = []
         norms: list[Tensor] = []
+        if not gradient.numel():  # the empty piece of a weight that is cut into more pieces than it has rows
+            channels = batch.geometry.channels
+            projected.append(gradient.new_zeros(channels, batch.settings.rank or 0, dtype=torch.float32))
+            squared_norms.append(gradient.new_zeros(channels if per_channel else 1, dtype=torch.float32))
+            continue
         for rows, block in batch.scratch.blocks(gradient):
             if keeps_rows:
                 R.append((block @ projection.mT)[:, : batch.settings.rank])
@@ -61,11 +66,7 @@ def sketch(batch: Batch) -> Sketch:
                 norms.append(_dot(block))
         projected.append(_cat(R))
         squared_norms.append(_cat(norms) if per_channel and keeps_rows else sum(norms[1:], norms[0]).view(-1))
-    result = Sketch(_stack(projected), _stack(squared_norms))
-    if batch.gradient_scale is not None:
-        result.projected.mul_(batch.gradient_scale)
-        result.squared_norms.mul_(batch.gradient_scale).mul_(batch.gradient_scale)  # its square might underflow
-    return result
+    return Sketch(_stack(projected), _stack(squared_norms))
 
 
 def rescale(batch: Batch, sketch: Sketch) -> Factors:
@@ -73,9 +74,12 @@ def rescale(batch: Batch, sketch: Sketch) -> Factors:
 
     A channel whose R is not finite keeps its moments; the sums then tell ``apply`` not to move the weight.
     """
+    if batch.gradient_scale is not None:
+        sketch.projected.mul_(batch.gradient_scale)
+        sketch.squared_norms.mul_(batch.gradient_scale).mul_(batch.gradient_scale)  # its square might underflow
     matrices, channels, rank = sketch.projected.shape
     step = max(1, BLOCK_ELEMENTS // (matrices * rank))
-    parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, channels, step)]
+    parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, max(1, channels), step)]
     squared_N, squared_R = (_cat(list(norms), 1) for norms in zip(*parts, strict=True))
     if batch.settings.scale_type == "tensor":
         sums = [norms.sum(1) for norms in (squared_N, squared_R, sketch.squared_norms)]
@@ -105,8 +109,8 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     for states, values, stream in ((batch.exp_avg, M, Stream.EXP_AVG), (batch.exp_avg_sq, V, Stream.EXP_AVG_SQ)):
         if len(states) == 1 and states[0].dtype == torch.float32:
             continue  # updated in place
-        for state, value, position in zip(states, values.unbind(), batch.positions, strict=True):
-            start = (position * state.shape[0] + channels.start) * state.shape[1]
+        for state, value, number in zip(states, values.unbind(), batch.moment_numbers, strict=True):
+            start = (number + channels.start) * state.shape[1]
             store(value, state[channels], settings, batch.seed, batch.step, stream, start)
     N = torch.div(M, torch.sqrt(V, out=R2).add_(settings.eps), out=R2)
     return torch.linalg.vector_norm(N, dim=-1).square_(), squared_R
@@ -145,7 +149,7 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
             if decay is not None:
                 shrink(W, decay if known is not None else moved[index].to(torch.float32) * decay)
             if weight.dtype != torch.float32:
-                start = (batch.positions[index] * weight.shape[0] + rows.start) * weight.shape[1]
+                start = batch.numbers[index] * batch.geometry.width + rows.start * weight.shape[1]
                 store(W, weight[rows], settings, batch.seed, batch.step, Stream.WEIGHT, start)
     return (~moved).sum()
 

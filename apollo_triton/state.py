@@ -14,6 +14,10 @@ from torch import Tensor
 from .checks import Label, geometry_of
 from .philox import parameter_seed
 from .settings import Settings
+from .sharding import Piece, is_sharded, resharded, sharded_zeros
+
+
+STATE_TENSORS = ("exp_avg", "exp_avg_sq", "update_norm", "projection")
 
 
 def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -33,10 +37,11 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
     return shapes
 
 
-def make_state(label: Label, settings: Settings) -> dict[str, Any]:
+def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]:
     """Zeros of the right shapes: float32 ``step`` on the host, ``seed``, the moments, and u_prev for low rank.
 
-    Moments of a dense weight keep its memory layout. svd's projection comes with the first gradient.
+    Moments of a dense weight keep its memory layout; those of a ``DTensor`` are ``DTensor``s of the same mesh. svd's
+    projection comes with the first gradient.
     """
     own = settings.seed_per_param
     state: dict[str, Any] = {
@@ -49,7 +54,10 @@ def make_state(label: Label, settings: Settings) -> dict[str, Any]:
             state[name] = torch.zeros_like(parameter, dtype=settings.state_dtype)
         elif name != "projection":
             dtype = torch.float32 if name == "update_norm" else settings.state_dtype
-            state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+            if is_sharded(parameter):
+                state[name] = sharded_zeros(name, parameter, piece, shape, dtype)
+            else:
+                state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
     return state
 
 
@@ -74,11 +82,15 @@ def _complaint(label: Label, name: str, problem: str) -> str:
     )
 
 
-def restored(name: str, value: Any, parameter: Tensor) -> Any:
-    """A saved value as it was, on the parameter's device and as a copy; ``step`` stays float32 on the host.
+def restored(name: str, value: Any, parameter: Tensor, piece: Piece) -> Any:
+    """A saved value as a copy where and as the parameter is: on its device, sharded like it or whole.
 
-    ``torch.optim`` itself would cast moments to the parameter's dtype.
+    ``step`` stays float32 on the host; ``torch.optim`` itself would cast moments to the parameter's dtype.
     """
     if name == "step":
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
-    return value.detach().to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if name in STATE_TENSORS and (is_sharded(parameter) or is_sharded(value)):
+        return resharded(name, value, parameter, piece)
+    return value.detach().to(parameter.device, copy=True)

@@ -49,10 +49,9 @@ def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
     return Layout(tensor.data_ptr(), *matrices.stride())
 
 
-def flat_geometry(parameter: Tensor) -> Geometry:
+def flat_geometry(parameter: Tensor, gradient: Tensor) -> Geometry:
     """A dense parameter as one matrix: a row if it and its gradient are contiguous, else rows of its last dimension."""
-    gradient = parameter.grad
-    if parameter.dim() < 2 or (parameter.is_contiguous() and gradient is not None and gradient.is_contiguous()):
+    if parameter.dim() < 2 or (parameter.is_contiguous() and gradient.is_contiguous()):
         return Geometry(1, 1, parameter.numel(), keeps_rows=True)
     return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
 
@@ -61,32 +60,57 @@ def flat_geometry(parameter: Tensor) -> Geometry:
 class Projection:
     """A Gaussian P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
 
-    ``epoch`` is the one it holds, None for nothing yet. Rewritten in place, so that its address is for good.
+    ``start`` is its first column, which is not 0 where a weight is cut along its width. ``epoch`` is the one it holds,
+    None for nothing yet. Rewritten in place, so that its address is for good.
     """
 
     seed: int
+    start: int
     width: int
     buffer: Tensor
     epoch: int | None = None
 
     @classmethod
-    def empty(cls, seed: int, rank: int, width: int, device: torch.device) -> Projection:
+    def empty(cls, seed: int, rank: int, start: int, width: int, device: torch.device) -> Projection:
         """Memory for P, not yet written."""
         row = _blocks(width, projection.ROW_MULTIPLE) * projection.ROW_MULTIPLE
-        return cls(seed, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
+        return cls(seed, start, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
 
-    def serves(self, device: torch.device, seed: int, rank: int, width: int, epoch: int) -> bool:
+    def serves(self, device: torch.device, seed: int, rank: int, start: int, width: int, epoch: int) -> bool:
         """Whether it holds just this P."""
-        mine = self.buffer.device, self.seed, self.buffer.shape[0], self.width, self.epoch
-        return mine == (device, seed, rank, width, epoch)
+        mine = self.buffer.device, self.seed, self.buffer.shape[0], self.start, self.width, self.epoch
+        return mine == (device, seed, rank, start, width, epoch)
 
 
 class Copy(NamedTuple):
     """A parameter whose matrices have no strides (a ``channels_last`` convolution), and stand-ins that have."""
 
-    parameter: Tensor
+    member: Member
     weight: Tensor
     gradient: Tensor
+
+
+class MomentTable:
+    """The channels of a table's matrices whose moments are on this rank, for ``rescale`` after a sketch that was summed
+    over ranks. Fields as in ``Table``."""
+
+    def __init__(self, whole: Table) -> None:
+        self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
+        self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
+        self.matrices = whole.matrices
+        addresses = whole.addresses.tolist()
+        counts = [each.piece.moments for each in whole.members for _ in each.piece.moment_numbers]
+        numbers = [number for each in whole.members for number in each.piece.moment_numbers]
+        self.programs = [_blocks(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
+        self.channels = program = 0
+        for row, count, number, programs in zip(addresses, counts, numbers, self.programs, strict=True):
+            row[(table.ROWS if self.keeps_rows else table.COLUMNS).value] = count
+            row[table.NUMBER.value] = number
+            row[table.FIRST_CHANNEL.value], row[table.FIRST_CHANNEL_PROGRAM.value] = self.channels, program
+            self.channels += count
+            program += programs
+        self.addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.device)
+        self.channel_programs = _owners(self.programs).to(self.device)
 
 
 class Table:
@@ -100,13 +124,14 @@ class Table:
 
     def __init__(self, members: Sequence[Member], settings: Settings, aligned: bool) -> None:
         first = members[0]
-        assert first.parameter.grad is not None
         self.members = list(members)
         self.group = first.group
         self.device = first.parameter.device
         self.weight_dtype = first.parameter.dtype
-        self.gradient_dtype = first.parameter.grad.dtype
+        self.gradient_dtype = first.gradient.dtype
         self.state_dtype = first.state["exp_avg"].dtype
+        self.is_split = bool(first.piece.summed)
+        self.is_scattered = bool(first.piece.scattered)
         self.aligned = aligned
         self.is_dense = first.geometry is None
         self.keeps_rows = first.geometry is None or first.geometry.keeps_rows
@@ -114,46 +139,51 @@ class Table:
         self.copies: list[Copy] = []
         self.projections: list[Projection] = []
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
-        self._geometries = [member.geometry or flat_geometry(member.parameter) for member in self.members]
-        self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self._geometries))
+        self.geometries = [member.geometry or flat_geometry(member.weight, member.gradient) for member in self.members]
+        self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self.geometries))
         self._build()
         self._gradient_addresses: list[int] = []
+        self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
+        self.moments = MomentTable(self) if self.is_scattered else None
         self.move_gradients()
 
     def _build(self) -> None:
         rows: list[list[int]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
-        for member, geometry in zip(self.members, self._geometries, strict=True):
+        for member, geometry in zip(self.members, self.geometries, strict=True):
             weight, gradient = self._layouts(member, geometry)
-            state, size = member.state, member.parameter.element_size()
-            moments = 1 if self.is_dense else geometry.channels * self.rank
+            size = member.parameter.element_size()
+            exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+            norm = 0 if self.is_dense else member.local_state("update_norm").data_ptr()
+            moments = 1 if self.is_dense else member.piece.moments * self.rank
+            numbers = [member.piece.first_element] if self.is_dense else member.piece.numbers
             for position in range(geometry.matrices):
-                state_offset = position * moments * state["exp_avg"].element_size()
+                state_offset = position * moments * exp_avg.element_size()
                 rows.append(
                     [
                         weight.address + position * weight.matrix_stride * size,
-                        state["exp_avg"].data_ptr() + state_offset,
-                        state["exp_avg_sq"].data_ptr() + state_offset,
-                        0 if self.is_dense else state["update_norm"].data_ptr() + 4 * position,
+                        exp_avg.data_ptr() + state_offset,
+                        exp_avg_sq.data_ptr() + state_offset,
+                        0 if self.is_dense else norm + 4 * position,
                         0,
-                        state["seed"],
+                        member.state["seed"],
                         geometry.rows,
                         geometry.columns,
                         weight.row_stride,
                         weight.column_stride,
                         gradient.row_stride,
                         gradient.column_stride,
-                        position,
+                        numbers[position],
                         channel,
                         channel_program,
                         tile_program,
                     ]
                 )
                 if self.is_dense:
-                    moments_layout = layout_of(state["exp_avg"], geometry)
+                    moments_layout = layout_of(exp_avg, geometry)
                     assert moments_layout is not None
                     rows[-1][table.STATE_ROW_STRIDE.value] = moments_layout.row_stride
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moments_layout.column_stride
@@ -168,10 +198,13 @@ class Table:
                 tile_program += tile_programs[-1]
                 channel += geometry.channels
         self.channels = channel
-        self.seeds_and_widths = [
-            (row[table.SEED.value], row[(table.COLUMNS if self.keeps_rows else table.ROWS).value]) for row in rows
+        self.slices_of_P = [
+            (member.state["seed"], member.piece.first_width, geometry.width)
+            for member, geometry in zip(self.members, self.geometries, strict=True)
+            for _ in range(geometry.matrices)
         ]
         self.matrices = len(rows)
+        self.programs = channel_programs
         stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
         self.flat_gradients = self.aligned and all(
             row[table.ROWS.value] == 1 or row[stride] == row[columns] for row in rows
@@ -186,13 +219,12 @@ class Table:
 
     def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
         """Of weight and gradient; of contiguous stand-ins where either has no strides."""
-        parameter, gradient = member.parameter, member.parameter.grad
-        assert gradient is not None
+        parameter, gradient = member.weight, member.gradient
         weight_layout, gradient_layout = layout_of(parameter, geometry), layout_of(gradient, geometry)
         if weight_layout is None or gradient_layout is None:
             shape = (geometry.rows, geometry.columns)
             weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            self.copies.append(Copy(parameter, weight, torch.empty_like(weight, dtype=gradient.dtype)))
+            self.copies.append(Copy(member, weight, torch.empty_like(weight, dtype=gradient.dtype)))
             weight_layout = Layout(weight.data_ptr(), 0, *weight.stride())
             gradient_layout = Layout(self.copies[-1].gradient.data_ptr(), 0, *weight.stride())
         return weight_layout, gradient_layout
@@ -205,8 +237,11 @@ class Table:
 
     def point_at(self, matrices: Sequence[Tensor]) -> None:
         """Tell the kernels where P of each matrix is."""
-        column = torch.tensor([matrix.data_ptr() for matrix in matrices], dtype=torch.int64, device="cpu")
-        self.addresses[:, table.PROJECTION.value].copy_(self._on_device(column))
+        addresses = [matrix.data_ptr() for matrix in matrices]
+        if addresses != self._projection_addresses:
+            self._projection_addresses = addresses
+            column = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            self.addresses[:, table.PROJECTION.value].copy_(self._on_device(column))
 
     def move_gradients(self) -> None:
         """Copy the gradients' addresses if one of them has changed."""
@@ -230,11 +265,11 @@ class Table:
 
     def _find_gradients(self) -> list[int]:
         addresses: list[int] = []
-        stand_ins = {id(copy.parameter): copy.gradient for copy in self.copies}
-        for member, geometry in zip(self.members, self._geometries, strict=True):
-            parameter = member.parameter
-            gradient = stand_ins.get(id(parameter), parameter.grad)
-            assert gradient is not None
+        stand_ins = {id(copy.member): copy.gradient for copy in self.copies}
+        for member, geometry in zip(self.members, self.geometries, strict=True):
+            gradient = stand_ins.get(id(member))
+            if gradient is None:
+                gradient = member.gradient
             address = gradient.data_ptr()
             if geometry.matrices == 1:
                 addresses.append(address)
@@ -245,39 +280,39 @@ class Table:
 
     def copy_in(self) -> None:
         """Bring weights and gradients that need a stand-in there."""
-        for parameter, weight, gradient in self.copies:
-            assert parameter.grad is not None
+        for member, weight, gradient in self.copies:
+            parameter = member.weight
             weight.view(parameter.shape).copy_(parameter)
-            gradient.view(parameter.shape).copy_(parameter.grad)
+            gradient.view(parameter.shape).copy_(member.gradient)
 
     def copy_out(self) -> None:
         """Bring the updated stand-ins back."""
-        for parameter, weight, _ in self.copies:
-            parameter.copy_(weight.view(parameter.shape))
+        for member, weight, _ in self.copies:
+            member.weight.copy_(weight.view(member.weight.shape))
 
 
 def settle(member: Member) -> None:
     """Lay moments out as the kernels read them, should a checkpoint have brought them otherwise."""
     state = member.state
-    moments = [state["exp_avg"], state["exp_avg_sq"]]
+    moments = [member.local_state("exp_avg"), member.local_state("exp_avg_sq")]
     if member.geometry is None:
-        geometry = flat_geometry(member.parameter)
+        geometry = flat_geometry(member.weight, member.gradient)
         layouts = [layout_of(each, geometry) for each in moments]
         fits = None not in layouts and moments[0].stride() == moments[1].stride()
     else:
         fits = all(each.is_contiguous() for each in moments)
     if not fits:
-        state.update(exp_avg=moments[0].contiguous(), exp_avg_sq=moments[1].contiguous())
+        state.update(exp_avg=state["exp_avg"].contiguous(), exp_avg_sq=state["exp_avg_sq"].contiguous())
 
 
 def is_aligned(member: Member) -> bool:
     """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
-    parameter, gradient, state = member.parameter, member.parameter.grad, member.state
-    assert gradient is not None
-    if (state["exp_avg"].data_ptr() | state["exp_avg_sq"].data_ptr()) % _ALIGNMENT:
+    parameter, gradient = member.weight, member.gradient
+    exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+    if (exp_avg.data_ptr() | exp_avg_sq.data_ptr()) % _ALIGNMENT:
         return False
     if member.geometry is None:
-        tensors = parameter, gradient, state["exp_avg"], state["exp_avg_sq"]
+        tensors = parameter, gradient, exp_avg, exp_avg_sq
         addresses = parameter.data_ptr() | gradient.data_ptr()
         return (
             all(tensor.is_contiguous() for tensor in tensors)
@@ -285,7 +320,9 @@ def is_aligned(member: Member) -> bool:
             and parameter.numel() % 8 == 0
         )
     geometry = member.geometry
-    if geometry.matrices > 1 and state["exp_avg"][0].numel() * state["exp_avg"].element_size() % _ALIGNMENT:
+    if geometry.matrices > 1 and exp_avg[0].numel() * exp_avg.element_size() % _ALIGNMENT:
+        return False
+    if any(number * geometry.width % 8 for number in member.piece.numbers):  # rounding bits come by eights
         return False
     layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in (parameter, gradient)]
     return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)

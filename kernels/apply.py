@@ -17,7 +17,7 @@ from .table import (
     FIRST_TILE_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
-    POSITION,
+    NUMBER,
     ROWS,
     SEED,
     UPDATE_NORM,
@@ -172,7 +172,7 @@ def apply_kernel(
     mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
     if STOCHASTIC:
         seed = tl.load(p_row + SEED)
-        first = (tl.load(p_row + POSITION) * rows + first_row) * columns + first_column
+        first = tl.load(p_row + NUMBER) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
         if ALIGNED:
             bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
         else:

@@ -10,9 +10,13 @@ BLOCK_CALLS = 256  # Philox calls a program, four widths each
 ROW_MULTIPLE = 64  # rows are padded with zeros to a multiple of so many entries, 128 bytes
 
 
-@triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force"])
-def projection_kernel(p_projection, seed, step, p_step, update_proj_gap, force, width, row_length, BLOCK: tl.constexpr):
-    """Normals of variance 1, rounded to bfloat16, ``[rank, row_length]``; program_id(0) is the rank index.
+@triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force", "start"])
+def projection_kernel(
+    p_projection, seed, step, p_step, update_proj_gap, force, start, width, row_length, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Normals of variance 1, rounded to bfloat16, ``[rank, row_length]``, from column ``start`` of P on.
+
+    program_id(0) is the rank index.
 
     The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Computed in float64, once
     in ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that they round as in the PyTorch twin.
@@ -21,11 +25,11 @@ def projection_kernel(p_projection, seed, step, p_step, update_proj_gap, force, 
     t = current_step(step, p_step)
     if (force != 0) | ((t - 1) % update_proj_gap == 0):
         rank_index = tl.program_id(0)
-        calls = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        calls = start // 4 + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         w0, w1, w2, w3 = words(seed, (t - 1) // update_proj_gap, calls, rank_index, GAUSSIAN)
         n0, n1 = normals(w0, w1, tl.float64)
         n2, n3 = normals(w2, w3, tl.float64)
         N = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(4 * BLOCK).to(tl.float32)
-        o = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+        o = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK) - start % 4
         N = round_nearest(tl.where(o < width, N, 0.0), tl.bfloat16)
-        tl.store(p_projection + rank_index.to(tl.int64) * row_length + o, N, mask=o < row_length)
+        tl.store(p_projection + rank_index.to(tl.int64) * row_length + o, N, mask=(o >= 0) & (o < row_length))

@@ -20,7 +20,7 @@ from .table import (
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
     INTERPRETED,
-    POSITION,
+    NUMBER,
     PROJECTION,
     ROWS,
     SEED,
@@ -210,7 +210,7 @@ def sketch_kernel(
             gradient_scale = tl.load(p_gradient_scale)
         R = R * gradient_scale
         squared_R = tl.sum(R * R, 1)
-        channel = tl.load(p_row + POSITION) * channels
+        channel = tl.load(p_row + NUMBER)
         N = moved_moments(
             R, squared_R < float("inf"), p_row, channel, o_channel, o_rank, m_channel, t, keep1, keep2, eps,
             RANK, STATE, ALIGNED,

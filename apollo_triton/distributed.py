@@ -1,0 +1,208 @@
+"""The two reductions between the verbs, for weights that several ranks hold pieces of, and the check that ranks agree.
+
+    scatter    after ``sketch``: sums R over the axes that cut the projected dimension; each rank keeps its channels
+    gather     after ``rescale``: brings the factors of all channels together, and adds up the sums of every matrix
+
+Each is one collective an axis (a mesh dimension) for the whole model. Both add in the order of the ranks on every rank,
+so that ranks agree bit for bit whatever the library's algorithm: ``scatter`` is an all-to-all and an ordered sum, which
+sends what a reduce-scatter sends. Neither knows which engine runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import Label, Member
+from .settings import FIELD_NAMES, Settings
+from .sharding import Axis, Piece
+
+# What schedulers change: compared at the first step, and never a reason to compare again.
+_CHANGING = ("lr", "weight_decay")
+
+
+class Exchange:
+    """The reductions of one plan. All dictionaries are by the index of the member, in the plan's order."""
+
+    def __init__(self, members: Sequence[Member], settings: Sequence[Settings]) -> None:
+        self._members = list(members)
+        self.axes = _ordered_axes([member.piece for member in members])
+        self.clips = bool(settings) and settings[0].max_grad_norm is not None
+
+    def scatter(
+        self, sketches: dict[int, Tensor], norms: dict[int, Tensor]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Sums of ``sketches`` ``[matrices, channels, numbers]`` over the axes that cut their width, of the channels
+        whose moments are here; and of ``norms`` ``[all matrices of the whole weight]`` over every axis."""
+        sketches, norms = dict(sketches), dict(norms)
+        for axis in self.axes:
+            cut = [i for i in sketches if axis in self._members[i].piece.scattered]
+            split = [i for i in norms if axis in self._members[i].piece.spread]
+            if not cut and not split:
+                continue
+            parts = [_padded(sketches[i], axis.size).flatten(1) for i in cut]
+            parts += [norms[i].expand(axis.size, -1) for i in split]
+            sums = _exchanged(torch.cat(parts, 1), axis)
+            pieces = iter(sums.split([part.shape[1] for part in parts]))
+            for i in cut:
+                matrices, channels, numbers = sketches[i].shape
+                size = -(-channels // axis.size)
+                mine = min(size, max(0, channels - axis.rank * size))
+                sketches[i] = next(pieces).view(matrices, size, numbers)[:, :mine]
+            for i in split:
+                norms[i] = next(pieces)
+        return sketches, norms
+
+    def gather(
+        self, factors: dict[int, Tensor], sums: dict[int, Tensor]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """``factors`` ``[matrices, channels]`` of all channels of the piece from those of the ranks that share it; and
+        ``sums`` ``[matrices, numbers]`` over the axes that split them."""
+        factors, sums = dict(factors), dict(sums)
+        for axis in reversed(self.axes):
+            cut = [i for i in factors if axis in self._members[i].piece.scattered]
+            split = [i for i in sums if axis in self._members[i].piece.summed]
+            if not cut and not split:
+                continue
+            sizes = [-(-self._channels_before(i, axis) // axis.size) for i in cut]
+            parts = [sums[i].reshape(-1) for i in split]
+            for i, size in zip(cut, sizes, strict=True):
+                parts.append(torch.nn.functional.pad(factors[i], (0, size - factors[i].shape[1])).reshape(-1))
+            gathered = _gathered(torch.cat(parts), axis)
+            pieces = iter(gathered.split([part.numel() for part in parts], 1))
+            for i in split:
+                sums[i] = _added(next(pieces)).view_as(sums[i])
+            for i in cut:
+                matrices = factors[i].shape[0]
+                whole = next(pieces).reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
+                factors[i] = whole[:, : self._channels_before(i, axis)]
+        return factors, sums
+
+    def _channels_before(self, index: int, axis: Axis) -> int:
+        """How many channels of a member are left when ``axis`` deals them out."""
+        piece = self._members[index].piece
+        assert piece.geometry is not None
+        channels = piece.geometry.channels
+        for other in piece.scattered[: piece.scattered.index(axis)]:
+            size = -(-channels // other.size)
+            channels = min(size, max(0, channels - other.rank * size))
+        return channels
+
+
+def _padded(sketch: Tensor, ranks: int) -> Tensor:
+    """``[matrices, channels, numbers]`` dealt out as ``torch.chunk`` does, zeros behind: ``[ranks, matrices, size,
+    numbers]``."""
+    matrices, channels, numbers = sketch.shape
+    size = -(-channels // ranks)
+    sketch = torch.nn.functional.pad(sketch, (0, 0, 0, ranks * size - channels))
+    return sketch.view(matrices, ranks, size, numbers).transpose(0, 1)
+
+
+def _exchanged(rows: Tensor, axis: Axis) -> Tensor:
+    """Row ``r`` of ``rows [ranks, length]`` of every rank at rank ``r``, added up."""
+    received = torch.empty_like(rows)
+    torch.distributed.all_to_all_single(received, rows.contiguous(), group=axis.group)
+    return _added(received)
+
+
+def _gathered(values: Tensor, axis: Axis) -> Tensor:
+    """The ``values`` of all ranks, ``[ranks, length]``."""
+    received = values.new_empty(axis.size * values.numel())
+    torch.distributed.all_gather_into_tensor(received, values, group=axis.group)
+    return received.view(axis.size, -1)
+
+
+def _added(rows: Tensor) -> Tensor:
+    """The sum of the rows in their order: the same bits wherever the rows are the same."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+def _ordered_axes(pieces: Sequence[Piece]) -> list[Axis]:
+    """Every axis once, in the order of the mesh dimensions; the largest mesh leads.
+
+    Raises ValueError if two meshes order the same axes differently.
+    """
+    axes: list[Axis] = []
+    for piece in sorted(pieces, key=lambda each: -len(each.mesh_axes)):
+        axes += [axis for axis in piece.mesh_axes if axis not in axes]
+    for piece in pieces:
+        places = [axes.index(axis) for axis in piece.mesh_axes]
+        if places != sorted(places):
+            raise ValueError(
+                "two device meshes have the same dimensions in different order; take all submeshes from one mesh"
+            )
+    return [axis for axis in axes if axis.size > 1]
+
+
+class Agreement:
+    """Tells ranks whose settings or parameters differ so, which would otherwise wait for each other for ever.
+
+    Compares at the first step, and again when what takes part in a step has changed.
+    """
+
+    def __init__(self) -> None:
+        self._known = ""
+
+    def check(
+        self,
+        found: Sequence[tuple[Label, int]],
+        pieces: Sequence[Piece],
+        settings: Sequence[Settings],
+        states: Mapping[Tensor, dict[str, Any]],
+    ) -> None:
+        """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes."""
+        axes = _ordered_axes(pieces)
+        if not axes:
+            return
+        lasting = [_described(label, settings[number], ()) for label, number in found]
+        known = hashlib.sha256("\n".join(lasting).encode()).hexdigest()
+        if known == self._known:
+            return
+        mine = [_described(label, settings[number], states.get(label.parameter, {})) for label, number in found]
+        digest = int.from_bytes(hashlib.sha256("\n".join(mine).encode()).digest()[:7], "big")
+        device = found[0][0].parameter.device
+        differs = torch.zeros((), dtype=torch.int64, device=device)
+        for axis in axes:  # the flag travels along, so that every rank learns of it
+            told = _gathered(torch.stack((torch.tensor(digest, device=device), differs)), axis)
+            differs = (told[:, 1].any() | (told[:, 0] != digest).any()).to(torch.int64)
+        if not differs.item():
+            self._known = known
+            return
+        lists: dict[int, list[str]] = {torch.distributed.get_rank(): mine}
+        for axis in axes:
+            received: list[Any] = [None] * axis.size
+            torch.distributed.all_gather_object(received, lists, group=axis.group)
+            lists = {rank: each for other in received for rank, each in other.items()}
+        raise ValueError(_difference(lists))
+
+
+def _described(label: Label, settings: Settings, state: Any) -> str:
+    """A parameter and its settings in words that must be the same on all ranks; with its state, the passing ones too."""
+    parameter: Any = label.parameter
+    names = [name for name in FIELD_NAMES if state != () or name not in _CHANGING]
+    values = [
+        f"{name}={getattr(settings, name)!r}" for name in names if not isinstance(getattr(settings, name), Tensor)
+    ]
+    if state:
+        values += [f"step={float(state['step'])}", f"seed of its state={state['seed']}"]
+    placements = getattr(parameter, "placements", "whole")
+    return f"{label} {parameter.dtype} {placements}: {', '.join(values)}"
+
+
+def _difference(lists: dict[int, list[str]]) -> str:
+    """The first difference between two ranks."""
+    first = min(lists)
+    other = next((rank for rank in sorted(lists) if lists[rank] != lists[first]), first)
+    end = "build the model and the optimizer alike on all ranks"
+    for one, two in zip(lists[first], lists[other], strict=False):
+        if one != two:
+            return f"ranks {first} and {other} differ: {one!r} on rank {first}, {two!r} on rank {other}; {end}"
+    counts = f"{len(lists[first])} and {len(lists[other])} parameters with gradients"
+    return f"ranks {first} and {other} differ: {counts}; {end}"
