@@ -71,7 +71,7 @@ class Engine:
                 work.factors(sketches, scales.get(work.device))
                 if work.is_split:
                     own_channel, own_sums = work.shares()
-                    channel |= own_channel if work.is_scattered else {}
+                    channel |= own_channel
                     sums |= own_sums
             channel, sums = plan.exchange.gather(channel, sums)
             for work in works:

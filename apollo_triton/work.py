@@ -88,13 +88,15 @@ class BatchWork:
 
     def shares(self) -> tuple[ByMember, ByMember]:
         channel, sums = self._factors
-        own = {} if channel is None else {index: channel[cut] for index, cut in self._matrices.items()}
+        own = {} if channel is None or not self.is_scattered else {index: channel[cut] for index, cut in self._matrices.items()}
         return own, {index: sums[cut] for index, cut in self._matrices.items()}
 
     def apply(self, channel: ByMember, sums: ByMember) -> Tensor:
         factors = self._factors
         if self.is_split:
-            whole = None if factors.channel is None else torch.cat([channel[index] for index in self._matrices])
+            whole = factors.channel
+            if whole is not None and self.is_scattered:
+                whole = torch.cat([channel[index] for index in self._matrices])
             factors = Factors(whole, torch.cat([sums[index] for index in self._matrices]))
         skipped = reference.apply(self.batch, factors)
         self.batch.write_back()
