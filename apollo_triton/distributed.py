@@ -26,7 +26,8 @@ _CHANGING = ("lr", "weight_decay")
 
 
 class Exchange:
-    """The reductions of one plan. All dictionaries are by the index of the member, in the plan's order."""
+    """The reductions of one plan. All dictionaries are by the index of the member, which
+    all ranks count alike, while their batches may come in another order."""
 
     def __init__(self, members: Sequence[Member], settings: Sequence[Settings]) -> None:
         self._members = list(members)
@@ -40,8 +41,8 @@ class Exchange:
         whose moments are here; and of ``norms`` ``[all matrices of the whole weight]`` over every axis."""
         sketches, norms = dict(sketches), dict(norms)
         for axis in self.axes:
-            cut = [i for i in sketches if axis in self._members[i].piece.scattered]
-            split = [i for i in norms if axis in self._members[i].piece.spread]
+            cut = [i for i in sorted(sketches) if axis in self._members[i].piece.scattered]
+            split = [i for i in sorted(norms) if axis in self._members[i].piece.spread]
             if not cut and not split:
                 continue
             parts = [_padded(sketches[i], axis.size).flatten(1) for i in cut]
@@ -64,8 +65,8 @@ class Exchange:
         ``sums`` ``[matrices, numbers]`` over the axes that split them."""
         factors, sums = dict(factors), dict(sums)
         for axis in reversed(self.axes):
-            cut = [i for i in factors if axis in self._members[i].piece.scattered]
-            split = [i for i in sums if axis in self._members[i].piece.summed]
+            cut = [i for i in sorted(factors) if axis in self._members[i].piece.scattered]
+            split = [i for i in sorted(sums) if axis in self._members[i].piece.summed]
             if not cut and not split:
                 continue
             sizes = [-(-self._channels_before(i, axis) // axis.size) for i in cut]

@@ -16,7 +16,6 @@ from .philox import parameter_seed
 from .settings import Settings
 from .sharding import Piece, is_sharded, resharded, sharded_zeros
 
-
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "update_norm", "projection")
 
 

@@ -88,7 +88,11 @@ class BatchWork:
 
     def shares(self) -> tuple[ByMember, ByMember]:
         channel, sums = self._factors
-        own = {} if channel is None or not self.is_scattered else {index: channel[cut] for index, cut in self._matrices.items()}
+        own = (
+            {}
+            if channel is None or not self.is_scattered
+            else {index: channel[cut] for index, cut in self._matrices.items()}
+        )
         return own, {index: sums[cut] for index, cut in self._matrices.items()}
 
     def apply(self, channel: ByMember, sums: ByMember) -> Tensor:
@@ -233,9 +237,9 @@ class TableWork:
         else:
             factors = self._factors
             if mine:
-                parts = [channel[index] for index in self._matrices] if self.is_scattered else [factors.channel]
-                if factors.channel is None:
-                    parts = []
+                parts: list[Tensor] = []
+                if factors.channel is not None:
+                    parts = [channel[index] for index in self._matrices] if self.is_scattered else [factors.channel]
                 factors = fused.joined_factors(table, parts, mine)
             fused.apply(table, settings, self._moment, factors)
         table.copy_out()
