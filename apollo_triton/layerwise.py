@@ -167,8 +167,6 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         raise ValueError(
             f"not in the model: {', '.join(foreign)}; give attach_layerwise the whole model that the optimizer trains"
         )
-    for _, label in labels(optimizer.param_groups):
-        _check_parameter(label)
 
 
 def _check_parameter(label: Label) -> None:
