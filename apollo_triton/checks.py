@@ -59,9 +59,9 @@ class Member(NamedTuple):
         return local(self.state[name])
 
 
-def labels(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Label]]:
-    """Every parameter with the number of its group, in order."""
-    index = 0
+def labels(groups: list[dict[str, Any]], first_number: int = 0) -> Iterator[tuple[int, Label]]:
+    """Every parameter with the number of its group, in order; the first is number ``first_number``."""
+    index = first_number
     for number, group in enumerate(groups):
         names = group.get("param_names", [""] * len(group["params"]))
         for name, parameter in zip(names, group["params"], strict=True):

@@ -185,7 +185,7 @@ class Agreement:
 
 
 def _described(label: Label, settings: Settings, state: Any) -> str:
-    """A parameter and its settings in words that must be the same on all ranks; with its state, the passing ones too."""
+    """A parameter and its settings, to be the same on all ranks; given its state, what may change too."""
     parameter: Any = label.parameter
     names = [name for name in FIELD_NAMES if state != () or name not in _CHANGING]
     values = [

@@ -15,42 +15,51 @@ from torch import Tensor
 
 from . import reference
 from .batches import Batch
+from .caches import Caches
 from .checks import Member
 from .distributed import Agreement
 from .geometry import as_matrices
 from .plan import WARM_UP, Groups, Plan, States
-from .projection import ProjectionCache, top_singular_vectors
-from .scratch import Scratch
+from .projection import top_singular_vectors
 from .settings import Settings
 from .work import BatchWork, DenseWork, TableWork, Work
 
 
 class Engine:
-    """Runs steps. ``gradient_norm`` is that of the last one, where ``max_grad_norm`` asked for it."""
+    """Runs steps. ``gradient_norm`` is that of the last one, where ``max_grad_norm`` asked for it.
 
-    def __init__(self) -> None:
+    An engine may be given a part of an optimizer's parameters: one group, number ``first_group``, from parameter
+    ``first_number`` on. It shares ``caches`` with the other parts.
+    """
+
+    def __init__(self, caches: Caches | None = None, first_group: int = 0, first_number: int = 0) -> None:
+        self.caches = caches or Caches()
         self.gradient_norm: Tensor | None = None
         self._plan: Plan | None = None
         self._captured: list[Plan] = []
-        self._projections = ProjectionCache()
-        self._scratch = Scratch()
         self._agreement = Agreement()
+        self._first_group, self._first_number = first_group, first_number
+        self._projections, self._scratch = self.caches.projections, self.caches.scratch
         self._skipped: dict[torch.device, Tensor] = {}
 
-    @property
-    def skipped(self) -> Tensor:
-        """How many updates of a matrix or dense parameter were skipped: int64 scalar on the parameters' device."""
+    def skipped(self) -> list[Tensor]:
+        """How many updates of a matrix or dense parameter were skipped: int64 scalars to be added up, on the
+        parameters' devices."""
         counts = list(self._skipped.values())
         if self._plan is not None:
             counts += [table.skipped.sum() for table, _ in self._plan.tables]
-        if not counts:
-            return torch.zeros((), dtype=torch.int64, device="cpu")
-        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+        return counts
+
+    def take_over(self, other: Engine) -> None:
+        """Count another engine's skipped updates as its own, so that it can go."""
+        for count in other.skipped():
+            self._count_skipped(count)
 
     @torch._disable_dynamo  # as torch.optim's own methods: torch.compiler.disable imports the compiler at once
     def run(self, groups: Groups, states: States, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient, which is divided by ``grad_scale``; nothing if ``found_inf``."""
-        settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(groups)]
+        numbered = enumerate(groups, self._first_group)
+        settings = [Settings.of(group, f"parameter group {number}") for number, group in numbered]
         plan = self._planned(groups, states, settings, found_inf)
         plan.advance()
         for table, _ in plan.tables:
@@ -78,7 +87,6 @@ class Engine:
                 skipped = work.apply(channel, sums)
                 if skipped is not None:
                     self._count_skipped(skipped)
-        self._projections.end_step()
         if found_inf is not None:  # the step has not been one
             for device in {step.device for step in plan.steps}:
                 steps = [step for step in plan.steps if step.device == device]
@@ -101,7 +109,10 @@ class Engine:
         if plan is None or not plan.holds(groups, states, settings, on_device, capturing):
             if capturing:
                 raise RuntimeError(WARM_UP)
-            new = Plan(groups, states, settings, on_device, plan, self._agreement)
+            materialised = self.caches.materialised
+            new = Plan(groups, states, settings, on_device, plan, self._agreement, materialised, self._first_number)
+            if not on_device:  # with t on the device the host does not know what they hold
+                materialised.update(new.projections())
             if plan is not None:
                 for table, _ in plan.tables:
                     self._count_skipped(table.skipped.sum())

@@ -56,12 +56,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         kernel[grid](*arguments, **constants)
 
 
-def projection_kind(table: Table, settings: Settings) -> Any:
+def projection_kind(settings: Settings, is_scattered: bool = False) -> Any:
     """How the kernels come by P: made in place, or read. What is made in place begins at column 0, so matrices that are
     cut along their width read theirs, as svd's do."""
     assert settings.rank is not None
     is_cheap = settings.distribution == "rademacher" or settings.rank < sketch_kernels.SMALL_RANK
-    if settings.proj == "svd" or (table.is_scattered and is_cheap):
+    if settings.proj == "svd" or (is_scattered and is_cheap):
         return sketch_kernels.SINGULAR_VECTORS
     if settings.distribution == "rademacher":
         return sketch_kernels.RADEMACHER
@@ -152,7 +152,7 @@ def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sket
 
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
-    kind = projection_kind(table, settings)
+    kind = projection_kind(settings, table.is_scattered)
     launch(
         sketch_kernels.sketch_kernel,
         (len(table.channel_programs), -(-table.rank // table.channel_blocks["BLOCK_RANK"])),
@@ -298,7 +298,7 @@ def squared_norms_of_matrices(table: Table, squared_norms: Tensor) -> Tensor:
 
 
 def joined_factors(table: Table, channel: list[Tensor], sums: list[Tensor]) -> Factors:
-    """What ``apply`` takes, from the factors ``[matrices, channels]`` and sums ``[matrices, numbers]`` of each member."""
+    """What ``apply`` takes, from each member's factors ``[matrices, channels]`` and sums ``[matrices, numbers]``."""
     totals = torch.cat(sums)
     by_program = torch.zeros(len(table.channel_programs), totals.shape[1], dtype=torch.float32, device=table.device)
     first = [sum(table.programs[:i]) for i in range(len(table.programs))]

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .backends import Backend, choose
+from .caches import Caches
 from .checks import Label, check_parameter, find_piece, labels
 from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .sharding import is_sharded
 from .state import check_state, restored
+
+if TYPE_CHECKING:
+    from .layerwise import Layerwise
 
 
 class APOLLOAdamW(Optimizer):
@@ -72,6 +76,8 @@ class APOLLOAdamW(Optimizer):
     >>> optimizer.state[layer.weight]["exp_avg"].shape
     torch.Size([256, 16])
     """
+
+    _layerwise: Layerwise | None = None  # neither copied nor pickled, as hooks are not
 
     def __init__(
         self,
@@ -144,7 +150,9 @@ class APOLLOAdamW(Optimizer):
 
     def _reset_transients(self) -> None:
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
-        self._engine = Engine()
+        self._caches = Caches()
+        self._engine = Engine(self._caches)
+        self._layer_engines: dict[Tensor, Engine] = {}  # of the parameters that hooks update
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -158,7 +166,10 @@ class APOLLOAdamW(Optimizer):
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
         last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
-        return self._engine.skipped
+        counts = [count for engine in (self._engine, *self._layer_engines.values()) for count in engine.skipped()]
+        if not counts:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
+        return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
     @property
     def gradient_norm(self) -> Tensor | None:
@@ -179,7 +190,11 @@ class APOLLOAdamW(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``torch.amp.GradScaler`` may leave unscaling and skipping to ``step``, which then waits for nothing:
-        if kernels update every parameter, none is a ``DTensor``, and none needs the step count on the host."""
+        if kernels update every parameter, none is a ``DTensor``, and none needs the step count on the host.
+
+        Raises ValueError where layer-wise hooks are attached: ``GradScaler.step`` asks here, and must not go on."""
+        if self._layerwise is not None:
+            self._layerwise.refuse_grad_scaler()
         return all(
             choose(label.parameter, self.param_groups[number]["backend"]).name == "triton"
             and not is_sharded(label.parameter)
@@ -264,6 +279,8 @@ class APOLLOAdamW(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        if self._layerwise is not None:
+            self._layerwise.end_step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -275,9 +292,14 @@ class APOLLOAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._layerwise is not None:
+            self._layerwise.check_settings()
         self._engine.run(
             self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )
+        self._caches.projections.end_step()
+        if self._layerwise is not None:
+            self._layerwise.end_step()
         return loss
 
 

@@ -7,7 +7,7 @@ are. Finding that out takes about a microsecond a parameter. A plan holds no gra
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,8 @@ class Plan:
     and in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the
     kernels, each with the index of its first member; ``low_rank`` and ``dense`` share them out. ``captured``: whether
     a CUDA graph reads them. ``exchange`` adds up what several ranks hold pieces of.
+
+    ``projections`` that are in memory already serve on; ``first_number`` is the first parameter's in the optimizer.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Plan:
         on_device: bool,
         previous: Plan | None,
         agreement: Agreement,
+        projections: Iterable[Projection] = (),
+        first_number: int = 0,
     ) -> None:
-        found = _checked(groups, states, settings, on_device)  # raises before anything changes
+        found = _checked(groups, states, settings, on_device, first_number)  # raises before anything changes
         pieces = [find_piece(label, settings[number]) for label, number, _ in found]
         agreement.check([(label, number) for label, number, _ in found], pieces, settings, states)
         self.on_device = on_device
@@ -81,7 +85,7 @@ class Plan:
         self.low_rank: list[tuple[Table, int]] = []
         self.dense: list[tuple[Table, int]] = []
         if "triton" in self.engines:
-            self._make_tables(settings, [] if previous is None else previous.projections())
+            self._make_tables(settings, list(projections))
         self._places, self._gradients = _addresses(groups, states)
 
     def holds(self, groups: Groups, states: States, settings: list[Settings], on_device: bool, capturing: bool) -> bool:
@@ -163,13 +167,13 @@ class Plan:
         made: dict[tuple[Any, ...], Projection] = {}
         for table, first in self.low_rank:
             own, count = settings[table.group], self.counts[first]
-            if fused.projection_kind(table, own) is not MATERIALISED:
+            if fused.projection_kind(own, table.is_scattered) is not MATERIALISED:
                 continue
             for seed, start, width in sorted(set(table.slices_of_P)):
                 key = (table.device, seed, table.rank, start, width, own.update_proj_gap, count)
                 if key not in made:
                     epoch = own.epoch(int(count) + 1)
-                    # What the last plan has made of this epoch serves on; with t on the device it cannot be known.
+                    # What another plan has made of this epoch serves on; with t on the device it cannot be known.
                     made[key] = next(
                         (each for each in old if not self.on_device and each.serves(*key[:5], epoch)),
                         None,
@@ -179,12 +183,14 @@ class Plan:
             table.point_at([at[each] for each in table.slices_of_P])
 
 
-def _checked(groups: Groups, states: States, settings: list[Settings], on_device: bool) -> list[tuple[Label, int, str]]:
+def _checked(
+    groups: Groups, states: States, settings: list[Settings], on_device: bool, first_number: int
+) -> list[tuple[Label, int, str]]:
     """Every parameter with a gradient, its group and its engine; raises what is wrong with any, and changes nothing."""
     if len({each.max_grad_norm for each in settings}) > 1:
         raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
     found = []
-    for number, label in labels(groups):
+    for number, label in labels(groups, first_number):
         parameter, own = label.parameter, settings[number]
         if parameter.grad is None:
             continue

@@ -50,9 +50,9 @@ class Piece:
 
     ``geometry`` is that of the piece's matrices and ``whole`` the weight's, both None for dense AdamW.
     ``first_matrix``, ``first_channel`` and ``first_width`` say where it begins in the weight, and ``first_element``
-    counts the elements of the pieces before it. ``spread``: every axis that cuts the weight; ``summed``: those that a matrix's sums are split
-    over, which is all but an axis that deals out experts; ``scattered``: those that cut the projected dimension;
-    ``mesh_axes``: all of its mesh.
+    counts the elements of the pieces before it. ``spread``: every axis that cuts the weight; ``summed``: those that
+    a matrix's sums are split over, which is all but an axis that deals out experts; ``scattered``: those that cut the
+    projected dimension; ``mesh_axes``: all of its mesh.
     ``first_moment`` and ``moments``: the first channel and the number of channels whose moments are here.
     """
 

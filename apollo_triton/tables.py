@@ -56,7 +56,7 @@ def flat_geometry(parameter: Tensor, gradient: Tensor) -> Geometry:
     return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself, and can be held weakly
 class Projection:
     """A Gaussian P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
 

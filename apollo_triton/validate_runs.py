@@ -13,10 +13,12 @@ from torch import Tensor
 
 from . import fused, reference
 from .batches import Batch
+from .distributed import Agreement
 from .kernels.sketch import GAUSSIAN
 from .philox import Stream
 from .plan import Plan
 from .scratch import Scratch
+from .sharding import piece_of
 from .tables import Table
 from .validate_cases import GAP, Case
 from .validate_float64 import (
@@ -271,7 +273,7 @@ def _apply_errors(
 
 def _table(path: Path) -> Table:
     """The kernels' table for all of a case's matrices."""
-    plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, None)
+    plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, None, Agreement())
     table = plan.low_rank[0][0]
     if path.settings.proj == "svd":
         table.point_at(path.projections(0))
@@ -297,7 +299,8 @@ def _batch(path: Path) -> Batch:
     batch = Batch(path.geometry(parameter), path.settings, path.t, path.settings.seed, Scratch())
     projections = path.projections(0)
     P = torch.stack(projections) if len(projections) > 1 else projections[0]
-    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], P)
+    piece = piece_of(parameter, path.geometry(parameter))
+    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], P, piece)
     return batch
 
 

@@ -37,7 +37,7 @@ from .whole_step import reason, release
 
 CAP = 80e9  # bytes, of the paper's cards
 METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
-LAYER_WISE = "this version has no layer-wise updates"
+LAYER_WISE = "this benchmark does not attach layer-wise updates yet"
 # The three are what the paper speaks of; a CPU trains them too, but not in minutes.
 SIZES = {"cuda": ("1B", "7B", "13B"), "cpu": ("60M",)}
 MOST_BATCHES = 256

@@ -83,7 +83,7 @@ def _reference(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Ca
     assert member.parameter.grad is not None
     projection = optimizer._engine._projection(member, settings, 2)
     batch = Batch(member.geometry, settings, 2, member.state["seed"], optimizer._engine._scratch)
-    batch.add(member.parameter.detach(), member.parameter.grad, member.state, projection)
+    batch.add(member.parameter.detach(), member.parameter.grad, member.state, projection, member.piece)
     sketch = reference.sketch(batch)
     factors = reference.rescale(batch, sketch)
     runs: dict[str, Callable[[], object]] = {

@@ -76,7 +76,7 @@ def test_the_materialised_projection_is_the_twins_bit_for_bit(rank, width, seed)
     assert rank >= TENSOR_CORE_RANK
     optimizer = optimizer_of(parameters_of([(width, width)]), rank=rank, update_proj_gap=5)
     own = Settings.of(optimizer.param_groups[0])
-    projection = Projection.empty(seed, rank, width, torch.device(DEVICE))
+    projection = Projection.empty(seed, rank, 0, width, torch.device(DEVICE))
     projection.buffer.fill_(float("nan"))
     for step in (1, 5, 6, 23):
         fused._write(projection, own, fused.Moment(step, None, None), force=True)
