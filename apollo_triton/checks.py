@@ -56,6 +56,16 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
     return Geometry.of(parameter.shape, settings.proj_type)
 
 
+def is_dtensor(parameter: Tensor) -> bool:
+    """Whether it is a ``DTensor`` (FSDP2, tensor parallel), asked without importing what defines it."""
+    return hasattr(parameter, "placements") and hasattr(parameter, "device_mesh")
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether it is FSDP1's one flat parameter, or with use_orig_params=True one of its shards, a vector a weight."""
+    return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+
+
 def check_parameter(label: Label, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
     parameter = label.parameter
@@ -65,14 +75,12 @@ def check_parameter(label: Label, settings: Settings) -> None:
             f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
-    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
+    if is_dtensor(parameter):
         raise ValueError(
             f"{label} is a DTensor (FSDP2 or tensor parallel), which this version cannot update yet; "
             "train it unsharded, e.g. with DistributedDataParallel"
         )
-    # FSDP1's one flat parameter, or with use_orig_params=True its shards, one vector a weight.
-    flattened = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-    if settings.rank is not None and flattened and parameter.dim() < 2:
+    if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
         raise ValueError(
             f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
             "wrap with FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
