@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .geometry import Geometry
 from .settings import Settings
-from .sharding import Piece, is_sharded, local, piece_of
+from .sharding import Piece, is_dtensor, local, piece_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,6 +84,11 @@ def find_piece(label: Label, settings: Settings) -> Piece:
         raise ValueError(f"{label} {error}") from None
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether it is FSDP1's one flat parameter, or with use_orig_params=True one of its shards, a vector a weight."""
+    return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+
+
 def check_parameter(label: Label, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
     parameter = label.parameter
@@ -94,11 +99,9 @@ def check_parameter(label: Label, settings: Settings) -> None:
             "convert the model first, e.g. model.float()"
         )
     piece = find_piece(label, settings)
-    if settings.capturable and is_sharded(parameter):
+    if settings.capturable and is_dtensor(parameter):
         raise ValueError(f"{label} is a DTensor, whose step communicates and is not captured; use capturable=False")
-    # FSDP1's one flat parameter, or with use_orig_params=True its shards, one vector a weight.
-    flattened = getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
-    if settings.rank is not None and flattened and parameter.dim() < 2:
+    if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
         raise ValueError(
             f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
             "wrap with FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
@@ -127,7 +130,7 @@ def check_parameter(label: Label, settings: Settings) -> None:
 def check_gradient(label: Label, gradient: Tensor) -> None:
     """Raise RuntimeError or ValueError unless the gradient is a dense real one like its parameter."""
     parameter = label.parameter
-    if is_sharded(gradient) != is_sharded(parameter):
+    if is_dtensor(gradient) != is_dtensor(parameter):
         raise ValueError(
             f"{label} and its gradient must both be DTensors, or neither: the parameter is a "
             f"{type(parameter).__name__}, the gradient a {type(gradient).__name__}"

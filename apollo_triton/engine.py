@@ -32,14 +32,13 @@ class Engine:
     ``first_number`` on. It shares ``caches`` with the other parts.
     """
 
-    def __init__(self, caches: Caches | None = None, first_group: int = 0, first_number: int = 0) -> None:
-        self.caches = caches or Caches()
+    def __init__(self, caches: Caches, first_group: int = 0, first_number: int = 0) -> None:
         self.gradient_norm: Tensor | None = None
         self._plan: Plan | None = None
         self._captured: list[Plan] = []
         self._agreement = Agreement()
         self._first_group, self._first_number = first_group, first_number
-        self._projections, self._scratch = self.caches.projections, self.caches.scratch
+        self._projections, self._materialised, self._scratch = caches.projections, caches.materialised, caches.scratch
         self._skipped: dict[torch.device, Tensor] = {}
 
     def skipped(self) -> list[Tensor]:
@@ -109,10 +108,11 @@ class Engine:
         if plan is None or not plan.holds(groups, states, settings, on_device, capturing):
             if capturing:
                 raise RuntimeError(WARM_UP)
-            materialised = self.caches.materialised
-            new = Plan(groups, states, settings, on_device, plan, self._agreement, materialised, self._first_number)
+            new = Plan(
+                groups, states, settings, on_device, plan, self._agreement, self._materialised, self._first_number
+            )
             if not on_device:  # with t on the device the host does not know what they hold
-                materialised.update(new.projections())
+                self._materialised.update(new.projections())
             if plan is not None:
                 for table, _ in plan.tables:
                     self._count_skipped(table.skipped.sum())

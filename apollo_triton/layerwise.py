@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .checks import Label, labels
+from .checks import Label, is_flattened, labels
 from .engine import Engine
 from .optimizer import APOLLOAdamW
+from .sharding import is_dtensor
 
 
 def attach_layerwise(model: nn.Module, optimizer: APOLLOAdamW) -> Layerwise:
@@ -172,12 +173,12 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
 def _check_parameter(label: Label) -> None:
     """Raise ValueError for a shard, whose gradient is not whole in its hook."""
     parameter = label.parameter
-    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
+    if is_dtensor(parameter):
         raise ValueError(
             f"{label} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
             "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
         )
-    if getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False):
+    if is_flattened(parameter):
         raise ValueError(
             f"{label} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
             "use plain optimizer.step()"

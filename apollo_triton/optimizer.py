@@ -18,7 +18,7 @@ from .checks import Label, check_parameter, find_piece, labels
 from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
-from .sharding import is_sharded
+from .sharding import is_dtensor
 from .state import check_state, restored
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class APOLLOAdamW(Optimizer):
             self._layerwise.refuse_grad_scaler()
         return all(
             choose(label.parameter, self.param_groups[number]["backend"]).name == "triton"
-            and not is_sharded(label.parameter)
+            and not is_dtensor(label.parameter)
             and self.param_groups[number].get("proj") != "svd"
             for number, label in labels(self.param_groups)
         )

@@ -17,7 +17,7 @@ from .backends import choose
 from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
 from .distributed import Agreement, Exchange
 from .settings import FIELD_NAMES, Settings
-from .sharding import is_sharded, local
+from .sharding import is_dtensor, local
 from .state import check_state, make_state
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _checked(
             raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
         name = backend.name
         if not local(parameter).numel():  # nothing to update, but what a rank has of no piece still counts in the sums
-            name = "reference" if is_sharded(parameter) else "none"
+            name = "reference" if is_dtensor(parameter) else "none"
         found.append((label, number, name))
     return found
 
@@ -250,7 +250,7 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                     return None, []
                 identity, norm = id(parameter), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-                if is_sharded(parameter):
+                if is_dtensor(parameter):
                     parameter, gradient = local(parameter), local(gradient)
                     exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
                     norm = None if norm is None else local(norm)

@@ -21,14 +21,14 @@ from .geometry import Geometry
 _WHOLE = (torch.nn.Parameter, Tensor)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether the tensor is a ``DTensor``, without importing what defines it."""
     return type(tensor) not in _WHOLE and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: of a ``DTensor`` its piece, anything else itself."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[operator]
@@ -100,7 +100,7 @@ def piece_of(parameter: Tensor, geometry: Geometry | None) -> Piece:
     Raises ValueError for placements that leave no matrices to work on.
     """
     channels = 0 if geometry is None else geometry.channels
-    if not is_sharded(parameter):
+    if not is_dtensor(parameter):
         return Piece(geometry, geometry, moments=channels)
     cuts = _cuts(parameter)
     shape, offset = _place(parameter, cuts)
@@ -252,13 +252,13 @@ def resharded(name: str, value: Tensor, parameter: Tensor, piece: Piece) -> Tens
     Whole ones are cut without communication; another placement costs gathering that tensor.
     """
     value = value.detach()
-    if is_sharded(value):
-        if is_sharded(parameter):
+    if is_dtensor(value):
+        if is_dtensor(parameter):
             layout = state_layout(name, parameter, piece, value.shape)
             if (value.device_mesh, tuple(value.placements)) == (parameter.device_mesh, layout.placements):  # type: ignore[attr-defined]
                 return value.to(parameter.device, copy=True)
         value = value.full_tensor()  # type: ignore[operator]
-    if not is_sharded(parameter):
+    if not is_dtensor(parameter):
         return value.to(parameter.device, copy=True)
     layout = state_layout(name, parameter, piece, value.shape)
     cut = tuple(slice(first, first + length) for first, length in zip(layout.first, layout.shape, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import Label, geometry_of
 from .philox import parameter_seed
 from .settings import Settings
-from .sharding import Piece, is_sharded, resharded, sharded_zeros
+from .sharding import Piece, is_dtensor, resharded, sharded_zeros
 
 STATE_TENSORS = ("exp_avg", "exp_avg_sq", "update_norm", "projection")
 
@@ -53,7 +53,7 @@ def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]
             state[name] = torch.zeros_like(parameter, dtype=settings.state_dtype)
         elif name != "projection":
             dtype = torch.float32 if name == "update_norm" else settings.state_dtype
-            if is_sharded(parameter):
+            if is_dtensor(parameter):
                 state[name] = sharded_zeros(name, parameter, piece, shape, dtype)
             else:
                 state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
@@ -90,6 +90,6 @@ def restored(name: str, value: Any, parameter: Tensor, piece: Piece) -> Any:
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
     if not isinstance(value, Tensor):
         return value
-    if name in STATE_TENSORS and (is_sharded(parameter) or is_sharded(value)):
+    if name in STATE_TENSORS and (is_dtensor(parameter) or is_dtensor(value)):
         return resharded(name, value, parameter, piece)
     return value.detach().to(parameter.device, copy=True)

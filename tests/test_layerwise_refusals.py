@@ -1,0 +1,107 @@
+"""Layer-wise updates: what they refuse, when, and what the errors say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layerwise_cases import loss_of, make_model, make_optimizer
+from torch import nn
+
+from apollo_triton import APOLLOAdamW, attach_layerwise
+
+
+def test_accumulation_without_saying_so_is_an_error():
+    model = make_model()
+    attach_layerwise(model, make_optimizer(model, rank=4))
+    loss_of(model, 0).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"parameter \d .*second time.*handle.accumulate\(\)"):
+        loss_of(model, 1).backward()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_attaching_names_what_it_cannot_do(monkeypatch):
+    model = make_model()
+    for options, message in (({"max_grad_norm": 1.0}, "max_grad_norm=1.0"), ({"capturable": True}, "capturable=True")):
+        with pytest.raises(ValueError, match=message):
+            attach_layerwise(model, APOLLOAdamW(model.parameters(), **options))
+    optimizer = APOLLOAdamW(model.named_parameters())
+    with pytest.raises(ValueError, match=r"not in the model: parameter 0 \('mlp.0.weight'\)"):
+        attach_layerwise(model["norm"], optimizer)
+    with pytest.raises(TypeError, match="APOLLOAdamW itself"):
+        attach_layerwise(optimizer, model)
+    model["norm"].bias.placements = model["norm"].bias.device_mesh = ()
+    with pytest.raises(ValueError, match=r"parameter 5 \('norm.bias'\).*DTensor"):
+        attach_layerwise(model, optimizer)
+    del model["norm"].bias.placements
+    model["norm"].weight._is_flat_param = True
+    with pytest.raises(ValueError, match=r"parameter 4 .*flattened"):
+        attach_layerwise(model, optimizer)
+    del model["norm"].weight._is_flat_param
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    attach_layerwise(model, optimizer)
+    with pytest.raises(ValueError, match="already"):
+        attach_layerwise(model, optimizer)
+
+
+def test_distributed_data_parallel_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+        optimizer = APOLLOAdamW(model.parameters())
+        for given in (model, nn.Sequential(model)):
+            with pytest.raises(ValueError, match="DistributedDataParallel"):
+                attach_layerwise(given, optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_settings_that_come_later_are_refused_in_backward_and_in_step():
+    model = make_model()
+    optimizer = make_optimizer(model, rank=4)
+    attach_layerwise(model, optimizer)
+    for key, value in (("max_grad_norm", 1.0), ("capturable", True)):
+        before = copy.deepcopy(model.state_dict())
+        old = optimizer.param_groups[1][key]
+        for group in optimizer.param_groups:
+            group[key] = value
+        with pytest.raises(ValueError, match=f"group 1: {key}"):
+            loss_of(model, 0).backward()
+        with pytest.raises(ValueError, match=f"group 0: {key}"):
+            optimizer.step()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        for group in optimizer.param_groups:
+            group[key] = old
+        optimizer.zero_grad()
+
+
+def test_grad_scaler_is_told():
+    model = make_model()
+    optimizer = make_optimizer(model, rank=4)
+    handle = attach_layerwise(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(model, 0)).backward()
+    with pytest.raises(ValueError, match=r"GradScaler.*bfloat16"):
+        scaler.step(optimizer)
+    handle.remove()
+    assert optimizer._step_supports_amp_scaling is False
+
+
+def test_an_error_names_the_parameter_and_changes_nothing():
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8), "embedding": nn.Embedding(8, 8, sparse=True)})
+    optimizer = make_optimizer(model, rank=2)
+    attach_layerwise(model, optimizer)
+    embedding = model["embedding"].weight
+    before = embedding.detach().clone()
+    with pytest.raises(RuntimeError, match=r"parameter 2 \('embedding.weight'\).*sparse"):
+        model["mlp"](model["embedding"](torch.tensor([1]))).sum().backward()
+    assert torch.equal(embedding, before)
+    assert embedding not in optimizer.state
+    embedding.grad = None
+    optimizer.step()
+    optimizer.param_groups[1]["eps"] = -1.0
+    loss = model["mlp"](torch.ones(8)).sum()
+    with pytest.raises(ValueError, match=r"parameter 1 \('mlp.bias'\).*parameter group 1: Invalid epsilon"):
+        loss.backward()
