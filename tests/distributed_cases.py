@@ -81,12 +81,12 @@ class Weights(nn.Module):
         self.steps = 0
 
     def set_gradients(self, spoil: Any = None) -> None:
-        """The gradients of the coming step. ``spoil(name, local gradient)`` may write into this rank's part."""
+        """The gradients of the coming step. ``spoil(name, step, gradient)`` may write into one before it is cut up."""
         for name, (shape, _, cut) in self.cases.items():
-            gradient = sharded(gradient_of(name, shape, self.steps + 1), self.mesh, cut)
+            gradient = gradient_of(name, shape, self.steps + 1)
             if spoil:
-                spoil(name, local(gradient))
-            getattr(self, name).grad = gradient
+                spoil(name, self.steps + 1, gradient)
+            getattr(self, name).grad = sharded(gradient, self.mesh, cut)
 
     def train_for(self, steps: int, spoil: Any = None) -> Weights:
         for _ in range(steps):
@@ -149,7 +149,11 @@ def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any], what: str) ->
     for name, value in ours.items():
         other = theirs[name]
         same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-        assert same, f"{what}: {name} differs: {value} against {other}"
+        assert same, f"{what}: {name} differs: {_short(value)} against {_short(other)}"
+
+
+def _short(value: Any) -> str:
+    return " ".join(str(value).split())[:80]
 
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, what: str) -> None:

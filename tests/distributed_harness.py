@@ -236,6 +236,9 @@ def optimizer_class() -> Any:
     class StandIn(torch.optim.AdamW):
         """PyTorch's AdamW under our constructor's arguments; group keys that it does not know it ignores."""
 
+        gradient_norm = None
+        skipped_updates = 0
+
         def __init__(self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.999), **options: Any) -> None:
             super().__init__(params, lr, betas, weight_decay=options.get("weight_decay", 0.0), foreach=False)
 

@@ -163,7 +163,11 @@ def test_options_of_the_constructor(options):
     assert_ranks_agree([result["values"] | {"norm": result["norm"]} for result in results])
     expected = Weights(cases, **options).train_for(12)
     if "state_dtype" in options:  # the random bits of a rounding may belong to a place in the local shard
-        assert results[0]["kinds"]["tall_01.exp_avg"][2] == results[0]["kinds"]["embedding_01.exp_avg"][2] == torch.bfloat16
+        assert (
+            results[0]["kinds"]["tall_01.exp_avg"][2]
+            == results[0]["kinds"]["embedding_01.exp_avg"][2]
+            == torch.bfloat16
+        )
         assert_close(dict(list(results[0]["values"].items())[: len(cases)]), expected.weights(), 2e-3, str(options))
         return
     assert_close(results[0]["values"], expected.everything(), 1e-6, str(options))
