@@ -6,8 +6,8 @@
 Importing torch costs two seconds a process, so one process per pytest process, the nursery, imports torch and the test
 module once, and forks the ranks of each call: they start within milliseconds, share nothing with the call before, and
 may hang or be killed without spoiling the next. The nursery runs no tensor operation and starts no thread itself, so
-that forking it is safe. Nobody waits for long: collectives give up after ``patience`` seconds, a call after ``timeout``,
-and once a rank has failed the others have a few seconds left. A failure names rank, traceback and last output.
+that forking it is safe. Nobody waits for long: collectives give up after ``patience`` seconds, a call after
+``timeout``, and once a rank has failed the others have a few seconds left. A failure names rank, traceback and output.
 
 The optimizer is ``optimizer_class()``. ``DISTRIBUTED_STAND_IN=adamw`` puts PyTorch's own AdamW in its place (what fails
 then fails in the harness or in PyTorch), so that everything but APOLLO itself can be tested.
@@ -35,7 +35,7 @@ from typing import Any
 
 GRACE = 5.0  # seconds that ranks have left once another one has failed
 _nursery: tuple[subprocess.Popen, Connection] | None = None
-_log = tempfile.TemporaryFile()  # what the nursery itself complains of
+_log = tempfile.TemporaryFile()  # what the nursery itself complains of  # noqa: SIM115
 
 
 class RankFailed(AssertionError):
@@ -74,7 +74,7 @@ def outcomes(
     for _ in range(2):  # a nursery that somebody ended is replaced once
         if _nursery is None:
             _nursery = _start()
-        process, pipe = _nursery
+        pipe = _nursery[1]
         request = (function.__code__.co_filename, function.__name__, arguments, world, timeout, patience)
         try:
             pipe.send_bytes(pickle.dumps(request))

@@ -106,7 +106,8 @@ DDP = {
 @pytest.mark.parametrize("case", DDP)
 @pytest.mark.parametrize("world", [2, 3])
 def test_ddp_is_a_single_process_bit_for_bit(world, case):
-    """Needless communication on plain tensors, a plan that keeps a bucket's address, anything drawn from the rank's own random state."""
+    """Needless communication on plain tensors, a plan that keeps a bucket's address, anything drawn from the random
+    state of a rank."""
     ddp, accumulate, options = DDP[case]
     results = run(under_ddp, world, steps=10, ddp=ddp, accumulate=accumulate, options=options)
     assert_ranks_agree([values for values, _, _ in results])

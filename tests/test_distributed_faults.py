@@ -82,7 +82,7 @@ def test_a_broken_gradient_of_one_rank_moves_the_weight_on_no_rank(world, option
 def cases_that_differ(what, rank):
     """Weights and options of a rank, which are those of the others but for one thing on the last rank."""
     cases = {"a": ((10, 3), APOLLO, "0"), "b": ((7, 7), APOLLO, "1"), "c": ((5,), {}, "0"), "d": ((7, 7), APOLLO, "0")}
-    options = {"lr": 1e-2}
+    options = {"lr": torch.tensor(1e-2) if what == "lr as a tensor" else 1e-2}
     if rank != 1:
         return cases, options
     groups = {
@@ -95,6 +95,7 @@ def cases_that_differ(what, rank):
     }
     constructor = {
         "lr": {"lr": 2e-2},
+        "lr as a tensor": {"lr": torch.tensor(2e-2)},
         "betas": {"betas": (0.8, 0.999)},
         "eps": {"eps": 1e-7},
         "weight_decay of a dense group": {"weight_decay": 0.3},
@@ -123,6 +124,8 @@ def set_up_differently(what):
     model = Weights(cases, init_device_mesh("cpu", (dist.get_world_size(),)), **options)
     before = [local(parameter.detach()).clone() for parameter in model.parameters()]
     model.set_gradients()
+    if what == "a gradient missing" and dist.get_rank() == 1:
+        model.b.grad = None
     try:
         model.optimizer.step()
     except ValueError as error:
@@ -135,9 +138,26 @@ def set_up_differently(what):
 
 
 DIFFERENCES = [
-    "rank", "scale", "scale_type", "update_proj_gap", "distribution", "proj_type", "lr", "betas", "eps",
-    "weight_decay of a dense group", "seed", "max_grad_norm", "disable_nl", "order", "shapes", "one more", "placements",
-]  # fmt: skip
+    "rank",
+    "scale",
+    "scale_type",
+    "update_proj_gap",
+    "distribution",
+    "proj_type",
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay of a dense group",
+    "seed",
+    "max_grad_norm",
+    "disable_nl",
+    "order",
+    "shapes",
+    "one more",
+    "placements",
+    "lr as a tensor",
+    "a gradient missing",
+]
 
 
 @pytest.mark.parametrize("what", DIFFERENCES)
@@ -163,7 +183,7 @@ def after_a_refusal():
 
 
 def test_training_goes_on_once_the_difference_is_mended():
-    """An agreement that is asked for once only, or remembered as reached although it failed; traces of a refused step."""
+    """An agreement that is asked for once only, or remembered as reached although it failed; traces of the refusal."""
     results = run(after_a_refusal, 2)
     assert_ranks_agree(results)
     cases, options = cases_that_differ("nothing", 0)

@@ -9,7 +9,6 @@ from functools import cache
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed_cases import (
     Collectives,
     Weights,
