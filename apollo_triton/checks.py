@@ -135,6 +135,11 @@ def check_gradient(label: Label, gradient: Tensor) -> None:
             f"{label} and its gradient must both be DTensors, or neither: the parameter is a "
             f"{type(parameter).__name__}, the gradient a {type(gradient).__name__}"
         )
+    if is_dtensor(parameter) and gradient.device_mesh != parameter.device_mesh:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{label}: its gradient is a DTensor of another device mesh ({gradient.device_mesh}) than "  # type: ignore[attr-defined]
+            f"its own ({parameter.device_mesh}); redistribute it to the weight's"  # type: ignore[attr-defined]
+        )
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"{label}: APOLLOAdamW does not support sparse gradients; use sparse=False in the embedding, "

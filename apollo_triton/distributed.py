@@ -11,7 +11,7 @@ sends what a reduce-scatter sends. Neither knows which engine runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from .checks import Label, Member
 from .settings import FIELD_NAMES, Settings
-from .sharding import Axis, Piece
+from .sharding import Axis, Piece, is_dtensor, local
 
-# What schedulers change: compared at the first step, and never a reason to compare again.
+# What schedulers change: compared when ranks compare, and never a reason to.
 _CHANGING = ("lr", "weight_decay")
 
 
@@ -69,17 +69,18 @@ class Exchange:
             split = [i for i in sorted(sums) if axis in self._members[i].piece.summed]
             if not cut and not split:
                 continue
-            sizes = [-(-self._channels_before(i, axis) // axis.size) for i in cut]
             parts = [sums[i].reshape(-1) for i in split]
-            for i, size in zip(cut, sizes, strict=True):
-                parts.append(torch.nn.functional.pad(factors[i], (0, size - factors[i].shape[1])).reshape(-1))
-            gathered = _gathered(torch.cat(parts), axis)
-            pieces = iter(gathered.split([part.numel() for part in parts], 1))
-            for i in split:
-                sums[i] = _added(next(pieces)).view_as(sums[i])
             for i in cut:
+                size = -(-self._channels_before(i, axis) // axis.size)
+                parts.append(_pad(factors[i], size - factors[i].shape[1]).reshape(-1))
+            lengths = [part.numel() for part in parts]
+            gathered = _gathered(torch.cat(parts), axis)
+            count = sum(lengths[: len(split)])
+            for i, total in zip(split, _added(gathered[:, :count]).split(lengths[: len(split)]), strict=True):
+                sums[i] = total.view_as(sums[i])
+            for i, piece in zip(cut, gathered[:, count:].split(lengths[len(split) :], 1), strict=True):
                 matrices = factors[i].shape[0]
-                whole = next(pieces).reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
+                whole = piece.reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
                 factors[i] = whole[:, : self._channels_before(i, axis)]
         return factors, sums
 
@@ -99,8 +100,13 @@ def _padded(sketch: Tensor, ranks: int) -> Tensor:
     numbers]``."""
     matrices, channels, numbers = sketch.shape
     size = -(-channels // ranks)
-    sketch = torch.nn.functional.pad(sketch, (0, 0, 0, ranks * size - channels))
+    sketch = _pad(sketch, 0, ranks * size - channels)
     return sketch.view(matrices, ranks, size, numbers).transpose(0, 1)
+
+
+def _pad(values: Tensor, *behind: int) -> Tensor:
+    """Zeros behind the last dimensions, the last one first; where there are none to add, no copy either."""
+    return torch.nn.functional.pad(values, [n for each in behind for n in (0, each)]) if any(behind) else values
 
 
 def _exchanged(rows: Tensor, axis: Axis) -> Tensor:
@@ -113,16 +119,20 @@ def _exchanged(rows: Tensor, axis: Axis) -> Tensor:
 def _gathered(values: Tensor, axis: Axis) -> Tensor:
     """The ``values`` of all ranks, ``[ranks, length]``."""
     received = values.new_empty(axis.size * values.numel())
-    torch.distributed.all_gather_into_tensor(received, values, group=axis.group)
+    # What torch 2.13 calls all_gather_single; its old name warns there.
+    gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+    gather(received, values, group=axis.group)
     return received.view(axis.size, -1)
 
 
 def _added(rows: Tensor) -> Tensor:
-    """The sum of the rows in their order: the same bits wherever the rows are the same."""
-    total = rows[0].clone()
-    for row in rows[1:]:
-        total += row
-    return total
+    """The sum of the rows, in their place: halves are added to halves, so that 1024 ranks take 10 launches, and one
+    element at a time, so that bits are the same wherever the rows are the same."""
+    while len(rows) > 1:
+        half = len(rows) // 2
+        rows[:half] += rows[len(rows) - half :]
+        rows = rows[: len(rows) - half]
+    return rows[0]
 
 
 def _ordered_axes(pieces: Sequence[Piece]) -> list[Axis]:
@@ -140,6 +150,46 @@ def _ordered_axes(pieces: Sequence[Piece]) -> list[Axis]:
                 "two device meshes have the same dimensions in different order; take all submeshes from one mesh"
             )
     return [axis for axis in axes if axis.size > 1]
+
+
+def finish_gradients(parameters: Iterable[Tensor]) -> None:
+    """Bring ``DTensor`` gradients whose placements are not their weight's into line, in ``.grad``.
+
+    Backward may leave partial sums, as those of norms between sequence-parallel activations: they are added up in one
+    all-reduce an axis for the whole model. Anything else is left to ``DTensor.redistribute``.
+    """
+    unlike: list[Any] = [
+        parameter
+        for parameter in parameters
+        if is_dtensor(parameter) and parameter.grad is not None and parameter.grad.placements != parameter.placements
+    ]
+    if not unlike:
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sums: dict[tuple[Any, torch.dtype], list[tuple[Any, int]]] = {}
+    for parameter in unlike:
+        mesh = parameter.device_mesh
+        for index, placement in enumerate(parameter.grad.placements):
+            if placement.is_partial() and placement.reduce_op == "sum":
+                sums.setdefault((mesh.get_group(index), parameter.grad.dtype), []).append((parameter, index))
+    for (group, _), parts in sums.items():
+        flat = torch.cat([local(parameter.grad).reshape(-1) for parameter, _ in parts])
+        torch.distributed.all_reduce(flat, group=group)
+        for (parameter, index), total in zip(parts, flat.split([local(p.grad).numel() for p, _ in parts]), strict=True):
+            gradient = parameter.grad
+            placements = list(gradient.placements)
+            placements[index] = Replicate()
+            parameter.grad = DTensor.from_local(
+                total.view_as(local(gradient)),
+                gradient.device_mesh,
+                placements,
+                run_check=False,
+                shape=gradient.shape,
+                stride=gradient.stride(),
+            )
+    for parameter in unlike:
+        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
 class Agreement:
@@ -162,11 +212,14 @@ class Agreement:
         axes = _ordered_axes(pieces)
         if not axes:
             return
-        lasting = [_described(label, settings[number], ()) for label, number in found]
+        lasting = [_lasting(label, settings[number]) for label, number in found]
         known = hashlib.sha256("\n".join(lasting).encode()).hexdigest()
         if known == self._known:
             return
-        mine = [_described(label, settings[number], states.get(label.parameter, {})) for label, number in found]
+        mine = [
+            f"{each}, {_changing(label, settings[number], states.get(label.parameter, {}))}"
+            for each, (label, number) in zip(lasting, found, strict=True)
+        ]
         digest = int.from_bytes(hashlib.sha256("\n".join(mine).encode()).digest()[:7], "big")
         device = found[0][0].parameter.device
         differs = torch.zeros((), dtype=torch.int64, device=device)
@@ -184,17 +237,21 @@ class Agreement:
         raise ValueError(_difference(lists))
 
 
-def _described(label: Label, settings: Settings, state: Any) -> str:
-    """A parameter and its settings, to be the same on all ranks; given its state, what may change too."""
-    parameter: Any = label.parameter
-    names = [name for name in FIELD_NAMES if state != () or name not in _CHANGING]
-    values = [
-        f"{name}={getattr(settings, name)!r}" for name in names if not isinstance(getattr(settings, name), Tensor)
-    ]
-    if state:
-        values += [f"step={float(state['step'])}", f"seed of its state={state['seed']}"]
-    placements = getattr(parameter, "placements", "whole")
-    return f"{label} {parameter.dtype} {placements}: {', '.join(values)}"
+def _lasting(label: Label, settings: Settings) -> str:
+    """A parameter and its settings, to be the same on all ranks at every step."""
+    values = [f"{name}={getattr(settings, name)!r}" for name in FIELD_NAMES if name not in _CHANGING]
+    placements = getattr(label.parameter, "placements", "whole")
+    return f"{label} {label.parameter.dtype} {placements}: {', '.join(values)}"
+
+
+def _changing(label: Label, settings: Settings, state: Mapping[str, Any]) -> str:
+    """What may change from step to step, and must then change on all ranks alike."""
+    values = {name: getattr(settings, name) for name in _CHANGING}
+    values["placements of its gradient"] = getattr(label.parameter.grad, "placements", "whole")
+    if "step" in state:
+        values |= {"step": state["step"], "seed of its state": state["seed"]}
+    read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+    return ", ".join(f"{name}={value!r}" for name, value in read.items())
 
 
 def _difference(lists: dict[int, list[str]]) -> str:

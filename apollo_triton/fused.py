@@ -123,8 +123,6 @@ def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
 def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
-    if not len(table.channel_programs):
-        return result
     launch(
         rescale_kernels.rescale_kernel,
         (len(table.channel_programs),),
@@ -286,23 +284,24 @@ def _log(beta: float) -> float:
 
 def matrix_sums(table: Table | MomentTable, factors: Factors) -> Tensor:
     """The sums of each matrix from those of its programs: ``[matrices, 1]`` or ``[matrices, 3]``."""
-    lengths = torch.tensor(table.programs, dtype=torch.int64, device=table.device)
-    return torch.segment_reduce(factors.sums, "sum", lengths=lengths, axis=0, initial=0.0)
+    return _segment_sums(factors.sums, table.program_counts)
 
 
 def squared_norms_of_matrices(table: Table, squared_norms: Tensor) -> Tensor:
     """|G|_F^2 of each matrix from the |G_c|^2 ``[all channels]`` of ``sketch``."""
-    counts = [each.channels for each in table.geometries for _ in range(each.matrices)]
-    lengths = torch.tensor(counts, dtype=torch.int64, device=table.device)
-    return torch.segment_reduce(squared_norms, "sum", lengths=lengths, initial=0.0)
+    return _segment_sums(squared_norms, table.channel_counts)
+
+
+def _segment_sums(values: Tensor, counts: Tensor) -> Tensor:
+    # unsafe: else the counts are read back and checked at every step.
+    return torch.segment_reduce(values, "sum", lengths=counts, axis=0, unsafe=True, initial=0.0)
 
 
 def joined_factors(table: Table, channel: list[Tensor], sums: list[Tensor]) -> Factors:
     """What ``apply`` takes, from each member's factors ``[matrices, channels]`` and sums ``[matrices, numbers]``."""
     totals = torch.cat(sums)
     by_program = torch.zeros(len(table.channel_programs), totals.shape[1], dtype=torch.float32, device=table.device)
-    first = [sum(table.programs[:i]) for i in range(len(table.programs))]
-    by_program[torch.tensor(first, dtype=torch.int64, device=table.device)] = totals
+    by_program[table.program_counts.cumsum(0) - table.program_counts] = totals  # all in a matrix's first program
     norms = [member.local_state("update_norm").reshape(-1) for member in table.members]
     return Factors(torch.cat([each.reshape(-1) for each in channel]) if channel else None, by_program, torch.cat(norms))
 

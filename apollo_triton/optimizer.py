@@ -48,7 +48,7 @@ class APOLLOAdamW(Optimizer):
         seed_per_param: give each parameter a projection of its own, drawn from ``seed``.
         backend: "auto" takes the Triton kernels for parameters on CUDA, ROCm and XPU devices and PyTorch for all
             others; "triton" and "reference" insist on one. See ``backend_for``.
-        state_dtype: float32, or bfloat16, which is stored with stochastic rounding.
+        state_dtype: torch.float32, or torch.bfloat16, which is stored with stochastic rounding; groups hold its name.
         state_bits: 32.
         stochastic_rounding: round bfloat16 weights stochastically at the store.
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
@@ -94,7 +94,7 @@ class APOLLOAdamW(Optimizer):
         seed: int = 0,
         seed_per_param: bool = False,
         backend: str = "auto",
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         state_bits: int = 32,
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,

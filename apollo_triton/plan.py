@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .backends import choose
 from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
-from .distributed import Agreement, Exchange
+from .distributed import Agreement, Exchange, finish_gradients
 from .settings import FIELD_NAMES, Settings
-from .sharding import is_dtensor, local
+from .sharding import Piece, is_dtensor, local
 from .state import check_state, make_state
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class Plan:
         first_number: int = 0,
     ) -> None:
         found = _checked(groups, states, settings, on_device, first_number)  # raises before anything changes
-        pieces = [find_piece(label, settings[number]) for label, number, _ in found]
-        agreement.check([(label, number) for label, number, _ in found], pieces, settings, states)
+        pieces = [piece for _, _, piece, _ in found]
+        agreement.check([(label, number) for label, number, _, _ in found], pieces, settings, states)
+        finish_gradients(label.parameter for label, _, _, _ in found)
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
@@ -64,7 +65,7 @@ class Plan:
         self.members: list[Member] = []
         self.engines: list[str] = []
         known = {} if previous is None else {id(s): c for s, c in zip(previous.steps, previous.counts, strict=True)}
-        for (label, number, engine), piece in zip(found, pieces, strict=True):
+        for label, number, piece, engine in found:
             state, own = states[label.parameter], settings[number]
             count = known.get(id(state.get("step"))) if on_device else None
             if "step" not in state:
@@ -90,6 +91,8 @@ class Plan:
 
     def holds(self, groups: Groups, states: States, settings: list[Settings], on_device: bool, capturing: bool) -> bool:
         """Whether the plan is still right; gradients may have moved, of which the tables are told."""
+        if self.exchange.axes:
+            finish_gradients(member.parameter for member in self.members)
         places, gradients = _addresses(groups, states)
         if (
             places is None
@@ -185,8 +188,9 @@ class Plan:
 
 def _checked(
     groups: Groups, states: States, settings: list[Settings], on_device: bool, first_number: int
-) -> list[tuple[Label, int, str]]:
-    """Every parameter with a gradient, its group and its engine; raises what is wrong with any, and changes nothing."""
+) -> list[tuple[Label, int, Piece, str]]:
+    """Every parameter with a gradient, its group, the piece of it that is here and its engine; raises what is wrong
+    with any, and changes nothing."""
     if len({each.max_grad_norm for each in settings}) > 1:
         raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
     found = []
@@ -211,10 +215,13 @@ def _checked(
             )
         if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
             raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
-        name = backend.name
-        if not local(parameter).numel():  # nothing to update, but what a rank has of no piece still counts in the sums
-            name = "reference" if is_dtensor(parameter) else "none"
-        found.append((label, number, name))
+        piece, name = find_piece(label, own), backend.name
+        if not local(parameter).numel():
+            # Nothing to update. But an empty piece has a part in the sums, and in low rank a u_prev to keep, to the
+            # bit as the other ranks do: on their engine.
+            is_matrix = piece.geometry is not None and piece.geometry.matrices > 0
+            name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
+        found.append((label, number, piece, name))
     return found
 
 

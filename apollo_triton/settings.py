@@ -26,6 +26,8 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "distribution": "gaussian",
 }
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -74,6 +76,7 @@ class Settings:
                 prefix = f"{where}: " if where else ""
                 raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
         values["betas"] = tuple(values["betas"])
+        values["state_dtype"] = _DTYPES.get(values["state_dtype"], values["state_dtype"])
         if isinstance(values["lr"], Tensor):
             values["lr"] = values["lr"].detach().reshape(()).to(torch.float32)
         return cls(**values)
@@ -98,7 +101,12 @@ FIELD_NAMES = tuple(field.name for field in fields(Settings))
 
 
 def complete_group(group: dict[str, Any]) -> None:
-    """Fill in the low-rank keys that a low-rank group leaves out; keys that are there stay as they are."""
+    """Fill in the low-rank keys that a low-rank group leaves out; keys that are there stay as they are.
+
+    ``state_dtype`` becomes its name: torch.distributed.checkpoint's full_state_dict takes no dtype in a group.
+    """
+    if isinstance(group.get("state_dtype"), torch.dtype):
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     if group.get("rank") is not None:
         for name, default in LOW_RANK_DEFAULTS.items():
             group.setdefault(name, default)
@@ -172,7 +180,9 @@ CHECKS: dict[str, Check] = {
     "seed": Check(lambda value: _is_integer(value) and 0 <= value < 2**32, "an integer from 0 to 2**32 - 1"),
     "seed_per_param": _FLAG,
     "backend": _one_of("auto", "triton", "reference"),
-    "state_dtype": _one_of(torch.float32, torch.bfloat16),
+    "state_dtype": Check(
+        lambda value: value in (*_DTYPES, *_DTYPES.values()), "torch.float32 or torch.bfloat16, or their names"
+    ),
     "state_bits": _one_of(32),
     "stochastic_rounding": _FLAG,
     "max_grad_norm": Check(

@@ -101,16 +101,17 @@ class MomentTable:
         addresses = whole.addresses.tolist()
         counts = [each.piece.moments for each in whole.members for _ in each.piece.moment_numbers]
         numbers = [number for each in whole.members for number in each.piece.moment_numbers]
-        self.programs = [_blocks(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
+        own_programs = [_programs(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
         self.channels = program = 0
-        for row, count, number, programs in zip(addresses, counts, numbers, self.programs, strict=True):
+        for row, count, number, programs in zip(addresses, counts, numbers, own_programs, strict=True):
             row[(table.ROWS if self.keeps_rows else table.COLUMNS).value] = count
             row[table.NUMBER.value] = number
             row[table.FIRST_CHANNEL.value], row[table.FIRST_CHANNEL_PROGRAM.value] = self.channels, program
             self.channels += count
             program += programs
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.device)
-        self.channel_programs = _owners(self.programs).to(self.device)
+        self.program_counts = torch.tensor(own_programs, dtype=torch.int64, device="cpu").to(self.device)
+        self.channel_programs = _owners(own_programs).to(self.device)
 
 
 class Table:
@@ -189,11 +190,11 @@ class Table:
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moments_layout.column_stride
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
-                    channel_programs.append(_blocks(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
+                    channel_programs.append(_programs(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
                     in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
-                    tile_programs.append(_blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row)
+                    tile_programs.append(max(1, _blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row))
                     channel_program += channel_programs[-1]
-                shares = _blocks(geometry.rows * geometry.columns, dense.BLOCK)
+                shares = _programs(geometry.rows * geometry.columns, dense.BLOCK)
                 norm_programs.append(min(shares, dense.NORM_PROGRAMS))
                 tile_program += tile_programs[-1]
                 channel += geometry.channels
@@ -204,7 +205,6 @@ class Table:
             for _ in range(geometry.matrices)
         ]
         self.matrices = len(rows)
-        self.programs = channel_programs
         stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
         self.flat_gradients = self.aligned and all(
             row[table.ROWS.value] == 1 or row[stride] == row[columns] for row in rows
@@ -213,6 +213,10 @@ class Table:
         self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
+        if self.is_split:  # what sums over ranks are made of
+            counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
+            self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+            self.program_counts = self._on_device(torch.tensor(channel_programs, dtype=torch.int64, device="cpu"))
         self.tile_programs = self._on_device(_owners(tile_programs))
         of_each = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
         self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(of_each)), 1).contiguous())
@@ -330,6 +334,11 @@ def is_aligned(member: Member) -> bool:
 
 def _blocks(length: int, block: int) -> int:
     return -(-length // block)
+
+
+def _programs(length: int, block: int) -> int:
+    """How many programs share ``length``: one where it is 0, so that an empty piece's matrix keeps its u_prev."""
+    return max(1, _blocks(length, block))
 
 
 def _owners(programs: list[int]) -> Tensor:

@@ -101,7 +101,8 @@ def apply_kernel(
 
     ``front`` multiplies s before the limiter and ``back`` after it: sqrt(scale) and 1, or 1 and sqrt(scale). A matrix
     whose u is not finite is not moved, and counted in ``p_skipped``. The first program of a matrix writes u_prev.
-    Reads G and W and writes W: 6 bytes an element in bfloat16.
+    An empty piece of a sharded matrix has one program, for its u_prev. Reads G and W and writes W: 6 bytes an element
+    in bfloat16.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -121,7 +122,7 @@ def apply_kernel(
 
     # In 32 bits: a 64-bit division takes some 70 instructions.
     block = (program - tl.load(p_row + FIRST_TILE_PROGRAM)).to(tl.int32)
-    tiles_in_row = ((columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(tl.int32)
+    tiles_in_row = tl.maximum((columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS, 1).to(tl.int32)
     tile_row = block // tiles_in_row
     first_row = tile_row.to(tl.int64) * BLOCK_ROWS
     first_column = (block - tile_row * tiles_in_row).to(tl.int64) * BLOCK_COLUMNS
@@ -136,7 +137,7 @@ def apply_kernel(
 
     first_sum = tl.load(p_row + FIRST_CHANNEL_PROGRAM)
     channels = rows if KEEPS_ROWS else columns
-    count = (channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    count = tl.maximum((channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS, 1)
     if PER_CHANNEL:
         u = tl.sqrt(add_up(p_sums, first_sum, count)) * front
         p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)

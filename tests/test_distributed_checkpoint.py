@@ -34,24 +34,24 @@ SHAPES = {
 }
 
 
-def cases_of(dims):
+CUTS = {0: ["plain"] * 3, 1: ["0", "1", "r"], 2: ["01", "1r", "00"]}
+# torch distributes no uneven strided shard from a full tensor, as the moments of "01" are where dimension 0 is projected.
+CUTS_FROM_FULL = CUTS | {2: ["r0", "1r", "00"]}
+
+
+def cases_of(cuts):
     """Each shape at some placements; a name says the shape and a number, and not the placement, which may change."""
-    cuts = {
-        0: ["plain"] * 3,
-        1: ["0", "1", "r"],
-        2: ["01", "1r", "00"],
-    }[dims]
     cases = {}
     for name, (shape, group) in SHAPES.items():
         for number, cut in enumerate(cuts):
-            cases[f"{name}_{number}"] = (shape, group, cut if len(shape) > 1 or "1" not in cut else "r" * dims)
+            cases[f"{name}_{number}"] = (shape, group, cut if len(shape) > 1 or "1" not in cut else "r" * len(cut))
     return cases | {"norm": ((5,), {}, "plain")}
 
 
-def build(mesh_shape, **options):
+def build(mesh_shape, cuts=CUTS, **options):
     """Weights on a mesh; an empty shape means plain tensors."""
     mesh = init_device_mesh("cpu", mesh_shape) if mesh_shape else None
-    return Weights(cases_of(len(mesh_shape)), mesh, **options)
+    return Weights(cases_of(cuts[len(mesh_shape)]), mesh, **options)
 
 
 def uninterrupted():
@@ -149,7 +149,7 @@ def save_full(mesh_shape, path):
 
 
 def load_full(mesh_shape, path):
-    model = build(mesh_shape)
+    model = build(mesh_shape, CUTS_FROM_FULL)
     weights, state = torch.load(path)
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)

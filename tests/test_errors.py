@@ -67,7 +67,7 @@ def trained():
         ({"backend": "cuda"}, "Invalid backend: 'cuda' .allowed: 'auto' or 'triton' or 'reference'"),
         (
             {"state_dtype": torch.float16},
-            "Invalid state_dtype: torch.float16 .allowed: torch.float32 or torch.bfloat16",
+            "Invalid state_dtype: torch.float16 .allowed: torch.float32 or torch.bfloat16, or their names",
         ),
         ({"state_bits": 8}, "Invalid state_bits: 8"),
         ({"capturable": 1}, "Invalid capturable: 1 .allowed: True or False"),
