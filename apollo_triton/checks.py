@@ -16,6 +16,10 @@ from .settings import Settings
 from .sharding import Piece, is_dtensor, local, piece_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_ZERO = (
+    "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
+    "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
+)
 
 
 class Label(NamedTuple):
@@ -89,6 +93,25 @@ def is_flattened(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
 
 
+def holds_matrix(group: dict[str, Any]) -> bool:
+    """Whether a parameter of the group has two dimensions or more."""
+    return any(parameter.dim() > 1 for parameter in group["params"])
+
+
+def check_groups(groups: list[dict[str, Any]], had_matrix: list[bool]) -> None:
+    """Raise ValueError for a low-rank group that once had matrices and now has vectors alone: AdamW would train them
+    without a word. FSDP1's are left to ``check_parameter``, which knows them."""
+    first = 0
+    for number, (group, had) in enumerate(zip(groups, had_matrix, strict=True)):
+        flattened = had and group.get("rank") is not None and group["params"] and not holds_matrix(group)
+        if flattened and not is_flattened(group["params"][0]):
+            raise ValueError(
+                f"parameter group {number} was given matrices, and its parameter {first} is now a vector of shape "
+                f"{tuple(group['params'][0].shape)}, as DeepSpeed ZeRO makes of them: {_NO_ZERO}"
+            )
+        first += len(group["params"])
+
+
 def check_parameter(label: Label, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
     parameter = label.parameter
@@ -104,9 +127,13 @@ def check_parameter(label: Label, settings: Settings) -> None:
     if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
         raise ValueError(
             f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
-            "wrap with FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
+            "shard with FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps them, or wrap with "
+            "FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
             "or put it into a group without 'rank'"
         )
+    whole_shape = tuple(getattr(parameter, "ds_shape", ()))
+    if settings.rank is not None and len(whole_shape) > 1 and parameter.dim() < 2:
+        raise ValueError(f"{label} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")
     geometry = geometry_of(parameter, settings)
     if geometry is None or settings.rank is None:
         return

@@ -141,7 +141,8 @@ class Engine:
                     reference.squared_norm(matrix, self._scratch)
                     for matrix in as_matrices(member.gradient, member.geometry)
                 ]
-                norms[index] = torch.stack(squares) if squares else torch.zeros(0, device=member.parameter.device)
+                none = torch.zeros(0, dtype=torch.float32, device=member.parameter.device)
+                norms[index] = torch.stack(squares) if squares else none
         return norms
 
     def _totals(self, plan: Plan, settings: list[Settings], norms: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -266,7 +267,9 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> list[Ten
 def _norm(plan: Plan, totals: dict[int, Tensor]) -> Tensor:
     """The 2-norm of all matrices' gradients that are finite: float32 scalar on the first parameter's device."""
     device = plan.members[0].parameter.device
-    squared = torch.cat([each.to(device) for each in totals.values()] + [torch.zeros(1, device=device)])
+    squared = torch.cat(
+        [each.to(device) for each in totals.values()] + [torch.zeros(1, dtype=torch.float32, device=device)]
+    )
     squared = torch.where(squared.isfinite(), squared, 0)
     # By the largest, so that many large norms do not overflow together.
     largest = squared.max().clamp(min=torch.finfo(torch.float32).tiny)

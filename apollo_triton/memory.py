@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import Label
+from .checks import Label, find_piece
 from .llama import default_rank, meta_model, named_sizes
 from .optimizer import APOLLOAdamW
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
@@ -106,7 +106,8 @@ def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
         for parameter in group["params"]:
             if not parameter.requires_grad:
                 continue
-            state = make_state(Label(0, "", parameter.to("meta")), settings)
+            label = Label(0, "", parameter.to("meta"))
+            state = make_state(label, settings, find_piece(label, settings))
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             moments += sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("exp_avg"))
             other += sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("exp_avg"))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .backends import Backend, choose
 from .caches import Caches
-from .checks import Label, check_parameter, find_piece, labels
+from .checks import Label, check_groups, check_parameter, find_piece, holds_matrix, labels
 from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
@@ -119,6 +119,7 @@ class APOLLOAdamW(Optimizer):
         }
         Settings.of(defaults)
         self._reset_transients()
+        self._had_matrix: list[bool] = []
         super().__init__(params, defaults)
 
     @classmethod
@@ -161,6 +162,7 @@ class APOLLOAdamW(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             complete_group(group)
+        self.__dict__.setdefault("_had_matrix", [holds_matrix(group) for group in self.param_groups])
 
     @property
     def skipped_updates(self) -> Tensor:
@@ -236,6 +238,7 @@ class APOLLOAdamW(Optimizer):
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
                 check_parameter(Label(index, name, parameter), settings)
         super().add_param_group(group)
+        self._had_matrix.append(holds_matrix(self.param_groups[-1]))
         _place_learning_rate(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -288,6 +291,7 @@ class APOLLOAdamW(Optimizer):
 
         Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes.
         """
+        check_groups(self.param_groups, self._had_matrix)
         loss = None
         if closure is not None:
             with torch.enable_grad():

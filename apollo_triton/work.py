@@ -197,7 +197,9 @@ class TableWork:
         if settings.scale_type == "channel":
             sketch = Sketch(projected[:, :-1].contiguous(), projected[:, -1].contiguous())
         else:
-            sketch = Sketch(projected.contiguous(), torch.zeros(len(projected), device=self.device))
+            sketch = Sketch(
+                projected.contiguous(), torch.zeros(len(projected), dtype=torch.float32, device=self.device)
+            )
         self._factors = fused.rescale(table.moments, settings, self._moment, sketch)
 
     def shares(self) -> tuple[ByMember, ByMember]:

@@ -388,9 +388,16 @@ def test_rank_above_width(shape: tuple[int, ...]) -> None:
 
 
 def test_dtensor(dtensor: Parameter) -> None:
-    """To be replaced by tests of the trajectory when this package shards."""
-    match = r"parameter \d of shape \(8, 5\) is a DTensor .*DistributedDataParallel"
-    departs(refuses, pytest.fail.Exception, "DID NOT RAISE", dtensor, match)
+    """Trained as the tensor it stands for; on several ranks in test_sharding.py."""
+
+    def check(kind: type) -> None:
+        start, sequence = dtensor.to_local().detach().clone(), gradients(8, 5)
+        placed = [distribute_tensor(each, dtensor.device_mesh, [Replicate()]) for each in sequence]
+        optimizer = kind([group(dtensor)], lr=LR)
+        train(optimizer, [dtensor], [placed])
+        assert torch.equal(dtensor.to_local(), alone(kind, start, sequence))
+
+    departs(check, RuntimeError, "mixed torch.Tensor and DTensor")
 
 
 @pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])

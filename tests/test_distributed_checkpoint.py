@@ -35,7 +35,7 @@ SHAPES = {
 
 
 CUTS = {0: ["plain"] * 3, 1: ["0", "1", "r"], 2: ["01", "1r", "00"]}
-# torch distributes no uneven strided shard from a full tensor, as the moments of "01" are where dimension 0 is projected.
+# torch distributes no uneven strided shard from a full tensor: the moments of "01" where dimension 0 is projected.
 CUTS_FROM_FULL = CUTS | {2: ["r0", "1r", "00"]}
 
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from layerwise_cases import loss_of, make_model, make_optimizer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from apollo_triton import APOLLOAdamW, attach_layerwise
 
@@ -32,10 +35,6 @@ def test_attaching_names_what_it_cannot_do(monkeypatch):
         attach_layerwise(model["norm"], optimizer)
     with pytest.raises(TypeError, match="APOLLOAdamW itself"):
         attach_layerwise(optimizer, model)
-    model["norm"].bias.placements = model["norm"].bias.device_mesh = ()
-    with pytest.raises(ValueError, match=r"parameter 5 \('norm.bias'\).*DTensor"):
-        attach_layerwise(model, optimizer)
-    del model["norm"].bias.placements
     model["norm"].weight._is_flat_param = True
     with pytest.raises(ValueError, match=r"parameter 4 .*flattened"):
         attach_layerwise(model, optimizer)
@@ -44,6 +43,19 @@ def test_attaching_names_what_it_cannot_do(monkeypatch):
     attach_layerwise(model, optimizer)
     with pytest.raises(ValueError, match="already"):
         attach_layerwise(model, optimizer)
+
+
+def test_dtensors_are_refused():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = make_model()
+        model["norm"].bias = nn.Parameter(distribute_tensor(torch.ones(6), init_device_mesh("cpu", (2,)), [Shard(0)]))
+        optimizer = APOLLOAdamW(model.named_parameters())
+        with pytest.raises(ValueError, match=r"parameter 5 \('norm.bias'\).*DTensor"):
+            attach_layerwise(model, optimizer)
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_distributed_data_parallel_is_refused(tmp_path):

@@ -15,12 +15,12 @@ from distributed_cases import (
     assert_close,
     assert_ranks_agree,
     assert_same_bits,
+    gradient_of,
     local,
     sharded,
 )
 from distributed_harness import run
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from apollo_triton.geometry import Geometry
 
@@ -278,33 +278,63 @@ def test_missing_gradients_and_schedules_keep_the_sharing_right():
     assert_close(results[0], _changing(Weights(cases)), 1e-6, "after a pause")
 
 
-def gradients_elsewhere(cases):
-    """The gradient's placements differ from the weight's: Replicate where the weight is cut."""
-    mesh = init_device_mesh("cpu", (2,))
-    model = Weights(cases, mesh)
-    for _ in range(4):
+def summands(full, cut, mesh):
+    """``full`` as a DTensor of one placement a mesh dimension; where it is partial, the ranks' parts are unequal."""
+    for dim, letter in enumerate(cut):
+        if letter == "p":
+            size = mesh.size(dim)
+            full = full * (mesh.get_local_rank(dim) + 1) / (size * (size + 1) / 2)
+    return sharded(full, mesh, cut)
+
+
+def gradients_elsewhere(mesh_shape, cases, cut, steps):
+    """Weights whose gradients have placements of their own; and the collectives of each step, one group's at most."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    model, counts = Weights(cases, mesh), []
+    for _ in range(steps):
         model.set_gradients()
-        for parameter in model.parameters():
-            gradient = parameter.grad
-            parameter.grad = gradient.redistribute(mesh, [Replicate()])
-            assert isinstance(parameter.grad, DTensor)
-        try:
+        for name, parameter in model.named_parameters():
+            parameter.grad = summands(gradient_of(name, cases[name][0], model.steps + 1), cut, mesh)
+        with Collectives() as collectives:
             model.optimizer.step()
-        except ValueError as error:
-            return str(error)
+        counts.append(max(collectives.counts.values(), default=0))
         model.steps += 1
-    return model.everything()
+    return model.everything(), counts
 
 
-def test_gradients_of_other_placements_are_taken_right_or_refused():
-    """A replicated gradient of a sharded weight, taken for the local shard's: wrong rows without an error."""
-    cases = {"tall": ((10, 3), APOLLO, "0"), "wide": ((3, 10), APOLLO, "0")}
-    results = run(gradients_elsewhere, 2, cases=cases)
-    if isinstance(results[0], str):
-        assert all("tall" in result and "placement" in result for result in results)
-    else:
-        assert_ranks_agree(results)
-        assert_close(results[0], Weights(cases).train_for(4).everything(), 1e-6, "replicated gradients")
+@pytest.mark.parametrize(
+    ("mesh_shape", "weight_cut", "cut"),
+    [((2,), "0", "r"), ((2,), "r", "p"), ((3,), "1", "p"), ((2, 2), "0r", "pp"), ((2, 2), "01", "rp")],
+)
+def test_gradients_of_other_placements_are_brought_into_line(mesh_shape, weight_cut, cut):
+    """A replicated gradient taken for a local shard's; partial sums (norms between sequence-parallel activations) taken
+    for the whole, added twice on the second step, or reduced by a collective a weight."""
+    shapes = {"tall": ((10, 3), APOLLO), "wide": ((3, 10), APOLLO), "square": ((7, 7), MINI), "table": ((9, 4), {})}
+    cases = {name: (shape, group, weight_cut) for name, (shape, group) in shapes.items()}
+    world = torch.Size(mesh_shape).numel()
+    results = run(gradients_elsewhere, world, mesh_shape=mesh_shape, cases=cases, cut=cut, steps=8)
+    assert_ranks_agree([values for values, _ in results])
+    assert_close(results[0][0], Weights(cases).train_for(8).everything(), 1e-6, cut)
+    for _, counts in results:
+        assert max(counts[1:]) <= 2 + ("p" in cut), counts  # the all-reduce that backward left out
+
+
+def gradients_of_another_mesh():
+    cases = {"w": ((8, 3), APOLLO, "0")}
+    model = Weights(cases, init_device_mesh("cpu", (2,)))
+    model.w.grad = sharded(torch.ones(8, 3), init_device_mesh("cpu", (2, 1)), "0r")
+    try:
+        model.optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_gradients_of_another_mesh_are_refused():
+    """Local shards of two meshes, which may be of the same shape and of different rows."""
+    for text in run(gradients_of_another_mesh, 2, patience=20):
+        assert "parameter 0 ('w')" in text
+        assert "another device mesh" in text
 
 
 def cut_and_gathered():

@@ -1,0 +1,165 @@
+"""Pretrain a small LLaMA with APOLLO under FSDP2, and go on from its checkpoint on another number of ranks.
+
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2_pretrain.py --folder run --steps 60
+    torchrun --standalone --nproc-per-node 4 examples/fsdp2_pretrain.py --folder run --steps 120   # goes on at step 60
+
+CUDA devices train over nccl in bfloat16, a machine without them on its CPU over gloo. Each byte of the text is a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apollo_triton import APOLLOAdamW
+
+
+def main() -> None:
+    options = parse_options()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    try:
+        train(options, torch.device("cuda" if on_cuda else "cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if options.batch % world:
+        raise SystemExit(f"--batch {options.batch} cannot be shared by {world} ranks; use a multiple of {world}")
+    model = sharded_model(options, device)
+    if options.mini:
+        optimizer = APOLLOAdamW.mini(model, lr=options.lr)
+    else:
+        optimizer = APOLLOAdamW.apollo(model, rank=options.rank, lr=options.lr, max_grad_norm=1.0)
+    first = load_newest(options.folder, model, optimizer)
+    if rank == 0:
+        todo = f"steps {first + 1} to {options.steps}" if first < options.steps else f"step {first} is done already"
+        print(f"{world} ranks on {device.type}, {todo}", flush=True)
+    for step, tokens in batches(options, first, device):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * learning_rate_factor(step, options.schedule)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % options.report == 0 or step == options.steps:
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            if rank == 0:
+                print(f"step {step:5d}   loss {mean.item() / world:.4f}", flush=True)
+        if step % options.save == 0 or step == options.steps:
+            save(options.folder, step, model, optimizer)
+
+
+def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
+    """The same LLaMA on every rank, cut up layer by layer."""
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden * 8 // 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=options.length,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Weights and gradients stay float32 in the optimizer's hands; only the passes are in bfloat16.
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def batches(options: argparse.Namespace, first: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """This rank's share of each step's batch, which is the same on any number of ranks."""
+    source = options.text or Path(os.__file__).parent  # the sources of Python's standard library
+    files = sorted(source.glob("*.py")) if source.is_dir() else [source]
+    text = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+    for step in range(first + 1, options.steps + 1):
+        generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
+        starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
+        mine = starts[dist.get_rank() :: dist.get_world_size()]
+        yield step, text[mine[:, None] + torch.arange(options.length)].long().to(device)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """A linear warmup over a tenth of the steps, then a cosine down to a tenth."""
+    warmup = max(1, steps // 10)
+    if step <= warmup:
+        return step / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
+def save(folder: Path, step: int, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -> None:
+    """Every rank writes its shards beside the last checkpoint, which goes only when the new one is whole."""
+    unfinished = folder / "unfinished"
+    if dist.get_rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    dist.barrier()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=unfinished)
+    if dist.get_rank() == 0:
+        old = checkpoints(folder)
+        unfinished.rename(folder / f"step-{step}")
+        for number in old:
+            if number != step:
+                shutil.rmtree(folder / f"step-{number}")
+    dist.barrier()
+
+
+def load_newest(folder: Path, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -> int:
+    """The step of the newest checkpoint, loaded; 0 where there is none."""
+    step = max(checkpoints(folder), default=0)
+    if step:
+        weights, state = get_state_dict(model, optimizer)
+        loaded = {"model": weights, "optimizer": state}
+        dcp.load(loaded, checkpoint_id=folder / f"step-{step}")
+        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    return step
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps of which there is a whole checkpoint."""
+    return [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are, and are looked for")
+    parser.add_argument("--steps", type=int, default=200, help="train up to this step (%(default)s)")
+    parser.add_argument("--schedule", type=int, default=1000, help="steps of the learning rate's cosine (%(default)s)")
+    parser.add_argument("--save", type=int, default=100, help="steps between checkpoints (%(default)s)")
+    parser.add_argument("--report", type=int, default=10, help="steps between lines (%(default)s)")
+    parser.add_argument("--mini", action="store_true", help="APOLLO-Mini instead of APOLLO")
+    parser.add_argument("--rank", type=int, default=32, help="APOLLO's rank (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (%(default)s)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences a step, over all ranks (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="bytes a sequence (%(default)s)")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 8 (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--text", type=Path, help="a file, or a folder of .py files (Python's standard library)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
