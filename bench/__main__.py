@@ -44,6 +44,7 @@ class Stage:
 COUNTED = [
     Stage("launches and bytes", "kernel_table", resumes=False),
     Stage("machine code", "codegen", resumes=False),
+    Stage("communication", "communication", resumes=False),
     Stage("host", "host_overhead", resumes=False),
     Stage("import", "import_time", resumes=False),
 ]

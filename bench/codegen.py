@@ -7,6 +7,7 @@ are of code, not of time: an instruction in a loop counts once. ``python -m benc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import itertools
@@ -27,9 +28,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from apollo_triton import APOLLOAdamW
 
+from .fake_mesh import fake_mesh
 from .results_file import RESULTS, Results
 
 Row = dict[str, Any]
@@ -78,6 +81,11 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": mini, "aligned": False}
     yield {"group": {"rank": 128}, "aligned": False, **rounding}
     yield from ({"aligned": False}, {"dtype": float32}, rounding | device)
+    # Cut along the width over two ranks: sketch and rescale are two launches at any rank, and P is read.
+    rows = {"proj_type": "right"}
+    yield {"group": mini | rows, "sharded": True}
+    yield {"group": {"rank": 128} | rows, "sharded": True}
+    yield {"group": {"rank": 128, "distribution": "rademacher"} | rows, "sharded": True}
 
 
 def launches(
@@ -85,9 +93,11 @@ def launches(
     dtype: torch.dtype = torch.bfloat16,
     gradient: torch.dtype | None = None,
     aligned: bool = True,
+    sharded: bool = False,
     **options: Any,
 ) -> list[Kernel]:
-    """The kernels that a step of one 1024 x 1024 weight launches; dense without a ``group``."""
+    """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
+    wide; dense without a ``group``."""
     from apollo_triton import backends, fused
 
     found: list[Kernel] = []
@@ -98,9 +108,24 @@ def launches(
     weight = torch.nn.Parameter(torch.zeros(1024, 1024 if aligned else 1025, dtype=dtype)[:, :1024])
     weight.grad = torch.randn(1024, 1024).to(dtype)
     weight.grad.data = weight.grad.to(gradient or dtype)  # torch < 2.10 has no grad_dtype
-    with mock.patch.object(fused, "launch", record), mock.patch.object(backends, "_obstacle", return_value=None):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(fused, "launch", record))
+        stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
+        if sharded:
+            mesh = stack.enter_context(fake_mesh(ranks=2))
+            half = _half(weight.grad, mesh)
+            weight = torch.nn.Parameter(_half(weight.detach(), mesh))
+            weight.grad = half
         APOLLOAdamW([{"params": [weight], **(group or {})}], backend="triton", **{"lr": 1e-3, **options}).step()
     return found
+
+
+def _half(piece: Tensor, mesh: Any) -> Tensor:
+    """The left half of a tensor twice as wide."""
+    rows, columns = piece.shape
+    return DTensor.from_local(
+        piece, mesh, [Shard(1)], run_check=False, shape=torch.Size((rows, 2 * columns)), stride=(2 * columns, 1)
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apollo_triton import APOLLOAdamW, memory
+from apollo_triton import APOLLOAdamW, attach_layerwise, memory
 from apollo_triton.extras import require
 from apollo_triton.llama import default_rank, meta_model, named_sizes
 
@@ -37,7 +37,6 @@ from .whole_step import reason, release
 
 CAP = 80e9  # bytes, of the paper's cards
 METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
-LAYER_WISE = "this benchmark does not attach layer-wise updates yet"
 # The three are what the paper speaks of; a CPU trains them too, but not in minutes.
 SIZES = {"cuda": ("1B", "7B", "13B"), "cpu": ("60M",)}
 MOST_BATCHES = 256
@@ -52,11 +51,16 @@ def make_optimizer(method: str, model: nn.Module, size: str) -> torch.optim.Opti
 
 
 def counted(method: str, size: str, dtype: torch.dtype) -> int:
-    """Bytes of weights, gradients and state, by ``apollo_triton.memory``."""
+    """Bytes of weights, gradients (layer-wise: the largest one) and state, by ``apollo_triton.memory``."""
     model = meta_model(size, dtype)
     if method == "AdamW":
         return memory.adamw(model).total
-    return (memory.apollo(model, default_rank(size)) if method == "APOLLO" else memory.apollo_mini(model)).total
+    if method == "APOLLO":
+        return memory.apollo(model, default_rank(size)).total
+    mini = memory.apollo_mini(model)
+    if method == "APOLLO-Mini":
+        return mini.total
+    return mini.total - mini.gradients + max(parameter.nbytes for parameter in model.parameters())
 
 
 class Training:
@@ -79,9 +83,12 @@ class Training:
         finally:
             torch.set_default_dtype(default)
         self.optimizer = make_optimizer(method, self.model, size)
+        if "layer-wise" in method:
+            attach_layerwise(self.model, self.optimizer)
 
     def step(self, batch: int) -> tuple[float, float]:
-        """One step on ``batch`` sequences; seconds of forward and backward, and of the optimizer."""
+        """One step on ``batch`` sequences; seconds of forward and backward, in which layer-wise updates happen, and of
+        the optimizer."""
         starts = torch.randint(len(self._tokens) - self._sequence, (batch,))
         windows = torch.stack([self._tokens[start : start + self._sequence] for start in starts]).long()
         windows = windows.to(self._device)
@@ -180,9 +187,6 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
                 **{"size": size, "method": method, "sequence": sequence},
                 **{"dtype": str(dtype).removeprefix("torch."), "parameters": llama_shapes(size).parameters},
             }
-            if "layer-wise" in method:
-                yield identity, row | {"skipped": LAYER_WISE}
-                continue
             row["counted_bytes"] = counted(method, size, dtype)
             if size not in sizes:
                 yield identity, row | {"skipped": "it needs a CUDA device"}

@@ -111,11 +111,13 @@ class Weights(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts every operation of c10d and of its functional twin, by group; ``at_first`` is called before the first."""
+    """Counts every operation of c10d and of its functional twin, by group, and the bytes that it fills on this rank;
+    ``at_first`` is called before the first."""
 
     def __init__(self, at_first: Any = None) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.filled: Counter[str] = Counter()
         self.at_first = at_first
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,7 +127,9 @@ class Collectives(TorchDispatchMode):
         if communicates and "wait" not in function.__name__ and "_wrap" not in function.__name__:
             if self.at_first is not None and not self.counts:
                 self.at_first()
-            self.counts[_group_of([*args, *(kwargs or {}).values()])] += 1
+            group = _group_of([*args, *(kwargs or {}).values()])
+            self.counts[group] += 1
+            self.filled[group] += args[0].nbytes if isinstance(args[0], torch.Tensor) else 0
         return function(*args, **(kwargs or {}))
 
     @property

@@ -13,15 +13,16 @@ import pytest
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--hidden 24 --layers 1 --length 16 --batch 6 --rank 4 --schedule 12 --report 1".split()
+SIZES = {"hidden": 24, "layers": 1, "length": 16, "batch": 6, "rank": 4, "schedule": 12, "report": 1}
 
 
 def pretrain(ranks: int, folder: Path, *options: str) -> tuple[int, str]:
     """The exit status and the output of ``torchrun examples/fsdp2_pretrain.py``."""
     paths = [str(ROOT), *(path for path in sys.path if path)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    small = [f"--{name}={value}" for name, value in SIZES.items()]
     found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        + ["examples/fsdp2_pretrain.py", "--folder", str(folder), *SMALL, *options],
+        [*torchrun, "examples/fsdp2_pretrain.py", "--folder", str(folder), *small, *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

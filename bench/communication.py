@@ -1,0 +1,188 @@
+"""What a step sends, and what each GPU holds, for models of 7B to 405B on 8 to 1024 GPUs: counted, not timed.
+
+The optimizer's own step runs on shards without memory (the meta device) under fully_shard and tensor parallelism of a
+process group that sends nothing. ``python -m bench.communication`` counts; ``--write`` puts the table into
+docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed._tools.fake_collectives  # collectives on the meta device
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apollo_triton import APOLLOAdamW
+from apollo_triton.llama import meta_model
+
+from .fake_mesh import fake_mesh
+from .report_tables import table
+from .results_file import ROOT, Results, Row, write_whole
+
+sys.path.insert(0, str(ROOT / "tests"))
+from distributed_cases import Collectives
+
+DOCUMENT = ROOT / "docs" / "distributed.md"
+BEGIN, END = "<!-- communication: python -m bench.communication --write -->", "<!-- end of communication -->"
+# The published shapes of Llama 3.1; 7B is the paper's.
+LARGER = {
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+SIZES = ("7B", *LARGER)
+# GPUs along FSDP2's mesh dimension, and along that of tensor parallelism.
+MESHES = ((8, 1), (64, 1), (1024, 1), (128, 8))
+METHODS = {"APOLLO": {"rank": 256}, "APOLLO-Mini": {}}
+# FSDP2's own traffic of a step: the weights gathered for each pass in bfloat16, gradients reduced in float32.
+FSDP_BYTES = 2 + 2 + 4
+
+
+def llama(size: str) -> nn.Module:
+    """A LLaMA of ``size`` on the meta device, in float32 as FSDP2 hands weights to the optimizer."""
+    if size not in LARGER:
+        return meta_model(size, torch.float32)
+    config = LlamaConfig(**LARGER[size], num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def shard(model: Any, mesh: Any) -> None:
+    """Cut the model as users do: tensor parallel within layers if the mesh has it, then fully_shard."""
+    if mesh["tensor"].size() > 1:
+        plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+        plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh["tensor"], plan)
+        plan = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate()), "lm_head": ColwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+
+
+def give_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        gradient = torch.empty_like(parameter.to_local())
+        parameter.grad = DTensor.from_local(
+            gradient,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+
+def counted(size: str, gpus: tuple[int, int], method: str) -> Row:
+    """Collectives and bytes that arrive at the first GPU in one step, and the bytes of state that it holds."""
+    with (
+        fake_mesh(data=gpus[0], tensor=gpus[1]) as mesh,
+        # What needs values, of which there are none: whether ranks agree, and autocast, which meta does not have.
+        patch("apollo_triton.distributed.Agreement.check"),
+        patch("apollo_triton.engine._no_autocast", lambda plan: contextlib.nullcontext()),
+    ):
+        model = llama(size)
+        shard(model, mesh)
+        give_gradients(model)
+        make = APOLLOAdamW.apollo if method == "APOLLO" else APOLLOAdamW.mini
+        optimizer = make(model, **METHODS[method])
+        with Collectives() as collectives:
+            optimizer.step()
+        sizes = {mesh.get_group(index).group_name: mesh.size(index) for index in range(mesh.ndim)}
+        tensors = [value for state in optimizer.state.values() for value in state.values() if _is_moment(value)]
+        own = sum(parameter.to_local().numel() for parameter in model.parameters())
+        return {
+            "collectives": max(collectives.counts.values(), default=0),
+            "groups": len(collectives.counts),
+            "received": sum(_from_others(filled, sizes[group]) for group, filled in collectives.filled.items()),
+            "fsdp": FSDP_BYTES * own * (gpus[0] - 1),
+            "state": sum(tensor.to_local().nbytes for tensor in tensors),
+            "adamw_state": 8 * own,
+        }
+
+
+def _from_others(filled: int, ranks: int) -> int:
+    """Of what a collective fills, all but the rank's own part."""
+    return filled * (ranks - 1) // ranks
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, DTensor) and value.dim() > 0
+
+
+def identity_of(size: str, gpus: tuple[int, int], method: str) -> str:
+    return f"{method}, {size} on {gpus[0]} x {gpus[1]}"
+
+
+def document(rows: dict[str, Row]) -> str:
+    """The table of docs/distributed.md."""
+    lines = []
+    for size in SIZES:
+        for gpus in MESHES:
+            each = {method: rows[identity_of(size, gpus, method)] for method in METHODS}
+            first = each["APOLLO"]
+            lines.append(
+                [
+                    size,
+                    f"{gpus[0]}" if gpus[1] == 1 else f"{gpus[0]} x {gpus[1]}",
+                    *(_bytes(each[method]["received"]) for method in METHODS),
+                    _bytes(first["fsdp"]),
+                    " / ".join(str(each[method]["collectives"]) for method in METHODS),
+                    *(_bytes(each[method]["state"]) for method in METHODS),
+                    _bytes(first["adamw_state"]),
+                ]
+            )
+    heads = ["", "GPUs", "APOLLO receives", "Mini receives", "FSDP2 itself receives", "collectives a mesh dimension"]
+    return table([*heads, "APOLLO's state", "Mini's state", "AdamW's state"], lines)
+
+
+def _bytes(count: int) -> str:
+    """
+    >>> _bytes(0), _bytes(1_234), _bytes(26_950_000_000)
+    ('0', '1.2 kB', '27 GB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2g} {unit}" if count < 100 * size else f"{count / size:.0f} {unit}"
+    return str(count)
+
+
+def in_document(text: str) -> str:
+    """The table between the marks of docs/distributed.md."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/distributed.md")
+    options = parser.parse_args()
+    results = Results("communication", None)
+    for size in SIZES:
+        for gpus in MESHES:
+            for method in METHODS:
+                identity = identity_of(size, gpus, method)
+                if identity not in results:
+                    results.add(identity, **counted(size, gpus, method))
+                    print(identity, results.rows[identity], flush=True)
+    text = document(results.rows)
+    print(text)
+    if options.write:
+        before, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+        if not begin:
+            raise SystemExit(f"{DOCUMENT} has no line {BEGIN}")
+        write_whole(DOCUMENT, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
