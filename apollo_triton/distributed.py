@@ -158,11 +158,8 @@ def finish_gradients(parameters: Iterable[Tensor]) -> None:
     Backward may leave partial sums, as those of norms between sequence-parallel activations: they are added up in one
     all-reduce an axis for the whole model. Anything else is left to ``DTensor.redistribute``.
     """
-    unlike: list[Any] = [
-        parameter
-        for parameter in parameters
-        if is_dtensor(parameter) and parameter.grad is not None and parameter.grad.placements != parameter.placements
-    ]
+    sharded: list[Any] = [each for each in parameters if is_dtensor(each) and each.grad is not None]
+    unlike = [each for each in sharded if each.grad.placements != each.placements]
     if not unlike:
         return
     from torch.distributed.tensor import DTensor, Replicate

@@ -31,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.to_local()  # type: ignore[operator]
+        return tensor.to_local()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def resharded(name: str, value: Tensor, parameter: Tensor, piece: Piece) -> Tens
             layout = state_layout(name, parameter, piece, value.shape)
             if (value.device_mesh, tuple(value.placements)) == (parameter.device_mesh, layout.placements):  # type: ignore[attr-defined]
                 return value.to(parameter.device, copy=True)
-        value = value.full_tensor()  # type: ignore[operator]
+        value = value.full_tensor()  # type: ignore[attr-defined]
     if not is_dtensor(parameter):
         return value.to(parameter.device, copy=True)
     layout = state_layout(name, parameter, piece, value.shape)

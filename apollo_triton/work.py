@@ -73,9 +73,10 @@ class BatchWork:
         results, first = [], 0
         if self.is_scattered:
             projected = torch.cat([sketches[index] for index in self._matrices])
-            norms = self._squared_norms
-            if norms is None:
+            if self._squared_norms is None:
                 projected, norms = projected[..., :-1].contiguous(), projected[..., -1]
+            else:
+                norms = self._squared_norms
         for part in self.batch.parts():
             if self.is_scattered:
                 matrices = slice(first, first + len(part))
@@ -220,6 +221,7 @@ class TableWork:
                 channel[index] = self._factors.channel[first : first + matrices * channels].view(matrices, channels)
                 first += matrices * channels
         elif self.is_scattered:  # the gradient of a tensor is summed as it lies, not by the channels dealt out
+            assert self._squared_norms is not None
             squared = fused.squared_norms_of_matrices(table, self._squared_norms)
             scale = self._moment.gradient_scale
             totals[:, 2] = squared if scale is None else squared * scale * scale
@@ -231,17 +233,18 @@ class TableWork:
         table, settings = self._table, self._settings
         mine = [sums[index] for index in self._matrices] if self.is_split else []
         if table.is_dense:
-            parts = self._squared_norms
+            assert self._squared_norms is not None
+            squared_norms = self._squared_norms
             if mine:
-                parts = torch.zeros_like(parts)
-                parts[:, :1] = torch.cat(mine)
-            fused.dense(table, settings, self._moment, parts)
+                squared_norms = torch.zeros_like(squared_norms)
+                squared_norms[:, :1] = torch.cat(mine)
+            fused.dense(table, settings, self._moment, squared_norms)
         else:
             factors = self._factors
             if mine:
-                parts: list[Tensor] = []
-                if factors.channel is not None:
-                    parts = [channel[index] for index in self._matrices] if self.is_scattered else [factors.channel]
-                factors = fused.joined_factors(table, parts, mine)
+                own = [] if factors.channel is None else [factors.channel]
+                if own and self.is_scattered:
+                    own = [channel[index] for index in self._matrices]
+                factors = fused.joined_factors(table, own, mine)
             fused.apply(table, settings, self._moment, factors)
         table.copy_out()
