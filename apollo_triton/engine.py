@@ -46,7 +46,7 @@ class Engine:
         parameters' devices."""
         counts = list(self._skipped.values())
         if self._plan is not None:
-            counts += [table.skipped.sum() for table, _ in self._plan.tables]
+            counts += [table.skipped.sum() for table in self._plan.tables]
         return counts
 
     def take_over(self, other: Engine) -> None:
@@ -61,7 +61,7 @@ class Engine:
         settings = [Settings.of(group, f"parameter group {number}") for number, group in numbered]
         plan = self._planned(groups, states, settings, found_inf)
         plan.advance()
-        for table, _ in plan.tables:
+        for table in plan.tables:
             table.copy_in()
         norms = self._squared_norms(plan, settings)
         works = self._works(plan, settings, norms)
@@ -114,7 +114,7 @@ class Engine:
             if not on_device:  # with t on the device the host does not know what they hold
                 self._materialised.update(new.projections())
             if plan is not None:
-                for table, _ in plan.tables:
+                for table in plan.tables:
                     self._count_skipped(table.skipped.sum())
                 if plan.captured:
                     self._captured.append(plan)  # a graph may be replayed at any time
@@ -125,7 +125,7 @@ class Engine:
         """|G|_F^2 of what waits for it, dense parameters and all that is to be clipped: ``[matrices, parts]`` of each
         table by its ``id``, ``[matrices]`` of each member of the reference path by its index."""
         clips = plan.exchange.clips
-        tables = [table for table, _ in (plan.tables if clips else plan.dense)]
+        tables = plan.tables if clips else plan.dense
         if tables:
             from . import fused
 
@@ -151,11 +151,9 @@ class Engine:
         if not plan.exchange.clips:
             return {}
         totals = {index: norms[index] for index in plan.reference}
-        indices = {id(member): index for index, member in enumerate(plan.members)}
-        for table, _ in plan.tables:
+        for table in plan.tables:
             sums = norms[id(table)].sum(1)
-            for member, geometry in zip(table.members, table.geometries, strict=True):
-                totals[indices[id(member)]], sums = sums[: geometry.matrices], sums[geometry.matrices :]
+            totals |= {index: sums[matrices] for index, matrices in table.matrices_of.items()}
         for index, total in totals.items():
             piece = plan.members[index].piece
             if piece.whole is not None and len(total) < piece.whole.matrices:
@@ -176,7 +174,6 @@ class Engine:
         ``torch.nn.utils.clip_grad_norm_``, min(1, max_grad_norm / (norm + 1e-6)), over the finite matrices, times
         1 / ``grad_scale``; NaN, with which nothing moves, if ``found_inf``."""
         limit = settings[0].max_grad_norm if settings and plan.members else None
-        devices = {member.parameter.device for member in plan.members}
         self.gradient_norm = None
         scale = None if grad_scale is None else grad_scale.to(torch.float32).reciprocal().reshape(())
         if limit is not None:
@@ -188,7 +185,7 @@ class Engine:
         if found_inf is not None:
             scale = torch.ones_like(found_inf, dtype=torch.float32) if scale is None else scale.to(found_inf.device)
             scale = torch.where(found_inf > 0, float("nan"), scale).reshape(())
-        return {} if scale is None else {device: scale.to(device) for device in devices}
+        return {} if scale is None else {device: scale.to(device) for device in plan.devices}
 
     def _works(self, plan: Plan, settings: list[Settings], norms: dict[int, Tensor]) -> list[Work]:
         """What there is to do, in the plan's order; members of one geometry share a batch."""
@@ -213,17 +210,17 @@ class Engine:
                 batches[key] = BatchWork(Batch(geometry, own, step, seed, self._scratch), member)
                 works.append(batches[key])
             batches[key].add(index, member, self._projection(member, own, step))
-        for table, first in plan.tables:
+        for table in plan.tables:
             own = _with_lr_for(settings[table.group], table.device)
             if own.proj == "svd" and not table.is_dense:
-                step = int(plan.counts[first])
+                step = int(plan.counts[table.first])
                 table.point_at([matrix for each in table.members for matrix in _singular_vectors(each, own, step)])
             elif table.is_scattered and not table.projections:
-                step = int(plan.counts[first])
+                step = int(plan.counts[table.first])
                 table.point_at(
                     [self._projection(member, own, step) for member in table.members for _ in member.piece.numbers]
                 )
-            works.append(TableWork(table, first, plan, own, norms.get(id(table))))
+            works.append(TableWork(table, plan, own, norms.get(id(table))))
         return works
 
     def _projection(self, member: Member, settings: Settings, step: int) -> Tensor:
@@ -279,7 +276,7 @@ def _norm(plan: Plan, totals: dict[int, Tensor]) -> Tensor:
 @contextlib.contextmanager
 def _no_autocast(plan: Plan) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device_type in {member.parameter.device.type for member in plan.members}:
+        for device_type in {device.type for device in plan.devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 

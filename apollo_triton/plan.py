@@ -37,8 +37,8 @@ class Plan:
 
     ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host
     and in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the
-    kernels, each with the index of its first member; ``low_rank`` and ``dense`` share them out. ``captured``: whether
-    a CUDA graph reads them. ``exchange`` adds up what several ranks hold pieces of.
+    kernels; ``low_rank`` and ``dense`` share them out. ``captured``: whether
+    a CUDA graph reads them. ``devices``: where members are. ``exchange`` adds up what several ranks hold pieces of.
 
     ``projections`` that are in memory already serve on; ``first_number`` is the first parameter's in the optimizer.
     """
@@ -78,13 +78,14 @@ class Plan:
                 state["step"] = state["step"].to(wanted)
             self.members.append(Member(label, label.parameter, state, number, piece))
             self.engines.append(engine)
+        self.devices = {member.parameter.device for member in self.members}
         self.exchange = Exchange(self.members, settings)
         self.steps: list[Tensor] = [member.state["step"] for member in self.members]
         # The same memory as plain C floats: an addition through torch takes 1.8 us a tensor, half a step of 290.
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self.reference = [i for i, engine in enumerate(self.engines) if engine == "reference"]
-        self.low_rank: list[tuple[Table, int]] = []
-        self.dense: list[tuple[Table, int]] = []
+        self.low_rank: list[Table] = []
+        self.dense: list[Table] = []
         if "triton" in self.engines:
             self._make_tables(settings, list(projections))
         self._places, self._gradients = _addresses(groups, states)
@@ -104,16 +105,16 @@ class Plan:
             return False
         if capturing:
             self.captured = True
-            for table, _ in self.tables:
+            for table in self.tables:
                 table.move_gradients_in_capture()
         elif gradients != self._gradients or self.captured:
             self._gradients = gradients
-            for table, _ in self.tables:
+            for table in self.tables:
                 table.move_gradients()
         return True
 
     @property
-    def tables(self) -> list[tuple[Table, int]]:
+    def tables(self) -> list[Table]:
         """All tables, low-rank ones first."""
         return self.low_rank + self.dense
 
@@ -128,7 +129,7 @@ class Plan:
 
     def projections(self) -> list[Projection]:
         """The materialised projections of all tables, each once."""
-        unique = {id(each): each for table, _ in self.low_rank for each in table.projections}
+        unique = {id(each): each for table in self.low_rank for each in table.projections}
         return list(unique.values())
 
     def _make_tables(self, settings: list[Settings], old: list[Projection]) -> None:
@@ -156,9 +157,9 @@ class Plan:
             )
             launches.setdefault(key, []).append(index)
         for key, indices in launches.items():
-            members = [self.members[index] for index in indices]
-            table = Table(members, settings[members[0].group], aligned=key[-1])
-            (self.dense if key[0] else self.low_rank).append((table, indices[0]))
+            members = {index: self.members[index] for index in indices}
+            table = Table(members, settings[self.members[indices[0]].group], aligned=key[-1])
+            (self.dense if key[0] else self.low_rank).append(table)
         self._place_projections(settings, old)
 
     def _place_projections(self, settings: list[Settings], old: list[Projection]) -> None:
@@ -168,8 +169,8 @@ class Plan:
         from .tables import Projection
 
         made: dict[tuple[Any, ...], Projection] = {}
-        for table, first in self.low_rank:
-            own, count = settings[table.group], self.counts[first]
+        for table in self.low_rank:
+            own, count = settings[table.group], self.counts[table.first]
             if fused.projection_kind(own, table.is_scattered) is not MATERIALISED:
                 continue
             for seed, start, width in sorted(set(table.slices_of_P)):

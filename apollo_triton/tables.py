@@ -6,7 +6,8 @@ one vector of addresses is copied, and nothing otherwise. It holds no gradient, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -119,13 +120,15 @@ class Table:
 
     ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``;
     ``channel_programs`` and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32
-    ``[programs, 2]``, matrix and share; ``skipped`` int32 ``[matrices]``, updates that gradients which were not
+    ``[programs, 2]``, matrix and share; ``matrices_of``: which matrices are whose, by the member's index in the plan,
+    and ``first`` the first index; ``skipped`` int32 ``[matrices]``, updates that gradients which were not
     finite have cost.
     """
 
-    def __init__(self, members: Sequence[Member], settings: Settings, aligned: bool) -> None:
-        first = members[0]
-        self.members = list(members)
+    def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
+        self.members = list(members.values())
+        self.first = next(iter(members))
+        first = members[self.first]
         self.group = first.group
         self.device = first.parameter.device
         self.weight_dtype = first.parameter.dtype
@@ -142,6 +145,11 @@ class Table:
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.geometries = [member.geometry or flat_geometry(member.weight, member.gradient) for member in self.members]
         self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self.geometries))
+        counts = [geometry.matrices for geometry in self.geometries]
+        self.matrices_of = {
+            index: slice(end - count, end)
+            for index, count, end in zip(members, counts, itertools.accumulate(counts), strict=True)
+        }
         self._build()
         self._gradient_addresses: list[int] = []
         self._projection_addresses: list[int] = []

@@ -10,7 +10,7 @@ A work holds the results of one step. Dictionaries are by the index of the membe
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .plan import Plan
 from .reference import Factors, Sketch
 from .scratch import Scratch
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from .tables import Table
 
 ByMember = dict[int, Tensor]
 
@@ -149,17 +152,12 @@ class DenseWork:
 class TableWork:
     """The kernels on one table, low-rank or dense."""
 
-    def __init__(self, table: Any, first: int, plan: Plan, settings: Settings, squared_norms: Tensor | None) -> None:
+    def __init__(self, table: Table, plan: Plan, settings: Settings, squared_norms: Tensor | None) -> None:
         self.device, self.is_split, self.is_scattered = table.device, table.is_split, table.is_scattered
         self._table, self._settings, self._squared_norms = table, settings, squared_norms
-        step, step_tensor = (0, plan.steps[first]) if plan.on_device else (int(plan.counts[first]), None)
+        step, step_tensor = (0, plan.steps[table.first]) if plan.on_device else (int(plan.counts[table.first]), None)
         self._step, self._step_tensor = step, step_tensor
-        indices = {id(member): index for index, member in enumerate(plan.members)}
-        self._matrices: dict[int, slice] = {}
-        at = 0
-        for member, geometry in zip(table.members, table.geometries, strict=True):
-            self._matrices[indices[id(member)]] = slice(at, at + geometry.matrices)
-            at += geometry.matrices
+        self._matrices = table.matrices_of
         self._at_scale(None)
 
     def _at_scale(self, scale: Tensor | None) -> None:
@@ -201,6 +199,7 @@ class TableWork:
             sketch = Sketch(
                 projected.contiguous(), torch.zeros(len(projected), dtype=torch.float32, device=self.device)
             )
+        assert table.moments is not None
         self._factors = fused.rescale(table.moments, settings, self._moment, sketch)
 
     def shares(self) -> tuple[ByMember, ByMember]:
@@ -211,13 +210,12 @@ class TableWork:
             assert self._squared_norms is not None
             totals = self._squared_norms.sum(1, keepdim=True)
             return {}, {index: totals[cut] for index, cut in self._matrices.items()}
-        at = table.moments if self.is_scattered else table
-        totals = fused.matrix_sums(at, self._factors)
+        totals = fused.matrix_sums(table.moments or table, self._factors)
         channel: ByMember = {}
         if self.is_scattered and self._factors.channel is not None:
             first = 0
-            for index, member in zip(self._matrices, table.members, strict=True):
-                matrices, channels = member.piece.geometry.matrices, member.piece.moments
+            for (index, cut), member in zip(self._matrices.items(), table.members, strict=True):
+                matrices, channels = cut.stop - cut.start, member.piece.moments
                 channel[index] = self._factors.channel[first : first + matrices * channels].view(matrices, channels)
                 first += matrices * channels
         elif self.is_scattered:  # the gradient of a tensor is summed as it lies, not by the channels dealt out

@@ -58,7 +58,7 @@ def _fused(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callab
 
     plan = optimizer._engine._plan
     assert plan is not None
-    ((table, _),) = plan.low_rank
+    (table,) = plan.low_rank
     moment = fused.Moment(2, None, None)
     sketch = fused.sketch(table, settings, moment)
     factors = fused.factors(table, settings, moment)

@@ -214,7 +214,7 @@ def test_tiles_of_elementwise_work_do_not_show(group, monkeypatch):
     tiles = {"BLOCK_ROWS": 8, "BLOCK_COLUMNS": 32, "num_warps": 4}
     monkeypatch.setattr(tables.apply, "blocks", lambda columns: tiles)
     ours, optimizer = train(weights, **options)
-    assert optimizer._engine._plan.tables[0][0].tile_blocks == tiles
+    assert optimizer._engine._plan.tables[0].tile_blocks == tiles
     assert_same_bits(expected, ours)
 
 
@@ -261,7 +261,7 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
     (weight,) = parameters_of([(64, 64)], torch.bfloat16)
     optimizer = optimizer_of([weight], **MINI, proj_type="right" if keeps_rows else "left")
     optimizer.step()
-    (table, _), *_ = optimizer._engine._plan.tables
+    table, *_ = optimizer._engine._plan.tables
     settings = fused.Settings.of(optimizer.param_groups[0])
     channels = rows if keeps_rows else columns
     table.aligned = aligned
