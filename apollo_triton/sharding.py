@@ -216,7 +216,7 @@ def state_layout(name: str, parameter: Any, piece: Piece, shape: Sequence[int]) 
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    cuts = _cuts(parameter)
+    cuts, mesh = _cuts(parameter), parameter.device_mesh
     if piece.geometry is None:
         local_shape, first = _place(parameter, cuts)
         return Layout(tuple(parameter.placements), tuple(first), tuple(local_shape))
@@ -225,11 +225,13 @@ def state_layout(name: str, parameter: Any, piece: Piece, shape: Sequence[int]) 
     dealt = [index for dim, axis, index in cuts if axis not in piece.summed]
     kept = [index for _, axis, index in cuts if axis in piece.summed and axis not in piece.scattered]
     scattered = sorted(index for _, axis, index in cuts if axis in piece.scattered)
-    placements: list[Any] = [Replicate()] * parameter.device_mesh.ndim
+    placements: list[Any] = [Replicate()] * mesh.ndim
     for order, dim in ((dealt, 0), (kept + scattered if is_moment else [], int(experts))):
         for position, index in enumerate(order):
+            if mesh.size(index) == 1:
+                continue
             # A mesh dimension to the right that has cut before makes this cut a strided one.
-            factor = math.prod(parameter.device_mesh.size(i) for i in order[:position] if i > index)
+            factor = math.prod(mesh.size(i) for i in order[:position] if i > index)
             placements[index] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
     first = [piece.first_matrix] if experts else []
     local_shape = [piece.geometry.matrices] if experts else []

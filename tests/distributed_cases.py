@@ -10,12 +10,21 @@ import zlib
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 from distributed_harness import optimizer_class
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# What torch itself cannot do in older versions; tried with 2.6 and 2.13.
+needs_uneven_strides = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="this torch neither gathers nor saves uneven strided shards"
+)
+needs_fsdp_on_a_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's FSDP2 needs a GPU"
+)
 
 PLACEMENTS = {"0": Shard(0), "1": Shard(1), "2": Shard(2), "r": Replicate(), "p": Partial()}
 

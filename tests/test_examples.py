@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed_cases import needs_fsdp_on_a_cpu
 
 pytest.importorskip("transformers")
 
@@ -37,6 +38,7 @@ def losses(output: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+) +loss ([\d.]+)$", output, re.MULTILINE)}
 
 
+@needs_fsdp_on_a_cpu
 def test_pretraining_goes_on_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Batches that depend on the number of ranks, a learning rate or a state that starts anew, a torso of a save taken
     for a checkpoint."""

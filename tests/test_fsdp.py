@@ -12,7 +12,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import Collectives, assert_close, assert_ranks_agree, drawn, whole
+from distributed_cases import Collectives, assert_close, assert_ranks_agree, drawn, needs_fsdp_on_a_cpu, whole
 from distributed_harness import optimizer_class, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -153,6 +153,7 @@ def check(results, mesh_dims):
             assert sum(counts.values()) <= 2 * mesh_dims, counts
 
 
+@needs_fsdp_on_a_cpu
 @pytest.mark.parametrize("low_rank", [APOLLO, MINI], ids=["apollo", "mini"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_fully_shard(world, low_rank):
@@ -163,6 +164,7 @@ def test_fully_shard(world, low_rank):
     check(results, 1)
 
 
+@needs_fsdp_on_a_cpu
 def test_fully_shard_with_three_ranks_clips_by_the_norm_of_the_model():
     """24 rows on three ranks are even, 33 of the vocabulary too, 40 are not: a norm that counts padding or shards."""
     results = run(beside_a_plain_copy, 3, kind="fsdp", steps=8, low_rank=APOLLO, options={"max_grad_norm": 0.1})
@@ -174,6 +176,7 @@ def test_fully_shard_with_three_ranks_clips_by_the_norm_of_the_model():
         assert theirs > 0.1, "nothing was clipped"
 
 
+@needs_fsdp_on_a_cpu
 def test_hybrid_sharding():
     """Replicas of shards: [Replicate, Shard(0)]. Sums over the replicas as well would double every sketch."""
     check(run(beside_a_plain_copy, 4, kind="hybrid", steps=8, low_rank=APOLLO, options={}), 2)
@@ -187,6 +190,7 @@ def test_tensor_parallel(low_rank):
     check(results, 1)
 
 
+@needs_fsdp_on_a_cpu
 def test_fsdp_and_tensor_parallel():
     """A 2-D mesh, where FSDP2 cuts the shards of tensor parallelism once more along the same dimension, and some
     parameters lie on one mesh dimension only."""
@@ -213,6 +217,7 @@ def whole_model_constructors(make):
     }
 
 
+@needs_fsdp_on_a_cpu
 @pytest.mark.parametrize("make", ["apollo", "mini"])
 def test_constructors_choose_the_same_weights_as_without_sharding(make):
     """``APOLLOAdamW.apollo(model)`` after fully_shard: module names that FSDP changes, ranks checked against shards."""
@@ -244,6 +249,7 @@ def accumulated(steps):
             strict=True)}  # fmt: skip
 
 
+@needs_fsdp_on_a_cpu
 def test_gradient_accumulation_under_fsdp():
     """A kept plan that holds on to the address of a gradient of an earlier pass."""
     for result in run(accumulated, 2, steps=6):
