@@ -4,10 +4,19 @@
 >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
 """
 
+from .int8_layers import dequantize_model, quantize_model
 from .layerwise import attach_layerwise
 from .optimizer import APOLLOAdamW
 from .param_groups import apollo_param_groups
 from .projection import projection_matrix
 from .version import __version__
 
-__all__ = ["APOLLOAdamW", "__version__", "apollo_param_groups", "attach_layerwise", "projection_matrix"]
+__all__ = [
+    "APOLLOAdamW",
+    "__version__",
+    "apollo_param_groups",
+    "attach_layerwise",
+    "dequantize_model",
+    "projection_matrix",
+    "quantize_model",
+]

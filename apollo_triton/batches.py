@@ -62,7 +62,10 @@ class Batch:
         if not geometry.matrices:
             return
         weights = as_matrices(parameter, geometry)
-        if weights[0].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+        if (
+            weights[0] is not parameter
+            and weights[0].untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+        ):
             self._copies.append((parameter, weights[0]))
         self.weights += weights
         self.gradients += as_matrices(gradient, geometry)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Geometry
+from .int8 import Int8Weight
 from .settings import Settings
 from .sharding import Piece, is_dtensor, local, piece_of
 
@@ -120,6 +121,11 @@ def check_parameter(label: Label, settings: Settings) -> None:
         raise ValueError(
             f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
+        )
+    if isinstance(parameter, Int8Weight) and settings.rank is None:
+        raise ValueError(
+            f"{label} is int8 and its group has no 'rank': AdamW's updates are not made for it; put it into a low-rank "
+            "group, or leave it out of quantize_model's target_modules"
         )
     piece = find_piece(label, settings)
     if settings.capturable and is_dtensor(parameter):

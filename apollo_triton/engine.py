@@ -205,7 +205,17 @@ class Engine:
             if not geometry.matrices:
                 continue
             axes = member.piece.summed, member.piece.scattered, member.piece.moments
-            key = (geometry, axes, id(own), step, seed, weight.device, weight.dtype, member.gradient.dtype)
+            key = (
+                geometry,
+                axes,
+                id(own),
+                step,
+                seed,
+                weight.device,
+                type(weight),
+                weight.dtype,
+                member.gradient.dtype,
+            )
             if key not in batches:
                 batches[key] = BatchWork(Batch(geometry, own, step, seed, self._scratch), member)
                 works.append(batches[key])

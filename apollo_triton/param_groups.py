@@ -53,7 +53,7 @@ def apollo_param_groups(
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module_name, module in model.named_modules():
         # A 1-D convolution's [out, in, kernel] would be taken for experts.
-        if not _is_target(targets, module_name, module) or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        if not is_target(targets, module_name, module) or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2 or id(parameter) in embeddings:
@@ -86,7 +86,7 @@ def _group(named: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
     return {"params": [p for _, p in named], "param_names": [name for name, _ in named]}
 
 
-def _is_target(targets: str | list[str], name: str, module: nn.Module) -> bool:
+def is_target(targets: str | list[str], name: str, module: nn.Module) -> bool:
     if isinstance(targets, str):
         if targets.replace("_", "-") == "all-linear":
             return isinstance(module, nn.Linear) and name.rpartition(".")[2] not in _HEADS

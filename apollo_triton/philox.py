@@ -55,19 +55,27 @@ def parameter_seed(seed: int, index: int) -> int:
     return philox((index, 0, int(Stream.PARAMETER_SEED), 0), (seed, 0))[0]
 
 
+def random_halves(start: int, count: int, seed: int, step: int, stream: Stream, device: torch.device) -> Tensor:
+    """The 16 random bits of elements ``start`` to ``start + count`` of a parameter, int32.
+
+    Element i takes them from Philox counter ``i // 8`` under key ``(seed, step)``: word ``(i % 8) // 2``, the low half
+    first.
+    """
+    first = start // 8
+    calls = torch.arange(first, (start + count + 7) // 8, dtype=torch.int64, device=device)
+    words = torch.stack(philox((calls & _MASK, calls >> 32, int(stream), 0), (seed, step)), dim=-1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)
+    return halves[start - 8 * first :][:count].to(torch.int32)
+
+
 def round_stochastic(values: Tensor, seed: int, step: int, stream: Stream, start: int) -> Tensor:
     """Round float32 ``values`` to bfloat16, up or down with probability equal to the fraction lost.
 
-    Element i takes its 16 random bits from Philox counter ``(start + i) // 8`` under key ``(seed, step)``:
-    word ``(i % 8) // 2``, the low half first. ``start`` is the index of the first value within the whole
-    parameter, so blocks of any size round alike. Infinities and NaNs stay what they are.
+    ``start`` is the index of the first value within the whole parameter, so blocks of any size round alike.
+    Infinities and NaNs stay what they are.
     """
     flat = values.reshape(-1)
-    first = start // 8
-    calls = torch.arange(first, (start + flat.numel() + 7) // 8, device=values.device)
-    words = torch.stack(philox((calls & _MASK, calls >> 32, int(stream), 0), (seed, step)), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)
-    noise = halves[start - 8 * first :][: flat.numel()].to(torch.int32)
+    noise = random_halves(start, flat.numel(), seed, step, stream, values.device)
     # A bfloat16 is the upper half of a float32: adding 16 random bits carries with the right probability.
     rounded = ((flat.view(torch.int32) + noise) & -0x10000).view(torch.float32)
     return torch.where(flat.isfinite(), rounded, flat).to(torch.bfloat16).view_as(values)

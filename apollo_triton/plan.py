@@ -16,6 +16,7 @@ from torch import Tensor
 from .backends import choose
 from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
 from .distributed import Agreement, Exchange, finish_gradients
+from .int8 import Int8Weight
 from .settings import FIELD_NAMES, Settings
 from .sharding import Piece, is_dtensor, local
 from .state import check_state, make_state
@@ -217,6 +218,8 @@ def _checked(
         if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
             raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
         piece, name = find_piece(label, own), backend.name
+        if isinstance(parameter, Int8Weight):
+            name = "reference"
         if not local(parameter).numel():
             # Nothing to update. But an empty piece has a part in the sums, and in low rank a u_prev to keep, to the
             # bit as the other ranks do: on their engine.
@@ -258,7 +261,9 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                     return None, []
                 identity, norm = id(parameter), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-                if is_dtensor(parameter):
+                if type(parameter) is Int8Weight:
+                    parameter = parameter.q
+                elif is_dtensor(parameter):
                     parameter, gradient = local(parameter), local(gradient)
                     exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
                     norm = None if norm is None else local(norm)

@@ -10,12 +10,14 @@ temporary has a weight's size. Nothing here reads a value back from an accelerat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .batches import Batch
+from .int8 import Int8Weight
 from .philox import Stream, round_stochastic
 from .scratch import BLOCK_ELEMENTS, Scratch
 from .settings import Settings
@@ -129,14 +131,17 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
     """
     settings = batch.settings
     multiplier, moved = _limited_step(batch, factors)
+    multipliers = multiplier.unsqueeze(-1 if batch.geometry.keeps_rows else 1).unbind()
     decay = settings.lr * settings.weight_decay if settings.weight_decay else None
     known = _on_host(moved)
+    if isinstance(batch.weights[0], Int8Weight):
+        _apply_int8(batch, multipliers, moved, decay)
+        return (~moved).sum()
     dtype = batch.weights[0].dtype
     rounds_once = dtype == torch.float32 or (decay is None and not settings.stochastic_rounding)
     if known is not None and factors.channel is None and rounds_once:
         _apply_scalars(batch, multiplier[:, 0].tolist(), known, decay)
         return (~moved).sum()
-    multipliers = multiplier.unsqueeze(-1 if batch.geometry.keeps_rows else 1).unbind()
     for index, (weight, gradient) in enumerate(zip(batch.weights, batch.gradients, strict=True)):
         if known is not None and not known[index]:
             continue
@@ -152,6 +157,29 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
                 start = batch.numbers[index] * batch.geometry.width + rows.start * weight.shape[1]
                 store(W, weight[rows], settings, batch.seed, batch.step, Stream.WEIGHT, start)
     return (~moved).sum()
+
+
+def _apply_int8(batch: Batch, multipliers: Sequence[Tensor], moved: Tensor, decay: float | Tensor | None) -> None:
+    """``apply`` on int8 weights: dequantise, update and requantise with fresh scales, a block of rows at a time.
+
+    A weight whose update is nothing keeps its bits: rounding it anew would move it at random.
+    """
+    for index, (weight, gradient) in enumerate(zip(batch.weights, batch.gradients, strict=True)):
+        assert isinstance(weight, Int8Weight)
+        s = multipliers[index]
+        changes = (s != 0).any()
+        if decay is not None:
+            changes = changes | (decay != 0)
+        changes = changes & moved[index]
+        if _on_host(changes) is False:
+            continue
+        for rows in weight.blocks():
+            W = weight.floats(rows)
+            W.addcmul_(batch.scratch.floats(gradient[rows], 1), s[rows] if len(s) > 1 else s, value=-1)
+            if decay is not None:
+                shrink(W, decay)
+            noise = weight.noise(rows, batch.seed, batch.step) if weight.stochastic_rounding else None
+            weight.store(rows, W, noise, changes)
 
 
 def _apply_scalars(batch: Batch, multipliers: list[float], moved: list[bool], decay: float | Tensor | None) -> None:
