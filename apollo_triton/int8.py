@@ -19,7 +19,7 @@ from .philox import Stream, random_halves
 
 _LEAST_RANGE = 1e-5
 # Elements that are dequantised at a time: 4 MB in float32, whatever the weight's size.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 
 def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +55,8 @@ class Int8Weight(Tensor):
 
     ``q`` uint8 ``[out, in]``, ``scale`` float32 and ``zero`` uint8 ``[out * in / group_size]``. ``dtype`` is that of
     activations and gradients. A tensor subclass, so that it is a parameter like any other: with a true ``.grad``,
-    hooks and a name, moved and copied by ``to``, ``deepcopy`` and ``swap_tensors``. What would make a float copy of it without
-    being asked is refused; ``dequantize()`` is how to ask.
+    hooks and a name, moved and copied by ``to``, ``deepcopy`` and ``swap_tensors``. What would make a float copy of it
+    without being asked is refused; ``dequantize()`` is how to ask.
 
     ``stochastic_rounding``: how the optimizer stores its updates.
     """
@@ -114,11 +114,11 @@ class Int8Weight(Tensor):
             result.assign(weight)
         return result
 
-    def blocks(self, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
+    def blocks(self, elements: int | None = None) -> Iterator[slice]:
         """Slices of rows that hold whole groups, of about so many ``elements``."""
         rows, columns = self.shape
         whole = self.group_size // math.gcd(columns, self.group_size)
-        step = max(1, elements // max(1, whole * columns)) * whole
+        step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 
@@ -128,14 +128,17 @@ class Int8Weight(Tensor):
         q = self.q[rows]
         return dequantized(q.reshape(-1, self.group_size), self.scale[groups], self.zero[groups]).view(q.shape)
 
-    def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changes: Tensor | bool = True) -> None:
-        """Write float32 ``values [rows, in]`` with fresh scales and zero points, rounded as ``quantized`` does; nothing
-        unless ``changes``, a boolean scalar that may lie on a device."""
-        groups, shape = self._groups(rows), (-1, self.group_size)
-        q, scale, zero = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
-        new = (self.q[rows], q.view(values.shape)), (self.scale[groups], scale), (self.zero[groups], zero)
-        for target, value in new:
-            target.copy_(value if changes is True else torch.where(changes, value, target))
+    def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changed: Tensor | None = None) -> None:
+        """Write float32 ``values [rows, in]`` with fresh scales and zero points, rounded as ``quantized`` does; only
+        groups of which a value is ``changed``, a boolean of their shape, if it is given."""
+        shape = (-1, self.group_size)
+        new = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
+        groups = self._groups(rows)
+        old = self.q[rows].view(shape), self.scale[groups], self.zero[groups]
+        keep = None if changed is None else ~changed.view(shape).any(1)
+        for target, value in zip(old, new, strict=True):
+            mask = keep[:, None] if keep is not None and value.dim() > 1 else keep
+            target.copy_(value if mask is None else torch.where(mask, target, value))
 
     def noise(self, rows: slice, seed: int, step: int) -> Tensor:
         """What stochastic rounding of the rows at ``step`` compares fractions with: float32 multiples of 2**-16, by

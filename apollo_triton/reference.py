@@ -162,24 +162,21 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
 def _apply_int8(batch: Batch, multipliers: Sequence[Tensor], moved: Tensor, decay: float | Tensor | None) -> None:
     """``apply`` on int8 weights: dequantise, update and requantise with fresh scales, a block of rows at a time.
 
-    A weight whose update is nothing keeps its bits: rounding it anew would move it at random.
+    A group that the update does not change in float32 keeps its bits: rounded anew it would wander.
     """
+    known = _on_host(moved)
     for index, (weight, gradient) in enumerate(zip(batch.weights, batch.gradients, strict=True)):
         assert isinstance(weight, Int8Weight)
-        s = multipliers[index]
-        changes = (s != 0).any()
-        if decay is not None:
-            changes = changes | (decay != 0)
-        changes = changes & moved[index]
-        if _on_host(changes) is False:
+        if known is not None and not known[index]:
             continue
+        s = multipliers[index]
         for rows in weight.blocks():
-            W = weight.floats(rows)
-            W.addcmul_(batch.scratch.floats(gradient[rows], 1), s[rows] if len(s) > 1 else s, value=-1)
+            before = weight.floats(rows)
+            W = before.addcmul(batch.scratch.floats(gradient[rows], 1), s[rows] if len(s) > 1 else s, value=-1)
             if decay is not None:
                 shrink(W, decay)
             noise = weight.noise(rows, batch.seed, batch.step) if weight.stochastic_rounding else None
-            weight.store(rows, W, noise, changes)
+            weight.store(rows, W, noise, (before != W) & moved[index])
 
 
 def _apply_scalars(batch: Batch, multipliers: list[float], moved: list[bool], decay: float | Tensor | None) -> None:
