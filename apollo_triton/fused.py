@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .kernels import apply as apply_kernels
 from .kernels import dense as dense_kernels
+from .kernels import int8 as int8_kernels
 from .kernels import projection as projection_kernels
 from .kernels import rescale as rescale_kernels
 from .kernels import sketch as sketch_kernels
@@ -185,8 +186,15 @@ def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None
 def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) -> None:
     """The limiter, then W <- W - h sqrt(scale) (s / l) G and the decay, and u_prev, in place; counts the skips."""
     root_scale = math.sqrt(settings.scale)
+    if table.int8 is None:
+        kernel, stochastic = apply_kernels.apply_kernel, settings.stochastic_rounding
+        kind = {"WEIGHT_DTYPE": _DTYPES[table.weight_dtype]}
+        stochastic = stochastic and table.weight_dtype == torch.bfloat16
+    else:
+        kernel, stochastic = int8_kernels.apply_int8_kernel, table.int8.stochastic_rounding
+        kind = {"GROUP": table.int8.group_size}
     launch(
-        apply_kernels.apply_kernel,
+        kernel,
         (len(table.tile_programs),),
         table.device,
         table.addresses,
@@ -200,14 +208,14 @@ def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) ->
         *_step_arguments(settings, moment),
         root_scale if settings.scale_front else 1.0,
         1.0 if settings.scale_front else root_scale,
-        WEIGHT_DTYPE=_DTYPES[table.weight_dtype],
         GRADIENT=_DTYPES[table.gradient_dtype],
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,
         ALIGNED=table.aligned,
         USE_LIMITER=not settings.disable_nl,
-        STOCHASTIC=settings.stochastic_rounding and table.weight_dtype == torch.bfloat16,
+        STOCHASTIC=stochastic,
         BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
+        **kind,
         **table.tile_blocks,
     )
 

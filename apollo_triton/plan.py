@@ -134,7 +134,7 @@ class Plan:
         return list(unique.values())
 
     def _make_tables(self, settings: list[Settings], old: list[Projection]) -> None:
-        from .tables import Table, is_aligned, settle
+        from .tables import Int8, Table, is_aligned, settle
 
         identities = _identities(settings)
         launches: dict[tuple[Any, ...], list[int]] = {}
@@ -152,6 +152,7 @@ class Plan:
                 self.counts[index],
                 member.parameter.device,
                 member.parameter.dtype,
+                Int8.of(member.parameter),
                 member.gradient.dtype,
                 member.state["exp_avg"].dtype,
                 is_aligned(member),
@@ -218,8 +219,6 @@ def _checked(
         if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
             raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
         piece, name = find_piece(label, own), backend.name
-        if isinstance(parameter, Int8Weight):
-            name = "reference"
         if not local(parameter).numel():
             # Nothing to update. But an empty piece has a part in the sums, and in low rank a u_prev to keep, to the
             # bit as the other ranks do: on their engine.

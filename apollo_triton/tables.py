@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .checks import Member
 from .geometry import Geometry
-from .kernels import apply, dense, projection, sketch, table
+from .int8 import Int8Weight
+from .kernels import apply, dense, int8, projection, sketch, table
 from .plan import WARM_UP
 from .settings import Settings
 
@@ -48,6 +49,13 @@ def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
     except RuntimeError:
         return None
     return Layout(tensor.data_ptr(), *matrices.stride())
+
+
+def weight_layout_of(weight: Tensor, geometry: Geometry) -> Layout | None:
+    """The same of a weight; of an int8 one, where scales and zero points are instead of strides."""
+    if isinstance(weight, Int8Weight):
+        return Layout(weight.q.data_ptr(), 0, weight.scale.data_ptr(), weight.zero.data_ptr())
+    return layout_of(weight, geometry)
 
 
 def flat_geometry(parameter: Tensor, gradient: Tensor) -> Geometry:
@@ -89,6 +97,20 @@ class Copy(NamedTuple):
     member: Member
     weight: Tensor
     gradient: Tensor
+
+
+class Int8(NamedTuple):
+    """What int8 weights of one launch have in common."""
+
+    group_size: int
+    stochastic_rounding: bool
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Int8 | None:
+        """None for a weight that is not int8."""
+        if not isinstance(parameter, Int8Weight):
+            return None
+        return cls(parameter.group_size, parameter.stochastic_rounding)
 
 
 class MomentTable:
@@ -134,6 +156,7 @@ class Table:
         self.weight_dtype = first.parameter.dtype
         self.gradient_dtype = first.gradient.dtype
         self.state_dtype = first.state["exp_avg"].dtype
+        self.int8 = Int8.of(first.parameter)
         self.is_split = bool(first.piece.summed)
         self.is_scattered = bool(first.piece.scattered)
         self.aligned = aligned
@@ -144,7 +167,11 @@ class Table:
         self.projections: list[Projection] = []
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.geometries = [member.geometry or flat_geometry(member.weight, member.gradient) for member in self.members]
-        self.tile_blocks = {} if self.is_dense else apply.blocks(max(each.columns for each in self.geometries))
+        self.tile_blocks = {}
+        if self.int8 is not None:
+            self.tile_blocks = int8.blocks(self.int8.group_size)
+        elif not self.is_dense:
+            self.tile_blocks = apply.blocks(max(each.columns for each in self.geometries))
         counts = [geometry.matrices for geometry in self.geometries]
         self.matrices_of = {
             index: slice(end - count, end)
@@ -199,8 +226,7 @@ class Table:
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
                     channel_programs.append(_programs(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
-                    in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
-                    tile_programs.append(max(1, _blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row))
+                    tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
                 shares = _programs(geometry.rows * geometry.columns, dense.BLOCK)
                 norm_programs.append(min(shares, dense.NORM_PROGRAMS))
@@ -229,10 +255,17 @@ class Table:
         of_each = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
         self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(of_each)), 1).contiguous())
 
+    def _tiles(self, geometry: Geometry) -> int:
+        """How many programs of ``apply`` a matrix has."""
+        if self.int8 is not None:
+            return _programs(geometry.rows * geometry.columns, self.int8.group_size * self.tile_blocks["BLOCK_GROUPS"])
+        in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
+        return max(1, _blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row)
+
     def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
         """Of weight and gradient; of contiguous stand-ins where either has no strides."""
         parameter, gradient = member.weight, member.gradient
-        weight_layout, gradient_layout = layout_of(parameter, geometry), layout_of(gradient, geometry)
+        weight_layout, gradient_layout = weight_layout_of(parameter, geometry), layout_of(gradient, geometry)
         if weight_layout is None or gradient_layout is None:
             shape = (geometry.rows, geometry.columns)
             weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
@@ -336,7 +369,13 @@ def is_aligned(member: Member) -> bool:
         return False
     if any(number * geometry.width % 8 for number in member.piece.numbers):  # rounding bits come by eights
         return False
-    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in (parameter, gradient)]
+    tensors = [parameter, gradient]
+    if isinstance(parameter, Int8Weight):
+        tensors = [gradient]
+        size = parameter.group_size
+        if size % 8 or size & (size - 1) or geometry.columns % size or parameter.q.data_ptr() % _ALIGNMENT:
+            return False
+    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in tensors]
     return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)
 
 

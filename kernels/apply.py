@@ -89,6 +89,37 @@ def add_up_three(p_sums, first, count):
     return tl.sum(total_0, 0), tl.sum(total_1, 0), tl.sum(total_2, 0)
 
 
+@triton.jit
+def norm_and_factor(p_row, p_sums, channels, front, PER_CHANNEL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """u of a matrix, and its one factor s; 1 where each channel has its own."""
+    first_sum = tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    count = tl.maximum((channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS, 1)
+    if PER_CHANNEL:
+        return tl.sqrt(add_up(p_sums, first_sum, count)) * front, 1.0
+    else:
+        squared_N, squared_R, squared_G = add_up_three(p_sums, first_sum, count)
+        s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS)
+        return s * front * tl.sqrt(squared_G), s
+
+
+@triton.jit
+def limited(factor, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER: tl.constexpr):
+    """``factor`` over l = max(u / (u_prev + 1e-8), 1.01) / 1.01 (Fira, arXiv 2410.01623, equation 6). The first program
+    of a matrix writes u_prev, and counts the matrix if its u is not finite, which is then not to be moved."""
+    moves = tl.abs(u) < float("inf")
+    if USE_LIMITER:
+        previous = tl.load(p_previous + matrix)
+        growth = tl.maximum(u / (previous + _NORM_EPS), _GROWTH_LIMIT) / _GROWTH_LIMIT
+        limiter = tl.where(previous > 0, growth, 1.0)
+        factor = factor / limiter
+        if block == 0:
+            norm = tl.where(moves & (u > 0), u / limiter, previous)
+            tl.store(tl.load(p_row + UPDATE_NORM).to(tl.pointer_type(tl.float32)), norm)
+    if block == 0:
+        tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
+    return factor
+
+
 @triton.jit(do_not_specialize=["step"])
 def apply_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
@@ -97,10 +128,10 @@ def apply_kernel(
     ALIGNED: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W: l = max(u / (u_prev + 1e-8), 1.01) / 1.01 (Fira, arXiv 2410.01623, equation 6), then the update.
+    """One tile of W: the limiter, then the update.
 
     ``front`` multiplies s before the limiter and ``back`` after it: sqrt(scale) and 1, or 1 and sqrt(scale). A matrix
-    whose u is not finite is not moved, and counted in ``p_skipped``. The first program of a matrix writes u_prev.
+    whose u is not finite is not moved.
     An empty piece of a sharded matrix has one program, for its u_prev. Reads G and W and writes W: 6 bytes an element
     in bfloat16.
     """
@@ -135,32 +166,14 @@ def apply_kernel(
     G = tl.load(p_G, mask=mask, other=0.0).to(tl.float32)
     W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
 
-    first_sum = tl.load(p_row + FIRST_CHANNEL_PROGRAM)
-    channels = rows if KEEPS_ROWS else columns
-    count = tl.maximum((channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS, 1)
+    u, s = norm_and_factor(p_row, p_sums, rows if KEEPS_ROWS else columns, front, PER_CHANNEL, BLOCK_CHANNELS)
     if PER_CHANNEL:
-        u = tl.sqrt(add_up(p_sums, first_sum, count)) * front
         p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
         if KEEPS_ROWS:
             s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
         else:
             s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
-        factor = s * front
-    else:
-        squared_N, squared_R, squared_G = add_up_three(p_sums, first_sum, count)
-        factor = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS) * front
-        u = factor * tl.sqrt(squared_G)
-    moves = tl.abs(u) < float("inf")
-    if USE_LIMITER:
-        previous = tl.load(p_previous + matrix)
-        growth = tl.maximum(u / (previous + _NORM_EPS), _GROWTH_LIMIT) / _GROWTH_LIMIT
-        limiter = tl.where(previous > 0, growth, 1.0)
-        factor = factor / limiter
-        if block == 0:
-            norm = tl.where(moves & (u > 0), u / limiter, previous)
-            tl.store(tl.load(p_row + UPDATE_NORM).to(tl.pointer_type(tl.float32)), norm)
-    if block == 0:
-        tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
+    factor = limited(s * front, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
     t = current_step(step, p_step)
     lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
     factor = factor * (h * back)

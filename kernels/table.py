@@ -33,6 +33,10 @@ FIRST_TILE_PROGRAM = tl.constexpr(15)  # and the first of its tiles, in apply an
 STATE_ROW_STRIDE = UPDATE_NORM
 STATE_COLUMN_STRIDE = PROJECTION
 
+# An int8 weight is contiguous, and has scales and zero points instead of strides.
+SCALE = WEIGHT_ROW_STRIDE  # address of its scales [groups], float32
+ZERO = WEIGHT_COLUMN_STRIDE  # and of its zero points, uint8
+
 # The interpreter multiplies the raw 16-bit words of bfloat16 operands in tl.dot (triton 3.2 to 3.9): they go in as
 # float32 there, which holds them exactly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
