@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.int8 import Int8Weight
 
 from .fake_mesh import fake_mesh
 from .results_file import RESULTS, Results
@@ -86,6 +87,12 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": mini | rows, "sharded": True}
     yield {"group": {"rank": 128} | rows, "sharded": True}
     yield {"group": {"rank": 128, "distribution": "rademacher"} | rows, "sharded": True}
+    # Int8 weights; groups that are no power of two go element by element.
+    yield from (
+        {"group": mini, "int8": 128},
+        {"group": {"rank": 128}, "int8": 256},
+        {"group": mini | columns, "int8": 64},
+    )
 
 
 def launches(
@@ -94,10 +101,11 @@ def launches(
     gradient: torch.dtype | None = None,
     aligned: bool = True,
     sharded: bool = False,
+    int8: int = 0,
     **options: Any,
 ) -> list[Kernel]:
     """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
-    wide; dense without a ``group``."""
+    wide, ``int8`` those of one in groups of so many; dense without a ``group``."""
     from apollo_triton import backends, fused
 
     found: list[Kernel] = []
@@ -108,6 +116,9 @@ def launches(
     weight = torch.nn.Parameter(torch.zeros(1024, 1024 if aligned else 1025, dtype=dtype)[:, :1024])
     weight.grad = torch.randn(1024, 1024).to(dtype)
     weight.grad.data = weight.grad.to(gradient or dtype)  # torch < 2.10 has no grad_dtype
+    if int8:
+        weight = torch.nn.Parameter(Int8Weight.of(weight.detach(), int8))
+        weight.grad = torch.randn(1024, 1024).to(dtype)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(fused, "launch", record))
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
@@ -181,6 +192,8 @@ class Kernel:
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
         if "p_step" in dict(self.types) and "p_step" not in at:
             words.append("t on the device")
+        if "GROUP" in at:
+            words.append(f"groups of {at['GROUP']}")
         if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
             words.append(f"{at['BLOCK_CHANNELS']} channels a sum")
         return " ".join(words)
@@ -190,6 +203,7 @@ class Kernel:
         """Elements a program handles in a turn of its loop, or in all if it has none."""
         at = self.at
         tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
+        tile["apply_int8_kernel"] = "GROUPS GROUP"
         if self.name in tile:
             return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)
@@ -309,7 +323,7 @@ def measure(kernel: Kernel, target: str) -> Row:
     threads = compiled.metadata.num_warps * TARGETS[target][2]
     widths: dict[str, str] = {}
     for (name, bits), count in sorted(Counter(filter(None, map(_access, assembly))).items()):
-        if re.match(r"(load|store) [GWMVRP]$|store projection", name):
+        if re.match(r"(load|store) [GWMVRPq]$|store projection", name):
             widths[name] = f"{widths[name]} + {count} x {bits}" if name in widths else f"{count} x {bits}"
     opcodes = " ".join(each.opcode for each in code)
     return row | {
