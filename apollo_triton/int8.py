@@ -211,7 +211,8 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
 def _refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
-        "weight.dequantize() first, or train with float weights (FSDP2 and tensor parallel shard no int8 weights)"
+        "weight.dequantize() first. FSDP2 and tensor parallel shard no int8 weights: train float ones there; "
+        "DistributedDataParallel needs init_sync=False, and the same weights on every rank"
     )
 
 
