@@ -114,6 +114,11 @@ class Int8Weight(Tensor):
             result.assign(weight)
         return result
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, scales and zero points included."""
+        return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
+
     def blocks(self, elements: int | None = None) -> Iterator[slice]:
         """Slices of rows that hold whole groups, of about so many ``elements``."""
         rows, columns = self.shape

@@ -122,7 +122,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _with_state(model: nn.Module, moments: int, other: int) -> Memory:
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return Memory(weights, sum(parameter.nbytes for parameter in _trained(model)), moments, other)
+    # An int8 weight has a float gradient.
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in _trained(model))
+    return Memory(weights, gradients, moments, other)
 
 
 @dataclass(frozen=True)

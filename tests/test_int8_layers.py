@@ -336,3 +336,26 @@ def test_a_hugging_face_llama_trains(tmp_path):
 
     loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert same(bits(loaded), bits(model))
+
+
+def test_a_float_checkpoint_streams_into_an_int8_model(tmp_path):
+    """As docs/int8.md shows it: file by file into a model that never was a float one."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      vocab_size=64, max_position_embeddings=32)  # fmt: skip
+    source = transformers.LlamaForCausalLM(config)
+    source.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    quantize_model(model, group_size=32).to_empty(device="cpu")
+    for file in files:
+        model.load_state_dict(load_file(file), strict=False)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    tokens = torch.arange(12)[None]
+    expected = quantize_model(source, group_size=32).eval()(input_ids=tokens).logits
+    assert torch.equal(model.eval()(input_ids=tokens).logits, expected)

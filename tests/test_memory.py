@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apollo_triton import APOLLOAdamW, memory
+from apollo_triton import APOLLOAdamW, memory, quantize_model
 from apollo_triton.llama import meta_model, named_sizes, paper_figures
 from apollo_triton.paper import pretraining_cells, state_cells
 
@@ -329,3 +330,16 @@ def test_ranks_and_options_that_cannot_be(capsys, config_file):
 def test_the_command_needs_transformers_only_when_it_runs():
     code = "import sys, apollo_triton.memory; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_table_of_int8_weights_is_what_is_counted():
+    text = (Path(__file__).parent.parent / "docs" / "int8.md").read_text(encoding="utf-8")
+    rows = text.partition("<!-- memory -->")[2].partition("<!-- end of memory -->")[0].strip().splitlines()[2:]
+    plain, int8 = meta_model("7B"), quantize_model(meta_model("7B"))
+    largest = max(parameter.numel() * parameter.element_size() for parameter in int8.parameters())
+    both = memory.apollo_mini(int8), memory.apollo_mini(int8, state_dtype=torch.bfloat16)
+    layerwise = [replace(each, gradients=largest) for each in both]
+    expected = [memory.adamw(plain), memory.apollo_mini(plain), memory.apollo_mini(int8), *layerwise]
+    for row, each in zip(rows, expected, strict=True):
+        figures = [f"{size / 1e9:.2f} GB" for size in (each.weights, each.gradients, each.state, each.total)]
+        assert row.strip("|").split(" | ")[1:] == [*figures[:3], figures[3] + " "], row
