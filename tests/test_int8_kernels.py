@@ -40,7 +40,7 @@ def second_step(weights, recorder=None, **group):
 
 @pytest.mark.parametrize("shape", [(512, 384), (384, 512)])
 def test_a_step_of_rank_one_moves_less_than_6_3_bytes_a_parameter(shape):
-    """bfloat16 gradients, groups of 128: G twice, q read and written, five bytes a group read and written; no float copy
+    """bfloat16 gradients, groups of 128: G twice, q read and written, five bytes a group likewise; no float copy
     of the weight goes through memory."""
     (weight,) = weights_of([shape], 128)
     launches = second_step([weight], **MINI)
