@@ -71,7 +71,7 @@ def test_programs_in_any_order_leave_the_same_bits(group, group_size):
     """A program that reads what another writes, groups that two programs own, accesses beyond the end."""
     ends = []
     for order in (None, 1, 2):
-        weights = weights_of([(33, 48), (48, 96), (6, 48)], group_size, torch.float32)
+        weights = weights_of([(33, 48), (48, 288), (6, 48)], group_size, torch.float32)
         recorder = Recorder(shuffle=order)
         second_step(weights, recorder, **group)
         ends.append([part.clone() for weight in weights for part in (weight.q, weight.scale, weight.zero)])

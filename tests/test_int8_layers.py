@@ -149,7 +149,8 @@ def test_tied_layers_share_the_int8_weight():
     model["mlp"][4].weight = model["mlp"][0].weight
     quantize_model(model, group_size=8)
     assert model["mlp"][4].weight is model["mlp"][0].weight
-    dequantize_model(model)
+    dequantize_model(model.eval())
+    assert not any(module.training for module in model.modules())
     assert model["mlp"][4].weight is model["mlp"][0].weight
     assert type(model["mlp"][0]) is nn.Linear
 
