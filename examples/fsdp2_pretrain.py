@@ -32,10 +32,8 @@ def main() -> None:
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
-    try:
-        train(options, torch.device("cuda" if on_cuda else "cpu"))
-    finally:
-        dist.destroy_process_group()
+    train(options, torch.device("cuda" if on_cuda else "cpu"))
+    dist.destroy_process_group()  # not after an error, where the other ranks would be waited for
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:

@@ -85,7 +85,12 @@ def test_every_variant_compiles_for_every_target(rows):
     ],
 )
 def test_streams_are_loaded_and_stored_16_bytes_at_a_time(rows, kernel, streams):
-    aligned = [row for row in of(rows, kernel) if "unaligned" not in row["what"]]
+    # Rescale's rows are a channel's numbers: at rank 1 there is one of them.
+    aligned = [
+        row
+        for row in of(rows, kernel)
+        if "unaligned" not in row["what"] and not (kernel == "rescale" and rank(row) == 1)
+    ]
     check(aligned, lambda row: all(re.fullmatch(r"\d+ x 128", row["widths"].get(name, "none")) for name in streams))
 
 
