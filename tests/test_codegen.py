@@ -69,7 +69,7 @@ def rank(row):
 
 def test_every_variant_compiles_for_every_target(rows):
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    kernels = {"sketch", "rescale", "apply", "dense", "squared_norm", "projection"}
+    kernels = {"sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm", "projection"}
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
     check(rows, lambda row: "error" not in row)
 
@@ -79,6 +79,7 @@ def test_every_variant_compiles_for_every_target(rows):
     [
         ("sketch", ["load G"]),
         ("apply", ["load G", "load W", "store W"]),
+        ("apply_int8", ["load G", "load q", "store q"]),
         ("dense", ["load G", "load W", "load M", "load V", "store W", "store M", "store V"]),
         ("squared_norm", ["load G"]),
         ("rescale", ["load R", "load M", "load V", "store M", "store V"]),
@@ -103,7 +104,7 @@ def test_a_projection_in_memory_is_loaded_at_least_8_bytes_at_a_time(rows):
 def test_only_the_projection_is_computed_in_float64(rows):
     """Once a refresh, so that its rounding falls as in PyTorch."""
     check(of(rows, "projection"), lambda row: row["float64"])
-    check(of(rows, "sketch", "rescale", "apply", "dense", "squared_norm"), lambda row: not row["float64"])
+    check(of(rows, "sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm"), lambda row: not row["float64"])
 
 
 def test_products_are_on_tensor_cores_from_the_least_rank_on_that_fills_them(rows):
