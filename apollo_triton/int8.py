@@ -78,7 +78,7 @@ class Int8Weight(Tensor):
         stochastic_rounding: bool = True,
         requires_grad: bool = False,
     ) -> Int8Weight:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(
             cls, q.shape, strides=q.stride(), dtype=dtype, device=q.device, requires_grad=requires_grad
         )
 
@@ -115,7 +115,7 @@ class Int8Weight(Tensor):
         return result
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """What it takes in memory, scales and zero points included."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
@@ -162,14 +162,14 @@ class Int8Weight(Tensor):
         for rows in self.blocks():
             self.store(rows, weight[rows].detach().to(self.q.device, torch.float32))
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """A float copy in ``dtype``."""
         result = torch.empty(self.shape, dtype=self.dtype, device=self.q.device)
         for rows in self.blocks():
             result[rows] = self.floats(rows)
         return result
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"group_size={self.group_size})"
@@ -183,8 +183,8 @@ class Int8Weight(Tensor):
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
 
     def _with(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
-        parts = (change(part) for part in (self.q, self.scale, self.zero))
-        return Int8Weight(*parts, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
+        return Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -195,7 +195,9 @@ class Int8Weight(Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         handler = _OPERATIONS.get(function)
         if handler is None:
             raise _refusal(function)
@@ -238,7 +240,7 @@ def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options:
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Weight):
-        return target.copy_(source.dequantize(), non_blocking)  # type: ignore[attr-defined]
+        return target.copy_(source.dequantize(), non_blocking)
     if not isinstance(source, Int8Weight) or source.group_size != target.group_size:
         target.assign(source.dequantize() if isinstance(source, Int8Weight) else source.expand(target.shape))
         return target

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .int8 import Int8Weight, check_group_size
 from .param_groups import is_target
 
-_PARTS = ("_scale", "_zero")
-
 
 class Int8Linear(nn.Linear):
     """``nn.Linear`` with an ``Int8Weight``; made by ``quantize_model``.
@@ -39,12 +37,13 @@ class Int8Linear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         name, weight = f"{prefix}weight", self.weight
         assert isinstance(weight, Int8Weight)
-        q, *parts = (state_dict.get(name + end) for end in ("", *_PARTS))
-        if q is not None and q.dtype == torch.uint8 and None not in parts:
-            for end in _PARTS:
-                del state_dict[name + end]
-            size = q.numel() // parts[0].numel()
-            state_dict[name] = Int8Weight(q, *parts, size, weight.dtype, weight.stochastic_rounding)
+        if state_dict.keys() >= {name, f"{name}_scale", f"{name}_zero"}:
+            q, scale, zero = state_dict[name], state_dict.pop(f"{name}_scale"), state_dict.pop(f"{name}_zero")
+            group_size = q.numel() // scale.numel()
+            state_dict[name] = Int8Weight(q, scale, zero, group_size, weight.dtype, weight.stochastic_rounding)
+        elif name in state_dict and not state_dict[name].is_floating_point():
+            *_, errors = arguments
+            errors.append(f"{name} is {state_dict.pop(name).dtype}, without the {name}_scale and {name}_zero it needs")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:

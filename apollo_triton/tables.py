@@ -369,13 +369,12 @@ def is_aligned(member: Member) -> bool:
         return False
     if any(number * geometry.width % 8 for number in member.piece.numbers):  # rounding bits come by eights
         return False
-    tensors = [parameter, gradient]
     if isinstance(parameter, Int8Weight):
-        tensors = [gradient]
-        size = parameter.group_size
-        if size % 8 or size & (size - 1) or geometry.columns % size or parameter.q.data_ptr() % _ALIGNMENT:
+        group = parameter.group_size  # a power of two that divides a row
+        if group % 8 or group & (group - 1) or geometry.columns % group or parameter.q.data_ptr() % _ALIGNMENT:
             return False
-    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in tensors]
+    strided = [each for each in (parameter, gradient) if not isinstance(each, Int8Weight)]
+    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in strided]
     return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)
 
 

@@ -1,6 +1,6 @@
 """apply for int8 weights: dequantise, limit, update, and store with fresh scales and zero points, in one launch.
 
-    w = (q - zero) * scale, a scale (float32) and a zero point (uint8) per group of the row-major flattened weight
+w = (q - zero) * scale, a scale (float32) and a zero point (uint8) per group of the row-major flattened weight
 """
 
 import triton
