@@ -103,7 +103,7 @@ def check_groups(groups: list[dict[str, Any]], had_matrix: list[bool]) -> None:
     """Raise ValueError for a low-rank group that once had matrices and now has vectors alone: AdamW would train them
     without a word. FSDP1's are left to ``check_parameter``, which knows them."""
     first = 0
-    for number, (group, had) in enumerate(zip(groups, had_matrix, strict=True)):
+    for number, (group, had) in enumerate(zip(groups, had_matrix, strict=False)):  # groups may have been replaced
         flattened = had and group.get("rank") is not None and group["params"] and not holds_matrix(group)
         if flattened and not is_flattened(group["params"][0]):
             raise ValueError(

@@ -70,3 +70,18 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     assert status != 0
     assert "--batch 3 cannot be shared by 2 ranks" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_the_7b_recipe_runs_on_a_cpu_at_a_size_that_it_can_train() -> None:
+    """A model that is not filled, a part that is not counted, gradients that stay alive."""
+    command = [sys.executable, "examples/pretrain_7b_12gb.py", "--size=60M", "--steps=2", "--sequence=16", "--report=1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    counted = dict(re.findall(r"^(\S.*?) +([\d.]+) GB$", found.stdout, re.MULTILINE))
+    assert counted["int8 weights"] == "0.025"  # 25.3 M in attention and MLP
+    # 25.3 MB and their 1 MB, 32.8 M others at 4 bytes, 65.5 MB of gradient, 8 bytes for each of the others.
+    assert counted["in all, activations on top"] == "0.486"
+    first, second = (float(loss) for loss in re.findall(r"^step +\d +loss ([\d.]+) ", found.stdout, re.MULTILINE))
+    assert 4 < first < 12, found.stdout
+    assert second != first
