@@ -299,6 +299,23 @@ def test_kernels_give_the_bits_of_the_twin_at_ties_and_beside_them(signed):
 
 
 @SIGNED
+def test_the_ratio_is_a_product_with_the_reciprocal(signed):
+    """Beside a middle a quotient rounds to the other side now and then; blocks of 255 middles times absmax."""
+    code = dynamic_code(signed)
+    absmax = 1 + torch.rand(16, 1, generator=torch.Generator().manual_seed(0), device="cpu")
+    values = torch.cat(((code[:-1] + code[1:]) / 2 * absmax, absmax), dim=1)
+    middles, is_odd = (code[:-1] + code[1:]) / 2, torch.arange(255) % 2 == 1
+
+    def indices(ratio):
+        return ((ratio[..., None] > middles) | ((ratio[..., None] == middles) & is_odd)).sum(-1)
+
+    expected = indices(values * (1 / absmax))
+    assert not torch.equal(expected, indices(values / absmax))
+    assert torch.equal(quantize_blockwise(values, signed)[0].long(), expected)
+    check_kernels(values.view(-1), signed)
+
+
+@SIGNED
 def test_kernels_give_the_bits_of_the_twin_in_blocks_that_are_not_normal(signed):
     values = torch.ones(9, BLOCK)
     for row, number in enumerate((NAN, INFINITY, -INFINITY, 0.0, -0.0, LEAST_NORMAL, 3.4e38)):
