@@ -1,0 +1,84 @@
+"""8-bit moments in bitsandbytes' blockwise dynamic format: a byte an element, and one float32 for every 256.
+
+A tensor in row-major order is cut into blocks of 256 elements. A block keeps its absmax; an element x the index of
+the entry of a table of 256 float32 that is nearest to x / absmax. The tables are those of Dettmers et al., "8-bit
+optimizers via block-wise quantization" (arXiv 2110.02861), after Dettmers, arXiv 1511.04561.
+
+What decides the bits, where the nearest entry is not plain:
+
+- x / absmax is x times the float32 reciprocal of absmax, as in bitsandbytes' CUDA kernel: one division a block.
+- Midpoints are rounded to float32. A tie goes to the even index: there that kernel's search ends. bitsandbytes' PyTorch
+  and Triton kernels give ties to the lower index. Its CPU library (0.50) does not find the nearest entry at all: it
+  first rounds x / absmax to one of 65536 equal steps from -1 to 1, so that 0 becomes 1.6e-5 or 2.1e-5 of absmax and
+  small entries of the tables are never used. It is not followed.
+- A block whose absmax is not a normal number keeps it, and the entry 0 throughout: it reads as zeros where absmax is 0
+  or subnormal (below 1.2e-38; its reciprocal might overflow), and as NaN throughout where the block has an infinity or
+  a NaN, for which absmax is infinite. bitsandbytes writes -0.99 absmax for the zeros of subnormal blocks and for NaN.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+_DECADES = 7
+_LEAST_NORMAL = 2.0**-126
+
+
+def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The sorted table ``[256]``, float32: from -0.993 to 1 for the first moment, from 0 to 1 for the second.
+
+    It is made once a device, and shared: do not write to it. The first call copies it there.
+
+    >>> dynamic_code(signed=True)[[0, 126, 127, 128, 255]]
+    tensor([-9.9297e-01, -5.5000e-07,  0.0000e+00,  5.5000e-07,  1.0000e+00])
+    """
+    return _dynamic_code(bool(signed), torch.device(device))
+
+
+@cache
+def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
+    """Decade e, from 1e-6 to 1, holds the middles of 2^e equal parts of [0.1, 1], without a sign twice as many."""
+    if device.type != "cpu":
+        return _dynamic_code(signed, torch.device("cpu")).to(device)
+    pieces = [torch.tensor([0.0, 1.0], device="cpu")]
+    for decade in range(_DECADES):
+        parts = 2**decade if signed else 2 ** (decade + 1)
+        # In float32 and by linspace, since the bits of bitsandbytes' tables come from there: float64 rounds a third
+        # of the entries otherwise.
+        edges = torch.linspace(0.1, 1.0, parts + 1, dtype=torch.float32, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - _DECADES + 1)
+        pieces += [middles, -middles] if signed else [middles]
+    return torch.cat(pieces).sort().values
+
+
+@cache
+def _thresholds(signed: bool, device: torch.device) -> Tensor:
+    """``[255]``: the index of x is the number of thresholds below x."""
+    code = dynamic_code(signed)
+    middles = (code[:-1] + code[1:]) * 0.5
+    middles[1::2] = torch.nextafter(middles[1::2], torch.tensor(-torch.inf, device="cpu"))  # ties to the even index
+    return middles.to(device)
+
+
+def quantize_blockwise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Indices uint8 in the shape of ``values``, and absmax float32 ``[ceil(elements / 256)]``.
+
+    Nothing is read back to the host. Takes some five times the memory of ``values`` in float32 meanwhile.
+    """
+    flat = values.reshape(-1).to(torch.float32)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    absmax = torch.where(blocks.isfinite(), blocks.abs(), torch.inf).amax(1)
+    is_normal = (absmax >= _LEAST_NORMAL) & (absmax < torch.inf)
+    scaled = torch.where(is_normal[:, None], blocks * absmax.reciprocal()[:, None], 0.0)
+    indices = torch.bucketize(scaled, _thresholds(bool(signed), values.device), out_int32=True).to(torch.uint8)
+    return indices.view(-1)[: flat.numel()].view(values.shape), absmax
+
+
+def dequantize_blockwise(q: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """float32 values in the shape of ``q`` (uint8), of ``absmax`` float32 ``[ceil(elements / 256)]``."""
+    entries = dynamic_code(signed, q.device).index_select(0, q.reshape(-1).to(torch.int32))
+    return (entries * absmax.repeat_interleave(BLOCK)[: q.numel()]).view(q.shape)
