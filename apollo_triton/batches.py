@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from .blockwise import Blockwise
 from .geometry import Geometry, as_matrices, per_matrix
 from .scratch import Scratch
 from .settings import Settings
@@ -25,8 +26,8 @@ STACK_ELEMENTS = 1 << 16
 class Batch:
     """Matrices alike but for their values, entry i of every list belonging to matrix i.
 
-    weights, gradients ``[rows, columns]``; exp_avg, exp_avg_sq ``[channels, rank]``; update_norm (u_prev), float32
-    scalars; projections ``[rank, width]``, float32; numbers and moment_numbers: from which channel on rounding bits
+    weights, gradients ``[rows, columns]``; exp_avg, exp_avg_sq ``[channels, rank]``, 8-bit ones as ``Blockwise``;
+    update_norm (u_prev), float32 scalars; projections ``[rank, width]``, float32; numbers and moment_numbers: from which channel on rounding bits
     are counted (``Piece``).
     ``step`` is t, counted from 1; ``gradient_scale`` a float32 scalar that multiplies every gradient (clipping),
     None for 1.
@@ -40,8 +41,8 @@ class Batch:
     gradient_scale: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
-    exp_avg: list[Tensor] = field(default_factory=list)
-    exp_avg_sq: list[Tensor] = field(default_factory=list)
+    exp_avg: list[Tensor | Blockwise] = field(default_factory=list)
+    exp_avg_sq: list[Tensor | Blockwise] = field(default_factory=list)
     update_norm: list[Tensor] = field(default_factory=list)
     projections: list[Tensor] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
@@ -69,8 +70,8 @@ class Batch:
             self._copies.append((parameter, weights[0]))
         self.weights += weights
         self.gradients += as_matrices(gradient, geometry)
-        self.exp_avg += per_matrix(state["exp_avg"], 2)
-        self.exp_avg_sq += per_matrix(state["exp_avg_sq"], 2)
+        self.exp_avg += _moments(state, "exp_avg")
+        self.exp_avg_sq += _moments(state, "exp_avg_sq")
         self.update_norm += per_matrix(state["update_norm"], 0)
         self.projections += list(projection) if projection.dim() == 3 else [projection] * geometry.matrices
         self.numbers += piece.numbers
@@ -87,6 +88,15 @@ class Batch:
         """Bring weights whose matrices had to be copies (``channels_last`` convolutions) back into their parameters."""
         for parameter, matrix in self._copies:
             parameter.copy_(matrix.view(parameter.shape))
+
+
+def _moments(state: dict[str, Tensor], name: str) -> list[Tensor | Blockwise]:
+    """One moment of each matrix of a parameter."""
+    values = per_matrix(state[name], 2)
+    absmax = state.get(f"{name}_absmax")
+    if absmax is None:
+        return [*values]
+    return [Blockwise(q, own, name == "exp_avg") for q, own in zip(values, per_matrix(absmax, 1), strict=True)]
 
 
 _LISTS = ("weights", "gradients", "exp_avg", "exp_avg_sq", "update_norm", "projections", "numbers", "moment_numbers")

@@ -19,11 +19,14 @@ What decides the bits, where the nearest entry is not plain:
 from __future__ import annotations
 
 from functools import cache
+from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
+SMALLEST = 4096  # elements: smaller tensors keep float moments, as in bitsandbytes
 _DECADES = 7
 _LEAST_NORMAL = 2.0**-126
 
@@ -82,3 +85,39 @@ def dequantize_blockwise(q: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """float32 values in the shape of ``q`` (uint8), of ``absmax`` float32 ``[ceil(elements / 256)]``."""
     entries = dynamic_code(signed, q.device).index_select(0, q.reshape(-1).to(torch.int32))
     return (entries * absmax.repeat_interleave(BLOCK)[: q.numel()]).view(q.shape)
+
+
+def absmax_count(elements: int) -> int:
+    """How many blocks so many elements have."""
+    return -(-elements // BLOCK)
+
+
+def whole_blocks(rank: int) -> int:
+    """The least number of channels, of ``rank`` moments each, that are whole blocks."""
+    return BLOCK // gcd(rank, BLOCK)
+
+
+class Blockwise(NamedTuple):
+    """A moment of one matrix: q, uint8 ``[channels, rank]``, and the absmax of its blocks."""
+
+    q: Tensor
+    absmax: Tensor
+    signed: bool
+
+    def floats(self, channels: slice) -> Tensor:
+        """Some channels in float32 ``[channels, rank]``; they begin with a block."""
+        return dequantize_blockwise(self.q[channels], self.absmax[self._blocks(channels)], self.signed)
+
+    def store(self, channels: slice, values: Tensor, changed: Tensor) -> None:
+        """Write float32 ``values``. Blocks without a channel that is ``changed`` (boolean ``[channels]``) keep their
+        bits: -absmax is no entry of the table, and each rounding anew would shrink it by 0.7 %."""
+        q, absmax = quantize_blockwise(values, self.signed)
+        elements = changed[:, None].expand(q.shape).reshape(-1)
+        moves = torch.nn.functional.pad(elements, (0, -len(elements) % BLOCK)).view(-1, BLOCK).any(1)
+        target, targets = self.q[channels], self.absmax[self._blocks(channels)]
+        target.copy_(torch.where(moves.repeat_interleave(BLOCK)[: q.numel()].view(q.shape), q, target))
+        targets.copy_(torch.where(moves, absmax, targets))
+
+    def _blocks(self, channels: slice) -> slice:
+        rank = self.q.shape[1]
+        return slice(channels.start * rank // BLOCK, absmax_count(min(channels.stop, len(self.q)) * rank))

@@ -17,6 +17,10 @@ from .settings import Settings
 from .sharding import Piece, is_dtensor, local, piece_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHARDED_8BIT = (
+    "it is a DTensor, and 8-bit moments are not sharded, since their blocks of 256 would span ranks; use state_bits=32, "
+    "with state_dtype=torch.bfloat16 for moments of half the size"
+)
 _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
     "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
@@ -130,6 +134,8 @@ def check_parameter(label: Label, settings: Settings) -> None:
     piece = find_piece(label, settings)
     if settings.capturable and is_dtensor(parameter):
         raise ValueError(f"{label} is a DTensor, whose step communicates and is not captured; use capturable=False")
+    if settings.state_bits == 8 and is_dtensor(parameter):
+        raise ValueError(f"{label}: {SHARDED_8BIT}")
     if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
         raise ValueError(
             f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "

@@ -4,7 +4,7 @@
     apply      limiter, then W in place      one launch
     dense      AdamW for the rest            two launches
 
-``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256 and for sums over devices. Nothing here
+``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256, 8-bit moments and sums over devices. Nothing here
 reads a value back from the device, and all that changes from step to step is an argument, never compiled in.
 """
 
@@ -18,7 +18,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .blockwise import dynamic_code
 from .kernels import apply as apply_kernels
+from .kernels import blockwise as blockwise_kernels
 from .kernels import dense as dense_kernels
 from .kernels import int8 as int8_kernels
 from .kernels import projection as projection_kernels
@@ -28,7 +30,7 @@ from .reference import Sketch
 from .settings import Settings
 from .tables import MomentTable, Projection, Table
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 # How many bfloat16 parts of a float32 gradient are multiplied, by torch.get_float32_matmul_precision().
 _PARTS = {"highest": 3, "high": 2, "medium": 1}
 
@@ -106,8 +108,8 @@ def _write(projection: Projection, settings: Settings, moment: Moment, force: bo
 
 
 def factors(table: Table, settings: Settings, moment: Moment) -> Factors:
-    """sketch and rescale with nothing in between: one launch up to rank 256."""
-    if table.rank > sketch_kernels.FUSED_RANK:
+    """sketch and rescale with nothing in between: one launch up to rank 256, unless moments are 8-bit."""
+    if table.rank > sketch_kernels.FUSED_RANK or table.absmaxes is not None:
         return rescale(table, settings, moment, sketch(table, settings, moment))
     result = _empty_factors(table, settings)
     _sketch(table, settings, moment, None, result)
@@ -124,37 +126,54 @@ def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
 def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
+    where = (len(table.channel_programs),), table.device
+    sums = sketch.projected, sketch.squared_norms
+    out = result.channel, result.sums, result.previous, moment.gradient_scale
+    constants = {
+        "RANK": table.rank,
+        "KEEPS_ROWS": table.keeps_rows,
+        "PER_CHANNEL": result.channel is not None,
+        "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
+        "BLOCK_RANK": min(64, table.channel_blocks["BLOCK_RANK"], 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
+    }
+    if table.absmaxes is not None:
+        launch(
+            blockwise_kernels.rescale_blockwise_kernel,
+            *where,
+            table.addresses,
+            table.absmaxes,
+            table.channel_programs,
+            *(dynamic_code(signed, table.device) for signed in (True, False)),
+            *sums,
+            _scratch(table, table.channels),
+            *out,
+            *_moment_arguments(settings),
+            **constants,
+        )
+        return result
     launch(
         rescale_kernels.rescale_kernel,
-        (len(table.channel_programs),),
-        table.device,
+        *where,
         table.addresses,
         table.channel_programs,
-        sketch.projected,
-        sketch.squared_norms,
-        result.channel,
-        result.sums,
-        result.previous,
-        moment.gradient_scale,
+        *sums,
+        *out,
         moment.step,
         moment.step_tensor,
         *_moment_arguments(settings),
-        RANK=table.rank,
         STATE=_DTYPES[table.state_dtype],
-        KEEPS_ROWS=table.keeps_rows,
-        PER_CHANNEL=result.channel is not None,
         ALIGNED=table.aligned,
-        BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
-        BLOCK_RANK=min(64, table.channel_blocks["BLOCK_RANK"]),
+        **constants,
     )
     return result
 
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
     kind = projection_kind(settings, table.is_scattered)
+    blocks = table.channel_blocks | {"BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"] // table.split}
     launch(
         sketch_kernels.sketch_kernel,
-        (len(table.channel_programs), -(-table.rank // table.channel_blocks["BLOCK_RANK"])),
+        (len(table.channel_programs), -(-table.rank // blocks["BLOCK_RANK"]), table.split),
         table.device,
         table.addresses,
         table.gradients,
@@ -179,7 +198,8 @@ def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None
         ALIGNED=table.aligned,
         PARTS=_PARTS[torch.get_float32_matmul_precision()],
         FUSED=factors is not None,
-        **table.channel_blocks,
+        SPLIT=table.split,
+        **blocks,
     )
 
 

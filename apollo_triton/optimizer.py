@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import Backend, choose
+from .backends import Backend
 from .caches import Caches
 from .checks import Label, check_groups, check_parameter, find_piece, holds_matrix, labels
 from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .sharding import is_dtensor
-from .state import check_state, restored
+from .state import check_state, engine_of, restored
 
 if TYPE_CHECKING:
     from .layerwise import Layerwise
@@ -186,8 +186,12 @@ class APOLLOAdamW(Optimizer):
         """
         for number, label in labels(self.param_groups):
             if label.parameter is parameter:
-                return choose(parameter, self.param_groups[number]["backend"])
+                return self._engine_of(number, parameter)
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
+
+    def _engine_of(self, group: int, parameter: Tensor) -> Backend:
+        settings = Settings.of(self.param_groups[group], f"parameter group {group}")
+        return engine_of(parameter, settings, self.state.get(parameter, {}))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -198,7 +202,7 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.refuse_grad_scaler()
         return all(
-            choose(label.parameter, self.param_groups[number]["backend"]).name == "triton"
+            self._engine_of(number, label.parameter).name == "triton"
             and not is_dtensor(label.parameter)
             and self.param_groups[number].get("proj") != "svd"
             for number, label in labels(self.param_groups)

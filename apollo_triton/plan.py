@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import choose
 from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
 from .distributed import Agreement, Exchange, finish_gradients
 from .int8 import Int8Weight
 from .settings import FIELD_NAMES, Settings
 from .sharding import Piece, is_dtensor, local
-from .state import check_state, make_state
+from .state import check_state, engine_of, make_state
 
 if TYPE_CHECKING:
     from .tables import Projection, Table
@@ -208,7 +207,7 @@ def _checked(
         else:
             check_parameter(label, own)
         try:
-            backend = choose(parameter, own.backend)
+            backend = engine_of(parameter, own, state)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
         if on_device and backend.name != "triton":
@@ -260,6 +259,9 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                     return None, []
                 identity, norm = id(parameter), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+                absmax = absmax_sq = 0
+                if exp_avg.dtype is torch.uint8:
+                    absmax, absmax_sq = (state[name].data_ptr() for name in ("exp_avg_absmax", "exp_avg_sq_absmax"))
                 if type(parameter) is Int8Weight:
                     parameter = parameter.q
                 elif is_dtensor(parameter):
@@ -275,6 +277,8 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                         exp_avg.data_ptr(),
                         exp_avg_sq.data_ptr(),
                         None if norm is None else norm.data_ptr(),
+                        absmax,
+                        absmax_sq,
                         address & 15,
                         parameter.shape,
                         gradient.shape,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .blockwise import Blockwise, whole_blocks
 from .int8 import Int8Weight
 from .philox import Stream, round_stochastic
 from .scratch import BLOCK_ELEMENTS, Scratch
@@ -80,7 +81,8 @@ def rescale(batch: Batch, sketch: Sketch) -> Factors:
         sketch.projected.mul_(batch.gradient_scale)
         sketch.squared_norms.mul_(batch.gradient_scale).mul_(batch.gradient_scale)  # its square might underflow
     matrices, channels, rank = sketch.projected.shape
-    step = max(1, BLOCK_ELEMENTS // (matrices * rank))
+    whole = whole_blocks(rank)  # 8-bit moments are cut between their blocks
+    step = max(1, BLOCK_ELEMENTS // (matrices * rank * whole)) * whole
     parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, max(1, channels), step)]
     squared_N, squared_R = (_cat(list(norms), 1) for norms in zip(*parts, strict=True))
     if batch.settings.scale_type == "tensor":
@@ -97,8 +99,7 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
     R = sketch.projected[:, channels]
     R2 = R * R
     squared_R = R2.sum(-1)
-    M = _stack([state[channels].to(torch.float32) for state in batch.exp_avg])
-    V = _stack([state[channels].to(torch.float32) for state in batch.exp_avg_sq])
+    M, V = (_stack([_floats(state, channels) for state in states]) for states in (batch.exp_avg, batch.exp_avg_sq))
     total = _on_host(squared_R.sum())
     if total is not None and math.isfinite(total):
         M.lerp_(R, 1 - beta1)
@@ -109,13 +110,21 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
         M.lerp_(torch.where(finite, R, 0), weight * (1 - beta1))
         V.lerp_(torch.where(finite, R2, 0), weight * (1 - beta2))
     for states, values, stream in ((batch.exp_avg, M, Stream.EXP_AVG), (batch.exp_avg_sq, V, Stream.EXP_AVG_SQ)):
-        if len(states) == 1 and states[0].dtype == torch.float32:
+        if len(states) == 1 and isinstance(states[0], Tensor) and states[0].dtype == torch.float32:
             continue  # updated in place
-        for state, value, number in zip(states, values.unbind(), batch.moment_numbers, strict=True):
-            start = (number + channels.start) * state.shape[1]
-            store(value, state[channels], settings, batch.seed, batch.step, stream, start)
+        for index, (state, value) in enumerate(zip(states, values.unbind(), strict=True)):
+            if isinstance(state, Blockwise):
+                state.store(channels, value, squared_R[index].isfinite())
+            else:
+                start = (batch.moment_numbers[index] + channels.start) * state.shape[1]
+                store(value, state[channels], settings, batch.seed, batch.step, stream, start)
     N = torch.div(M, torch.sqrt(V, out=R2).add_(settings.eps), out=R2)
     return torch.linalg.vector_norm(N, dim=-1).square_(), squared_R
+
+
+def _floats(state: Tensor | Blockwise, channels: slice) -> Tensor:
+    """Some channels of a matrix's moment in float32: itself where it is."""
+    return state.floats(channels) if isinstance(state, Blockwise) else state[channels].to(torch.float32)
 
 
 def join(parts: list[Factors]) -> Factors:

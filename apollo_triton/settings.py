@@ -183,7 +183,7 @@ CHECKS: dict[str, Check] = {
     "state_dtype": Check(
         lambda value: value in (*_DTYPES, *_DTYPES.values()), "torch.float32 or torch.bfloat16, or their names"
     ),
-    "state_bits": _one_of(32),
+    "state_bits": _one_of(32, 8),
     "stochastic_rounding": _FLAG,
     "max_grad_norm": Check(
         lambda value: value is None or (_is_number(value) and value > 0), "None or a number above 0"

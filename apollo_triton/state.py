@@ -6,17 +6,22 @@ Tensors and numbers only, channel-major whichever side is kept; P is not among t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import Label, geometry_of
+from . import dense_8bit
+from .backends import Backend, choose
+from .blockwise import SMALLEST, absmax_count
+from .checks import SHARDED_8BIT, Label, geometry_of
 from .philox import parameter_seed
 from .settings import Settings
 from .sharding import Piece, is_dtensor, resharded, sharded_zeros
 
-STATE_TENSORS = ("exp_avg", "exp_avg_sq", "update_norm", "projection")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE_TENSORS = (*MOMENTS, "update_norm", "projection")
 
 
 def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -36,11 +41,45 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
     return shapes
 
 
+def _absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
+    """Of the absmax of 8-bit moments: their blocks never span two matrices."""
+    geometry = geometry_of(parameter, settings)
+    if geometry is None:
+        return (absmax_count(parameter.numel()),)
+    blocks = absmax_count(geometry.channels * (settings.rank or 0))
+    return (geometry.matrices, blocks) if geometry.matrices > 1 else (blocks,)
+
+
+def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> bool:
+    """Whether its moments are 8-bit: as they are, or where there are none yet, as they will be made."""
+    if "exp_avg" in state:
+        return state["exp_avg"].dtype == torch.uint8
+    return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= SMALLEST
+
+
+def engine_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> Backend:
+    """Which engine updates it, and why: ``choose``, but for what is bitsandbytes' to update.
+
+    Raises ValueError where that cannot be had.
+    """
+    backend = choose(parameter, settings.backend)
+    if geometry_of(parameter, settings) is None and is_8bit(parameter, settings, state):
+        obstacle = dense_8bit.obstacle(parameter.device)
+        if obstacle is not None:
+            raise ValueError(
+                f"its 8-bit moments are bitsandbytes' to update, which cannot on {parameter.device} ({obstacle}); install "
+                "bitsandbytes 0.50 or newer (0.45 is enough on CUDA), or put it into a group with 'state_bits': 32"
+            )
+        return Backend("reference", "bitsandbytes updates it: its moments are 8-bit and it is not projected")
+    return backend
+
+
 def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]:
     """Zeros of the right shapes: float32 ``step`` on the host, ``seed``, the moments, and u_prev for low rank.
 
-    Moments of a dense weight keep its memory layout; those of a ``DTensor`` are ``DTensor``s of the same mesh. svd's
-    projection comes with the first gradient.
+    Moments of a dense weight keep its memory layout; those of a ``DTensor`` are ``DTensor``s of the same mesh. 8-bit
+    ones are row-major, with an ``exp_avg_absmax`` and an ``exp_avg_sq_absmax``. svd's projection comes with the first
+    gradient.
     """
     own = settings.seed_per_param
     state: dict[str, Any] = {
@@ -48,8 +87,13 @@ def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]
         "seed": parameter_seed(settings.seed, label.number) if own else settings.seed,
     }
     parameter = label.parameter
+    bits8 = is_8bit(parameter, settings, state)
     for name, shape in state_shapes(parameter, settings).items():
-        if geometry_of(parameter, settings) is None:
+        if bits8 and name in MOMENTS:
+            state[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
+            blocks = _absmax_shape(parameter, settings)
+            state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
+        elif geometry_of(parameter, settings) is None:
             state[name] = torch.zeros_like(parameter, dtype=settings.state_dtype)
         elif name != "projection":
             dtype = torch.float32 if name == "update_norm" else settings.state_dtype
@@ -72,6 +116,15 @@ def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> N
     for name in ("step", "seed"):
         if name not in state:
             raise ValueError(_complaint(label, name, "is missing"))
+    if is_8bit(label.parameter, settings, state):
+        if is_dtensor(label.parameter):
+            raise ValueError(f"{label}: {SHARDED_8BIT}")
+        expected = _absmax_shape(label.parameter, settings)
+        for name in (f"{moment}_absmax" for moment in MOMENTS):
+            if name not in state:
+                raise ValueError(_complaint(label, name, "is missing"))
+            if tuple(state[name].shape) != expected:
+                raise ValueError(_complaint(label, name, f"has shape {tuple(state[name].shape)}, not {expected}"))
 
 
 def _complaint(label: Label, name: str, problem: str) -> str:

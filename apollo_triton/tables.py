@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blockwise import whole_blocks
 from .checks import Member
 from .geometry import Geometry
 from .int8 import Int8Weight
@@ -121,6 +122,7 @@ class MomentTable:
         self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
         self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
         self.matrices = whole.matrices
+        self.absmaxes = whole.absmaxes  # None: 8-bit moments are not sharded
         addresses = whole.addresses.tolist()
         counts = [each.piece.moments for each in whole.members for _ in each.piece.moment_numbers]
         numbers = [number for each in whole.members for number in each.piece.moment_numbers]
@@ -143,7 +145,8 @@ class Table:
     ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``;
     ``channel_programs`` and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32
     ``[programs, 2]``, matrix and share; ``matrices_of``: which matrices are whose, by the member's index in the plan,
-    and ``first`` the first index; ``skipped`` int32 ``[matrices]``, updates that gradients which were not
+    and ``first`` the first index; ``absmaxes`` int64 ``[matrices, 2]`` where moments are 8-bit, None otherwise, and
+    ``split`` how many programs of ``sketch`` share the channels of one of ``rescale`` there; ``skipped`` int32 ``[matrices]``, updates that gradients which were not
     finite have cost.
     """
 
@@ -166,6 +169,11 @@ class Table:
         self.copies: list[Copy] = []
         self.projections: list[Projection] = []
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
+        self.split = 1
+        if self.state_dtype == torch.uint8:
+            own = self.channel_blocks["BLOCK_CHANNELS"]
+            self.channel_blocks["BLOCK_CHANNELS"] = max(own, whole_blocks(self.rank))
+            self.split = self.channel_blocks["BLOCK_CHANNELS"] // own
         self.geometries = [member.geometry or flat_geometry(member.weight, member.gradient) for member in self.members]
         self.tile_blocks = {}
         if self.int8 is not None:
@@ -247,6 +255,7 @@ class Table:
         self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
+        self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
         if self.is_split:  # what sums over ranks are made of
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
@@ -254,6 +263,15 @@ class Table:
         self.tile_programs = self._on_device(_owners(tile_programs))
         of_each = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
         self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(of_each)), 1).contiguous())
+
+    def _absmax_addresses(self) -> Tensor:
+        """Of each matrix's 8-bit M and V."""
+        rows = []
+        for member, geometry in zip(self.members, self.geometries, strict=True):
+            for position in range(geometry.matrices):
+                both = (member.state[f"{name}_absmax"] for name in ("exp_avg", "exp_avg_sq"))
+                rows.append([each.data_ptr() + 4 * position * each.shape[-1] for each in both])
+        return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
     def _tiles(self, geometry: Geometry) -> int:
         """How many programs of ``apply`` a matrix has."""
@@ -348,6 +366,9 @@ def settle(member: Member) -> None:
         fits = all(each.is_contiguous() for each in moments)
     if not fits:
         state.update(exp_avg=state["exp_avg"].contiguous(), exp_avg_sq=state["exp_avg_sq"].contiguous())
+    for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+        if name in state:
+            state[name] = state[name].contiguous()
 
 
 def is_aligned(member: Member) -> bool:

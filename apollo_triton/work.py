@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from . import dense, reference
+from . import dense, dense_8bit, reference
 from .batches import Batch
 from .checks import Member
 from .plan import Plan
@@ -57,7 +57,8 @@ class BatchWork:
 
     def add(self, index: int, member: Member, projection: Tensor) -> None:
         """Take in a parameter of the batch's geometry."""
-        state = {name: member.local_state(name) for name in ("exp_avg", "exp_avg_sq", "update_norm")}
+        names = ("exp_avg", "exp_avg_sq", "update_norm", "exp_avg_absmax", "exp_avg_sq_absmax")
+        state = {name: member.local_state(name) for name in names if name in member.state}
         first = len(self.batch)
         self.batch.add(member.weight, member.gradient, state, projection, member.piece)
         self._matrices[index] = slice(first, len(self.batch))
@@ -134,15 +135,15 @@ class DenseWork:
         return {}, {self._index: self._squared_norm.view(1, 1)}
 
     def apply(self, channel: ByMember, sums: ByMember) -> Tensor:
-        member = self._member
+        member, state = self._member, self._member.state
+        common = self._settings, self._step, state["seed"], self._scale
+        if state["exp_avg"].dtype == torch.uint8:
+            return dense_8bit.adamw(member.weight, member.gradient, state, *common, self._squared_norm)
         return dense.adamw(
             member.weight,
             member.gradient,
             {name: member.local_state(name) for name in ("exp_avg", "exp_avg_sq")},
-            self._settings,
-            self._step,
-            member.state["seed"],
-            self._scale,
+            *common,
             sums[self._index] if self.is_split else self._squared_norm,
             member.piece.first_element,
             self._scratch,

@@ -1,4 +1,7 @@
-"""8-bit moments in a kernel: to and from bitsandbytes' blockwise format, with the bits of ``apollo_triton.blockwise``.
+"""rescale for 8-bit moments, which lie in bitsandbytes' blockwise format, with the bits of ``apollo_triton.blockwise``.
+
+A block of 256 moments takes no notice of where a channel ends, so a program owns channels that are whole blocks, and
+goes over them twice: channel by channel for the factors, then block by block to store the moments.
 
 ``p_code`` is the address of ``apollo_triton.blockwise.dynamic_code``: 1 KiB, which stays in cache.
 """
@@ -6,9 +9,14 @@
 import triton
 import triton.language as tl
 
+from .rescale import store_factors
+from .table import COLUMNS, EXP_AVG, EXP_AVG_SQ, FIELDS, FIRST_CHANNEL, FIRST_CHANNEL_PROGRAM, ROWS
+
 BLOCK = 256
 
+_FIELDS = tl.constexpr(FIELDS)
 _BLOCK = tl.constexpr(BLOCK)
+_BLOCKS_AT_ONCE = tl.constexpr(4)
 _LEAST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -47,20 +55,87 @@ def quantized(values, absmax, p_code):
 
 
 @triton.jit
-def requantize_kernel(p_values, p_q, p_absmax, p_code, count):
-    """q (uint8) and absmax of ``count`` contiguous float32 values; a program a block of 256."""
-    block = tl.program_id(0).to(tl.int64)
-    offsets = block * _BLOCK + tl.arange(0, _BLOCK)
-    mask = offsets < count
-    values = tl.load(p_values + offsets, mask=mask, other=0.0)
-    absmax = tl.max(magnitudes(values), 0)
-    tl.store(p_absmax + block, absmax)
-    tl.store(p_q + offsets, quantized(values, absmax, p_code), mask=mask)
+def moved(values, R, keep, finite):
+    """M + (1 - b1) (R - M), or V with R^2 in place of R; unchanged in channels that are not ``finite``."""
+    return tl.where(finite, values + keep * (R - values), values)
 
 
 @triton.jit
-def dequantize_kernel(p_q, p_absmax, p_code, p_values, count):
-    """``count`` contiguous float32 values of q (uint8) and absmax; a program a block of 256."""
-    offsets = tl.program_id(0).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
-    mask = offsets < count
-    tl.store(p_values + offsets, dequantized(p_q, p_absmax, p_code, offsets, mask), mask=mask)
+def store_moment(p_q, p_absmax, p_code, offsets, mask, values, finite):
+    """Write float32 ``values [blocks, 256]``. Blocks without a ``finite`` channel keep their bits: each rounding anew
+    would shrink -absmax, which is no entry of the table."""
+    absmax = tl.max(tl.where(mask, magnitudes(values), 0.0), 1)
+    moves = tl.max(tl.where(mask & finite, 1, 0), 1) > 0
+    o_block = tl.min(offsets, 1) // _BLOCK
+    tl.store(p_absmax + o_block, absmax, mask=moves)
+    tl.store(p_q + offsets, quantized(values, absmax[:, None], p_code), mask=mask & moves[:, None])
+
+
+@triton.jit
+def rescale_blockwise_kernel(
+    p_table, p_absmax, p_programs, p_code, p_code_sq, p_projected, p_squared_norms, p_squared_R, p_factors, p_sums,
+    p_previous, p_gradient_scale, keep1, keep2, eps,
+    RANK: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """Moments and factors of the channels of one program, from R ``[all channels, RANK]`` in memory (float32).
+
+    ``p_absmax`` int64 ``[matrices, 2]``: where the absmax of M and of V are. ``p_squared_R`` float32 ``[all channels]``
+    is scratch. Reads R three times; reads q twice and writes it once, a byte a moment.
+    """
+    program = tl.program_id(0)
+    matrix = tl.load(p_programs + program)
+    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
+    p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(tl.uint8))
+    p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(tl.uint8))
+    p_absmax_M = tl.load(p_absmax + matrix * 2).to(tl.pointer_type(tl.float32))
+    p_absmax_V = tl.load(p_absmax + matrix * 2 + 1).to(tl.pointer_type(tl.float32))
+    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < channels
+    first = tl.load(p_row + FIRST_CHANNEL)
+    p_R = p_projected + first * RANK
+    p_squared_R += first
+    gradient_scale = 1.0
+    if p_gradient_scale is not None:
+        gradient_scale = tl.load(p_gradient_scale)
+
+    squared_R = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for start in range(0, RANK, BLOCK_RANK):
+        o_rank = start + tl.arange(0, BLOCK_RANK)
+        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+        offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
+        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
+        squared_R += tl.sum(R * R, 1)
+    finite = (squared_R < float("inf"))[:, None]
+    squared_N = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    for start in range(0, RANK, BLOCK_RANK):
+        o_rank = start + tl.arange(0, BLOCK_RANK)
+        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+        offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
+        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
+        M = moved(dequantized(p_M, p_absmax_M, p_code, offsets, mask), R, keep1, finite)
+        V = moved(dequantized(p_V, p_absmax_V, p_code_sq, offsets, mask), R * R, keep2, finite)
+        N = M / (tl.sqrt(V) + eps)
+        squared_N += tl.sum(N * N, 1)
+    tl.store(p_squared_R + o_channel, squared_R, mask=m_channel)
+    squared_G = tl.load(p_squared_norms + first + o_channel, mask=m_channel, other=0.0)
+    store_factors(
+        squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+        p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
+    )  # fmt: skip
+
+    tl.debug_barrier()  # no thread of the program still reads what others now write, and |R_c|^2 is there for all
+    first_element = block.to(tl.int64) * (BLOCK_CHANNELS * RANK)
+    end = tl.minimum(channels.to(tl.int64) * RANK, first_element + BLOCK_CHANNELS * RANK)
+    o_in_blocks = tl.arange(0, _BLOCKS_AT_ONCE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
+    for start in range(0, BLOCK_CHANNELS * RANK, _BLOCKS_AT_ONCE * _BLOCK):
+        offsets = first_element + start + o_in_blocks
+        mask = offsets < end
+        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
+        finite = tl.load(p_squared_R + offsets // RANK, mask=mask, other=0.0) < float("inf")
+        M = moved(dequantized(p_M, p_absmax_M, p_code, offsets, mask), R, keep1, finite)
+        V = moved(dequantized(p_V, p_absmax_V, p_code_sq, offsets, mask), R * R, keep2, finite)
+        store_moment(p_M, p_absmax_M, p_code, offsets, mask, M, finite)
+        store_moment(p_V, p_absmax_V, p_code_sq, offsets, mask, V, finite)

@@ -111,12 +111,14 @@ def sketch_kernel(
     step, p_step, update_proj_gap, keep1, keep2, eps, entry_scale,
     RANK: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, PROJECTION_KIND: tl.constexpr,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    FUSED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    FUSED: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
 
     FUSED: goes on to the moments and the factors, and R is never stored. Else stores R ``[all channels, RANK]`` and
-    |G_c|^2 ``[all channels]``, float32; program_id(1) is then the block of ranks, the first of which stores the norms.
+    |G_c|^2 ``[all channels]``, float32; program_id(1) is then the block of ranks, the first of which stores the norms,
+    and program_id(2) which of SPLIT parts of what a program of ``rescale`` owns.
     Reads 2 or 4 bytes a gradient's element, and P from the cache; FUSED reads and writes M and V as well.
     """
     program = tl.program_id(0)
@@ -138,7 +140,7 @@ def sketch_kernel(
         channels, width, channel_stride, width_stride = columns, rows, column_stride, row_stride
 
     block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
-    o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = (block * SPLIT + tl.program_id(2)) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     t = current_step(step, p_step)

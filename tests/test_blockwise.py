@@ -245,7 +245,7 @@ def test_what_sets_bitsandbytes_on_the_cpu_apart_is_its_steps(functional, signed
 
 def kernels():
     pytest.importorskip("triton")
-    from apollo_triton.kernels import blockwise as module
+    import blockwise_kernels as module
 
     return module
 
@@ -279,7 +279,7 @@ def check_kernels(values, signed):
 
 
 def test_kernels_know_the_block():
-    assert kernels().BLOCK == BLOCK == blockwise.BLOCK
+    assert kernels()._BLOCK.value == BLOCK == blockwise.BLOCK
 
 
 @SIGNED
