@@ -40,8 +40,7 @@ def engine(request):
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("plan", "optimizer"):
-            patch.setattr(f"apollo_triton.{module}.choose", lambda parameter, asked: Backend(name, "the test asks so"))
+        patch.setattr("apollo_triton.state.choose", lambda parameter, asked: Backend(name, "the test asks so"))
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)

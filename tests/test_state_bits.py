@@ -1,0 +1,496 @@
+"""8-bit moments (``state_bits=8``): the low-rank ones of both engines, and the dense ones that bitsandbytes updates."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fused_cases import DEVICE, drawn, new_gradients, optimizer_of, parameters_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from apollo_triton import APOLLOAdamW, attach_layerwise, dense_8bit, quantize_model
+from apollo_triton import state as states
+from apollo_triton.blockwise import BLOCK, SMALLEST, Blockwise, dequantize_blockwise, dynamic_code, quantize_blockwise
+
+EIGHT = {"constructor": {"state_bits": 8}}
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(autouse=True)
+def smallest(monkeypatch):
+    """Moments are 8-bit from 257 elements on, not 4096: the interpreter takes a second for those."""
+    monkeypatch.setattr(states, "SMALLEST", 257)
+
+
+@pytest.fixture
+def bitsandbytes():
+    """Skips where bitsandbytes cannot update 8-bit moments here."""
+    obstacle = dense_8bit.obstacle(torch.device(DEVICE))
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    return pytest.importorskip("bitsandbytes")
+
+
+def moments(optimizer, parameter):
+    """Both in float32, and whether they are 8-bit."""
+    state = optimizer.state[parameter]
+    if state["exp_avg"].dtype != torch.uint8:
+        return [state[name].float() for name in MOMENTS]
+    return [
+        torch.stack(
+            [
+                dequantize_blockwise(q, absmax, name == "exp_avg")
+                for q, absmax in zip(
+                    state[name].view(-1, *state[name].shape[-2:]),
+                    state[f"{name}_absmax"].view(-1, state[f"{name}_absmax"].shape[-1]),
+                    strict=True,
+                )
+            ]
+        ).view(state[name].shape)
+        for name in MOMENTS
+    ]
+
+
+def integers(shape, seed):
+    """Small whole numbers, of which sums are exact."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
+
+
+def steps(optimizer, parameters, gradients):
+    for given_ in gradients:
+        for parameter, gradient in zip(parameters, given_, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+
+# --- low rank
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [
+        ((387, 8), {"rank": 1}),  # sketched in quarters of the 256 channels that a program owns; a ragged end
+        ((8, 387), {"rank": 1}),
+        ((512, 4), {"rank": 1, "scale_type": "tensor"}),
+        ((130, 8), {"rank": 4}),
+        ((24, 150), {"rank": 16}),
+        ((2, 70, 8), {"rank": 4}),  # experts, whose blocks are their own
+        ((70, 64), {"rank": 64}),
+        ((5, 260), {"rank": 256, "proj_type": "right"}),
+        ((2, 1030), {"rank": 1024, "proj_type": "right"}),  # sketched in four blocks of ranks
+    ],
+)
+def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
+    """R is exact (whole numbers, signs, roots of powers of four), and so are steps of betas of 3/4."""
+    weight = nn.Parameter(drawn(shape, 1))
+    optimizer = optimizer_of(
+        [weight],
+        engine="auto",
+        distribution="rademacher",
+        **group,
+        constructor={"state_bits": 8, "betas": (0.75, 0.75)},
+    )
+    exact = optimizer_of(
+        [nn.Parameter(weight.detach().clone())],
+        engine="reference",
+        distribution="rademacher",
+        **group,
+        betas=(0.5, 0.5),
+    )
+    (other,) = exact.param_groups[0]["params"]
+    M = V = None
+    for step in range(2):
+        gradient = integers(shape, step)
+        weight.grad, other.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        # M of betas 0 is R itself: half of it with betas of 1/2 and no history.
+        exact.state.clear()
+        exact.step()
+        R = 2 * exact.state[other]["exp_avg"]
+        held = optimizer.state[weight]
+        if M is None:
+            M, V = torch.zeros_like(R), torch.zeros_like(R)
+        M, V = M + 0.25 * (R - M), V + 0.25 * (R * R - V)
+        for name, values in (("exp_avg", M), ("exp_avg_sq", V)):
+            signed = name == "exp_avg"
+            matrices = values if values.dim() == 3 else values[None]
+            expected = [quantize_blockwise(matrix, signed) for matrix in matrices]
+            q, absmax = (torch.stack(each) for each in zip(*expected, strict=True))
+            assert torch.equal(held[name].view(q.shape), q)
+            assert torch.equal(held[f"{name}_absmax"].view(absmax.shape), absmax)
+        M, V = moments(optimizer, weight)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 6, 17, 24, 100, 300])
+def test_any_rank_moves_the_weight_as_float_moments_do(rank, engine):
+    """For one step, whose moments were zeros: what is stored does not enter yet. Then within 8 bits."""
+    shape = (-(-300 // rank) + 60, max(rank, 20))
+    (weight,) = parameters_of([shape])
+    found, other = (nn.Parameter(weight.detach().clone()) for _ in range(2))
+    ours = optimizer_of([found], engine="auto", rank=rank, proj_type="right", **EIGHT)
+    float32 = optimizer_of([other], engine="auto", rank=rank, proj_type="right")
+    assert ours.state == {}
+    for step in range(3):
+        gradient = drawn(shape, step)
+        found.grad, other.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        float32.step()
+        assert ours.state[found]["exp_avg"].dtype == torch.uint8
+        moved = (other - weight).norm()
+        assert (found - other).norm() <= (1e-5 if step == 0 else 0.03) * moved
+        for mine, theirs, signed in zip(moments(ours, found), moments(float32, other), (True, False), strict=True):
+            absmax = theirs.abs().max()
+            error = (mine - theirs).abs().max() / absmax
+            assert error <= 0.02 * (step + 1), signed
+
+
+def test_state_is_that_of_bitsandbytes(engine, bitsandbytes):
+    """Its own dequantiser reads it."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    (weight,) = parameters_of([(300, 30)])
+    optimizer = optimizer_of([weight], engine="auto", rank=3, **EIGHT)
+    optimizer.step()
+    new_gradients([weight], 5)
+    optimizer.step()
+    state = optimizer.state[weight]
+    for name, values in zip(MOMENTS, moments(optimizer, weight), strict=True):
+        code = functional.create_dynamic_map(signed=name == "exp_avg").to(DEVICE)
+        read = functional.dequantize_blockwise(state[name], absmax=state[f"{name}_absmax"], code=code, blocksize=BLOCK)
+        assert torch.equal(read, values)
+
+
+def test_small_tensors_keep_float_moments(engine, bitsandbytes, monkeypatch):
+    monkeypatch.setattr(states, "SMALLEST", SMALLEST)
+    shapes = [(4095, 2), (4096, 2), (256, 17), (255, 17)]
+    weights = parameters_of(shapes)
+    dense = parameters_of([(4095,), (4096,), (64, 64), (63, 65)])
+    optimizer = APOLLOAdamW(
+        [
+            {"params": weights[:2], "rank": 1},
+            {"params": weights[2:], "rank": 16, "state_dtype": torch.bfloat16},
+            {"params": dense},
+        ],
+        state_bits=8,
+    )
+    optimizer.step()
+    dtypes = [optimizer.state[each]["exp_avg"].dtype for each in weights + dense]
+    float32, bfloat16, uint8 = torch.float32, torch.bfloat16, torch.uint8
+    assert dtypes == [float32, uint8, uint8, bfloat16, float32, uint8, uint8, float32]
+    for each in weights + dense:
+        state = optimizer.state[each]
+        assert ("exp_avg_absmax" in state) == ("exp_avg_sq_absmax" in state) == (state["exp_avg"].dtype == uint8)
+
+
+def test_gradients_that_are_not_finite_leave_blocks_as_they_are(engine):
+    """A channel keeps its moments, a block of such channels its bits; a block with others is rounded anew."""
+    (weight,) = parameters_of([(288, 16)])  # rank 4: 64 channels a block
+    optimizer = optimizer_of([weight], engine="auto", rank=4, lr=0.1, **EIGHT)
+    for seed in range(2):
+        new_gradients([weight], seed)
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state[weight])
+    held = moments(optimizer, weight)
+    start = weight.detach().clone()
+    new_gradients([weight], 9)
+    weight.grad[64:192, 3] = math.nan  # two whole blocks
+    weight.grad[200, 5] = math.inf  # and one channel
+    optimizer.step()
+    assert torch.equal(weight, start)
+    assert optimizer.skipped_updates == 1
+    state = optimizer.state[weight]
+    for name, old, new in zip(MOMENTS, held, moments(optimizer, weight), strict=True):
+        assert torch.equal(state[name][64:192], before[name][64:192])
+        assert torch.equal(state[f"{name}_absmax"][1:3], before[f"{name}_absmax"][1:3])
+        assert not torch.equal(state[name][192:256], before[name][192:256])
+        scale = state[f"{name}_absmax"][3]
+        assert (old[200] - new[200]).abs().max() <= 0.02 * scale
+        assert new.isfinite().all()
+    weight.grad.fill_(math.nan)
+    before = copy.deepcopy(state)
+    optimizer.step()
+    for name in MOMENTS:
+        assert torch.equal(state[name], before[name])
+        assert torch.equal(state[f"{name}_absmax"], before[f"{name}_absmax"])
+
+
+@given(
+    channels=st.integers(1, 700),
+    rank=st.integers(1, 40),
+    start=st.integers(0, 2),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None)
+def test_parts_of_a_moment_are_stored_as_the_whole(channels, rank, start, seed):
+    """Some channels, which begin with a block, whatever the rank and the end."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(channels, rank, generator=generator)
+    changed = torch.rand(channels, generator=generator) > 0.3
+    q, absmax = quantize_blockwise(torch.randn(channels, rank, generator=generator), True)
+    whole, parts = Blockwise(q.clone(), absmax.clone(), True), Blockwise(q.clone(), absmax.clone(), True)
+    whole.store(slice(0, channels), values, changed)
+    step = BLOCK // math.gcd(rank, BLOCK) * (start + 1)
+    for first in range(0, channels, step):
+        cut = slice(first, first + step)
+        parts.store(cut, values[cut], changed[cut])
+        assert torch.equal(parts.floats(cut), whole.floats(slice(0, channels))[cut])
+    assert torch.equal(parts.q, whole.q)
+    assert torch.equal(parts.absmax, whole.absmax)
+    expected, expected_absmax = quantize_blockwise(values, True)
+    elements = changed[:, None].expand(channels, rank).reshape(-1)
+    for number, block in enumerate(elements.split(BLOCK)):
+        cut = slice(number * BLOCK, (number + 1) * BLOCK)
+        want, wanted = (expected, expected_absmax) if block.any() else (q, absmax)
+        assert torch.equal(whole.q.view(-1)[cut], want.view(-1)[cut])
+        assert whole.absmax[number] == wanted[number]
+
+
+# --- dense
+
+
+def test_dense_moments_are_those_of_bitsandbytes_adamw(bitsandbytes):
+    """Its optimizer on the same gradients: the same bits of state, and the same weights but for where eps stands and
+    the decay, which it does first."""
+    start = drawn((130, 100), 0)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = APOLLOAdamW([ours], lr=1e-2, eps=1e-12, state_bits=8)
+    other = bitsandbytes.optim.AdamW8bit([theirs], lr=1e-2, eps=1e-12, weight_decay=0.0)
+    for step in range(5):
+        gradient = drawn((130, 100), 10 + step)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        mine.step()
+        other.step()
+    for name, number in (("exp_avg", 1), ("exp_avg_sq", 2)):
+        assert torch.equal(mine.state[ours][name], other.state[theirs][f"state{number}"])
+        assert torch.equal(mine.state[ours][f"{name}_absmax"], other.state[theirs][f"absmax{number}"])
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() <= 1e-5 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"correct_bias": False, "eps": 1e-3}, {"lr": torch.tensor(1e-2)}]
+)
+def test_a_first_dense_step_is_that_of_float_moments(options, dtype, bitsandbytes):
+    """Which are zeros in both; several chunks, the last of them short."""
+    start = drawn((40, 130), 0, dtype)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    ours.grad = theirs.grad = drawn((40, 130), 1, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense_8bit, "CHUNK", 1024)
+        APOLLOAdamW([ours], **({"lr": 1e-2, "state_bits": 8} | options)).step()
+    APOLLOAdamW([theirs], **({"lr": 1e-2} | options)).step()
+    if dtype == torch.float32:
+        assert (ours - theirs).norm() <= 1e-5 * (theirs - start).norm()
+    else:
+        assert (ours != theirs).float().mean() < 0.01
+
+
+def test_chunks_do_not_change_a_dense_step(bitsandbytes, monkeypatch):
+    ends = []
+    for chunk in (dense_8bit.CHUNK, 512):
+        monkeypatch.setattr(dense_8bit, "CHUNK", chunk)
+        weight = nn.Parameter(drawn((71, 67), 0, torch.bfloat16))
+        optimizer = APOLLOAdamW([weight], lr=1e-2, state_bits=8, stochastic_rounding=True, max_grad_norm=0.1)
+        steps(optimizer, [weight], [[drawn((71, 67), 5 + step, torch.bfloat16)] for step in range(3)])
+        ends.append([weight.detach(), *(value for name, value in optimizer.state[weight].items() if name != "seed")])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_stochastic_rounding_moves_dense_bfloat16_weights_by_less_than_a_step(bitsandbytes):
+    means = []
+    for stochastic in (True, False):
+        weight = nn.Parameter(torch.ones(128, 128, dtype=torch.bfloat16, device=DEVICE))
+        optimizer = APOLLOAdamW([weight], lr=1e-4, state_bits=8, stochastic_rounding=stochastic)
+        steps(optimizer, [weight], [[torch.ones_like(weight)]] * 10)  # 10 steps of 1e-4, where 2**-8 is the least
+        means.append(1 - weight.double().mean().item())
+    assert means[1] == 0
+    assert means[0] == pytest.approx(1e-3, rel=0.2)
+
+
+def test_dense_gradients_that_are_not_finite_change_nothing(bitsandbytes):
+    weight = nn.Parameter(drawn((64, 80), 0))
+    optimizer = APOLLOAdamW([weight], lr=1e-2, weight_decay=0.1, state_bits=8)
+    steps(optimizer, [weight], [[drawn((64, 80), 1)]])
+    before = copy.deepcopy([weight.detach(), optimizer.state[weight]])
+    bad = drawn((64, 80), 2)
+    bad[3, 3] = math.inf
+    steps(optimizer, [weight], [[bad]])
+    assert torch.equal(weight, before[0])
+    for name, value in before[1].items():
+        if name not in ("step", "seed"):
+            assert torch.equal(value, optimizer.state[weight][name]), name
+    assert optimizer.skipped_updates == 1
+
+
+def test_a_dense_weight_that_is_not_contiguous_is_moved(bitsandbytes):
+    ends = []
+    for layout in (lambda x: x, lambda x: x.t().contiguous().t()):
+        weight = nn.Parameter(layout(drawn((70, 90), 0)))
+        optimizer = APOLLOAdamW([weight], lr=1e-2, state_bits=8)
+        steps(optimizer, [weight], [[drawn((70, 90), 1)]] * 2)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
+# --- the optimizer
+
+
+def model_of(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = {"embed": nn.Embedding(50, 128), "mlp": nn.Linear(128, 320), "head": nn.Linear(320, 50, bias=False)}
+    return nn.ModuleDict(layers).to(DEVICE, dtype)
+
+
+def losses(model, optimizer, count, first=0):
+    found = []
+    for step in range(first, first + count):
+        tokens = torch.randint(50, (6,), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        hidden = torch.relu(model["mlp"](model["embed"](tokens)))
+        loss = nn.functional.cross_entropy(model["head"](hidden), (tokens * 7) % 50)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_resumes_bit_for_bit(int8, engine, bitsandbytes):
+    def make():
+        model = model_of()
+        if int8:
+            quantize_model(model, ["mlp"])
+        return model, APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], state_bits=8, scale=4.0)
+
+    model, optimizer = make()
+    losses(model, optimizer, 2)
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+    expected = losses(model, optimizer, 2, first=2)
+    other, resumed = make()
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True, map_location=DEVICE)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert losses(other, resumed, 2, first=2) == expected
+    for mine, theirs in zip(optimizer.state.values(), resumed.state.values(), strict=True):
+        for name, value in mine.items():
+            assert value.dtype == theirs[name].dtype if isinstance(value, torch.Tensor) else value == theirs[name]
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, theirs[name])
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.uint8}
+
+
+def test_layer_by_layer_is_the_same_bit_for_bit(engine, bitsandbytes):
+    ends = []
+    for layerwise in (False, True):
+        model = model_of()
+        optimizer = APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], state_bits=8)
+        if layerwise:
+            attach_layerwise(model, optimizer)
+        ends.append(losses(model, optimizer, 2))
+        ends[-1] += [parameter.detach().double().sum().item() for parameter in model.parameters()]
+    assert ends[0] == ends[1]
+
+
+def test_training_ends_where_float_moments_end(bitsandbytes):
+    ends = []
+    for bits in (32, 8):
+        model = model_of()
+        optimizer = APOLLOAdamW.apollo(model, 4, lr=3e-3, target_modules=["mlp"], state_bits=bits)
+        found = losses(model, optimizer, 40)
+        ends.append((found[0], sum(found[-5:]) / 5))
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][1] < 0.8 * ends[0][0]
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=0.1)
+
+
+def test_backend_for_says_who_updates_it(bitsandbytes):
+    weights = parameters_of([(64, 80), (64,)])
+    optimizer = APOLLOAdamW([{"params": weights}], state_bits=8)
+    assert optimizer.backend_for(weights[0]) == (
+        "reference",
+        "bitsandbytes updates it: its moments are 8-bit and it is not projected",
+    )
+    assert "bitsandbytes" not in optimizer.backend_for(weights[1]).reason
+    with pytest.raises(ValueError, match=r"parameter 0 .*capturable=True needs the Triton kernels.*bitsandbytes"):
+        APOLLOAdamW([{"params": weights}], state_bits=8, capturable=True).step()
+
+
+def test_errors_say_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match=r"Invalid state_bits: 4 \(allowed: 32 or 8\)"):
+        APOLLOAdamW(parameters_of([(4, 4)]), state_bits=4)
+    (weight,) = parameters_of([(64, 80)])
+    optimizer = APOLLOAdamW([weight], state_bits=8)
+    monkeypatch.setattr(dense_8bit, "obstacle", lambda device: "RuntimeError: no kernel")
+    with pytest.raises(ValueError, match=r"parameter 0 .*bitsandbytes' to update.*no kernel.*0\.50.*'state_bits': 32"):
+        optimizer.step()
+    assert optimizer.state[weight] == {}
+
+
+def test_a_broken_state_is_refused():
+    (weight,) = parameters_of([(300, 3)])
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}], state_bits=8)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for change, problem in (
+        (lambda state: state.pop("exp_avg_absmax"), r"'exp_avg_absmax' is missing"),
+        (lambda state: state.update(exp_avg_sq_absmax=torch.zeros(5)), r"'exp_avg_sq_absmax' has shape \(5,\), not"),
+    ):
+        broken = copy.deepcopy(saved)
+        change(broken["state"][0])
+        with pytest.raises(ValueError, match=problem):
+            optimizer.load_state_dict(broken)
+
+
+def test_bits_of_a_state_are_its_own_whatever_the_group_says_later(engine):
+    (weight,) = parameters_of([(300, 3)])
+    optimizer = optimizer_of([weight], engine="auto", rank=2)
+    optimizer.step()
+    optimizer.param_groups[0]["state_bits"] = 8
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
+
+
+def test_older_versions_of_bitsandbytes_have_fewer_arguments(monkeypatch):
+    given_ = {}
+
+    def update(  # 0.43's
+        optimizer_name, g, p, state1, state2, beta1, beta2, eps, step, lr, qmap1, qmap2, absmax1, absmax2,
+        weight_decay=0.0, gnorm_scale=1.0, skip_zeros=False,
+    ):  # fmt: skip
+        given_.update(locals())
+
+    monkeypatch.setattr(dense_8bit, "require", lambda *_: SimpleNamespace(optimizer_update_8bit_blockwise=update))
+    dense_8bit.bitsandbytes_update.cache_clear()
+    try:
+        (weight,) = parameters_of([(64, 64)])
+        with monkeypatch.context() as patch:
+            patch.setattr(dense_8bit, "obstacle", lambda device: None)
+            APOLLOAdamW([weight], state_bits=8, betas=(0.8, 0.9)).step()
+    finally:
+        dense_8bit.bitsandbytes_update.cache_clear()
+    assert (given_["beta1"], given_["beta2"], given_["weight_decay"]) == (0.8, 0.9, 0.0)
+    assert torch.equal(given_["qmap2"], dynamic_code(False, DEVICE))
+
+
+def test_bitsandbytes_is_imported_for_dense_8bit_moments_alone():
+    program = """
+import sys, torch
+from apollo_triton import APOLLOAdamW
+weight, vector = (torch.nn.Parameter(torch.ones(s)) for s in ((4096, 4), (4095,)))
+weight.grad, vector.grad = torch.ones(4096, 4), torch.ones(4095)
+optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}, {"params": [vector]}], state_bits=8)
+optimizer.step()
+assert optimizer.state[weight]["exp_avg"].dtype == torch.uint8
+assert "bitsandbytes" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
