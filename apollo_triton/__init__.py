@@ -9,10 +9,12 @@ from .layerwise import attach_layerwise
 from .optimizer import APOLLOAdamW
 from .param_groups import apollo_param_groups
 from .projection import projection_matrix
+from .qapollo import QAPOLLOAdamW
 from .version import __version__
 
 __all__ = [
     "APOLLOAdamW",
+    "QAPOLLOAdamW",
     "__version__",
     "apollo_param_groups",
     "attach_layerwise",

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-SMALLEST = 4096  # elements: smaller tensors keep float moments, as in bitsandbytes
 _DECADES = 7
 _LEAST_NORMAL = 2.0**-126
 

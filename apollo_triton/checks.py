@@ -18,8 +18,8 @@ from .sharding import Piece, is_dtensor, local, piece_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARDED_8BIT = (
-    "it is a DTensor, and 8-bit moments are not sharded, since their blocks of 256 would span ranks; use state_bits=32, "
-    "with state_dtype=torch.bfloat16 for moments of half the size"
+    "it is a DTensor, and 8-bit moments are not sharded, since their blocks of 256 would span ranks; use "
+    "state_bits=32, with state_dtype=torch.bfloat16 for moments of half the size"
 )
 _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "

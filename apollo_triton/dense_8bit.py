@@ -114,11 +114,11 @@ def bitsandbytes_update() -> tuple[Callable[..., None], dict[str, float]]:
 @cache
 def obstacle(device: torch.device) -> str | None:
     """Why bitsandbytes cannot update 8-bit moments on ``device``; None if it can. It updates a block to find out."""
-    codes = [torch.zeros(BLOCK, dtype=torch.uint8, device=device) for _ in range(2)]
-    absmax = [torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2)]
+    M, V = (torch.zeros(BLOCK, dtype=torch.uint8, device=device) for _ in range(2))
+    absmax_M, absmax_V = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
     gradient = torch.ones(BLOCK, dtype=torch.float32, device=device)
     try:
-        _moved((*codes, *absmax), gradient, (0.9, 0.999), 1e-6, gradient[0] > 0)
+        _moved((M, V, absmax_M, absmax_V), gradient, (0.9, 0.999), 1e-6, gradient[0] > 0)
     except Exception as error:  # of any type: versions fail in their own ways where they have no such kernel
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None

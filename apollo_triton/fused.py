@@ -4,8 +4,8 @@
     apply      limiter, then W in place      one launch
     dense      AdamW for the rest            two launches
 
-``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256, 8-bit moments and sums over devices. Nothing here
-reads a value back from the device, and all that changes from step to step is an argument, never compiled in.
+``sketch`` and ``rescale`` are the first one cut in two, for ranks above 256, 8-bit moments and sums over devices.
+Nothing here reads a value back from the device; what changes from step to step is an argument, never compiled in.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ class APOLLOAdamW(Optimizer):
         backend: "auto" takes the Triton kernels for parameters on CUDA, ROCm and XPU devices and PyTorch for all
             others; "triton" and "reference" insist on one. See ``backend_for``.
         state_dtype: torch.float32, or torch.bfloat16, which is stored with stochastic rounding; groups hold its name.
-        state_bits: 32.
+        state_bits: 8 for moments in bitsandbytes' blockwise 8-bit format, a byte each and a float32 for every 256;
+            else 32. bitsandbytes itself updates those of dense parameters.
+        min_8bit_size: moments of fewer elements stay in ``state_dtype``.
         stochastic_rounding: round bfloat16 weights stochastically at the store.
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
         capturable: keep learning rate and step count on the device, so that a step can be captured in a CUDA graph and
@@ -96,6 +98,7 @@ class APOLLOAdamW(Optimizer):
         backend: str = "auto",
         state_dtype: torch.dtype | str = torch.float32,
         state_bits: int = 32,
+        min_8bit_size: int = 4096,
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
@@ -113,6 +116,7 @@ class APOLLOAdamW(Optimizer):
             "backend": backend,
             "state_dtype": state_dtype,
             "state_bits": state_bits,
+            "min_8bit_size": min_8bit_size,
             "stochastic_rounding": stochastic_rounding,
             "max_grad_norm": max_grad_norm,
             "capturable": capturable,

@@ -133,7 +133,8 @@ class Plan:
         return list(unique.values())
 
     def _make_tables(self, settings: list[Settings], old: list[Projection]) -> None:
-        from .tables import Int8, Table, is_aligned, settle
+        from .layouts import is_aligned, settle
+        from .tables import Int8, Table
 
         identities = _identities(settings)
         launches: dict[tuple[Any, ...], list[int]] = {}

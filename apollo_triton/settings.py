@@ -49,6 +49,7 @@ class Settings:
     backend: str
     state_dtype: torch.dtype
     state_bits: int
+    min_8bit_size: int
     stochastic_rounding: bool
     max_grad_norm: float | None
     capturable: bool
@@ -184,6 +185,7 @@ CHECKS: dict[str, Check] = {
         lambda value: value in (*_DTYPES, *_DTYPES.values()), "torch.float32 or torch.bfloat16, or their names"
     ),
     "state_bits": _one_of(32, 8),
+    "min_8bit_size": Check(lambda value: _is_integer(value) and value >= 0, "an integer of 0 or more"),
     "stochastic_rounding": _FLAG,
     "max_grad_norm": Check(
         lambda value: value is None or (_is_number(value) and value > 0), "None or a number above 0"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dense_8bit
 from .backends import Backend, choose
-from .blockwise import SMALLEST, absmax_count
+from .blockwise import absmax_count
 from .checks import SHARDED_8BIT, Label, geometry_of
 from .philox import parameter_seed
 from .settings import Settings
@@ -54,7 +54,7 @@ def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> 
     """Whether its moments are 8-bit: as they are, or where there are none yet, as they will be made."""
     if "exp_avg" in state:
         return state["exp_avg"].dtype == torch.uint8
-    return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= SMALLEST
+    return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= settings.min_8bit_size
 
 
 def engine_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> Backend:
@@ -67,8 +67,8 @@ def engine_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -
         obstacle = dense_8bit.obstacle(parameter.device)
         if obstacle is not None:
             raise ValueError(
-                f"its 8-bit moments are bitsandbytes' to update, which cannot on {parameter.device} ({obstacle}); install "
-                "bitsandbytes 0.50 or newer (0.45 is enough on CUDA), or put it into a group with 'state_bits': 32"
+                f"its 8-bit moments are bitsandbytes' to update, which cannot on {parameter.device} ({obstacle}); "
+                "install bitsandbytes 0.50 or newer (on CUDA 0.45), or put it into a group with 'state_bits': 32"
             )
         return Backend("reference", "bitsandbytes updates it: its moments are 8-bit and it is not projected")
     return backend

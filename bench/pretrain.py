@@ -1,6 +1,7 @@
 """Do they train alike? LLaMA on text from disk, by each optimizer, with the same batches and initial weights a seed.
 
     python -m bench.pretrain                                      # sized down: 20 minutes on two CPU cores
+    python -m bench.pretrain --stage pretrain-int8                # int8 weights against float ones
     python -m bench.pretrain --model 60M --sequence 256 --batch 128 --steps 1000 --vocabulary 32000 --dtype bfloat16
 
 A run is one variant with one seed, one process and one thread each on a CPU; runs that the results file holds are not
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apollo_triton import APOLLOAdamW, apollo_param_groups
+from apollo_triton import APOLLOAdamW, apollo_param_groups, quantize_model
 from apollo_triton.demo_data import Corpus
 from apollo_triton.demo_training import SIZES, OptimizerMaker, Plan, Run
 
@@ -55,6 +56,15 @@ def _mini(**options: Any) -> OptimizerMaker:
     return lambda plan, model: APOLLOAdamW.mini(model, lr=plan.learning_rate, seed=plan.seed, **options)
 
 
+def _int8(build: OptimizerMaker, stochastic_rounding: bool = True) -> OptimizerMaker:
+    """Q-APOLLO: the same with int8 attention and MLP weights."""
+
+    def quantized(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
+        return build(plan, quantize_model(model, stochastic_rounding=stochastic_rounding))
+
+    return quantized
+
+
 def _official(mini: bool) -> OptimizerMaker:
     def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         rank = 1 if mini else _quarter(plan)
@@ -84,6 +94,16 @@ VARIANTS = {
     "Mini, a seed per matrix": Variant(_mini(seed_per_param=True), "Mini"),
     "Mini, Rademacher": Variant(_mini(distribution="rademacher"), "Mini"),
     "Mini, bf16 moments": Variant(_mini(state_dtype=torch.bfloat16), "Mini"),
+    "Q-APOLLO": Variant(_int8(_apollo()), "APOLLO"),
+    "Q-APOLLO, to the nearest": Variant(_int8(_apollo(), stochastic_rounding=False), "APOLLO"),
+    "Q-Mini": Variant(_int8(_mini()), "Mini"),
+    "Q-Mini, to the nearest": Variant(_int8(_mini(), stochastic_rounding=False), "Mini"),
+    "Q-Mini, 8-bit moments": Variant(_int8(_mini(state_bits=8)), "Mini"),
+}
+# The stages: optimizers with float weights, and what int8 weights lose against those.
+STAGES = {
+    "pretrain": [name for name in VARIANTS if not name.startswith("Q-")],
+    "pretrain-int8": ["APOLLO", "Mini", *(name for name in VARIANTS if name.startswith("Q-"))],
 }
 
 _corpus: Corpus | None = None
@@ -152,7 +172,8 @@ def main() -> None:
     """Run what is missing, a row to the file after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1M", choices=SIZES, help="a LLaMA's size (%(default)s)")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS, metavar="NAME")
+    parser.add_argument("--stage", default="pretrain", choices=STAGES, help="which variants (%(default)s)")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="NAME", help="others than the stage's")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
@@ -164,7 +185,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=12, help="of text (%(default)s)")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
-    parser.add_argument("--name", default="pretrain", help="of the results file (%(default)s)")
+    parser.add_argument("--name", help="of the results file (default: the stage's)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
     rates = learning_rates(options.lr)
@@ -173,14 +194,14 @@ def main() -> None:
     plans = [
         Plan(method, rates[VARIANTS[method].rate], None, options.model, options.steps, size, length, seed, *rest)
         for seed in range(options.seeds)
-        for method in options.variants
+        for method in options.variants or STAGES[options.stage]
         for rest in [(options.device, corpus.fingerprint, options.dtype)]
     ]
     common = asdict(plans[0])
     for varying in ("method", "learning_rate", "scale", "seed", "device"):
         del common[varying]
     about = {"text": corpus.name, "vocabulary": corpus.vocabulary, "tokens": len(corpus.train)}
-    results = Results(options.name, options.device, fresh=options.fresh, settings=common | about)
+    results = Results(options.name or options.stage, options.device, fresh=options.fresh, settings=common | about)
     missing = [plan for plan in plans if identity(plan) not in results]
     workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
     print(f"{len(missing)} of {len(plans)} runs, {workers} at a time; {about}", flush=True)

@@ -1,10 +1,9 @@
-"""The two directions of the blockwise format as kernels of their own, for test_blockwise.py to hold against the twin."""
+"""The two directions of the blockwise format as kernels of their own, to be held against the PyTorch twin."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from apollo_triton.kernels.blockwise import _BLOCK, dequantized, magnitudes, quantized
 
 

@@ -17,18 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, dense_8bit, quantize_model
-from apollo_triton import state as states
-from apollo_triton.blockwise import BLOCK, SMALLEST, Blockwise, dequantize_blockwise, dynamic_code, quantize_blockwise
+from apollo_triton.blockwise import BLOCK, Blockwise, dequantize_blockwise, dynamic_code, quantize_blockwise
 
-EIGHT = {"constructor": {"state_bits": 8}}
+EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}  # the interpreter takes a second for 4096
+EIGHT = {"constructor": EIGHT_BITS}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@pytest.fixture(autouse=True)
-def smallest(monkeypatch):
-    """Moments are 8-bit from 257 elements on, not 4096: the interpreter takes a second for those."""
-    monkeypatch.setattr(states, "SMALLEST", 257)
 
 
 @pytest.fixture
@@ -97,7 +91,7 @@ def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
         engine="auto",
         distribution="rademacher",
         **group,
-        constructor={"state_bits": 8, "betas": (0.75, 0.75)},
+        constructor={**EIGHT_BITS, "betas": (0.75, 0.75)},
     )
     exact = optimizer_of(
         [nn.Parameter(weight.detach().clone())],
@@ -168,8 +162,7 @@ def test_state_is_that_of_bitsandbytes(engine, bitsandbytes):
         assert torch.equal(read, values)
 
 
-def test_small_tensors_keep_float_moments(engine, bitsandbytes, monkeypatch):
-    monkeypatch.setattr(states, "SMALLEST", SMALLEST)
+def test_small_tensors_keep_float_moments(engine, bitsandbytes):
     shapes = [(4095, 2), (4096, 2), (256, 17), (255, 17)]
     weights = parameters_of(shapes)
     dense = parameters_of([(4095,), (4096,), (64, 64), (63, 65)])
@@ -261,7 +254,7 @@ def test_dense_moments_are_those_of_bitsandbytes_adamw(bitsandbytes):
     the decay, which it does first."""
     start = drawn((130, 100), 0)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = APOLLOAdamW([ours], lr=1e-2, eps=1e-12, state_bits=8)
+    mine = APOLLOAdamW([ours], lr=1e-2, eps=1e-12, **EIGHT_BITS)
     other = bitsandbytes.optim.AdamW8bit([theirs], lr=1e-2, eps=1e-12, weight_decay=0.0)
     for step in range(5):
         gradient = drawn((130, 100), 10 + step)
@@ -286,7 +279,7 @@ def test_a_first_dense_step_is_that_of_float_moments(options, dtype, bitsandbyte
     ours.grad = theirs.grad = drawn((40, 130), 1, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense_8bit, "CHUNK", 1024)
-        APOLLOAdamW([ours], **({"lr": 1e-2, "state_bits": 8} | options)).step()
+        APOLLOAdamW([ours], **({"lr": 1e-2, **EIGHT_BITS} | options)).step()
     APOLLOAdamW([theirs], **({"lr": 1e-2} | options)).step()
     if dtype == torch.float32:
         assert (ours - theirs).norm() <= 1e-5 * (theirs - start).norm()
@@ -299,7 +292,7 @@ def test_chunks_do_not_change_a_dense_step(bitsandbytes, monkeypatch):
     for chunk in (dense_8bit.CHUNK, 512):
         monkeypatch.setattr(dense_8bit, "CHUNK", chunk)
         weight = nn.Parameter(drawn((71, 67), 0, torch.bfloat16))
-        optimizer = APOLLOAdamW([weight], lr=1e-2, state_bits=8, stochastic_rounding=True, max_grad_norm=0.1)
+        optimizer = APOLLOAdamW([weight], lr=1e-2, **EIGHT_BITS, stochastic_rounding=True, max_grad_norm=0.1)
         steps(optimizer, [weight], [[drawn((71, 67), 5 + step, torch.bfloat16)] for step in range(3)])
         ends.append([weight.detach(), *(value for name, value in optimizer.state[weight].items() if name != "seed")])
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
@@ -309,7 +302,7 @@ def test_stochastic_rounding_moves_dense_bfloat16_weights_by_less_than_a_step(bi
     means = []
     for stochastic in (True, False):
         weight = nn.Parameter(torch.ones(128, 128, dtype=torch.bfloat16, device=DEVICE))
-        optimizer = APOLLOAdamW([weight], lr=1e-4, state_bits=8, stochastic_rounding=stochastic)
+        optimizer = APOLLOAdamW([weight], lr=1e-4, **EIGHT_BITS, stochastic_rounding=stochastic)
         steps(optimizer, [weight], [[torch.ones_like(weight)]] * 10)  # 10 steps of 1e-4, where 2**-8 is the least
         means.append(1 - weight.double().mean().item())
     assert means[1] == 0
@@ -318,7 +311,7 @@ def test_stochastic_rounding_moves_dense_bfloat16_weights_by_less_than_a_step(bi
 
 def test_dense_gradients_that_are_not_finite_change_nothing(bitsandbytes):
     weight = nn.Parameter(drawn((64, 80), 0))
-    optimizer = APOLLOAdamW([weight], lr=1e-2, weight_decay=0.1, state_bits=8)
+    optimizer = APOLLOAdamW([weight], lr=1e-2, weight_decay=0.1, **EIGHT_BITS)
     steps(optimizer, [weight], [[drawn((64, 80), 1)]])
     before = copy.deepcopy([weight.detach(), optimizer.state[weight]])
     bad = drawn((64, 80), 2)
@@ -335,7 +328,7 @@ def test_a_dense_weight_that_is_not_contiguous_is_moved(bitsandbytes):
     ends = []
     for layout in (lambda x: x, lambda x: x.t().contiguous().t()):
         weight = nn.Parameter(layout(drawn((70, 90), 0)))
-        optimizer = APOLLOAdamW([weight], lr=1e-2, state_bits=8)
+        optimizer = APOLLOAdamW([weight], lr=1e-2, **EIGHT_BITS)
         steps(optimizer, [weight], [[drawn((70, 90), 1)]] * 2)
         ends.append(weight.detach())
     assert torch.equal(*ends)
@@ -369,7 +362,7 @@ def test_resumes_bit_for_bit(int8, engine, bitsandbytes):
         model = model_of()
         if int8:
             quantize_model(model, ["mlp"])
-        return model, APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], state_bits=8, scale=4.0)
+        return model, APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], **EIGHT_BITS, scale=4.0)
 
     model, optimizer = make()
     losses(model, optimizer, 2)
@@ -393,7 +386,7 @@ def test_layer_by_layer_is_the_same_bit_for_bit(engine, bitsandbytes):
     ends = []
     for layerwise in (False, True):
         model = model_of()
-        optimizer = APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], state_bits=8)
+        optimizer = APOLLOAdamW.mini(model, lr=1e-2, target_modules=["mlp"], **EIGHT_BITS)
         if layerwise:
             attach_layerwise(model, optimizer)
         ends.append(losses(model, optimizer, 2))
@@ -405,7 +398,7 @@ def test_training_ends_where_float_moments_end(bitsandbytes):
     ends = []
     for bits in (32, 8):
         model = model_of()
-        optimizer = APOLLOAdamW.apollo(model, 4, lr=3e-3, target_modules=["mlp"], state_bits=bits)
+        optimizer = APOLLOAdamW.apollo(model, 4, lr=3e-3, target_modules=["mlp"], **EIGHT_BITS | {"state_bits": bits})
         found = losses(model, optimizer, 40)
         ends.append((found[0], sum(found[-5:]) / 5))
     assert ends[0][0] == ends[1][0]
@@ -415,21 +408,21 @@ def test_training_ends_where_float_moments_end(bitsandbytes):
 
 def test_backend_for_says_who_updates_it(bitsandbytes):
     weights = parameters_of([(64, 80), (64,)])
-    optimizer = APOLLOAdamW([{"params": weights}], state_bits=8)
+    optimizer = APOLLOAdamW([{"params": weights}], **EIGHT_BITS)
     assert optimizer.backend_for(weights[0]) == (
         "reference",
         "bitsandbytes updates it: its moments are 8-bit and it is not projected",
     )
     assert "bitsandbytes" not in optimizer.backend_for(weights[1]).reason
     with pytest.raises(ValueError, match=r"parameter 0 .*capturable=True needs the Triton kernels.*bitsandbytes"):
-        APOLLOAdamW([{"params": weights}], state_bits=8, capturable=True).step()
+        APOLLOAdamW([{"params": weights}], **EIGHT_BITS, capturable=True).step()
 
 
 def test_errors_say_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"Invalid state_bits: 4 \(allowed: 32 or 8\)"):
         APOLLOAdamW(parameters_of([(4, 4)]), state_bits=4)
     (weight,) = parameters_of([(64, 80)])
-    optimizer = APOLLOAdamW([weight], state_bits=8)
+    optimizer = APOLLOAdamW([weight], **EIGHT_BITS)
     monkeypatch.setattr(dense_8bit, "obstacle", lambda device: "RuntimeError: no kernel")
     with pytest.raises(ValueError, match=r"parameter 0 .*bitsandbytes' to update.*no kernel.*0\.50.*'state_bits': 32"):
         optimizer.step()
@@ -438,7 +431,7 @@ def test_errors_say_what_to_do(monkeypatch):
 
 def test_a_broken_state_is_refused():
     (weight,) = parameters_of([(300, 3)])
-    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}], state_bits=8)
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}], **EIGHT_BITS)
     optimizer.step()
     saved = optimizer.state_dict()
     for change, problem in (
@@ -475,7 +468,7 @@ def test_older_versions_of_bitsandbytes_have_fewer_arguments(monkeypatch):
         (weight,) = parameters_of([(64, 64)])
         with monkeypatch.context() as patch:
             patch.setattr(dense_8bit, "obstacle", lambda device: None)
-            APOLLOAdamW([weight], state_bits=8, betas=(0.8, 0.9)).step()
+            APOLLOAdamW([weight], **EIGHT_BITS, betas=(0.8, 0.9)).step()
     finally:
         dense_8bit.bitsandbytes_update.cache_clear()
     assert (given_["beta1"], given_["beta2"], given_["weight_decay"]) == (0.8, 0.9, 0.0)

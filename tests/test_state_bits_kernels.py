@@ -12,15 +12,7 @@ if torch.cuda.is_available():
 
 from sanitizer import Recorder
 
-from apollo_triton import state
-
-EIGHT = {"constructor": {"state_bits": 8}}
-
-
-@pytest.fixture(autouse=True)
-def smallest(monkeypatch):
-    """Moments are 8-bit from 257 elements on: the interpreter takes a second for 4096."""
-    monkeypatch.setattr(state, "SMALLEST", 257)
+EIGHT = {"constructor": {"state_bits": 8, "min_8bit_size": 257}}  # the interpreter takes a second for 4096
 
 
 def second_step(parameters, recorder=None, **options):
