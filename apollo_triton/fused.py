@@ -133,6 +133,7 @@ def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sket
         "RANK": table.rank,
         "KEEPS_ROWS": table.keeps_rows,
         "PER_CHANNEL": result.channel is not None,
+        "ALIGNED": table.aligned,
         "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
         "BLOCK_RANK": min(64, table.channel_blocks["BLOCK_RANK"], 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
     }
@@ -162,7 +163,6 @@ def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sket
         moment.step_tensor,
         *_moment_arguments(settings),
         STATE=_DTYPES[table.state_dtype],
-        ALIGNED=table.aligned,
         **constants,
     )
     return result

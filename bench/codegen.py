@@ -1,223 +1,31 @@
 """What the kernels become on GPUs that are not here: compiled ahead of time, disassembled, and counted.
 
-The launches are the optimizer's own: it steps on CPU tensors while a recorder stands in for ``fused.launch``. Figures
-are of code, not of time: an instruction in a loop counts once. ``python -m bench.codegen`` (two minutes on two cores).
+Figures are of code, not of time: an instruction in a loop counts once. ``python -m bench.codegen`` (two minutes on two
+cores).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import importlib
 import itertools
 import linecache
-import math
 import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-
-from apollo_triton import APOLLOAdamW
-from apollo_triton.int8 import Int8Weight
-
-from .fake_mesh import fake_mesh
+from .codegen_variants import ESSENTIAL, TARGETS, Kernel, launches, variants
 from .results_file import RESULTS, Results
 
 Row = dict[str, Any]
 
-TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
-ESSENTIAL = 5  # the first so many variants are those that CI compiles for every target
-
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
-_ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _TENSOR_MEMORY = 512  # columns that sm_100 has
-_KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/sketch.py
-
-
-def variants() -> Iterator[dict[str, Any]]:
-    """Arguments of ``launches``: every value of each constexpr argument, and the pairs that meet in one expression of a
-    kernel; not all products. bfloat16 and rows kept unless it says otherwise, as in most trainings."""
-    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
-    mini, columns = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
-    yield {"group": mini}
-    yield {"group": {"rank": 256}}
-    yield {"group": {"rank": 256}, "dtype": float32}  # three products with the largest tile
-    yield {"group": {"rank": 128, "proj": "svd"}}  # float32 throughout
-    yield {}
-    # Rank 1, where instructions an element decide.
-    yield from ({"group": mini | columns}, {"group": {"rank": 1}}, {"group": {"rank": 1} | columns, "dtype": float32})
-    yield {"group": mini | {"distribution": "rademacher"}}
-    yield {"group": {"rank": 4}}
-    # The ranks at which the tile changes: in registers up to 256, through memory from there on.
-    for rank in (16, 64, 128, 512):
-        yield {"group": {"rank": rank}}
-    yield {"group": {"rank": 256} | columns}
-    yield {"group": {"rank": 256, "distribution": "rademacher"}}
-    yield {"group": {"rank": 128}, "dtype": float32, "gradient": bfloat16}
-    yield {"group": {"rank": 128}, "dtype": float16}
-    yield {"group": {"rank": 4, "proj": "svd"}}
-    # Stochastic rounding of weights and of moments, in one launch and in two.
-    rounding = {"stochastic_rounding": True, "state_dtype": bfloat16}
-    yield {"group": mini, **rounding}
-    yield {"group": {"rank": 256}, **rounding}
-    yield {"group": {"rank": 512}, **rounding}
-    # Step count and learning rate on the device, and a factor on all gradients.
-    device = {"capturable": True, "lr": torch.tensor(1e-3), "max_grad_norm": 1.0}
-    yield {"group": mini, **device}
-    yield {"group": {"rank": 128}, **device}
-    # By strides, an element at a time.
-    yield {"group": mini, "aligned": False}
-    yield {"group": {"rank": 128}, "aligned": False, **rounding}
-    yield from ({"aligned": False}, {"dtype": float32}, rounding | device)
-    # Cut along the width over two ranks: sketch and rescale are two launches at any rank, and P is read.
-    rows = {"proj_type": "right"}
-    yield {"group": mini | rows, "sharded": True}
-    yield {"group": {"rank": 128} | rows, "sharded": True}
-    yield {"group": {"rank": 128, "distribution": "rademacher"} | rows, "sharded": True}
-    # Int8 weights; groups that are no power of two go element by element.
-    yield from (
-        {"group": mini, "int8": 128},
-        {"group": {"rank": 128}, "int8": 256},
-        {"group": mini | columns, "int8": 64},
-    )
-
-
-def launches(
-    group: dict[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    gradient: torch.dtype | None = None,
-    aligned: bool = True,
-    sharded: bool = False,
-    int8: int = 0,
-    **options: Any,
-) -> list[Kernel]:
-    """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
-    wide, ``int8`` those of one in groups of so many; dense without a ``group``."""
-    from apollo_triton import backends, fused
-
-    found: list[Kernel] = []
-
-    def record(kernel: Any, grid: object, device: object, *arguments: Any, **constants: Any) -> None:
-        found.append(Kernel.of(kernel, arguments, constants))
-
-    weight = torch.nn.Parameter(torch.zeros(1024, 1024 if aligned else 1025, dtype=dtype)[:, :1024])
-    weight.grad = torch.randn(1024, 1024).to(dtype)
-    weight.grad.data = weight.grad.to(gradient or dtype)  # torch < 2.10 has no grad_dtype
-    if int8:
-        weight = torch.nn.Parameter(Int8Weight.of(weight.detach(), int8))
-        weight.grad = torch.randn(1024, 1024).to(dtype)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fused, "launch", record))
-        stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
-        if sharded:
-            mesh = stack.enter_context(fake_mesh(ranks=2))
-            half = _half(weight.grad, mesh)
-            weight = torch.nn.Parameter(_half(weight.detach(), mesh))
-            weight.grad = half
-        APOLLOAdamW([{"params": [weight], **(group or {})}], backend="triton", **{"lr": 1e-3, **options}).step()
-    return found
-
-
-def _half(piece: Tensor, mesh: Any) -> Tensor:
-    """The left half of a tensor twice as wide."""
-    rows, columns = piece.shape
-    return DTensor.from_local(
-        piece, mesh, [Shard(1)], run_check=False, shape=torch.Size((rows, 2 * columns)), stride=(2 * columns, 1)
-    )
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel as a launch specialises it; ``at`` are its constants."""
-
-    module: str
-    name: str
-    types: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
-    options: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def of(cls, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Kernel:
-        """By Triton's rules: None, constexpr arguments and an int of 1 are constants, an int has 32 or 64 bits."""
-        values = dict(zip(function.arg_names, arguments, strict=False)) | keywords
-        types, constants, divisible = {}, {}, []
-        for parameter in function.params:
-            name, value, free = parameter.name, values[parameter.name], not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
-                types[name], constants[name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                types[name] = f"*{_TYPES[value.dtype]}"
-                divisible.append(parameter.num)  # so it is on a GPU, whose allocators round to 256 bytes
-            elif isinstance(value, int):
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if free and value % 16 == 0:
-                    divisible.append(parameter.num)
-            else:
-                types[name] = "fp32"
-        options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
-        frozen = [tuple(each.items()) for each in (types, constants, options)]
-        return cls(function.fn.__module__, function.__name__, frozen[0], frozen[1], tuple(divisible), frozen[2])
-
-    @functools.cached_property
-    def at(self) -> dict[str, Any]:
-        return dict(self.constants)
-
-    @property
-    def what(self) -> str:
-        """The constants that tell variants apart, in words."""
-        at = self.at
-        words = [f"rank {at['RANK']}"] if "RANK" in at else []
-        if "PROJECTION_KIND" in at:
-            words.append(_KINDS[at["PROJECTION_KIND"]])
-        for name, yes, no in (("KEEPS_ROWS", "rows", "columns"), ("PER_CHANNEL", "channel", "tensor")):
-            if name in at:
-                words.append(yes if at[name] else no)
-        letters = {"GRADIENT": "G", "WEIGHT_DTYPE": "W", "STATE": "M"}
-        words += [f"{letter} {at[name]}" for name, letter in letters.items() if name in at]
-        flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
-        words += [word for name, (value, word) in flags.items() if at.get(name) is value]
-        if "p_step" in dict(self.types) and "p_step" not in at:
-            words.append("t on the device")
-        if "GROUP" in at:
-            words.append(f"groups of {at['GROUP']}")
-        if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
-            words.append(f"{at['BLOCK_CHANNELS']} channels a sum")
-        return " ".join(words)
-
-    @property
-    def per_turn(self) -> int:
-        """Elements a program handles in a turn of its loop, or in all if it has none."""
-        at = self.at
-        tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
-        tile["apply_int8_kernel"] = "GROUPS GROUP"
-        if self.name in tile:
-            return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
-        return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)
-
-    def compiled(self, target: str) -> Any:
-        """Triton's compiled kernel."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        attributes = {(number,): [["tt.divisibility", 16]] for number in self.divisible}
-        function = getattr(importlib.import_module(self.module), self.name)
-        source = ASTSource(function, dict(self.types), self.at, attributes)
-        return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(self.options))
 
 
 class Instruction(NamedTuple):
@@ -323,7 +131,7 @@ def measure(kernel: Kernel, target: str) -> Row:
     threads = compiled.metadata.num_warps * TARGETS[target][2]
     widths: dict[str, str] = {}
     for (name, bits), count in sorted(Counter(filter(None, map(_access, assembly))).items()):
-        if re.match(r"(load|store) [GWMVRPq]$|store projection", name):
+        if re.match(r"(load|store) [GWMVRPqx]$|store projection", name):
             widths[name] = f"{widths[name]} + {count} x {bits}" if name in widths else f"{count} x {bits}"
     opcodes = " ".join(each.opcode for each in code)
     return row | {

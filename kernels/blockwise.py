@@ -55,27 +55,27 @@ def quantized(values, absmax, p_code):
 
 
 @triton.jit
-def moved(values, R, keep, finite):
-    """M + (1 - b1) (R - M), or V with R^2 in place of R; unchanged in channels that are not ``finite``."""
-    return tl.where(finite, values + keep * (R - values), values)
+def moved(values, R, keep, moves):
+    """M + (1 - b1) (R - M), or V with R^2 in place of R, where it ``moves``: in channels that are finite."""
+    return tl.where(moves, values + keep * (R - values), values)
 
 
 @triton.jit
-def store_moment(p_q, p_absmax, p_code, offsets, mask, values, finite):
-    """Write float32 ``values [blocks, 256]``. Blocks without a ``finite`` channel keep their bits: each rounding anew
-    would shrink -absmax, which is no entry of the table."""
+def store_moment(p_q, p_absmax, p_code, offsets, mask, values, moves):
+    """Write float32 ``values [blocks, 256]``. Blocks where nothing ``moves`` keep their bits: each rounding anew would
+    shrink -absmax, which is no entry of the table."""
     absmax = tl.max(tl.where(mask, magnitudes(values), 0.0), 1)
-    moves = tl.max(tl.where(mask & finite, 1, 0), 1) > 0
+    m_block = tl.max(tl.where(mask & moves, 1, 0), 1) > 0
     o_block = tl.min(offsets, 1) // _BLOCK
-    tl.store(p_absmax + o_block, absmax, mask=moves)
-    tl.store(p_q + offsets, quantized(values, absmax[:, None], p_code), mask=mask & moves[:, None])
+    tl.store(p_absmax + o_block, absmax, mask=m_block)
+    tl.store(p_q + offsets, quantized(values, absmax[:, None], p_code), mask=mask & m_block[:, None])
 
 
 @triton.jit
 def rescale_blockwise_kernel(
     p_table, p_absmax, p_programs, p_code, p_code_sq, p_projected, p_squared_norms, p_squared_R, p_factors, p_sums,
     p_previous, p_gradient_scale, keep1, keep2, eps,
-    RANK: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    RANK: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """Moments and factors of the channels of one program, from R ``[all channels, RANK]`` in memory (float32).
@@ -89,6 +89,8 @@ def rescale_blockwise_kernel(
     channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
     p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(tl.uint8))
     p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        p_M, p_V = tl.multiple_of(p_M, 16), tl.multiple_of(p_V, 16)
     p_absmax_M = tl.load(p_absmax + matrix * 2).to(tl.pointer_type(tl.float32))
     p_absmax_V = tl.load(p_absmax + matrix * 2 + 1).to(tl.pointer_type(tl.float32))
     block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
@@ -134,8 +136,8 @@ def rescale_blockwise_kernel(
         offsets = first_element + start + o_in_blocks
         mask = offsets < end
         R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
-        finite = tl.load(p_squared_R + offsets // RANK, mask=mask, other=0.0) < float("inf")
-        M = moved(dequantized(p_M, p_absmax_M, p_code, offsets, mask), R, keep1, finite)
-        V = moved(dequantized(p_V, p_absmax_V, p_code_sq, offsets, mask), R * R, keep2, finite)
-        store_moment(p_M, p_absmax_M, p_code, offsets, mask, M, finite)
-        store_moment(p_V, p_absmax_V, p_code_sq, offsets, mask, V, finite)
+        moves = tl.load(p_squared_R + offsets // RANK, mask=mask, other=0.0) < float("inf")
+        M = moved(dequantized(p_M, p_absmax_M, p_code, offsets, mask), R, keep1, moves)
+        V = moved(dequantized(p_V, p_absmax_V, p_code_sq, offsets, mask), R * R, keep2, moves)
+        store_moment(p_M, p_absmax_M, p_code, offsets, mask, M, moves)
+        store_moment(p_V, p_absmax_V, p_code_sq, offsets, mask, V, moves)
