@@ -72,7 +72,7 @@ def training_peak(
 
     >>> from apollo_triton.llama import meta_model  # doctest: +SKIP
     >>> training_peak(meta_model("7B"), batch=1, sequence=256)  # doctest: +SKIP
-    Peak(saved=75632128, working=18481664, gradients=262144000)
+    Peak(saved=75634176, working=18481664, gradients=262144000)
     """
     _check(model, batch, sequence)
     model = copy.deepcopy(model).train()  # of tensors without memory
@@ -109,10 +109,8 @@ def _check(model: nn.Module, batch: int, sequence: int) -> None:
             raise ValueError(f"{name} is on {parameter.device}: give a model on the meta device, as meta_model makes")
         if type(parameter) is not nn.Parameter:
             raise ValueError(f"{name} is a {type(parameter).__name__}: trace the model before quantize_model")
-    if (
-        not hasattr(model, "gradient_checkpointing_enable")
-        or not {"input_ids", "labels"} <= inspect.signature(model.forward).parameters.keys()
-    ):
+    takes = inspect.signature(model.forward).parameters.keys()
+    if not (hasattr(model, "gradient_checkpointing_enable") and takes >= {"input_ids", "labels"}):
         raise ValueError(f"a {type(model).__name__} takes no input_ids and labels: give a language model with its head")
 
 
@@ -221,7 +219,7 @@ class _AsOnCuda(TorchFunctionMode):
     the values of positions and masks away: to the model, all is on one device, and ``_call`` brings it together."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return torch.device("cpu")
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
