@@ -188,6 +188,17 @@ def test_the_models_attention_takes_the_flash_kernel_in_backward_too():
     }
 
 
+def test_a_move_to_the_device_where_it_is_allocates_nothing():
+    with Allocations(nn.Module(), layerwise=False) as allocations, _AsOnCuda():
+        x = torch.ones(64, 64, device="meta", requires_grad=True)
+        moved = x.to(x.device)
+        assert allocations.peak().total == 4 * 64 * 64
+        narrow = moved.to(x.device, torch.bfloat16)
+        assert allocations.peak().total == (4 + 2) * 64 * 64
+        narrow.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_the_model_stays_as_it_is():
     model = make().eval()
     training_peak(model, 1, 8, layerwise=False)
