@@ -161,10 +161,13 @@ class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
 def test_attention_is_cudas_kernel(dtype, masked, width, kernel):
     query, key = (torch.empty(2, heads, 256, width, dtype=dtype, device="meta") for heads in (4, 2))
     mask = torch.ones(256, 256, dtype=torch.bool, device="meta") if masked else None
-    with Kernels() as kernels, _AsOnCuda():
+    with Kernels() as kernels, Allocations(nn.Module(), layerwise=False) as allocations, _AsOnCuda():
         result = F.scaled_dot_product_attention(query, key, key, mask, is_causal=not masked, enable_gqa=True)
     assert result.shape == query.shape
     assert f"_scaled_dot_product_{kernel}_attention" in kernels.names
+    repeated = 0 if kernel == "flash" else 2 * query.nbytes  # the flash kernel takes fewer heads of keys and values
+    allocated = allocations.peak().total - query.nbytes - repeated
+    assert 0 < allocated < query.nbytes
 
 
 def test_flash_attention_keeps_no_scores():
