@@ -9,7 +9,8 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from textwrap import fill
@@ -29,6 +30,7 @@ FLOAT32_BYTES = 4
 # bitsandbytes: what is smaller keeps float32 moments; the rest has one scale per block and moment.
 SMALLEST_8BIT, BLOCK = 4096, 256
 COLUMNS = 79  # of a small terminal
+OWN = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison alone
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
     )
+    parser.add_argument(
+        "--single-card",
+        action="store_true",
+        help="activations included, part by part, what examples/pretrain_7b_12gb.py takes (default model: 7B)",
+    )
+    parser.add_argument("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
+    parser.add_argument("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what the options ask for; 0. Raises ValueError or OSError for a model or rank that cannot be."""
+    if not options.single_card:
+        _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
     if options.paper:
-        own = ("rank", "dtype", "state_dtype", "target_modules")
-        given = [name for name in own if getattr(options, name) is not None]
-        if given:
-            raise ValueError(f"--paper has the paper's own settings: leave out --{given[0].replace('_', '-')}")
+        _refuse(options, *OWN, "single_card", reason="--paper has the paper's own settings")
         print(_paper_json() if options.json else _paper_text())
         return 0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    if options.single_card:
+        _refuse(options, *OWN, reason="--single-card has the recipe's own settings")
+        return _run_single_card(options)
+    with _notes():
         reports = [_report(model, options) for model in options.model or named_sizes()]
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"note: {message}", file=sys.stderr)
     if options.json:
         print(json.dumps([_as_dict(report) for report in reports], indent=2))
     elif options.model:
@@ -188,6 +196,35 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(_summary(reports))
     return 0
+
+
+def _run_single_card(options: argparse.Namespace) -> int:
+    from . import single_card  # which needs this module
+
+    shape = {name: getattr(options, name) for name in ("batch", "sequence") if getattr(options, name) is not None}
+    with _notes():
+        counted = [single_card.count(model, **shape) for model in options.model or ["7B"]]
+    if options.json:
+        print(json.dumps([single_card.as_dict(each) for each in counted], indent=2))
+    else:
+        print("\n\n".join(single_card.text(each) for each in counted))
+    return 0
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings go to standard error, each once and without its line of code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"note: {message}", file=sys.stderr)
+
+
+def _refuse(options: argparse.Namespace, *names: str, reason: str) -> None:
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{reason}: leave out --{name.replace('_', '-')}")
 
 
 def _report(name: str, options: argparse.Namespace) -> Report:
@@ -227,7 +264,7 @@ def _details(report: Report) -> str:
         "of it for what is not projected (embeddings, head)."
     )
     title = f"{report.model}: {report.kind}, {report.parameters:,} parameters in {report.dtype}"
-    return "\n".join([title, "", _table(rows), "", fill(sentence, COLUMNS)])
+    return "\n".join([title, "", table(rows), "", fill(sentence, COLUMNS)])
 
 
 def _summary(reports: Sequence[Report]) -> str:
@@ -241,7 +278,7 @@ def _summary(reports: Sequence[Report]) -> str:
         f"APOLLO's moments in {reports[0].state_dtype}. Activations come on top. Exact bytes: --model 7B; the paper's "
         "figures: --paper."
     )
-    return "\n".join([_table(rows), "", fill(sentence, COLUMNS)])
+    return "\n".join([table(rows), "", fill(sentence, COLUMNS)])
 
 
 def _paper_text() -> str:
@@ -250,7 +287,7 @@ def _paper_text() -> str:
     for cells in parts:
         rows = [["", "size", "paper", "GB", "GiB", ""]]
         rows += [[c.method, c.size, c.printed, c.digits(GB), c.digits(GIB), _verdict(c)] for c in cells]
-        tables.append(_table(rows, left=(0, 5)))
+        tables.append(table(rows, left=(0, 5)))
     everything = [cell for cells in parts for cell in cells]
     reproduced = sum(bool(cell.reproduced) for cell in everything)
     sentence = (
@@ -272,7 +309,7 @@ def _paper_json() -> str:
     return json.dumps([asdict(cell) | {"reproduced": cell.reproduced} for cell in cells], indent=2)
 
 
-def _table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     """Columns two spaces apart, all to the right but those numbered in ``left``."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

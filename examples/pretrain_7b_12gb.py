@@ -3,8 +3,8 @@
     python examples/pretrain_7b_12gb.py                        # 7B on a CUDA device, held to --cap 12 GB
     python examples/pretrain_7b_12gb.py --size 60M --steps 20  # the same on a CPU, of a size that it can train
 
-It prints what each part takes, counted before anything is allocated, and on CUDA what the allocator says of it. Each
-byte of the text is a token; weights are random.
+It prints what each part will take, activations too, before anything is allocated, and on CUDA what the allocator says
+of it. Each byte of the text is a token; weights are random.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRotaryEmbedding
 
-from apollo_triton import APOLLOAdamW, attach_layerwise, memory, quantize_model
+from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model, single_card
 from apollo_triton.int8 import Int8Weight
 from apollo_triton.llama import meta_model, named_sizes
 
@@ -33,12 +33,13 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap * GB / total))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # CPUs are slow in bfloat16
     model: LlamaForCausalLM = quantize_model(meta_model(options.size, dtype))
-    show_counted(model, dtype)
+    predicted = single_card.count(options.size, options.batch, options.sequence, dtype)
+    show_predicted(predicted)
     fill(model.to_empty(device=device), options.seed)
     report("weights", device)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    optimizer = APOLLOAdamW.mini(model, lr=options.lr, state_dtype=dtype, stochastic_rounding=True)
+    optimizer = APOLLOAdamW.mini(model, lr=options.lr, stochastic_rounding=True, **single_card.OPTIONS)
     attach_layerwise(model, optimizer)
     started = time.perf_counter()
     for step, tokens in enumerate(batches(options, device), 1):
@@ -51,21 +52,14 @@ def main() -> None:
             rate = step * options.batch * options.sequence / (time.perf_counter() - started)
             print(f"step {step:5d}   loss {loss.item():.4f}   {rate:.0f} tokens/s", flush=True)
     if device.type == "cuda":
-        print(f"peak, activations included: {torch.cuda.max_memory_allocated(device) / GB:.2f} GB")
+        measured, expected = torch.cuda.max_memory_allocated(device), predicted.total
+        print(f"peak: {measured / GB:.2f} GB, predicted {expected / GB:.2f} GB ({measured / expected - 1:+.1%})")
 
 
-def show_counted(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
-    """What training will take, part by part, but for activations."""
-    int8 = [parameter for parameter in model.parameters() if isinstance(parameter, Int8Weight)]
-    parts = {
-        "int8 weights": sum(weight.q.nbytes for weight in int8),
-        "their scales and zero points": sum(weight.scale.nbytes + weight.zero.nbytes for weight in int8),
-        "other weights": sum(each.nbytes for each in model.parameters() if not isinstance(each, Int8Weight)),
-        "one gradient, the largest": max(each.numel() * each.element_size() for each in model.parameters()),
-        "optimizer state": memory.apollo_mini(model, state_dtype=dtype).state,
-    }
-    for name, size in (parts | {"in all, activations on top": sum(parts.values())}).items():
-        print(f"{name:32s} {size / GB:7.3f} GB")
+def show_predicted(predicted: single_card.SingleCard) -> None:
+    """What training will take at its peak, part by part."""
+    for name, _, gigabytes in single_card.rows(predicted):
+        print(f"{name:32s} {gigabytes:>7s} GB")
 
 
 def fill(model: LlamaForCausalLM, seed: int) -> None:

@@ -80,8 +80,9 @@ def test_the_7b_recipe_runs_on_a_cpu_at_a_size_that_it_can_train() -> None:
     assert found.returncode == 0, found.stderr
     counted = dict(re.findall(r"^(\S.*?) +([\d.]+) GB$", found.stdout, re.MULTILINE))
     assert counted["int8 weights"] == "0.025"  # 25.3 M in attention and MLP
-    # 25.3 MB and their 1 MB, 32.8 M others at 4 bytes, 65.5 MB of gradient, 8 bytes for each of the others.
-    assert counted["in all, activations on top"] == "0.486"
+    assert counted["gradients of weights at the peak"] == "0.066"
+    # 25.3 MB and their 1 MB, 32.8 M others at 4 + 2 * 2 bytes, that gradient, and 2 to 3 MB of activations.
+    assert counted["total"] == "0.357"
     first, second = (float(loss) for loss in re.findall(r"^step +\d +loss ([\d.]+) ", found.stdout, re.MULTILINE))
     assert 4 < first < 12, found.stdout
     assert second != first
