@@ -20,8 +20,10 @@ from .philox import Stream
 from .reference import shrink, store
 from .settings import Settings
 
-# Elements at a time, whole blocks: three float32 buffers of 16 MB. LLaMA-7B's embedding and head are 63 such.
-CHUNK = 1 << 22
+# Elements at a time, whole blocks. LLaMA-7B's embedding and head are 125 such.
+CHUNK = 1 << 21
+# The most bytes that an update takes in passing: bfloat16 weights that are rounded stochastically.
+PASSING = 13 * 4 * CHUNK
 # So late that bitsandbytes' own bias correction is 1, and ours the only one.
 _LATE = 1 << 30
 

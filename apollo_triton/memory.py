@@ -19,16 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blockwise import BLOCK
 from .checks import Label, find_piece
 from .llama import default_rank, meta_model, named_sizes
 from .optimizer import APOLLOAdamW
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 from .settings import Settings
-from .state import make_state, state_shapes
+from .state import MOMENTS, make_state, state_shapes
 
 FLOAT32_BYTES = 4
-# bitsandbytes: what is smaller keeps float32 moments; the rest has one scale per block and moment.
-SMALLEST_8BIT, BLOCK = 4096, 256
+# bitsandbytes: what is smaller keeps float32 moments.
+SMALLEST_8BIT = 4096
 COLUMNS = 79  # of a small terminal
 OWN = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison alone
 
@@ -111,8 +112,8 @@ def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
             label = Label(0, "", parameter.to("meta"))
             state = make_state(label, settings, find_piece(label, settings))
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            moments += sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("exp_avg"))
-            other += sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("exp_avg"))
+            moments += sum(tensor.nbytes for name, tensor in tensors.items() if name in MOMENTS)
+            other += sum(tensor.nbytes for name, tensor in tensors.items() if name not in MOMENTS)
             # svd's projection comes with the first gradient
             other += FLOAT32_BYTES * prod(state_shapes(parameter, settings).get("projection", (0,)))
     return moments, other

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from . import memory
+from . import dense_8bit, memory
 from .activations import training_peak
 from .int8 import Int8Weight
 from .int8_layers import quantize_model
 from .llama import meta_model
 from .paper import GB
 
-OPTIONS: dict[str, Any] = {"state_dtype": torch.bfloat16}  # the recipe's, of APOLLOAdamW.mini
+OPTIONS: dict[str, Any] = {"state_bits": 8}  # the recipe's, of APOLLOAdamW.mini
 CARDS = 11, 12  # GB, of the small cards that it is for
 
 
@@ -53,7 +53,7 @@ def count(
     Raises what ``meta_model``, ``training_peak`` and ``quantize_model`` raise for a model or shape that cannot be.
 
     >>> count("7B", batch=1, sequence=256).total  # doctest: +SKIP
-    8666021900
+    8251900032
     """
     traced = meta_model(model, dtype)
     peak = training_peak(traced, batch, sequence)
@@ -73,6 +73,7 @@ def count(
         "gradients of weights at the peak": peak.gradients,
         "activations kept by the forward": peak.saved,
         "activations of the backward": peak.working,
+        "in passing, by an update": dense_8bit.PASSING,
     }
     return SingleCard(model, batch, sequence, str(dtype).removeprefix("torch."), parts)
 

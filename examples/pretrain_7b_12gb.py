@@ -1,7 +1,8 @@
-"""Pretrain LLaMA-7B on one card of 12 GB: int8 weights, APOLLO-Mini, layer-wise updates, activation checkpointing.
+"""Pretrain LLaMA-7B on one card of 12 GB: int8 weights, APOLLO-Mini with 8-bit moments, layer-wise updates, activation
+checkpointing. Needs the extras demo and int8.
 
-    python examples/pretrain_7b_12gb.py                        # 7B on a CUDA device, held to --cap 12 GB
-    python examples/pretrain_7b_12gb.py --size 60M --steps 20  # the same on a CPU, of a size that it can train
+    python examples/pretrain_7b_12gb.py --config examples/pretrain_7b_12gb.json  # on a CUDA device, held to 12 GB
+    python examples/pretrain_7b_12gb.py --size 60M --steps 20                    # on a CPU, of a size that it can train
 
 It prints what each part will take, activations too, before anything is allocated, and on CUDA what the allocator says
 of it. Each byte of the text is a token; weights are random.
@@ -10,6 +11,7 @@ of it. Each byte of the text is a token; weights are random.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -94,6 +96,7 @@ def report(what: str, device: torch.device) -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a JSON file of these options; others given go before it")
     parser.add_argument("--size", choices=named_sizes(), default="7B", help="of the paper's LLaMA (%(default)s)")
     parser.add_argument("--cap", type=float, default=12.0, help="GB that a CUDA device may use (%(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="(%(default)s)")
@@ -103,6 +106,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--report", type=int, default=10, help="steps between lines (%(default)s)")
     parser.add_argument("--text", type=Path, help="a file, or a folder of .py files (Python's standard library)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
+    given = parser.parse_args().config
+    if given is not None:
+        config = json.loads(given.read_text())
+        unknown = config.keys() - vars(parser.parse_args([])).keys()
+        if unknown:
+            parser.error(f"{given}: unknown options {', '.join(sorted(unknown))}")
+        parser.set_defaults(**config)
     return parser.parse_args()
 
 

@@ -74,15 +74,18 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
 
 def test_the_7b_recipe_runs_on_a_cpu_at_a_size_that_it_can_train() -> None:
     """A model that is not filled, a part that is not counted, gradients that stay alive."""
-    command = [sys.executable, "examples/pretrain_7b_12gb.py", "--size=60M", "--steps=2", "--sequence=16", "--report=1"]
+    pytest.importorskip("bitsandbytes")
+    example, options = "examples/pretrain_7b_12gb", ["--size=60M", "--steps=2", "--sequence=16", "--report=1"]
+    command = [sys.executable, f"{example}.py", f"--config={example}.json", *options]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert found.returncode == 0, found.stderr
     counted = dict(re.findall(r"^(\S.*?) +([\d.]+) GB$", found.stdout, re.MULTILINE))
     assert counted["int8 weights"] == "0.025"  # 25.3 M in attention and MLP
     assert counted["gradients of weights at the peak"] == "0.066"
-    # 25.3 MB and their 1 MB, 32.8 M others at 4 + 2 * 2 bytes, that gradient, and 2 to 3 MB of activations.
-    assert counted["total"] == "0.357"
+    # 25.3 MB and their 1 MB, 32.8 M others at 4 + 2 bytes and 1 MB of scales, that gradient, what the update takes in
+    # passing, and 2 to 3 MB of activations.
+    assert 0.39 < float(counted["total"]) < 0.395
     first, second = (float(loss) for loss in re.findall(r"^step +\d +loss ([\d.]+) ", found.stdout, re.MULTILINE))
     assert 4 < first < 12, found.stdout
     assert second != first

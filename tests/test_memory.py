@@ -58,6 +58,7 @@ def stepped(model, optimizer):
 
 
 BFLOAT16 = {"rank": 4, "target_modules": ["q_proj", "mlp"], "state_dtype": torch.bfloat16}
+EIGHT = {"rank": 40, "target_modules": ["q_proj", "mlp"], "state_bits": 8, "min_8bit_size": 2500}
 SVD = {"rank": 4, "target_modules": "all-linear", "proj": "svd"}
 
 
@@ -69,9 +70,10 @@ SVD = {"rank": 4, "target_modules": "all-linear", "proj": "svd"}
         (lambda model: memory.apollo(model, rank=8), lambda model: APOLLOAdamW.apollo(model, rank=8)),
         (memory.apollo_mini, APOLLOAdamW.mini),
         (lambda model: memory.apollo(model, **BFLOAT16), lambda model: APOLLOAdamW.apollo(model, **BFLOAT16)),
+        (lambda model: memory.apollo(model, **EIGHT), lambda model: APOLLOAdamW.apollo(model, **EIGHT)),
         (lambda model: memory.apollo(model, **SVD), lambda model: APOLLOAdamW.apollo(model, **SVD)),
     ],
-    ids=["adamw", "apollo", "mini", "bfloat16", "svd"],
+    ids=["adamw", "apollo", "mini", "bfloat16", "8-bit", "svd"],
 )
 def test_the_count_is_what_a_real_step_allocates(config_file, count, make, dtype):
     """Counted on the meta device from the config file, against real tensors of a model of the same config."""
@@ -337,8 +339,8 @@ def test_the_table_of_int8_weights_is_what_is_counted():
     rows = text.partition("<!-- memory -->")[2].partition("<!-- end of memory -->")[0].strip().splitlines()[2:]
     plain, int8 = meta_model("7B"), quantize_model(meta_model("7B"))
     largest = max(parameter.numel() * parameter.element_size() for parameter in int8.parameters())
-    both = memory.apollo_mini(int8), memory.apollo_mini(int8, state_dtype=torch.bfloat16)
-    layerwise = [replace(each, gradients=largest) for each in both]
+    options = {}, {"state_dtype": torch.bfloat16}, {"state_bits": 8}
+    layerwise = [replace(memory.apollo_mini(int8, **each), gradients=largest) for each in options]
     expected = [memory.adamw(plain), memory.apollo_mini(plain), memory.apollo_mini(int8), *layerwise]
     for row, each in zip(rows, expected, strict=True):
         figures = [f"{size / 1e9:.2f} GB" for size in (each.weights, each.gradients, each.state, each.total)]
