@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import int8_linear
 from .int8 import Int8Weight, check_group_size
 from .param_groups import is_target
 
@@ -149,20 +148,34 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The weight's gradient is a float tensor like any other."""
+    """Weights are dequantised a block at a time in each direction; their gradient is a float tensor like any other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return int8_linear.forward(x, weight, bias)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for rows, W in _blocks(weight, x.dtype):
+            y[..., rows] = x @ W.mT
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         flat = gradient.reshape(-1, gradient.shape[-1])
-        return (
-            int8_linear.input_gradient(gradient, weight) if needs_x else None,
-            flat.mT @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
-            flat.sum(0) if needs_bias else None,
-        )
+        of_x = of_weight = of_bias = None
+        if needs_x:
+            total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            for rows, W in _blocks(weight, x.dtype):
+                total += gradient[..., rows] @ W
+            of_x = total.to(x.dtype)
+        if needs_weight:
+            of_weight = flat.mT @ x.reshape(-1, x.shape[-1])
+        if needs_bias:
+            of_bias = flat.sum(0)
+        return of_x, of_weight, of_bias
+
+
+def _blocks(weight: Int8Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for rows in weight.blocks():
+        yield rows, weight.floats(rows).to(dtype)
