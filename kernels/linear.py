@@ -11,6 +11,7 @@ import math
 import triton
 import triton.language as tl
 
+from .philox import round_nearest
 from .sketch import dot
 from .table import power_of_two
 
@@ -81,7 +82,7 @@ def weight_tile(
     scale = tl.load(p_scale + group, mask=m_run, other=0.0)
     zero = tl.load(p_zero + group, mask=m_run, other=0)
     W = (q.to(tl.float32) - spread(zero.to(tl.float32), RUN)) * spread(scale, RUN)
-    return W.to(DTYPE)
+    return round_nearest(W, DTYPE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -108,7 +109,7 @@ def forward_kernel(
     if p_bias is not None:
         sums += tl.load(p_bias + o_output, mask=o_output < outputs, other=0).to(tl.float32)[None, :]
     p_y_tile = p_y + o_row[:, None] * outputs + o_output[None, :]
-    tl.store(p_y_tile, sums.to(p_y.dtype.element_ty), mask=m_row & (o_output < outputs)[None, :])
+    tl.store(p_y_tile, round_nearest(sums, p_y.dtype.element_ty), mask=m_row & (o_output < outputs)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -134,4 +135,4 @@ def input_gradient_kernel(
         )
         sums = dot(G, W, sums, PRECISION)
     p_tile = p_result + o_row[:, None] * inputs + o_input[None, :]
-    tl.store(p_tile, sums.to(p_result.dtype.element_ty), mask=m_row & (o_input < inputs)[None, :])
+    tl.store(p_tile, round_nearest(sums, p_result.dtype.element_ty), mask=m_row & (o_input < inputs)[None, :])
