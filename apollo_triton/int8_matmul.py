@@ -41,7 +41,7 @@ def _launch(
     if rows == 0:
         return
     precision = _precision(activations.dtype)
-    blocks = kernels.blocks(rows, precision)
+    blocks = kernels.blocks(rows, tensor_cores=activations.dtype != torch.float32 or precision == "tf32")
     block_columns = blocks["BLOCK_SUMMED" if kernel is kernels.forward_kernel else "BLOCK_KEPT"]
     fused.launch(
         kernel,
@@ -56,14 +56,12 @@ def _launch(
         *weight.shape,
         GROUP=weight.group_size,
         RUN=kernels.run_length(weight.group_size, weight.shape[1], block_columns),
-        PRECISION="ieee" if precision == "half" else precision,
+        PRECISION=precision,
         **blocks,
     )
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """"half", or in what PyTorch would multiply float32; not every ROCm device that triton knows has TF32."""
-    if dtype != torch.float32:
-        return "half"
+    """In what PyTorch would multiply float32; not every ROCm device that the kernels run on has TF32."""
     exact = torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None
-    return "ieee" if exact else "tf32"
+    return "ieee" if exact or dtype != torch.float32 else "tf32"

@@ -42,6 +42,7 @@ TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {
 ESSENTIAL = 5  # the first so many variants are those that CI compiles for every target
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+_TYPES[torch.uint8] = "u8"
 _ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _TENSOR_MEMORY = 512  # columns that sm_100 has
 _KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/sketch.py

@@ -20,20 +20,26 @@ from .table import power_of_two
 _ROW_BLOCKS_TOGETHER = tl.constexpr(8)
 
 
-def blocks(rows: int, precision: str) -> dict[str, int]:
-    """Tile sizes and warps for so many rows of activations; ``precision`` is "half", or what float32 is multiplied in.
+def blocks(rows: int, tensor_cores: bool) -> dict[str, int]:
+    """Tile sizes and warps for so many rows of activations, padded to a tile at least.
 
-    BLOCK_KEPT is the side of W that the result keeps, BLOCK_SUMMED the one that is summed over. Fewer rows than a tile
-    has are padded to one; the order in which a sum is taken does not depend on how many there are.
+    BLOCK_KEPT is the side of W that the result keeps, BLOCK_SUMMED the one that is summed over.
     """
-    block_rows = min(max(16, power_of_two(rows)), 64 if precision == "ieee" else 128)
-    if precision == "ieee":  # no tensor cores: products are unrolled, and larger tiles spill
-        return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 64, "BLOCK_SUMMED": 16, "num_warps": 4, "num_stages": 2}
+    block_rows = max(16, power_of_two(rows))
+    if not tensor_cores:
+        # 32 rows at most: of 64 triton 3.7 makes TF32 products on sm_100, input_precision="ieee" or not, where an
+        # operand was 8 or 16 bits wide before.
+        block_rows = min(block_rows, 32)
+        return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 128, "BLOCK_SUMMED": 16, "num_warps": 4, "num_stages": 2}
+    if rows <= 32:  # smaller tiles: more programs, to read W with
+        return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 64, "BLOCK_SUMMED": 64, "num_warps": 4, "num_stages": 3}
+    # BLOCK_SUMMED 64 would take 134 registers a thread on sm_90, one program at a time, instead of 128 and two, of which
+    # one multiplies while the other dequantises; on sm_80 and gfx942 it would spill.
     return {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_KEPT": 128 if block_rows > 32 else 64,  # few rows: more programs, to read W with
-        "BLOCK_SUMMED": 64 if precision == "half" else 32,
-        "num_warps": 8 if block_rows > 64 else 4,
+        "BLOCK_ROWS": min(block_rows, 128),
+        "BLOCK_KEPT": 128,
+        "BLOCK_SUMMED": 32,
+        "num_warps": 8 if rows > 64 else 4,
         "num_stages": 3,
     }
 
