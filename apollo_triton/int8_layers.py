@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backends import choose
 from .int8 import Int8Weight, check_group_size
 from .param_groups import is_target
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Int8Linear(nn.Linear):
@@ -148,11 +151,16 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Weights are dequantised a block at a time in each direction; their gradient is a float tensor like any other."""
+    """Weights are dequantised a tile at a time in the kernels, a block of rows at a time by PyTorch; their gradient is
+    a float tensor like any other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if _has_kernels(x, weight):
+            from . import int8_matmul
+
+            return int8_matmul.forward(x, weight, bias)
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         for rows, W in _blocks(weight, x.dtype):
             y[..., rows] = x @ W.mT
@@ -164,7 +172,12 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_x = of_weight = of_bias = None
-        if needs_x:
+        if needs_x and _has_kernels(gradient, weight) and not torch.is_grad_enabled():
+            from . import int8_matmul
+
+            of_x = int8_matmul.input_gradient(gradient, weight)
+        elif needs_x:
+            # With create_graph, too: what the kernels compute cannot be differentiated again.
             total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             for rows, W in _blocks(weight, x.dtype):
                 total += gradient[..., rows] @ W
@@ -174,6 +187,11 @@ class _Linear(torch.autograd.Function):
         if needs_bias:
             of_bias = flat.sum(0)
         return of_x, of_weight, of_bias
+
+
+def _has_kernels(activations: Tensor, weight: Int8Weight) -> bool:
+    kernels_take_it = activations.dtype in _KERNEL_DTYPES and activations.device == weight.device
+    return kernels_take_it and choose(weight, "auto").name == "triton"
 
 
 def _blocks(weight: Int8Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -99,7 +99,7 @@ def launches(
     """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
     wide, ``int8`` those of one in groups of so many; dense without a ``group``. Given ``tokens``, those of the layer of
     that int8 weight: forward, with a bias, and input gradient."""
-    from apollo_triton import backends, fused, int8_linear
+    from apollo_triton import backends, fused, int8_matmul
 
     found: list[Kernel] = []
 
@@ -117,8 +117,8 @@ def launches(
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
         if tokens:
             x = torch.zeros(tokens, 1024, dtype=dtype)
-            int8_linear.forward(x, weight, x[0])
-            int8_linear.input_gradient(x, weight)
+            int8_matmul.forward(x, weight, x[0])
+            int8_matmul.input_gradient(x, weight)
             return found
         if sharded:
             mesh = stack.enter_context(fake_mesh(ranks=2))
@@ -192,9 +192,8 @@ class Kernel:
             words.append("t on the device")
         if "GROUP" in at:
             words.append(f"groups of {at['GROUP']}")
-        if self.name == "linear_kernel":
-            words.append("forward" if at["FORWARD"] else "input gradient")
-            words += [f"{at['BLOCK_ROWS']} rows", dict(self.types)["p_x"].removeprefix("*")]
+        if "BLOCK_KEPT" in at:
+            words += [f"{at['BLOCK_ROWS']} rows", self.types[0][1].removeprefix("*")]
         if at.get("SPLIT", 1) > 1:
             words.append(f"in {at['SPLIT']} parts")
         if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
@@ -207,7 +206,7 @@ class Kernel:
         at = self.at
         tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
         tile |= {"apply_int8_kernel": "GROUPS GROUP", "rescale_blockwise_kernel": "CHANNELS RANK"}
-        tile["linear_kernel"] = "ACROSS INNER"  # of W
+        tile |= dict.fromkeys(("forward_kernel", "input_gradient_kernel"), "KEPT SUMMED")  # of W
         if self.name in tile:
             return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)

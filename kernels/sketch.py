@@ -74,11 +74,12 @@ def product(G, P, R, PARTS: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, accumulator):
+def dot(a, b, accumulator, PRECISION: tl.constexpr = "ieee"):
+    """``PRECISION``: in what float32 is multiplied; half precision is exact in any."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     else:
-        return tl.dot(a, b, accumulator)
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

