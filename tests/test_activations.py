@@ -167,7 +167,8 @@ def test_attention_is_cudas_kernel(dtype, masked, width, kernel):
     assert f"_scaled_dot_product_{kernel}_attention" in kernels.names
     repeated = 0 if kernel == "flash" else 2 * query.nbytes  # the flash kernel takes fewer heads of keys and values
     allocated = allocations.peak().total - query.nbytes - repeated
-    assert 0 < allocated < query.nbytes
+    scores = 2 * 4 * 256 * 256 * query.element_size()
+    assert 0 < allocated < max(scores / 2, query.nbytes)  # logsumexps, and the mask as floats: no scores
 
 
 def test_flash_attention_keeps_no_scores():

@@ -69,8 +69,10 @@ def test_the_sources_of_the_environment_leave_out_another_one_s(monkeypatch, tmp
 
 def test_every_variant_starts_from_the_same_weights_and_ends_elsewhere(in_process):
     rows = {name: train(plan(in_process, name)) for name in VARIANTS}
-    first = {row["curve"]["0"] for row in rows.values()}
-    assert len(first) == 1
+    first = {row["curve"]["0"] for name, row in rows.items() if not name.startswith("Q-")}
+    rounded = {row["curve"]["0"] for name, row in rows.items() if name.startswith("Q-")}
+    assert len(first) == len(rounded) == 1
+    assert rounded.pop() == pytest.approx(first.pop(), rel=1e-2)
     ends = [row["held_out_loss"] for row in rows.values()]
     assert all(row["held_out_loss"] < row["curve"]["0"] for row in rows.values())
     assert len(set(ends)) == len(ends)  # a variant whose options were lost would end where its plain one does

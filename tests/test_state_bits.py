@@ -80,7 +80,7 @@ def steps(optimizer, parameters, gradients):
         ((2, 70, 8), {"rank": 4}),  # experts, whose blocks are their own
         ((70, 64), {"rank": 64}),
         ((5, 260), {"rank": 256, "proj_type": "right"}),
-        ((2, 1030), {"rank": 1024, "proj_type": "right"}),  # sketched in four blocks of ranks
+        ((1, 1026), {"rank": 1024, "proj_type": "right"}),  # sketched in four blocks of ranks
     ],
 )
 def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
@@ -124,7 +124,7 @@ def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
         M, V = moments(optimizer, weight)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 5, 6, 17, 24, 100, 300])
+@pytest.mark.parametrize("rank", [1, 2, 3, 6, 17, 100, 260])
 def test_any_rank_moves_the_weight_as_float_moments_do(rank, engine):
     """For one step, whose moments were zeros: what is stored does not enter yet. Then within 8 bits."""
     shape = (-(-300 // rank) + 60, max(rank, 20))
@@ -133,7 +133,7 @@ def test_any_rank_moves_the_weight_as_float_moments_do(rank, engine):
     ours = optimizer_of([found], engine="auto", rank=rank, proj_type="right", **EIGHT)
     float32 = optimizer_of([other], engine="auto", rank=rank, proj_type="right")
     assert ours.state == {}
-    for step in range(3):
+    for step in range(2):
         gradient = drawn(shape, step)
         found.grad, other.grad = gradient.clone(), gradient.clone()
         ours.step()
