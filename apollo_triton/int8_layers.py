@@ -170,6 +170,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        if needs_weight and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True through an int8 weight that is trained: the gradient of its input depends on it, "
+                "which is not followed; freeze the weight, or train a float one (dequantize_model)"
+            )
         flat = gradient.reshape(-1, gradient.shape[-1])
         of_x = of_weight = of_bias = None
         if needs_x and _has_kernels(gradient, weight) and not torch.is_grad_enabled():

@@ -166,9 +166,9 @@ def table(rows: list[Row]) -> str:
     """The rows as text, a target after the other."""
     lines: list[str] = []
     for target, group in itertools.groupby(rows, lambda row: row["target"]):
-        lines += ["", f"{target:<70}" + "".join(f"  {name}" for name in _FIGURES) + "  instructions x bits"]
+        lines += ["", f"{target:<75}" + "".join(f"  {name}" for name in _FIGURES) + "  instructions x bits"]
         for row in group:
-            cells = [f"{row['kernel']:<14}{row['what']:<56}", row.get("error", "")]
+            cells = [f"{row['kernel']:<19}{row['what']:<56}", row.get("error", "")]
             for name in _FIGURES * ("error" not in row):
                 figure = ("-", "yes")[row[name]] if isinstance(row[name], bool) else row[name]
                 cells.append(f"{figure:>{len(name) + 2}}")

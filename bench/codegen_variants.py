@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor, Shard
 from apollo_triton import APOLLOAdamW
 from apollo_triton.int8 import Int8Weight
 
+from . import codegen_linear
 from .fake_mesh import fake_mesh
 
 TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
-ESSENTIAL = 5  # the first so many variants are those that CI compiles for every target
+ESSENTIAL = 5 + codegen_linear.ESSENTIAL  # the first so many variants are those that CI compiles for every target
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -35,6 +36,8 @@ _KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of ke
 def variants() -> Iterator[dict[str, Any]]:
     """Arguments of ``launches``: every value of each constexpr argument, and the pairs that meet in one expression of a
     kernel; not all products. bfloat16 and rows kept unless it says otherwise, as in most trainings."""
+    layers = [{"linear": each} for each in codegen_linear.VARIANTS]
+    yield from layers[: codegen_linear.ESSENTIAL]
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     mini, columns = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
     yield {"group": mini}
@@ -42,6 +45,7 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": {"rank": 256}, "dtype": float32}  # three products with the largest tile
     yield {"group": {"rank": 128, "proj": "svd"}}  # float32 throughout
     yield {}
+    yield from layers[codegen_linear.ESSENTIAL :]
     # Rank 1, where instructions an element decide.
     yield from ({"group": mini | columns}, {"group": {"rank": 1}}, {"group": {"rank": 1} | columns, "dtype": float32})
     yield {"group": mini | {"distribution": "rademacher"}}
@@ -78,9 +82,6 @@ def variants() -> Iterator[dict[str, Any]]:
         {"group": {"rank": 128}, "int8": 256},
         {"group": mini | columns, "int8": 64},
     )
-    # Its layer: large and small batches, a scale an element, products of float32.
-    yield from ({"tokens": 256, "int8": 128}, {"tokens": 16, "int8": 64}, {"tokens": 256, "int8": 16})
-    yield {"tokens": 256, "int8": 128, "dtype": float32}
     # 8-bit moments: two launches again, and what a program of the second owns the sketch of rank 1 cuts in four.
     eight = {"state_bits": 8, "min_8bit_size": 0}
     yield from ({"group": mini, **eight}, {"group": {"rank": 3}, **eight}, {"group": {"rank": 256} | columns, **eight})
@@ -93,13 +94,13 @@ def launches(
     aligned: bool = True,
     sharded: bool = False,
     int8: int = 0,
-    tokens: int = 0,
+    linear: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Kernel]:
     """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
-    wide, ``int8`` those of one in groups of so many; dense without a ``group``. Given ``tokens``, those of the layer of
-    that int8 weight: forward, with a bias, and input gradient."""
-    from apollo_triton import backends, fused, int8_matmul
+    wide, ``int8`` those of one in groups of so many; dense without a ``group``. ``linear``: those of a layer's two
+    directions instead."""
+    from apollo_triton import backends, fused
 
     found: list[Kernel] = []
 
@@ -115,10 +116,8 @@ def launches(
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(fused, "launch", record))
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
-        if tokens:
-            x = torch.zeros(tokens, 1024, dtype=dtype)
-            int8_matmul.forward(x, weight, x[0])
-            int8_matmul.input_gradient(x, weight)
+        if linear is not None:
+            codegen_linear.forward_and_backward(**linear)
             return found
         if sharded:
             mesh = stack.enter_context(fake_mesh(ranks=2))
@@ -192,8 +191,8 @@ class Kernel:
             words.append("t on the device")
         if "GROUP" in at:
             words.append(f"groups of {at['GROUP']}")
-        if "BLOCK_KEPT" in at:
-            words += [f"{at['BLOCK_ROWS']} rows", self.types[0][1].removeprefix("*")]
+        if "RUN" in at:
+            words += codegen_linear.words(at, dict(self.types))
         if at.get("SPLIT", 1) > 1:
             words.append(f"in {at['SPLIT']} parts")
         if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
@@ -206,7 +205,7 @@ class Kernel:
         at = self.at
         tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
         tile |= {"apply_int8_kernel": "GROUPS GROUP", "rescale_blockwise_kernel": "CHANNELS RANK"}
-        tile |= dict.fromkeys(("forward_kernel", "input_gradient_kernel"), "KEPT SUMMED")  # of W
+        tile |= dict.fromkeys(("forward_kernel", "input_gradient_kernel"), "KEPT SUMMED")
         if self.name in tile:
             return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)

@@ -111,6 +111,24 @@ def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:
     return grouped
 
 
+def baseline(variant: str) -> str | None:
+    """What a variant is held against: int8 weights against float ones, all else against AdamW.
+
+    >>> baseline("Q-Mini, to the nearest"), baseline("Mini, bf16 moments"), baseline("AdamW")
+    ('Mini', 'AdamW', None)
+    """
+    if variant.startswith("Q-"):
+        return variant.removeprefix("Q-").partition(",")[0]
+    return None if variant == "AdamW" else "AdamW"
+
+
+def differences(runs: dict[str, dict[int, Row]], variant: str) -> list[float]:
+    """A variant's losses less its baseline's of the same seeds."""
+    theirs = runs.get(baseline(variant) or "", {})
+    shared = sorted(runs.get(variant, {}).keys() & theirs.keys())
+    return [runs[variant][seed]["held_out_loss"] - theirs[seed]["held_out_loss"] for seed in shared]
+
+
 def mean_and_margin(values: list[float]) -> tuple[float, float | None]:
     """The mean and the half-width of its 95 % confidence interval by Student's t; no width from one value.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from apollo_triton.extras import require
 
-from .report_data import Machine, by_variant, curve, mean_and_margin, of_tallest_matrices, pretrainings
+from .report_data import Machine, by_variant, curve, differences, mean_and_margin, of_tallest_matrices, pretrainings
 
 # Okabe and Ito's, which colour-blind readers can tell apart; ours strong, peers told apart by their markers too.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#555555", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -121,8 +121,9 @@ def _curves(machine: Machine, number: int, training: dict[str, Any], folder: Pat
     if not runs:
         return ""
     path = folder / f"{machine.folder}-pretraining-{number}.png"
-    plain = [variant for variant in ("AdamW", "apollo-torch", "APOLLO", "Mini") if variant in runs]
-    with _figure(path, 2, 10, 4.6) as (losses, differences):
+    names = ("AdamW", "apollo-torch", "APOLLO", "Mini", "Q-APOLLO", "Q-Mini")
+    plain = [variant for variant in names if variant in runs]
+    with _figure(path, 2, 10, 4.6) as (losses, gaps):
         for index, variant in enumerate(plain):
             steps = sorted(map(int, next(iter(runs[variant].values()))["curve"]))[1:]  # the first is that of chance
             means, margins = [], []
@@ -138,14 +139,12 @@ def _curves(machine: Machine, number: int, training: dict[str, Any], folder: Pat
             xlabel="step", ylabel="held-out loss, nats a token", title="mean over seeds, and its 95 % confidence"
         )
         losses.legend()
-        others = [variant for variant in runs if variant != "AdamW" and "AdamW" in runs]
+        others = [variant for variant in runs if differences(runs, variant)]
         for height, variant in enumerate(reversed(others)):
-            shared = sorted(runs[variant].keys() & runs["AdamW"].keys())
-            gaps = [runs[variant][s]["held_out_loss"] - runs["AdamW"][s]["held_out_loss"] for s in shared]
-            if gaps:
-                mean, margin = mean_and_margin(gaps)
-                differences.errorbar(mean, height, xerr=margin, fmt="o", color=COLOURS[1], capsize=3)
-        differences.axvline(0, color="black", linewidth=1)
-        differences.set_yticks(range(len(others)), list(reversed(others)))
-        differences.set(xlabel="final loss less AdamW's, same seed (left is better)", title="differences")
+            mean, margin = mean_and_margin(differences(runs, variant))
+            gaps.errorbar(mean, height, xerr=margin, fmt="o", color=COLOURS[1], capsize=3)
+        gaps.axvline(0, color="black", linewidth=1)
+        gaps.set_yticks(range(len(others)), list(reversed(others)))
+        against = "AdamW's" if "AdamW" in runs else "that of float weights"
+        gaps.set(xlabel=f"final loss less {against}, same seed (left is better)", title="differences")
     return _shown(path, f"Pre-training curves, {machine.name}")

@@ -8,9 +8,11 @@ from apollo_triton.demo_report import as_bytes
 
 from .report_data import (
     Machine,
+    baseline,
     by_variant,
     cases,
     curve,
+    differences,
     mean_and_margin,
     of_tallest_matrices,
     pretrainings,
@@ -45,13 +47,12 @@ def training_of(file: Row) -> str:
     return f"LLaMA {settings['model']}, {tokens / 1e6:.2g} M tokens"
 
 
-def difference_to_adamw(runs: dict[str, dict[int, Row]], variant: str) -> str:
-    """The mean over seeds of a variant's loss less AdamW's of the same seed, with its margin."""
-    seeds = sorted(runs.get(variant, {}).keys() & runs.get("AdamW", {}).keys())
-    if not seeds:
+def difference(runs: dict[str, dict[int, Row]], variant: str) -> str:
+    """The mean over seeds of a variant's loss less its baseline's of the same seed, with its margin."""
+    gaps = differences(runs, variant)
+    if not gaps:
         return ""
-    losses = [[runs[name][seed]["held_out_loss"] for seed in seeds] for name in (variant, "AdamW")]
-    mean, margin = mean_and_margin([ours - theirs for ours, theirs in zip(*losses, strict=True)])
+    mean, margin = mean_and_margin(gaps)
     return f"{mean:+.3f}" + (f" ± {margin:.3f}" if margin is not None else " (one seed)")
 
 
@@ -180,13 +181,13 @@ def pretraining(machine: Machine) -> str:
             mean, margin = mean_and_margin([row["held_out_loss"] for row in own.values()])
             row = next(iter(own.values()))
             loss = f"{mean:.3f}" + (f" ± {margin:.3f}" if margin is not None else "")
-            difference = "" if variant == "AdamW" else difference_to_adamw(runs, variant) or MISSING
+            against = "" if baseline(variant) is None else difference(runs, variant) or MISSING
             cells = [
                 variant,
                 f"{row['learning_rate']:g}",
                 str(len(own)),
                 loss,
-                difference,
+                against,
                 as_bytes(row["state_bytes"]),
             ]
             lines.append(cells)
@@ -201,7 +202,8 @@ def pretraining(machine: Machine) -> str:
             "seeds. Learning rates: of a sweep with one seed for the sized-down model, of the paper for larger ones. "
             "Far from convergence: it tells whether they train alike, and which choices matter, not which is best."
         )
-        heads = ["", "learning rate", "seeds", "held-out loss, nats a token", "against AdamW, same seed", "state"]
+        heads = ["", "learning rate", "seeds", "held-out loss, nats a token"]
+        heads += ["against AdamW (Q-: float weights), same seed", "state"]
         parts += [about, table(heads, lines)]
     return "\n\n".join(["### Quality", *parts]) if parts else ""
 

@@ -9,7 +9,7 @@ from apollo_triton.llama import paper_figures
 
 from .contenders import OURS
 from .report_data import Machine, by_variant, cases, paper, pretrainings
-from .report_tables import difference_to_adamw, milliseconds, table, training_of
+from .report_tables import difference, milliseconds, table, training_of
 from .report_targets import LARGE, MISSING, SMALL
 from .results_file import Row
 
@@ -55,18 +55,18 @@ def summary(counted: Machine, machines: Sequence[Machine]) -> str:
         rows.append(["Speed on a GPU", MISSING, "no GPU has run this yet"])
     for machine in machines:
         for file in pretrainings(machine):
-            rows.append([f"Held-out loss against AdamW, {training_of(file)}", _verdict(file), machine.name])
+            for what, variants in (
+                ("against AdamW", ("APOLLO", "Mini", "apollo-torch")),
+                ("of int8 weights against float ones", ("Q-APOLLO", "Q-Mini", "Q-Mini, to the nearest")),
+            ):
+                if found := _verdict(file, variants):
+                    rows.append([f"Held-out loss {what}, {training_of(file)}", found, machine.name])
     return "\n\n".join(["## In a minute", table(["", "", "on"], rows), WHETHER])
 
 
-def _verdict(file: Row) -> str:
+def _verdict(file: Row, variants: Sequence[str]) -> str:
     runs = by_variant(file["rows"])
-    parts = []
-    for variant in ("APOLLO", "Mini", "apollo-torch"):
-        difference = difference_to_adamw(runs, variant)
-        if difference:
-            parts.append(f"{variant} {difference}")
-    return ", ".join(parts) or MISSING
+    return "; ".join(f"{variant} {figure}" for variant in variants if (figure := difference(runs, variant)))
 
 
 def launches(rows: Sequence[Row]) -> str:
@@ -135,6 +135,10 @@ def published() -> str:
     c4 = paper_figures()["pretrain_c4_perplexity"]
     heads = ["perplexity on C4 (GB of weights and states)", *c4["AdamW"]]
     parts.append(table(heads, [[name, *(f"{p:.2f} ({g:.2f})" for p, g in row.values())] for name, row in c4.items()]))
+    int8 = tables["int8_weights_group128_perplexity"]
+    heads = ["perplexity with int8 weights, groups of 128 (GB)", *int8["Q-APOLLO"]]
+    cells = [[name, *(f"{p:.2f}" + (f" ({g:.2f})" if g else "") for p, g in row.values())] for name, row in int8.items()]
+    parts.append(table(heads, cells))
     seven = tables["pretrain_7b_perplexity_at_steps"]
     heads = ["perplexity of 7B after steps", *(f"{step:,}" for step in seven["steps"])]
     rows = [[name, *map(str, values)] for name, values in seven.items() if name != "steps"]

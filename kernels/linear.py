@@ -15,8 +15,8 @@ from .philox import round_nearest
 from .sketch import dot
 from .table import power_of_two
 
-# Blocks of rows that take turns at the same block of W: at 128 x 128 the 132 programs at work on an H100 then share
-# some 8 blocks of x and 17 of W through the second-level cache, instead of 1 and 132.
+# Blocks of rows that take turns at the same block of W. At 128 x 128 and 11008 outputs the 264 programs that an H100
+# runs at a time so read 8 blocks of x and 33 of W; row by row they would read 4 of x, and all 86 of W.
 _ROW_BLOCKS_TOGETHER = tl.constexpr(8)
 
 
@@ -33,8 +33,8 @@ def blocks(rows: int, tensor_cores: bool) -> dict[str, int]:
         return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 128, "BLOCK_SUMMED": 16, "num_warps": 4, "num_stages": 2}
     if rows <= 32:  # smaller tiles: more programs, to read W with
         return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 64, "BLOCK_SUMMED": 64, "num_warps": 4, "num_stages": 3}
-    # BLOCK_SUMMED 64 would take 134 registers a thread on sm_90, one program at a time, instead of 128 and two, of
-    # which one multiplies while the other dequantises; on sm_80 and gfx942 it would spill.
+    # With BLOCK_SUMMED 64 it is 134 registers a thread on sm_90, and one program at a time; with 32 it is 128, and of
+    # two programs one multiplies while the other dequantises. On sm_80 and gfx942 64 spills.
     return {
         "BLOCK_ROWS": min(block_rows, 128),
         "BLOCK_KEPT": 128,

@@ -198,12 +198,12 @@ def test_bytes_moved(rows, turns, dtype, monkeypatch):
     (y, of_x, *_), recorder = results(x, weight, bias, gradient, on_kernels())
     recorder.assert_clean()
     cases = ((x, y, "BLOCK_SUMMED", bias.nbytes * turns), (gradient, of_x, "BLOCK_KEPT", 0))
-    for launch, (operand, result, columns, extra) in zip(recorder.launches, cases, strict=True):
+    for launch, (activations, result, columns, extra) in zip(recorder.launches, cases, strict=True):
         runs = outputs * inputs // run_length(group_size, inputs, size[columns])
         assert launch.traffic(weight.q).loaded == turns * outputs * inputs
         assert launch.traffic(weight.scale).loaded == turns * runs * 4
         assert launch.traffic(weight.zero).loaded == turns * runs
-        read = operand.nbytes * -(-result.shape[1] // size["BLOCK_KEPT"])
+        read = activations.nbytes * -(-result.shape[1] // size["BLOCK_KEPT"])
         assert launch.loaded == turns * (outputs * inputs + 5 * runs) + read + extra
         assert launch.stored == launch.traffic(result).stored == result.nbytes
 
@@ -326,3 +326,10 @@ def test_a_gradient_of_a_gradient_is_that_of_pytorch():
         ends.append(scale.grad)
     torch.testing.assert_close(*ends)
     assert ends[0].abs().max() > 0
+
+
+def test_a_gradient_of_a_gradient_of_a_trained_weight_is_refused():
+    """The input's gradient depends on it, and terms would be lost without a word."""
+    weight, x = torch.nn.Parameter(weight_of(24, 48, 16)), drawn((6, 48), 2).requires_grad_()
+    with pytest.raises(NotImplementedError, match="create_graph=True through an int8 weight that is trained"):
+        torch.autograd.grad(linear(x, weight).sum(), x, create_graph=True)
