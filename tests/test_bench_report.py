@@ -140,6 +140,22 @@ def test_a_loss_is_compared_seed_by_seed(tmp_path, machine):
     assert "APOLLO -0.200 ± 0.248" in section(text, "In a minute")
 
 
+def test_int8_weights_are_compared_with_the_float_ones_of_the_same_optimizer(tmp_path, machine):
+    about = {"model": "1M", "steps": 10, "batch": 2, "sequence": 8, "text": "t", "vocabulary": 256, "dtype": "float32"}
+    results = machine(CPU, "pretrain-int8", settings=about)
+    losses = {"APOLLO": 9.0, "Mini": 3.0, "Q-Mini": 3.25, "Q-Mini, to the nearest": 3.5, "Q-APOLLO": 9.125}
+    for variant, loss in losses.items():
+        row = {"variant": variant, "seed": 0, "learning_rate": 1e-3, "held_out_loss": loss, "state_bytes": 1}
+        results.add(variant, **row, curve={"0": 9.5, "10": loss})
+    text = written(tmp_path)
+    assert "| Q-Mini | 0.001 | 1 | 3.250 | +0.250 (one seed) | 1 B |" in text
+    assert "| Q-Mini, to the nearest | 0.001 | 1 | 3.500 | +0.500 (one seed) | 1 B |" in text
+    minute = section(text, "In a minute")
+    assert "of int8 weights against float ones" in minute
+    assert "Q-APOLLO +0.125 (one seed); Q-Mini +0.250" in minute
+    assert "against AdamW" not in minute
+
+
 def test_the_confidence_interval_is_student_s():
     assert mean_and_margin([2.0]) == (2.0, None)
     # Of four values by a table of t: 3.182 standard errors.
