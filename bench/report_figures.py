@@ -145,6 +145,6 @@ def _curves(machine: Machine, number: int, training: dict[str, Any], folder: Pat
             gaps.errorbar(mean, height, xerr=margin, fmt="o", color=COLOURS[1], capsize=3)
         gaps.axvline(0, color="black", linewidth=1)
         gaps.set_yticks(range(len(others)), list(reversed(others)))
-        against = "AdamW's" if "AdamW" in runs else "that of float weights"
+        against = "AdamW's" if "AdamW" in runs else "float weights'"
         gaps.set(xlabel=f"final loss less {against}, same seed (left is better)", title="differences")
     return _shown(path, f"Pre-training curves, {machine.name}")
