@@ -137,8 +137,8 @@ def published() -> str:
     parts.append(table(heads, [[name, *(f"{p:.2f} ({g:.2f})" for p, g in row.values())] for name, row in c4.items()]))
     int8 = tables["int8_weights_group128_perplexity"]
     heads = ["perplexity with int8 weights, groups of 128 (GB)", *int8["Q-APOLLO"]]
-    cells = [[name, *(f"{p:.2f}" + (f" ({g:.2f})" if g else "") for p, g in row.values())] for name, row in int8.items()]
-    parts.append(table(heads, cells))
+    cells = [(name, [f"{p:.2f}" + (f" ({g:.2f})" if g else "") for p, g in row.values()]) for name, row in int8.items()]
+    parts.append(table(heads, [[name, *own] for name, own in cells]))
     seven = tables["pretrain_7b_perplexity_at_steps"]
     heads = ["perplexity of 7B after steps", *(f"{step:,}" for step in seven["steps"])]
     rows = [[name, *map(str, values)] for name, values in seven.items() if name != "steps"]
