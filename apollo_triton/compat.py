@@ -1,0 +1,83 @@
+"""apollo_triton where programs ask for ``apollo_torch``: one call, or none for programs that cannot be edited.
+
+    python -m apollo_triton.compat train.py --optim apollo_adamw ...
+    python -m apollo_triton.compat -m some.module ...
+    python -m apollo_triton.compat torchrun --nproc-per-node 2 train.py ...
+
+A folder with a package ``apollo_torch`` goes to the front of the path, so that ``import``, ``find_spec`` and
+``importlib.metadata`` find it as they find any package, in this process and in those that it starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+_FOLDER = str(Path(__file__).parent / "stand_in")
+
+
+def as_apollo_torch() -> None:
+    """From here on ``import apollo_torch`` gives this package's ``APOLLOAdamW`` and ``QAPOLLOAdamW``.
+
+    Call it before anything imports ``apollo_torch``, or asks whether it is there: transformers remembers the answer.
+    It is found as version 1.0.3+apollo.triton: it has the names and arguments of 1.0.3. Started processes inherit it.
+
+    Warns if apollo-torch is installed, which stays unused. Raises RuntimeError if it has been imported already.
+
+    >>> as_apollo_torch()
+    >>> import apollo_torch
+    >>> apollo_torch.APOLLOAdamW.__module__
+    'apollo_triton.optimizer'
+    """
+    loaded = sys.modules.get("apollo_torch")
+    if loaded is not None and not str(loaded.__file__).startswith(_FOLDER):
+        raise RuntimeError(
+            f"apollo_torch is imported already, from {loaded.__file__}; call as_apollo_torch() at the beginning of the "
+            "program"
+        )
+    if _FOLDER in sys.path:
+        return
+    installed = next(iter(importlib.metadata.distributions(name="apollo-torch")), None)
+    if installed is not None:
+        warnings.warn(
+            f"apollo-torch {installed.version} is installed and stays unused: import apollo_torch gives apollo_triton",
+            stacklevel=2,
+        )
+    sys.path.insert(0, _FOLDER)
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = _FOLDER + (os.pathsep + inherited if inherited else "")
+    importlib.invalidate_caches()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a program as Python would, with ``apollo_torch`` there: a script, ``-m`` and a module, or a command. It takes
+    this process's place. Exits with 2 and says what is missing if there is none."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if arguments else 2)
+    as_apollo_torch()
+    if arguments[0] == "-m" or Path(arguments[0]).is_file():
+        command = [sys.executable, *arguments]
+    else:
+        beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = shutil.which(arguments[0], path=beside)
+        if found is None:
+            print(f"{arguments[0]}: no such file, and no command of this name; -m runs a module", file=sys.stderr)
+            sys.exit(2)
+        command = [found, *arguments[1:]]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execv(command[0], command)
+    sys.exit(subprocess.call(command))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""apollo_triton.compat: apollo_torch by every way of asking for it, here and in processes that are started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ASK = """
+import importlib.metadata, importlib.util, apollo_torch, apollo_triton
+assert apollo_torch.APOLLOAdamW is apollo_triton.APOLLOAdamW
+assert apollo_torch.QAPOLLOAdamW is apollo_triton.QAPOLLOAdamW
+assert importlib.util.find_spec("apollo_torch").origin == apollo_torch.__file__
+for name in ("apollo_torch", "apollo-torch"):
+    assert importlib.metadata.version(name) == apollo_torch.__version__ == "1.0.3+apollo.triton"
+"""
+
+
+def python(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
+    found = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == code, found.stderr
+    return found
+
+
+def test_every_way_of_asking_and_processes_that_are_started() -> None:
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}], check=True)"
+    call = "import apollo_triton.compat as c; c.as_apollo_torch(); c.as_apollo_torch()\n"
+    python("-c", call + ASK + child)
+
+
+def test_names_of_others_and_names_of_nobody() -> None:
+    call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
+    error = python("-c", call + "from apollo_torch import GaLoreAdamW8bit", code=1).stderr
+    assert "pip install galore-torch, and from galore_torch import GaLoreAdamW8bit" in error
+    error = python("-c", call + "import apollo_torch; apollo_torch.nothing", code=1).stderr
+    assert "AttributeError: module 'apollo_torch', for which apollo_triton stands in, has no 'nothing'" in error
+
+
+def test_an_installed_one_is_not_shadowed_without_a_word(tmp_path: Path) -> None:
+    package = tmp_path / "apollo_torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("APOLLOAdamW = 'the official one'")
+    about = tmp_path / "apollo_torch-1.0.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: apollo-torch\nVersion: 1.0.9\n")
+    first = os.pathsep.join([str(tmp_path), str(ROOT), *(path for path in sys.path if path)])
+    call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
+    assert "apollo-torch 1.0.9 is installed and stays unused" in python("-c", call + ASK, PYTHONPATH=first).stderr
+    error = python("-c", "import apollo_torch\n" + call, code=1, PYTHONPATH=first).stderr
+    assert f"apollo_torch is imported already, from {package}" in error
+    # And left alone where nobody asks.
+    python("-c", "import apollo_triton, apollo_torch\nassert apollo_torch.APOLLOAdamW[0] == 't'", PYTHONPATH=first)
+
+
+def test_scripts_modules_and_commands(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    beside = tmp_path / "beside.py"
+    beside.write_text("VALUE = 7")
+    script.write_text(ASK + "import sys, beside\nprint(sys.argv[1:], __name__, beside.VALUE)")
+    run = ["-m", "apollo_triton.compat"]
+    assert python(*run, str(script), "--a", "b").stdout == "['--a', 'b'] __main__ 7\n"
+    assert "usage: python -m json.tool" in python(*run, "-m", "json.tool", "--help").stdout
+    assert python(*run, "pytest", "--version").returncode == 0
+    assert "nothing.py: no such file, and no command of this name" in python(*run, "nothing.py", code=2).stderr
+    assert "python -m apollo_triton.compat" in python(*run, code=2).stdout
+    assert "Argument expected for the -m option" in python(*run, "-m", code=2).stderr
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("of the script")])
+def test_a_script_ends_as_it_would_by_itself(error: BaseException, tmp_path: Path) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text(f"raise {error!r}")
+    found = python("-m", "apollo_triton.compat", str(script), code=3 if isinstance(error, SystemExit) else 1)
+    assert isinstance(error, SystemExit) or "ValueError: of the script" in found.stderr

@@ -1,0 +1,134 @@
+"""What test_trainer.py runs as ``python -m apollo_triton.compat``: Hugging Face's Trainer, which nothing here patches.
+
+Each function of ``PROGRAMS`` is a program; it fails by an assertion.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from apollo_triton import APOLLOAdamW, apollo_param_groups
+
+NAMED = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"], "optim_args": "rank=4,scale=2.0"}
+
+
+class Text(torch.utils.data.Dataset):
+    """Sequences that count on from a start, which a model learns at once."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = (torch.arange(16) + index) % 50
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    return LlamaForCausalLM(config)
+
+
+def trainer(
+    folder: Path, model: nn.Module | None = None, steps: int = 8, trained: Any = None, **options: Any
+) -> Trainer:
+    """``trained`` are keyword arguments of the Trainer itself."""
+    common = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    arguments = TrainingArguments(**common | options)
+    return Trainer(model or make_model(), arguments, train_dataset=Text(), **(trained or {}))
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def weights(run: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.model.parameters()]
+
+
+def by_its_string(folder: Path) -> None:
+    """Its groups and options arrive; the learning rate is shown and follows the schedule."""
+    run = trainer(folder, **NAMED)
+    run.train()
+    optimizer = run.optimizer.optimizer if hasattr(run.optimizer, "optimizer") else run.optimizer
+    assert type(optimizer) is APOLLOAdamW, type(optimizer)
+    dense, low_rank = (group for group in optimizer.param_groups if group["params"])
+    assert (low_rank["rank"], low_rank["scale"], "rank" in dense) == (4, 2.0, False)
+    assert len(low_rank["params"]) == 2 * 7
+    found = losses(run)
+    assert found[-1] < found[0] - 0.5, found
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates[0] > rates[-1] >= 0, rates
+
+
+def resumed(folder: Path) -> None:
+    """From the checkpoint after 4 of 8 steps, which torch.load reads with weights_only: bit for bit."""
+    whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **NAMED)
+    whole.train()
+    saved = torch.load(folder / "whole" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert saved["state"]
+    again = trainer(folder / "again", **NAMED)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    assert losses(again)[4:] == losses(whole)[4:]
+    for ours, expected in zip(weights(again), weights(whole), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def layer_by_layer(folder: Path) -> None:
+    """The Trainer's own layer-wise mode, an optimizer a parameter: as the plain string, but that it never shows the
+    inner learning rate to the scheduler, so at a constant one."""
+    constant = {"lr_scheduler_type": "constant"}
+    run = trainer(folder, **NAMED | constant | {"optim": "apollo_adamw_layerwise", "max_grad_norm": 0.0})
+    run.train()
+    plain = trainer(folder, **NAMED | constant | {"max_grad_norm": 0.0})
+    plain.train()
+    assert losses(run)[0] == losses(plain)[0]
+    for ours, expected in zip(losses(run), losses(plain), strict=True):
+        assert abs(ours - expected) < 1e-3, (losses(run), losses(plain))
+
+
+def directly(folder: Path) -> None:
+    """Better than the string: what is passed is what trains, options of this package included."""
+    model = make_model()
+    optimizer = APOLLOAdamW.mini(model, lr=1e-2, scale=4.0, state_dtype=torch.bfloat16)
+    run = trainer(folder, model, trained={"optimizers": (optimizer, None)})
+    run.train()
+    assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
+    model = make_model()
+    keys = {"params": apollo_param_groups(model, rank=1, scale_type="tensor", scale=4.0), "lr": 1e-2}
+    keys["state_dtype"] = torch.bfloat16
+    other = trainer(folder, model, trained={"optimizer_cls_and_kwargs": (APOLLOAdamW, keys)})
+    other.train()
+    assert losses(other) == losses(run)
+
+
+def accumulated_in_bfloat16(folder: Path) -> None:
+    """Four micro-batches a step, under autocast."""
+    run = trainer(folder, **NAMED, gradient_accumulation_steps=4, per_device_train_batch_size=1, bf16=True)
+    run.train()
+    assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
+
+
+PROGRAMS = {each.__name__: each for each in (by_its_string, resumed, layer_by_layer, directly, accumulated_in_bfloat16)}
+
+if __name__ == "__main__":
+    PROGRAMS[sys.argv[1]](Path(sys.argv[2]))
