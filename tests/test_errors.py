@@ -69,7 +69,7 @@ def trained():
             {"state_dtype": torch.float16},
             "Invalid state_dtype: torch.float16 .allowed: torch.float32 or torch.bfloat16, or their names",
         ),
-        ({"state_bits": 8}, "Invalid state_bits: 8"),
+        ({"state_bits": 16}, "Invalid state_bits: 16"),
         ({"capturable": 1}, "Invalid capturable: 1 .allowed: True or False"),
         ({"stochastic_rounding": 0.5}, "Invalid stochastic_rounding: 0.5"),
         ({"max_grad_norm": 0}, "Invalid max_grad_norm: 0 .allowed: None or a number above 0"),
