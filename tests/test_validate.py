@@ -208,7 +208,14 @@ def test_cases_have_names_of_their_own_that_fit(on_gpu):
 def settings_of(**options):
     defaults = LOW_RANK_DEFAULTS | {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
     flags = dict.fromkeys(("scale_front", "disable_nl", "seed_per_param", "stochastic_rounding", "capturable"), False)
-    rest = {"seed": 0, "backend": "auto", "state_dtype": torch.float32, "state_bits": 32, "max_grad_norm": None}
+    rest = {
+        "seed": 0,
+        "backend": "auto",
+        "state_dtype": torch.float32,
+        "state_bits": 32,
+        "min_8bit_size": 4096,
+        "max_grad_norm": None,
+    }
     return Settings.of(defaults | flags | rest | {"correct_bias": True} | options)
 
 
