@@ -12,7 +12,7 @@ from fused_cases import DEVICE, drawn, parameters_of
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, dense_8bit
-from apollo_triton.blockwise import dynamic_code
+from apollo_triton.blockwise import dequantize_blockwise, dynamic_code
 
 EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}
 
@@ -80,6 +80,16 @@ def test_chunks_do_not_change_a_dense_step(bitsandbytes, monkeypatch):
         steps(optimizer, [weight], [[drawn((71, 67), 5 + step, torch.bfloat16)] for step in range(3)])
         ends.append([weight.detach(), *(value for name, value in optimizer.state[weight].items() if name != "seed")])
     assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
+def test_clipped_gradients_enter_the_moments_clipped(bitsandbytes):
+    weight, gradient = nn.Parameter(drawn((64, 80), 0)), drawn((64, 80), 1)
+    optimizer = APOLLOAdamW([weight], state_bits=8, max_grad_norm=0.5)
+    steps(optimizer, [weight], [[gradient]])
+    state = optimizer.state[weight]
+    M = dequantize_blockwise(state["exp_avg"], state["exp_avg_absmax"], True)
+    expected = 0.1 * 0.5 / gradient.norm() * gradient
+    assert (M - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def test_stochastic_rounding_moves_dense_bfloat16_weights_by_less_than_a_step(bitsandbytes):

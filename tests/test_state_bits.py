@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from apollo_triton import APOLLOAdamW, attach_layerwise, dense_8bit, quantize_model
+from apollo_triton import APOLLOAdamW, attach_layerwise, dense_8bit, quantize_model, reference
 from apollo_triton.blockwise import BLOCK, Blockwise, dequantize_blockwise, quantize_blockwise
 
 EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}  # the interpreter takes a second for 4096
@@ -236,6 +236,19 @@ def test_parts_of_a_moment_are_stored_as_the_whole(channels, rank, start, seed):
         want, wanted = (expected, expected_absmax) if block.any() else (q, absmax)
         assert torch.equal(whole.q.view(-1)[cut], want.view(-1)[cut])
         assert whole.absmax[number] == wanted[number]
+
+
+def test_the_reference_path_cuts_large_moments_between_their_blocks(monkeypatch):
+    ends = []
+    for elements in (reference.BLOCK_ELEMENTS, 300):  # the latter less than a block's channels
+        monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
+        (weight,) = parameters_of([(700, 20)])
+        optimizer = optimizer_of([weight], engine="reference", rank=3, **EIGHT)
+        optimizer.step()
+        optimizer.step()
+        held = optimizer.state[weight]
+        ends.append([held[name] for name in (*MOMENTS, "exp_avg_absmax", "exp_avg_sq_absmax")])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 # --- the optimizer
