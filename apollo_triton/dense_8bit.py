@@ -47,6 +47,8 @@ def adamw(
     if finite.device.type == "cpu" and not finite:
         return (~finite).sum()
     moves = finite.to(torch.float32)
+    h = moves * settings.step_size(step)
+    decay = moves * (settings.lr * settings.weight_decay) if settings.weight_decay else None
     W, G = weight.reshape(-1), gradient.reshape(-1)
     for start in range(0, W.numel(), CHUNK):
         cut = slice(start, start + CHUNK)
@@ -56,9 +58,9 @@ def adamw(
         moments = _part_of(state, cut)
         direction = _moved(moments, part, settings.betas, settings.eps, finite)
         values = W[cut].to(torch.float32, copy=True)
-        values.addcmul_(torch.where(finite, direction, 0), moves * settings.step_size(step))
-        if settings.weight_decay:
-            shrink(values, moves * (settings.lr * settings.weight_decay))
+        values.addcmul_(torch.where(finite, direction, 0), h)
+        if decay is not None:
+            shrink(values, decay)
         store(values, W[cut], settings, seed, step, Stream.WEIGHT, start)
     if W.data_ptr() != weight.data_ptr():  # not contiguous
         weight.copy_(W.view(weight.shape))

@@ -190,12 +190,9 @@ class APOLLOAdamW(Optimizer):
         """
         for number, label in labels(self.param_groups):
             if label.parameter is parameter:
-                return self._engine_of(number, parameter)
+                settings = Settings.of(self.param_groups[number], f"parameter group {number}")
+                return engine_of(parameter, settings, self.state.get(parameter, {}))
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
-
-    def _engine_of(self, group: int, parameter: Tensor) -> Backend:
-        settings = Settings.of(self.param_groups[group], f"parameter group {group}")
-        return engine_of(parameter, settings, self.state.get(parameter, {}))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -205,8 +202,9 @@ class APOLLOAdamW(Optimizer):
         Raises ValueError where layer-wise hooks are attached: ``GradScaler.step`` asks here, and must not go on."""
         if self._layerwise is not None:
             self._layerwise.refuse_grad_scaler()
+        settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(self.param_groups)]
         return all(
-            self._engine_of(number, label.parameter).name == "triton"
+            engine_of(label.parameter, settings[number], self.state.get(label.parameter, {})).name == "triton"
             and not is_dtensor(label.parameter)
             and self.param_groups[number].get("proj") != "svd"
             for number, label in labels(self.param_groups)
