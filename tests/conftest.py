@@ -17,6 +17,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+from apollo_triton import dense_8bit
 from apollo_triton.backends import Backend
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,3 +45,13 @@ def engine(request):
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)
+
+
+@pytest.fixture
+def bitsandbytes():
+    """Skips where bitsandbytes cannot update 8-bit moments here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = dense_8bit.obstacle(device)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    return pytest.importorskip("bitsandbytes")

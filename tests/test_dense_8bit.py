@@ -17,15 +17,6 @@ from apollo_triton.blockwise import dequantize_blockwise, dynamic_code
 EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}
 
 
-@pytest.fixture
-def bitsandbytes():
-    """Skips where bitsandbytes cannot update 8-bit moments here."""
-    obstacle = dense_8bit.obstacle(torch.device(DEVICE))
-    if obstacle is not None:
-        pytest.skip(obstacle)
-    return pytest.importorskip("bitsandbytes")
-
-
 def steps(optimizer, parameters, gradients):
     for given_ in gradients:
         for parameter, gradient in zip(parameters, given_, strict=True):

@@ -24,15 +24,6 @@ MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@pytest.fixture
-def bitsandbytes():
-    """Skips where bitsandbytes cannot update 8-bit moments here."""
-    obstacle = dense_8bit.obstacle(torch.device(DEVICE))
-    if obstacle is not None:
-        pytest.skip(obstacle)
-    return pytest.importorskip("bitsandbytes")
-
-
 def moments(optimizer, parameter):
     """Both in float32, and whether they are 8-bit."""
     state = optimizer.state[parameter]
