@@ -149,10 +149,11 @@ def check_parameter(label: Label, settings: Settings) -> None:
     geometry = geometry_of(parameter, settings)
     if geometry is None or settings.rank is None:
         return
-    if settings.rank > geometry.width:
+    if settings.rank > geometry.width and not settings.rank_above_width:
         raise ValueError(
             f"{label}: rank {settings.rank} is above its projected width {geometry.width}, which would inflate the "
-            f"state; use a rank of at most {geometry.width}, or put it into a group without 'rank'"
+            f"state; use a rank of at most {geometry.width}, put it into a group without 'rank', or allow it by "
+            "'rank_above_width': True in the group"
         )
     if settings.proj == "svd" and piece.summed:
         raise ValueError(

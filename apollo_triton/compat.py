@@ -28,13 +28,14 @@ def as_apollo_torch() -> None:
 
     Call it before anything imports ``apollo_torch``, or asks whether it is there: transformers remembers the answer.
     It is found as version 1.0.3+apollo.triton: it has the names and arguments of 1.0.3. Started processes inherit it.
+    A rank above a weight's width, an error of ``APOLLOAdamW``, is there a warning, for programs that ran with it run.
 
     Warns if apollo-torch is installed, which stays unused. Raises RuntimeError if it has been imported already.
 
     >>> as_apollo_torch()  # doctest: +SKIP
     >>> import apollo_torch  # doctest: +SKIP
-    >>> apollo_torch.APOLLOAdamW.__module__  # doctest: +SKIP
-    'apollo_triton.optimizer'
+    >>> issubclass(apollo_torch.APOLLOAdamW, apollo_triton.APOLLOAdamW)  # doctest: +SKIP
+    True
     """
     loaded = sys.modules.get("apollo_torch")
     if loaded is not None and not str(loaded.__file__).startswith(_FOLDER):

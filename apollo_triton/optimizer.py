@@ -59,7 +59,8 @@ class APOLLOAdamW(Optimizer):
 
     Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
     ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
-    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher").
+    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher"),
+    ``rank_above_width`` (False; True takes a rank that inflates the state, as apollo-torch does).
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
     ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; a tensor of several experts
@@ -68,7 +69,7 @@ class APOLLOAdamW(Optimizer):
     ``skipped_updates``.
 
     Raises:
-        ValueError: a hyperparameter that is not allowed, or a rank above a weight's width.
+        ValueError: a hyperparameter that is not allowed, or a rank above a weight's width that the group does not allow.
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)

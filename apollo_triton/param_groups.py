@@ -33,7 +33,7 @@ def apollo_param_groups(
     Of a targeted module the low-rank weights are its own parameters of two or more dimensions, so that expert tensors
     ``[experts, rows, columns]`` count too. Biases, norms, embeddings, 1-D convolutions and the rest stay dense.
     So does a weight narrower than ``rank`` (a mixture's router, a small key projection), with a warning: its low-rank
-    state would be larger than AdamW's.
+    state would be larger than AdamW's. ``rank_above_width=True`` makes them low-rank all the same.
 
     Raises ValueError for a bad regular expression, if nothing is targeted, or everything targeted is narrower than
     ``rank``.
@@ -60,7 +60,7 @@ def apollo_param_groups(
                 continue
             full_name = f"{module_name}.{name}" if module_name else name
             width = Geometry.of(parameter.shape, group_keys.get("proj_type", "std")).width
-            if width < rank:
+            if width < rank and not group_keys.get("rank_above_width"):
                 narrow.append(f"{full_name} (width {width})")
             else:
                 chosen[id(parameter)] = full_name

@@ -24,6 +24,7 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "scale": 1.0,
     "update_proj_gap": 200,
     "distribution": "gaussian",
+    "rank_above_width": False,
 }
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,6 +61,7 @@ class Settings:
     scale: float = 1.0
     update_proj_gap: int = 200
     distribution: str = "gaussian"
+    rank_above_width: bool = False
 
     @classmethod
     def of(cls, group: dict[str, Any], where: str = "") -> Settings:
@@ -198,4 +200,5 @@ CHECKS: dict[str, Check] = {
     "scale": Check(lambda value: _is_number(value) and value > 0, "a number above 0"),
     "update_proj_gap": Check(lambda value: _is_integer(value) and value >= 1, "an integer of 1 or more"),
     "distribution": _one_of("gaussian", "rademacher"),
+    "rank_above_width": _FLAG,
 }

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ASK = """
 import importlib.metadata, importlib.util, apollo_torch, apollo_triton
-assert apollo_torch.APOLLOAdamW is apollo_triton.APOLLOAdamW
-assert apollo_torch.QAPOLLOAdamW is apollo_triton.QAPOLLOAdamW
+for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
+    assert issubclass(getattr(apollo_torch, name), getattr(apollo_triton, name)), name
 assert importlib.util.find_spec("apollo_torch").origin == apollo_torch.__file__
 for name in ("apollo_torch", "apollo-torch"):
     assert importlib.metadata.version(name) == apollo_torch.__version__ == "1.0.3+apollo.triton"
@@ -38,6 +38,36 @@ def test_every_way_of_asking_and_processes_that_are_started() -> None:
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}], check=True)"
     call = "import apollo_triton.compat as c; c.as_apollo_torch(); c.as_apollo_torch()\n"
     python("-c", call + ASK + child)
+
+
+WIDE = """
+import sys, warnings, torch
+from torch.nn import Parameter
+import apollo_triton.compat as c; c.as_apollo_torch()
+import apollo_torch, apollo_triton
+for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
+    weights = [Parameter(torch.ones(6, 4)), Parameter(torch.ones(3, 8)), Parameter(torch.ones(9, 9))]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = getattr(apollo_torch, name)([{"params": weights, "rank": 5}, {"params": [Parameter(torch.ones(2))]}])
+    [said] = caught
+    assert str(said.message).startswith("rank 5 is above the projected width of 2 weights, the narrowest 3: "), said
+    optimizer.step()
+    assert [tuple(optimizer.state[each]["exp_avg"].shape) for each in weights] == [(6, 5), (8, 5), (9, 5)]
+    try:
+        getattr(apollo_triton, name)([{"params": weights, "rank": 5}])
+    except ValueError as error:
+        assert "'rank_above_width': True" in str(error)
+    else:
+        raise AssertionError("taken without a word")
+"""
+
+
+def test_a_rank_above_the_width_which_the_official_one_takes() -> None:
+    """The Trainer's default rank of 128 on a small model: refused, or taken in silence, or elsewhere too."""
+    python("-c", WIDE)
 
 
 def test_names_of_others_and_names_of_nobody() -> None:

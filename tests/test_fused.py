@@ -70,6 +70,12 @@ def test_dtypes_and_mixtures(weight_dtype, gradient_dtype, group):
     both(parameters_of([(72, 40), (40, 72), (33, 21)], weight_dtype, gradient_dtype=gradient_dtype), **group)
 
 
+@pytest.mark.parametrize("rank", [19, 70, 300])
+def test_ranks_above_the_width(rank):
+    """Blocks of ranks that are masked by the width, a projection cut to it."""
+    both(parameters_of([(24, 18), (18, 24), (5, 1)]), rank=rank, rank_above_width=True)
+
+
 @pytest.mark.parametrize("rank", [256, 257, 320])
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
 def test_large_ranks(rank, scale_type):

@@ -110,3 +110,11 @@ def test_one_dimensional_convolutions_are_not_taken_for_experts():
     low_rank, dense = apollo_param_groups(model, rank=4)
     assert low_rank["param_names"] == ["mlp2.weight"]
     assert "mlp.weight" in dense["param_names"]
+
+
+def test_narrow_weights_are_low_rank_where_the_group_allows_it():
+    """The key read by the optimizer alone, after the weights have gone to the dense group."""
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8, bias=False), "attn": nn.Linear(16, 16, bias=False)})
+    [low_rank] = apollo_param_groups(model, rank=12, rank_above_width=True)
+    optimizer = APOLLOAdamW([low_rank])
+    assert optimizer.param_groups[0]["param_names"] == ["mlp.weight", "attn.weight"]

@@ -110,6 +110,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "apollo, other betas and eps": ({"betas": (0.8, 0.95), "eps": 1e-3}, {}),
     "mini": ({"lr": 0.001}, MINI),
     "mini, weight decay": ({"lr": 0.001, "weight_decay": 0.5}, MINI),
+    "apollo, rank above the width": ({}, {"rank": 40, "rank_above_width": True}),
     "apollo, svd": ({}, {"proj": "svd"}),
     "tensor, svd, decay": ({"weight_decay": 0.5}, {"proj": "svd", "scale_type": "tensor"}),
     "mini, svd": ({"lr": 0.0005}, {**MINI, "proj": "svd"}),

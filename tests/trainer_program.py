@@ -70,7 +70,7 @@ def by_its_string(folder: Path) -> None:
     run = trainer(folder, **NAMED)
     run.train()
     optimizer = run.optimizer.optimizer if hasattr(run.optimizer, "optimizer") else run.optimizer
-    assert type(optimizer) is APOLLOAdamW, type(optimizer)
+    assert isinstance(optimizer, APOLLOAdamW), type(optimizer)
     dense, low_rank = (group for group in optimizer.param_groups if group["params"])
     assert (low_rank["rank"], low_rank["scale"], "rank" in dense) == (4, 2.0, False)
     assert len(low_rank["params"]) == 2 * 7

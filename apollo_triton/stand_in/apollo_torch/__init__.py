@@ -1,12 +1,45 @@
-"""The official package's names, answered by apollo_triton; on the path only where ``apollo_triton.compat`` put it."""
+"""The official package's names, answered by apollo_triton; on the path only where ``apollo_triton.compat`` put it.
 
+The classes are apollo_triton's, but that they take a rank above a weight's width, as the official ones do: the
+Trainer's own default of 128 is above the width of many a small model.
+"""
+
+import warnings
 from typing import Any
 
-from apollo_triton import APOLLOAdamW, QAPOLLOAdamW
+import apollo_triton
+from apollo_triton.checks import geometry_of
+from apollo_triton.settings import Settings
 
 __all__ = ["APOLLOAdamW", "QAPOLLOAdamW"]
 __version__ = "1.0.3+apollo.triton"
 _GALORE = ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit")
+
+
+class APOLLOAdamW(apollo_triton.APOLLOAdamW):
+    """``apollo_triton.APOLLOAdamW``; a rank above a weight's width is a warning."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and param_group.get("rank") is not None:
+            param_group = {"rank_above_width": True} | param_group
+        super().add_param_group(param_group)
+        _warn_of_wide_ranks(self.param_groups[-1])
+
+
+class QAPOLLOAdamW(apollo_triton.QAPOLLOAdamW, APOLLOAdamW):
+    """``apollo_triton.QAPOLLOAdamW``; a rank above a weight's width is a warning."""
+
+
+def _warn_of_wide_ranks(group: dict[str, Any]) -> None:
+    settings = Settings.of(group)
+    widths = [geometry.width for each in group["params"] if (geometry := geometry_of(each, settings)) is not None]
+    narrow = [width for width in widths if settings.rank is not None and settings.rank > width]
+    if narrow:
+        warnings.warn(
+            f"rank {settings.rank} is above the projected width of {len(narrow)} weights, the narrowest {min(narrow)}: "
+            "their state is larger than AdamW's; a smaller rank saves memory",
+            stacklevel=4,
+        )
 
 
 def __getattr__(name: str) -> Any:
