@@ -69,7 +69,7 @@ class APOLLOAdamW(Optimizer):
     ``skipped_updates``.
 
     Raises:
-        ValueError: a hyperparameter that is not allowed, or a rank above a weight's width that the group does not allow.
+        ValueError: a hyperparameter that is not allowed, or a rank above a width, which a group may allow.
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)

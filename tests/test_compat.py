@@ -47,11 +47,12 @@ import apollo_triton.compat as c; c.as_apollo_torch()
 import apollo_torch, apollo_triton
 for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
     weights = [Parameter(torch.ones(6, 4)), Parameter(torch.ones(3, 8)), Parameter(torch.ones(9, 9))]
+    dense = Parameter(torch.ones(2))
     for weight in weights:
         weight.grad = torch.randn(weight.shape)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = getattr(apollo_torch, name)([{"params": weights, "rank": 5}, {"params": [Parameter(torch.ones(2))]}])
+        optimizer = getattr(apollo_torch, name)([{"params": weights, "rank": 5}, {"params": [dense]}])
     [said] = caught
     assert str(said.message).startswith("rank 5 is above the projected width of 2 weights, the narrowest 3: "), said
     optimizer.step()
