@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed_cases import needs_fsdp_on_a_cpu
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -29,17 +30,36 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.parametrize(
-    "program", ["by_its_string", "resumed", "layer_by_layer", "directly", "accumulated_in_bfloat16"]
+    "program",
+    [
+        "by_its_string",
+        "resumed",
+        "layer_by_layer",
+        "directly",
+        "accumulated_in_bfloat16",
+        "compiled",
+        "as_transformers_tests_it",
+    ],
 )
 def test_a_trainer_that_nothing_patches(program: str, tmp_path: Path) -> None:
     found = run("tests/trainer_program.py", program, str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
 
 
-def test_two_processes_of_torchrun_inherit_the_stand_in(tmp_path: Path) -> None:
-    """DDP: torchrun starts the processes, which no call of ours prepares."""
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "tests/trainer_program.py", "by_its_string"]
-    found = run(*command, str(tmp_path))
+def two_processes(program: str, folder: Path) -> str:
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "tests/trainer_program.py", program]
+    found = run(*command, str(folder))
     aborted = "terminate called without an active exception" in found.stderr  # gloo's own (test_examples.py)
     assert found.returncode == 0 or aborted, found.stderr[-4000:]
-    assert found.stdout.count("'train_loss'") == 1, found.stdout  # the first of two speaks
+    return found.stdout
+
+
+def test_two_processes_of_torchrun_inherit_the_stand_in(tmp_path: Path) -> None:
+    """DDP: torchrun starts the processes, which no call of ours prepares."""
+    assert two_processes("by_its_string", tmp_path).count("'train_loss'") == 1  # the first of two speaks
+
+
+@needs_fsdp_on_a_cpu
+def test_fsdp2_through_accelerate(tmp_path: Path) -> None:
+    """The optimizer is made of whole weights, and Accelerate puts the sharded ones into its groups."""
+    assert "sharded and resumed" in two_processes("sharded", tmp_path)

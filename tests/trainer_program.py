@@ -5,12 +5,16 @@ Each function of ``PROGRAMS`` is a program; it fails by an assertion.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups
@@ -128,7 +132,81 @@ def accumulated_in_bfloat16(folder: Path) -> None:
     assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
 
 
-PROGRAMS = {each.__name__: each for each in (by_its_string, resumed, layer_by_layer, directly, accumulated_in_bfloat16)}
+def compiled(folder: Path) -> None:
+    """The model behind torch.compile, whose modules have other names; the step is left out of the graph."""
+    run = trainer(folder, **NAMED, torch_compile=True, torch_compile_backend="aot_eager")
+    run.train()
+    eager = trainer(folder, **NAMED)
+    eager.train()
+    for ours, expected in zip(losses(run), losses(eager), strict=True):
+        assert abs(ours - expected) < 1e-4, (losses(run), losses(eager))
+
+
+def as_transformers_tests_it(folder: Path) -> None:
+    """What transformers' own tests do with the string: regular expressions, the default rank on a model that is
+    narrower, Mini by optim_args, the learning rate before a step, a scheduler beside the layer-wise mode."""
+    named: dict[str, Any] = {"optim": "apollo_adamw", "optim_target_modules": [r".*attn.*", r".*mlp.*"]}
+    run = trainer(folder, **named)
+    run.create_optimizer_and_scheduler(num_training_steps=10)
+    assert run.get_learning_rates() == [1e-2, 1e-2]
+    run.train()
+    assert [group.get("rank") for group in run.optimizer.param_groups] == [None, 128]
+    trainer(folder, **named | {"optim": "apollo_adamw_layerwise", "lr_scheduler_type": "cosine"}).train()
+    mini = "proj=random,scale_type=tensor,rank=1,update_proj_gap=100,scale=128.0"
+    run = trainer(folder, **named, optim_args=mini, lr_scheduler_type="cosine", warmup_steps=3)
+    run.train()
+    keys = ("rank", "scale_type", "update_proj_gap", "scale")
+    assert [run.optimizer.param_groups[1][key] for key in keys] == [1, "tensor", 100, 128.0]
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True), rates
+    assert max(rates) == 1e-2, rates
+
+
+def sharded(folder: Path) -> None:
+    """FSDP2 through Accelerate on two ranks: the losses of DDP, and from a checkpoint the same bits.
+
+    Accelerate shards on accelerators alone, and passes over its own plugin on a CPU without a word; that is set here,
+    and nothing else of it or of the Trainer.
+    """
+    plain = trainer(folder / "plain", **NAMED)
+    plain.train()
+    original = AcceleratorState.__init__
+
+    def initialise(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keys: Any) -> None:
+        original(self, *arguments, fsdp_plugin=fsdp_plugin, **keys)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = initialise
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}, **NAMED}
+    whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **options)
+    whole.train()
+    assert all(isinstance(each, DTensor) for group in whole.optimizer.param_groups for each in group["params"])
+    for ours, expected in zip(losses(whole), losses(plain), strict=True):
+        assert abs(ours - expected) < 1e-4, (losses(whole), losses(plain))
+    again = trainer(folder / "again", **options)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    assert losses(again)[4:] == losses(whole)[4:]
+    for ours, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours.to_local(), expected.to_local())
+    if os.environ["RANK"] == "0":
+        print("sharded and resumed")
+
+
+PROGRAMS = {
+    each.__name__: each
+    for each in (
+        by_its_string,
+        resumed,
+        layer_by_layer,
+        directly,
+        accumulated_in_bfloat16,
+        compiled,
+        as_transformers_tests_it,
+        sharded,
+    )
+}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](Path(sys.argv[2]))

@@ -38,7 +38,7 @@ def _warn_of_wide_ranks(group: dict[str, Any]) -> None:
         warnings.warn(
             f"rank {settings.rank} is above the projected width of {len(narrow)} weights, the narrowest {min(narrow)}: "
             "their state is larger than AdamW's; a smaller rank saves memory",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
