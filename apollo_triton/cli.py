@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import demo, memory, validate
+from . import demo, environment, memory, validate
 from .version import __version__
 
 
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("memory", memory), ("validate", validate)):
+    for name, module in (("demo", demo), ("env", environment), ("memory", memory), ("validate", validate)):
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

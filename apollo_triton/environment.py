@@ -1,0 +1,142 @@
+"""The versions, devices and settings that a report of a bug needs, in Markdown.
+
+Nothing here may fail: what cannot be found out is a line that says why. Of packages the installed version is read, and
+none but torch and triton is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .backends import choose
+from .version import __version__
+
+# What trains with this package, or is trained by it; others change nothing here.
+_PACKAGES = (
+    "triton",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "trl",
+    "datasets",
+    "lightning",
+    "deepspeed",
+    "torchao",
+    "apollo-torch",
+)
+# Settings that change which kernels run, how they are compiled, or how many threads and devices there are.
+_PREFIXES = (
+    "TRITON_",
+    "PYTORCH_",
+    "TORCH_",
+    "TORCHINDUCTOR_",
+    "CUDA_",
+    "HIP_",
+    "ROCR_",
+    "NCCL_",
+    "OMP_",
+    "ACCELERATE_",
+)
+_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MKL_NUM_THREADS")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as a JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    found = dict(facts())
+    print(json.dumps(found, indent=2) if options.json else markdown(found))
+    return 0
+
+
+def markdown(found: dict[str, str]) -> str:
+    """A table of two columns, as an issue shows it."""
+    lines = [f"| {name} | {value.replace('|', '/')} |" for name, value in found.items()]
+    return "\n".join(["| apollo-triton | " + __version__ + " |", "|---|---|", *lines])
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """Name and value of everything that is known here, the package's own version aside."""
+    yield "checkout", _or_why(_checkout)
+    yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
+    yield "torch", _or_why(_torch)
+    for package in _PACKAGES:
+        if version := _version(package):
+            yield package, version
+    for device in _devices():
+        yield str(device), _or_why(lambda device=device: _about(device))  # type: ignore[misc]
+    for name, value in sorted(os.environ.items()):
+        if name in _NAMES or name.startswith(_PREFIXES):
+            yield name, "(set)" if any(word in name for word in _SECRET) else value
+
+
+def _or_why(ask: Callable[[], str]) -> str:
+    try:
+        return ask()
+    except Exception as error:  # a broken driver or library is what the report may be about
+        return f"not known: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _checkout() -> str:
+    """The commit of the folder that the package is imported from, if that is a checkout."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return f"none, installed in {folder}"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + (", changed since" if git("status", "--porcelain", "-uno") else "")
+
+
+def _torch() -> str:
+    builds = {"CUDA": torch.version.cuda, "HIP": torch.version.hip, "XPU": getattr(torch.version, "xpu", None)}
+    built = [f"{name} {version}" for name, version in builds.items() if version]
+    return f"{torch.__version__}, built for {', '.join(built) or 'CPUs alone'}"
+
+
+def _version(package: str) -> str | None:
+    """The installed version; of a GPU build's triton, which is another package on ROCm and XPU, its own."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "triton" and importlib.util.find_spec(package) is not None:
+            return _or_why(lambda: str(importlib.import_module(package).__version__))
+        return None
+
+
+def _devices() -> list[torch.device]:
+    devices = [torch.device("cpu")]
+    for kind in (torch.cuda, torch.xpu):
+        name = kind.__name__.rpartition(".")[2]
+        try:
+            devices += [torch.device(name, number) for number in range(kind.device_count())]
+        except Exception:  # no driver: then there is none of them
+            continue
+    return devices
+
+
+def _about(device: torch.device) -> str:
+    backend = choose(torch.empty(0, device=device), "auto")
+    engine = f'backend="auto" is {backend.name}: {backend.reason}'
+    if device.type == "cpu":
+        return engine
+    properties = getattr(torch, device.type).get_device_properties(device)
+    capability = f", capability {properties.major}.{properties.minor}" if device.type == "cuda" else ""
+    return f"{properties.name}{capability}, {properties.total_memory / 1e9:.1f} GB; {engine}"
