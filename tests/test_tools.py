@@ -117,7 +117,7 @@ def counts(found: list[dict[str, Any]]) -> list[int]:
 
 def test_llama_factory(place: Path) -> None:
     """Its three groups with an option lost on the way, decay where it has none or none where it has; layer-wise updates
-    that leave the trajectory, or learning rates that do not follow its schedule."""
+    that leave the trajectory (at a constant learning rate: it does not hand them its schedule, as the page says)."""
     folder = installed("llamafactory")
     arguments, keys, _ = section("LLaMA-Factory")
     (place / "modules").mkdir()
@@ -125,7 +125,7 @@ def test_llama_factory(place: Path) -> None:
     common = {"stage": "pt", "do_train": True, "finetuning_type": "full", "model_name_or_path": "model"}
     common |= {"dataset": "counting", "dataset_dir": "data", "cutoff_len": 16, "report_to": "none", "use_cpu": True}
     common |= {"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    common |= {"logging_steps": 1, "save_steps": STEPS, "max_grad_norm": 0.0}
+    common |= {"logging_steps": 1, "save_steps": STEPS, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
     plain = run("llamafactory", arguments, keys | common | {"output_dir": "plain"}, place, folder)
     found = groups(plain)
     assert counts(found) == [BIASES, DENSE, MATRICES]
