@@ -1,7 +1,7 @@
 """What the site needs beside ``mkdocs.yml``; on GitHub the pages need none of it.
 
-**Links.** A page links to files outside ``docs/`` as GitHub wants it, ``../bench/REPORT.md`` say, and this project has no
-address on the web that a link could be turned into. So the site carries what its pages link to, under
+**Links.** A page links to files outside ``docs/`` as GitHub wants it, ``../bench/REPORT.md`` say, and this project has
+no address on the web that a link could be turned into. So the site carries what its pages link to, under
 ``repository/``: Markdown as pages, all else as files, and what those pages link to in turn. A link is read as GitHub
 reads it, from where the file lies in the repository. One to nothing stays as it is, and fails the strict build.
 

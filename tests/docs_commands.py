@@ -98,20 +98,21 @@ def _compat(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
         with contextlib.suppress(SystemExit):
             compat.main(arguments)
     (command,) = commands
-    if command[0] != sys.executable:
-        command = _torchrun(command[1:], monkeypatch)
-    script, *options = command[1:]
+    script, *options = command[1:] if command[0] == sys.executable else _launched(command[1:])
     assert Path(script).is_file(), script
     HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, "--output_dir=run"])
 
 
-def _torchrun(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> Words:
+def _launched(arguments: Words) -> Words:
+    """The script that torchrun would start, and its arguments."""
     from torch.distributed.run import parse_args
 
     options = parse_args(arguments)
-    if options.training_script.startswith("examples/"):
-        _python([options.training_script, *options.training_script_args], monkeypatch)
-    return [sys.executable, options.training_script, *options.training_script_args]
+    return [options.training_script, *options.training_script_args]
+
+
+def _torchrun(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    _python(_launched(arguments), monkeypatch)
 
 
 def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def _mkdocs(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     command.make_context(verb, rest)
 
 
-PROGRAMS: dict[str, Callable[[Words, pytest.MonkeyPatch], object]] = {
+PROGRAMS: dict[str, Callable[[Words, pytest.MonkeyPatch], str | None]] = {
     "apollo-triton": _apollo_triton,
     "make": _make,
     "mkdocs": _mkdocs,

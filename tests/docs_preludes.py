@@ -52,7 +52,7 @@ def training(folder: Path) -> Names:
     """A model, its batches, and what Hugging Face's Trainer takes."""
     from transformers import Trainer, TrainingArguments
 
-    options = {"output_dir": str(folder / "run"), "max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+    options = {"output_dir": str(folder / "run"), "max_steps": 2, "use_cpu": True, "report_to": []}
     data = Text()
     batches = [{name: tokens[None] for name, tokens in data[index].items()} for index in range(2)]
     return {
@@ -69,19 +69,19 @@ def readme(folder: Path) -> Names:
     """Besides, an optimizer, a step count, and a checkpoint that apollo-torch saved."""
     names = training(folder)
     model = names["model"]
-    groups = apollo_param_groups(model, rank=128)
+    groups = apollo_param_groups(model, rank=128, target_modules=["q_proj", "v_proj", "mlp"])
     if not (folder / "checkpoint-500").exists():
-        _save_official(folder / "checkpoint-500", model)
+        _save_official(folder / "checkpoint-500", groups)
     return names | {"groups": groups, "optimizer": APOLLOAdamW(groups, lr=1e-2), "t": 401, "torch": torch}
 
 
-def _save_official(folder: Path, model: nn.Module) -> None:
+def _save_official(folder: Path, groups: list[Names]) -> None:
     import apollo_torch
 
     keys = {"proj": "random", "proj_type": "std", "scale_type": "channel", "scale": 1, "update_proj_gap": 200}
-    low_rank, dense = ({"params": group["params"]} for group in apollo_param_groups(model, rank=128))
+    low_rank, dense = ({"params": group["params"]} for group in groups)
     official = apollo_torch.APOLLOAdamW([low_rank | {"rank": 128} | keys, dense], lr=1e-2)
-    for parameter in model.parameters():
+    for parameter in [*low_rank["params"], *dense["params"]]:
         parameter.grad = torch.full_like(parameter, 1e-3)
     official.step()
     folder.mkdir()

@@ -1,7 +1,7 @@
 """The documentation does what it says: every code block of README.md and docs/ is executed, and the site builds.
 
-What is done with a block depends on its kind, ``CHECKS``; one of another kind fails. Python blocks run in order, a page in
-one namespace. A traceback names the page and its line.
+What is done with a block depends on its kind, ``CHECKS``; one of another kind fails. Python blocks run in order, a page
+in one namespace. A traceback names the page and its line.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Block:
 
 def blocks_of(page: Path, text: str) -> Iterator[Block]:
     """All code blocks of a page. An indented one is an error: nothing would say what it is."""
-    fence, first, section, lines = "", 0, 0, []
-    before = ""
+    fence = kind = before = ""
+    first = section = 0
+    lines: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
         opening = re.match(r" *(```+|~~~+)", line)
         if fence and opening and opening[1] == fence:
@@ -85,9 +86,13 @@ class Reading:
             self.names |= PRELUDES.get(self.page.name, lambda folder: {})(self.folder)
         try:
             CHECKS[block.kind](self, block)
-        except Exception as error:
-            error.add_note(f"in the block at {self.page}:{block.line}") if hasattr(error, "add_note") else None
-            raise
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"the block at {where}: {type(error).__name__}: {error}") from error
+
+    def read_page(self, text: str) -> None:
+        for block in blocks_of(self.page, text):
+            self.read(block)
+        self.no_error_is_left()
 
     def no_error_is_left(self) -> None:
         if self.error is not None:
@@ -190,12 +195,9 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_a_block_that_is_wrong_fails(text: str, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that lets everything through."""
-    page = alone / "page.md"
-    reading = Reading(page, alone, monkeypatch)
-    with pytest.raises((AssertionError, NameError, TypeError, SystemExit)):
-        for block in blocks_of(page, text):
-            reading.read(block)
-        reading.no_error_is_left()
+    reading = Reading(alone / "page.md", alone, monkeypatch)
+    with pytest.raises((AssertionError, NameError, TypeError)):
+        reading.read_page(text)
 
 
 @pytest.mark.filterwarnings("ignore")  # what a block warns of is for its reader
@@ -207,10 +209,7 @@ def test_every_block_of_a_page(page: Path, alone: Path, monkeypatch: pytest.Monk
         pytest.importorskip("bitsandbytes")
     if page.name in ("distributed.md", "README.md") and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch's FSDP2 needs a GPU")
-    reading = Reading(page, alone, monkeypatch)
-    for block in blocks_of(page, page.read_text(encoding="utf-8")):
-        reading.read(block)
-    reading.no_error_is_left()
+    Reading(page, alone, monkeypatch).read_page(page.read_text(encoding="utf-8"))
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -227,8 +226,8 @@ def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_site_builds_and_a_broken_link_stops_it(tmp_path: Path) -> None:
-    """A link, an anchor or a page of the navigation that leads nowhere; Markdown that GitHub takes for a list or a table
-    and the site does not; a docstring that its reader cannot see."""
+    """A link, an anchor or a page of the navigation that leads nowhere; Markdown that GitHub takes for a list or a
+    table and the site does not; a docstring that its reader cannot see."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     found = build(ROOT, tmp_path / "site")
