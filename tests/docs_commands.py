@@ -138,8 +138,9 @@ def _make(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["make", "--dry-run", "--always-make", *arguments]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert found.returncode == 0, found.stderr
-    for line in found.stdout.splitlines():
-        words = shlex.split(line)
+    recipe = [line for line in found.stdout.splitlines() if not line.startswith("make")]
+    assert recipe, found.stdout  # a phony target without a rule
+    for words in map(shlex.split, recipe):
         if words[1:2] == ["-m"] and words[2] in ("apollo_triton", "bench"):
             _python(words[1:], monkeypatch)
 

@@ -166,6 +166,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
     yield tmp_path
     torch.distributed.destroy_process_group()
+    if "accelerate" in sys.modules:  # a Trainer has told it of that group
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_every_kind_of_block_is_found_and_none_is_passed_over(tmp_path: Path) -> None:
