@@ -136,7 +136,8 @@ def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 def _make(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """``make`` itself says what it would run; of that our own programs' command lines are checked in turn."""
     command = ["make", "--dry-run", "--always-make", *arguments]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    plain = {"PATH": os.environ["PATH"]}  # the tests may run under make, whose ARGS and flags are inherited
+    found = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False, timeout=60)
     assert found.returncode == 0, found.stderr
     recipe = [line for line in found.stdout.splitlines() if not line.startswith("make")]
     assert recipe, found.stdout  # a phony target without a rule
