@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -25,6 +26,8 @@ import torch
 from docs_preludes import PRELUDES, make_files
 
 import apollo_triton
+from apollo_triton import APOLLOAdamW
+from apollo_triton.settings import LOW_RANK_DEFAULTS
 
 pytest.importorskip("transformers")
 
@@ -214,6 +217,22 @@ def test_every_block_of_a_page(page: Path, alone: Path, monkeypatch: pytest.Monk
     if page.name in ("distributed.md", "README.md") and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch's FSDP2 needs a GPU")
     Reading(page, alone, monkeypatch).read_page(page.read_text(encoding="utf-8"))
+
+
+def test_the_tables_of_options_have_every_option_and_its_default() -> None:
+    """An option that was added, renamed or given another default, and the tables were left as they are."""
+    section = (ROOT / "docs" / "options.md").read_text(encoding="utf-8").partition("## All of them")[2]
+    shown = {}
+    for names, defaults in re.findall(r"(?m)^\| (`.*?`) \| (.*?) \|", section):
+        values = re.split(r", (?![^(]*\))", defaults)  # not within a tuple
+        shown |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=True))
+    arguments = inspect.signature(APOLLOAdamW.__init__).parameters.values()
+    options = {argument.name: argument.default for argument in arguments} | LOW_RANK_DEFAULTS
+    for name in ("self", "params", "no_deprecation_warning"):
+        del options[name]
+    assert shown.pop("rank").startswith("none")
+    known = {"float32": torch.float32}
+    assert {name: eval(value, known) for name, value in shown.items()} == options
 
 
 def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
