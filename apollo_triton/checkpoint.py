@@ -48,10 +48,10 @@ def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any
             Hugging Face Trainer's ``optimizer.pt``), or a dictionary that has it under a key such as "optimizer".
 
     Returns:
-        ``{"state": ..., "param_groups": ...}`` on the CPU. State of a matrix: ``step`` (scalar), ``seed``, ``exp_avg``
-        and ``exp_avg_sq`` ``[channels, rank]`` (apollo-torch keeps ``[rank, channels]`` where columns are kept),
-        ``update_norm`` (scalar, 0 if there was no limiter), for svd ``projection`` ``[rank, width]``. State of a dense
-        parameter: ``step``, ``seed``, and moments of its shape. Parameters that never had a gradient have none.
+        A ``state_dict`` on the CPU. The state of a matrix has ``step`` (scalar), ``seed``, ``exp_avg`` and
+        ``exp_avg_sq`` ``[channels, rank]`` (apollo-torch keeps ``[rank, channels]`` where columns are kept),
+        ``update_norm`` (scalar, 0 if there was no limiter), and for svd ``projection`` ``[rank, width]``; that of a
+        dense parameter ``step``, ``seed``, and moments of its shape. Parameters that never had a gradient have none.
 
     Raises:
         ValueError: no checkpoint, one that needs other code than tensors and the two projectors (the error names it),

@@ -53,7 +53,7 @@ def count(
     Raises what ``meta_model``, ``training_peak`` and ``quantize_model`` raise for a model or shape that cannot be.
 
     >>> count("7B", batch=1, sequence=256).total  # doctest: +SKIP
-    8251900032
+    8255340940
     """
     traced = meta_model(model, dtype)
     peak = training_peak(traced, batch, sequence)

@@ -1,0 +1,112 @@
+"""What the documentation's Python blocks may use without making it: the names that a reader has already.
+
+A section (``##``) starts afresh, with a new small model. Pages that are not in ``PRELUDES`` are complete as they stand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model
+
+Names = dict[str, Any]
+# Wide enough for the rank of 256 that the pages write.
+CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+          "vocab_size": 64, "max_position_embeddings": 32}  # fmt: skip
+
+
+class Text(Dataset):
+    """Sequences that count on from a start."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = (torch.arange(16) + index) % 50
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def make_model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**CONFIG))
+
+
+def make_files(folder: Path) -> None:
+    """The files that commands name."""
+    (folder / "train.py").touch()
+    (folder / "notes").mkdir()
+    (folder / "path" / "to").mkdir(parents=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **CONFIG}
+    (folder / "path" / "to" / "config.json").write_text(json.dumps(config))
+
+
+def training(folder: Path) -> Names:
+    """A model, its batches, and what Hugging Face's Trainer takes."""
+    from transformers import Trainer, TrainingArguments
+
+    options = {"output_dir": str(folder / "run"), "max_steps": 2, "use_cpu": True, "report_to": []}
+    data = Text()
+    batches = [{name: tokens[None] for name, tokens in data[index].items()} for index in range(2)]
+    return {
+        "APOLLOAdamW": APOLLOAdamW,
+        "Trainer": Trainer,
+        "args": TrainingArguments(**options),
+        "batches": batches,
+        "data": data,
+        "model": make_model(),
+    }
+
+
+def readme(folder: Path) -> Names:
+    """Besides, an optimizer, a step count, and a checkpoint that apollo-torch saved."""
+    names = training(folder)
+    model = names["model"]
+    groups = apollo_param_groups(model, rank=128, target_modules=["q_proj", "v_proj", "mlp"])
+    if not (folder / "checkpoint-500").exists():
+        _save_official(folder / "checkpoint-500", groups)
+    return names | {"groups": groups, "optimizer": APOLLOAdamW(groups, lr=1e-2), "t": 401, "torch": torch}
+
+
+def _save_official(folder: Path, groups: list[Names]) -> None:
+    import apollo_torch
+
+    keys = {"proj": "random", "proj_type": "std", "scale_type": "channel", "scale": 1, "update_proj_gap": 200}
+    low_rank, dense = ({"params": group["params"]} for group in groups)
+    official = apollo_torch.APOLLOAdamW([low_rank | {"rank": 128} | keys, dense], lr=1e-2)
+    for parameter in [*low_rank["params"], *dense["params"]]:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    official.step()
+    folder.mkdir()
+    torch.save(official.state_dict(), folder / "optimizer.pt")
+
+
+def int8(folder: Path) -> Names:
+    """Besides, a float checkpoint of the model in ``folder``, and its config."""
+    names = training(folder)
+    names["model"].save_pretrained(folder / "weights")
+    own = {"attach_layerwise": attach_layerwise, "quantize_model": quantize_model}
+    return names | own | {"config": names["model"].config, "folder": folder / "weights"}
+
+
+def distributed(folder: Path) -> Names:
+    """Besides, an optimizer, and a folder for its checkpoint."""
+    names = training(folder)
+    optimizer = APOLLOAdamW.mini(names["model"], lr=1e-2)
+    return names | {"folder": folder / "checkpoint", "optimizer": optimizer}
+
+
+PRELUDES: dict[str, Callable[[Path], Names]] = {
+    "README.md": readme,
+    "distributed.md": distributed,
+    "int8.md": int8,
+    "layerwise.md": training,
+    "trainer.md": training,
+}
