@@ -5,7 +5,10 @@ RUN := $(VENV)/bin/python
 # Pip's own record that an extra is installed: made anew when what it was made from changes.
 INSTALLED = $(VENV)/.installed-$(1)
 
-.PHONY: demo test lint types tests bench bench-gpu clean
+# Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
+TOOLS := $(patsubst tests/tools/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/tools/*.txt))
+
+.PHONY: demo test lint types tests smoke docs bench bench-gpu clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
@@ -20,8 +23,11 @@ lint: $(call INSTALLED,test)
 types: $(call INSTALLED,test)
 	$(RUN) -m mypy
 
-tests: $(call INSTALLED,test)
+tests: $(call INSTALLED,test) $(TOOLS)
 	$(RUN) -m pytest --doctest-modules -n 2 $(ARGS)
+
+docs: $(call INSTALLED,docs)
+	$(RUN) -m mkdocs build --strict
 
 bench: $(call INSTALLED,bench)
 	$(RUN) -m bench $(ARGS)
@@ -37,5 +43,10 @@ $(VENV)/.installed-%: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
+$(VENV)/tools/%/.installed: tests/tools/%.txt | $(VENV)/bin/python
+	rm -rf $(@D)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -83,7 +83,11 @@ def _python(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> str | None:
 
 
 def _compat(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends in the command that replaces the process; a Trainer's options are read by transformers' parser."""
+    """Ends in the command that replaces the process; a Trainer's options are read by transformers' parser. Those of
+    other tools are run by tests/test_tools.py, which takes them out of the page."""
+    if arguments[0] in ("llamafactory-cli", "axolotl", "trl"):
+        assert f"python -m apollo_triton.compat {shlex.join(arguments)}" in (ROOT / "docs" / "tools.md").read_text()
+        return
     from transformers import HfArgumentParser, TrainingArguments
 
     commands: list[Words] = []

@@ -103,10 +103,26 @@ def distributed(folder: Path) -> Names:
     return names | {"folder": folder / "checkpoint", "optimizer": optimizer}
 
 
+def tools(folder: Path) -> Names:
+    """What TRL's trainer takes."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig
+
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(50)}, unk_token="0"))
+    names = training(folder)
+    data = [{"input_ids": names["data"][index]["input_ids"].tolist()} for index in range(len(names["data"]))]
+    args = SFTConfig(output_dir=str(folder / "run"), max_steps=2, use_cpu=True, report_to=[], bf16=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0")
+    return names | {"args": args, "data": datasets.Dataset.from_list(data), "tokenizer": tokenizer}
+
+
 PRELUDES: dict[str, Callable[[Path], Names]] = {
     "README.md": readme,
     "distributed.md": distributed,
     "int8.md": int8,
     "layerwise.md": training,
+    "tools.md": tools,
     "trainer.md": training,
 }

@@ -23,6 +23,7 @@ from typing import Any
 import docs_commands
 import pytest
 import torch
+import yaml
 from docs_preludes import PRELUDES, make_files
 
 import apollo_triton
@@ -137,6 +138,7 @@ CHECKS: dict[str, Callable[[Reading, Block], None]] = {
     "text": Reading.compare,
     "python": Reading.run_python,
     "sh": Reading.run_commands,
+    "yaml": lambda reading, block: yaml.safe_load(block.text),  # and with its program in tests/test_tools.py
 }
 
 

@@ -35,7 +35,7 @@ BIASES, DENSE, MATRICES = 4, 5, 7  # of attention; embedding, head and three nor
 def section(title: str) -> tuple[list[str], dict[str, Any], str]:
     """The command, the YAML and what is left of one section of the page."""
     text = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    command = re.search(r"^ {4}python (.+)$", text, re.MULTILINE)
+    command = re.search(r"^```sh\npython (.+)\n```$", text, re.MULTILINE)
     keys = re.search(r"^```yaml\n(.+?)^```$", text, re.MULTILINE | re.DOTALL)
     assert command, f"docs/tools.md: {title} has no command"
     assert keys, f"docs/tools.md: {title} has no YAML"
