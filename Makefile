@@ -26,6 +26,10 @@ types: $(call INSTALLED,test)
 tests: $(call INSTALLED,test) $(TOOLS)
 	$(RUN) -m pytest --doctest-modules -n 2 $(ARGS)
 
+# Another Python, and a torch of the registry: make smoke ARGS="--python python3.12 --torch 2.6.0"
+smoke: $(call INSTALLED,test)
+	$(RUN) tests/smoke.py $(ARGS)
+
 docs: $(call INSTALLED,docs)
 	$(RUN) -m mkdocs build --strict
 

@@ -65,12 +65,13 @@ def run(options: argparse.Namespace) -> int:
 
 def markdown(found: dict[str, str]) -> str:
     """A table of two columns, as an issue shows it."""
-    lines = [f"| {name} | {value.replace('|', '/')} |" for name, value in found.items()]
-    return "\n".join(["| apollo-triton | " + __version__ + " |", "|---|---|", *lines])
+    first, *rest = (f"| {name} | {value.replace('|', '/')} |" for name, value in found.items())
+    return "\n".join([first, "|---|---|", *rest])
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Name and value of everything that is known here, the package's own version aside."""
+    """Name and value of everything that is known here, the package's own version first."""
+    yield "apollo-triton", __version__
     yield "checkout", _or_why(_checkout)
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
     yield "system", f"{platform.platform()}, {os.cpu_count()} cores"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -12,13 +13,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, __version__
 
 ROOT = Path(__file__).parent.parent
 
 
 def run_python(code, *flags):
     return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def run_script(path):
+    return subprocess.run([sys.executable, ROOT / path], capture_output=True, text=True, check=True).stdout
 
 
 def test_import_needs_torch_alone():
@@ -87,3 +92,17 @@ def test_the_state_is_as_small_as_promised():
         tensors = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
         # two float32 moments of [512, rank], u_prev, and the step count on the host
         assert sum(x.numel() * x.element_size() for x in tensors) == 2 * 4 * 512 * rank + 4 + 4
+
+
+def test_what_is_built_works_where_it_is_installed():
+    """A module, a kernel or a data file that sdist or wheel leaves out, and that every test finds in the checkout."""
+    pytest.importorskip("build")
+    found = run_script("tests/smoke.py")
+    for built in (f"apollo_triton-{__version__}-py3-none-any.whl", f"apollo_triton-{__version__}.tar.gz"):
+        assert f"{built}: trained on reference" in found
+
+
+def test_the_version_is_the_same_wherever_it_is_written():
+    """A release of which the citation or the changelog was forgotten."""
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
