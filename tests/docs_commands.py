@@ -119,6 +119,15 @@ def _torchrun(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     _python(_launched(arguments), monkeypatch)
 
 
+def _accelerate(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    verb, *rest = arguments
+    assert verb == "launch", f"accelerate {verb}"
+    options = launch_command_parser().parse_args(rest)
+    _python([options.training_script, *options.training_script_args], monkeypatch)
+
+
 def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """Constraint files exist, and so do the extras. Foreign packages are named only to be removed."""
     verb, *rest = arguments
@@ -159,6 +168,7 @@ def _mkdocs(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PROGRAMS: dict[str, Callable[[Words, pytest.MonkeyPatch], str | None]] = {
+    "accelerate": _accelerate,
     "apollo-triton": _apollo_triton,
     "make": _make,
     "mkdocs": _mkdocs,

@@ -1,0 +1,89 @@
+"""A training loop on Hugging Face Accelerate: mixed precision, accumulation, any number of processes, exact resume.
+
+    python examples/accelerate_loop.py --steps 40
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --steps 80  # goes on
+    ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py
+
+Each byte of the text, the source of Python's os module, is a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apollo_triton import APOLLOAdamW
+
+SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
+SEQUENCE, BATCH, ACCUMULATE = 64, 8, 2
+
+
+class Bytes(torch.utils.data.Dataset):
+    """Pieces of the text of Python's os module, where the index says; a byte is a token."""
+
+    text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * 7919 % (len(self.text) - SEQUENCE)
+        return self.text[start : start + SEQUENCE]
+
+
+class Progress:
+    """How many batches a process has seen, saved and loaded by Accelerate with the rest."""
+
+    batches = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches = state["batches"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="train up to this step (%(default)s)")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="(%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("accelerate_loop"), help="the checkpoint (%(default)s)")
+    options = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=ACCUMULATE)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES))
+    # Clipped inside the step: accelerator.clip_grad_norm_ would read and write all gradients once more.
+    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=1e-2, max_grad_norm=1.0)  # was: torch.optim.AdamW(...)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+    data = torch.utils.data.DataLoader(Bytes(), batch_size=BATCH)
+    model, optimizer, warmup, data = accelerator.prepare(model, optimizer, warmup, data)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if options.folder.exists():
+        accelerator.load_state(str(options.folder))
+
+    for tokens in accelerator.skip_first_batches(data, progress.batches):
+        if progress.batches == options.steps * ACCUMULATE:
+            break
+        progress.batches += 1
+        with accelerator.accumulate(model):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            warmup.step()
+            optimizer.zero_grad()
+        if progress.batches % (10 * ACCUMULATE) == 0:
+            mean = accelerator.reduce(loss.detach(), "mean").item()
+            accelerator.print(f"step {progress.batches // ACCUMULATE:4d}   loss {mean:.4f}", flush=True)
+    accelerator.save_state(str(options.folder))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""PyTorch Lightning: configure_optimizers returns the optimizer; precision, clipping, checkpoints are the Trainer's.
+
+    python examples/lightning_module.py --steps 40
+    python examples/lightning_module.py --steps 80  # goes on from the checkpoint
+
+Each byte of the text, the source of Python's os module, is a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apollo_triton import APOLLOAdamW
+
+SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
+SEQUENCE, BATCH = 64, 8
+
+
+class Batches:
+    """Batches of the text of Python's os module, a byte a token. Lightning saves and loads where it is, and asks for
+    no batch ahead of one with a length: a DataLoader would begin again in the middle of an epoch."""
+
+    text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
+    number = 0
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            self.number += 1
+            generator = torch.Generator().manual_seed(self.number)
+            starts = torch.randint(len(self.text) - SEQUENCE, (BATCH, 1), generator=generator)
+            yield self.text[starts + torch.arange(SEQUENCE)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+class Llama(lightning.LightningModule):
+    """A small LLaMA that learns to go on with a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES))
+
+    def training_step(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
+        loss = self.model(input_ids=tokens, labels=tokens).loss
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = APOLLOAdamW.apollo(self, rank=32, lr=1e-2)  # was: torch.optim.AdamW(self.parameters(), lr=1e-3)
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="train up to this step (%(default)s)")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="bf16-mixed")
+    parser.add_argument("--folder", type=Path, default=Path("lightning_module"), help="the checkpoint (%(default)s)")
+    options = parser.parse_args()
+
+    lightning.seed_everything(0, verbose=False)
+    trainer = lightning.Trainer(
+        max_steps=options.steps,
+        precision=options.precision,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,  # APOLLOAdamW's max_grad_norm does it without a pass of its own
+        logger=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,  # one at the end, below
+        default_root_dir=options.folder,
+    )
+    newest = options.folder / "last.ckpt"
+    trainer.fit(Llama(), Batches(), ckpt_path=newest if newest.exists() else None, weights_only=True)
+    trainer.save_checkpoint(newest)
+    print(f"step {trainer.global_step:4d}   loss {trainer.callback_metrics['loss'].item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

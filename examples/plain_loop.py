@@ -1,0 +1,75 @@
+"""A training loop without a framework, as torchtune's recipes are: a config, a model, accumulation, a checkpoint.
+
+    python examples/plain_loop.py --steps 40
+    python examples/plain_loop.py --steps 80     # goes on from the checkpoint
+    python examples/plain_loop.py --in-backward  # torchtune's optimizer_in_bwd: no gradient outlives its layer
+
+Each byte of the text, the source of Python's os module, is a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apollo_triton import APOLLOAdamW, attach_layerwise
+
+SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
+SEQUENCE, BATCH, WARMUP = 64, 8, 10
+TEXT = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()  # a byte is a token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="train up to this step (%(default)s)")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches a step (%(default)s)")
+    parser.add_argument("--in-backward", action="store_true", help="move each weight as soon as its gradient is known")
+    parser.add_argument("--checkpoint", type=Path, default=Path("plain_loop.pt"), help="(%(default)s)")
+    options = parser.parse_args()
+    if options.in_backward:
+        options.accumulate = 1  # gradients are gone before a second batch could add to them
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES)).to(device)
+    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=1e-2)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if options.in_backward:
+        attach_layerwise(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
+
+    first = 0
+    if options.checkpoint.exists():
+        saved = torch.load(options.checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        first = saved["step"]
+
+    for step in range(first, options.steps):
+        for part in range(options.accumulate):
+            tokens = batch(step * options.accumulate + part).to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
+            loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if (step + 1) % 10 == 0:
+            print(f"step {step + 1:4d}   loss {loss.item() * options.accumulate:.4f}", flush=True)
+
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save(state | {"step": max(first, options.steps)}, options.checkpoint)
+
+
+def batch(number: int) -> torch.Tensor:
+    """The batch of that number, the same in every run: ``[BATCH, SEQUENCE]`` tokens."""
+    starts = torch.randint(len(TEXT) - SEQUENCE, (BATCH, 1), generator=torch.Generator().manual_seed(number))
+    return TEXT[starts + torch.arange(SEQUENCE)]
+
+
+if __name__ == "__main__":
+    main()
