@@ -62,9 +62,9 @@ def _triton_obstacle() -> str | None:
     """What is wrong with triton; None for nothing."""
     try:
         import triton
-    except ModuleNotFoundError:
-        return "triton is not installed: pip install 'apollo-triton[triton]'"
     except Exception as error:  # a broken installation must not stop a training that can do without
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed: pip install 'apollo-triton[triton]'"
         return f"triton cannot be imported: {error!r}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _LEAST_TRITON:

@@ -80,7 +80,7 @@ def smoke(python: str, package: Path, environment: Path, torch: str | None) -> s
         (site / "own.pth").write_text(own)
         run([*pip, "--no-deps", "--no-build-isolation", str(package)], cwd=environment)
     else:
-        run([*pip, f"torch=={torch}", "numpy"], cwd=environment)
+        run([*pip, f"torch=={torch}", "numpy", "setuptools"], cwd=environment)  # triton 3.2 imports setuptools
         run([*pip, str(package)], cwd=environment)
     commands = environment / "bin" / "apollo-triton"
     for arguments in COMMANDS:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,14 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda size, device: empty(size, device="meta"))
     found = dict(environment.facts())
     assert found["cuda:0"] == 'Some GPU, capability 7.5, 16.0 GB; backend="auto" is reference: it is old'
+
+
+def test_a_broken_triton_is_not_called_a_missing_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """triton 3.2 without setuptools: the advice to install what is there."""
+    obstacle = backends._triton_obstacle.__wrapped__
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert str(obstacle()).startswith("triton is not installed: pip install")
+    monkeypatch.delitem(sys.modules, "triton")
+    (tmp_path / "triton.py").write_text("import gone_with_the_wind")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "triton cannot be imported: ModuleNotFoundError" in str(obstacle())
