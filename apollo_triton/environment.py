@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 def markdown(found: dict[str, str]) -> str:
     """A table of two columns, as an issue shows it."""
-    first, *rest = (f"| {name} | {value.replace('|', '/')} |" for name, value in found.items())
+    first, *rest = (f"| {name} | {' '.join(value.split()).replace('|', '/')} |" for name, value in found.items())
     return "\n".join([first, "|---|---|", *rest])
 
 
@@ -77,13 +77,14 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
     yield "torch", _or_why(_torch)
     for package in _PACKAGES:
-        if version := _version(package):
+        if version := _or_why(lambda package=package: _version(package) or ""):  # type: ignore[misc]
             yield package, version
     for device in _devices():
         yield str(device), _or_why(lambda device=device: _about(device))  # type: ignore[misc]
     for name, value in sorted(os.environ.items()):
         if name in _NAMES or name.startswith(_PREFIXES):
-            yield name, "(set)" if any(word in name for word in _SECRET) else value
+            # An @ is how an address holds a user and a password.
+            yield name, "(set)" if "@" in value or any(word in name for word in _SECRET) else value
 
 
 def _or_why(ask: Callable[[], str]) -> str:
@@ -118,7 +119,7 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "triton" and importlib.util.find_spec(package) is not None:
-            return _or_why(lambda: str(importlib.import_module(package).__version__))
+            return str(importlib.import_module(package).__version__)
         return None
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ def printed(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 def test_a_table_that_an_issue_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that breaks the table, a version that is not the installed one, a package that is not there."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", "a|b")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "a|b\nc")
     monkeypatch.setenv("UNRELATED", "of the user")
     monkeypatch.setattr(environment, "_PACKAGES", ("numpy", "not-installed"))
     lines = printed(capsys).splitlines()
     assert lines[:2] == [f"| apollo-triton | {__version__} |", "|---|---|"]
     assert all(line.count("|") == 3 for line in lines), lines
     assert f"| numpy | {importlib.metadata.version('numpy')} |" in lines
-    assert "| TRITON_CACHE_DIR | a/b |" in lines
+    assert "| TRITON_CACHE_DIR | a/b c |" in lines
     assert not any("not-installed" in line or "UNRELATED" in line for line in lines)
 
 
@@ -43,8 +44,10 @@ def test_json_has_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 def test_secrets_stay(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that is pasted into a public issue with a password in it."""
     monkeypatch.setenv("ACCELERATE_API_TOKEN", "hush")
+    monkeypatch.setenv("TRITON_REMOTE", "https://user:hush@host")
     text = printed(capsys)
     assert "| ACCELERATE_API_TOKEN | (set) |" in text
+    assert "| TRITON_REMOTE | (set) |" in text
     assert "hush" not in text
 
 
@@ -65,6 +68,24 @@ def test_what_is_broken_is_a_line_and_not_the_end(
     found = json.loads(printed(capsys, "--json"))
     assert found["cpu"] == "not known: RuntimeError: driver is gone"
     assert found["checkout"].startswith(("not known: FileNotFoundError: git", "none, installed in "))
+
+
+def test_a_broken_package_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that was cut off, whose version is not written anywhere."""
+    monkeypatch.setattr(environment, "_PACKAGES", ("numpy",))
+    monkeypatch.setattr(importlib.metadata, "version", fails(KeyError("Version")))
+    assert "| numpy | not known: KeyError: 'Version' |" in printed(capsys).splitlines()
+
+
+def test_a_triton_without_a_specification_is_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stub in triton's place, of which find_spec says ValueError."""
+    monkeypatch.setattr(environment, "_PACKAGES", ("triton",))
+    monkeypatch.setattr(importlib.metadata, "version", fails(importlib.metadata.PackageNotFoundError("triton")))
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    [line] = [line for line in printed(capsys).splitlines() if line.startswith("| triton |")]
+    assert line.startswith("| triton | not known: ValueError: ")
 
 
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
