@@ -15,6 +15,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,19 +78,19 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, {os.cpu_count()} cores"
     yield "torch", _or_why(_torch)
     for package in _PACKAGES:
-        if version := _or_why(lambda package=package: _version(package) or ""):  # type: ignore[misc]
+        if version := _or_why(_version, package):
             yield package, version
     for device in _devices():
-        yield str(device), _or_why(lambda device=device: _about(device))  # type: ignore[misc]
+        yield str(device), _or_why(_about, device)
     for name, value in sorted(os.environ.items()):
         if name in _NAMES or name.startswith(_PREFIXES):
             # An @ is how an address holds a user and a password.
             yield name, "(set)" if "@" in value or any(word in name for word in _SECRET) else value
 
 
-def _or_why(ask: Callable[[], str]) -> str:
+def _or_why(ask: Callable[..., str], *arguments: Any) -> str:
     try:
-        return ask()
+        return ask(*arguments)
     except Exception as error:  # a broken driver or library is what the report may be about
         return f"not known: {type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -113,22 +114,21 @@ def _torch() -> str:
     return f"{torch.__version__}, built for {', '.join(built) or 'CPUs alone'}"
 
 
-def _version(package: str) -> str | None:
-    """The installed version; of a GPU build's triton, which is another package on ROCm and XPU, its own."""
+def _version(package: str) -> str:
+    """The installed version, "" for none; of a triton that is another package, as on ROCm and XPU, its own."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "triton" and importlib.util.find_spec(package) is not None:
             return str(importlib.import_module(package).__version__)
-        return None
+        return ""
 
 
 def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
-    for kind in (torch.cuda, torch.xpu):
-        name = kind.__name__.rpartition(".")[2]
+    for kind in ("cuda", "xpu"):
         try:
-            devices += [torch.device(name, number) for number in range(kind.device_count())]
+            devices += [torch.device(kind, number) for number in range(getattr(torch, kind).device_count())]
         except Exception:  # no driver: then there is none of them
             continue
     return devices

@@ -1,7 +1,6 @@
 """FSDP2 through Accelerate's plugin, with an optimizer that was made before ``prepare``, as Accelerate wants it.
 
-Accelerate puts tensors of one element into the optimizer's groups while it shards, and then the sharded parameters. It
-shards on accelerators alone and passes over its plugin on a CPU without a word; that alone is set here.
+Accelerate puts tensors of one element into the optimizer's groups while it shards, and then the sharded parameters.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate_states import shard_on_cpus
 from distributed_cases import needs_fsdp_on_a_cpu, whole
 from distributed_harness import run
 from torch import nn
@@ -22,8 +22,7 @@ from apollo_triton import APOLLOAdamW
 pytest.importorskip("accelerate", minversion="1.6")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 pytestmark = needs_fsdp_on_a_cpu
 STEPS, BATCH = 6, 8
@@ -69,15 +68,7 @@ def alone(kind: str) -> list[torch.Tensor]:
 
 def through_accelerate(kind: str, folder: str, resume: bool = False, from_rank_0: bool = False) -> list[torch.Tensor]:
     """Whole weights after all steps; the state after half of them is saved, or is where a resumed run begins."""
-    original = AcceleratorState.__init__
-
-    def initialise(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keys: Any) -> None:
-        original(self, *arguments, fsdp_plugin=fsdp_plugin, **keys)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # which every later state reads
-
-    AcceleratorState.__init__ = initialise  # in a process of its own
+    shard_on_cpus()  # in a process of its own
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]  # as torchrun has it: all on this machine
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,

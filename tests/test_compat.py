@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import ROOT, run_program
 
-ROOT = Path(__file__).parent.parent
 ASK = """
 import importlib.metadata, importlib.util, apollo_torch, apollo_triton
 for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
@@ -21,15 +21,7 @@ for name in ("apollo_torch", "apollo-torch"):
 
 
 def python(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
-    found = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": paths} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    found = run_program(*arguments, timeout=120, **environment)
     assert found.returncode == code, found.stderr
     return found
 

@@ -24,6 +24,8 @@ import docs_commands
 import pytest
 import torch
 import yaml
+from accelerate_states import forget_accelerate
+from distributed_cases import needs_fsdp_on_a_cpu
 from docs_preludes import PRELUDES, make_files
 
 import apollo_triton
@@ -33,6 +35,7 @@ from apollo_triton.settings import LOW_RANK_DEFAULTS
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
+SHARDING_PAGES = ("README.md", "distributed.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -171,8 +174,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1)
     yield tmp_path
     torch.distributed.destroy_process_group()
-    if "accelerate" in sys.modules:  # a Trainer has told it of that group
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()  # a Trainer has told it of that group
 
 
 def test_every_kind_of_block_is_found_and_none_is_passed_over(tmp_path: Path) -> None:
@@ -210,14 +212,18 @@ def test_a_block_that_is_wrong_fails(text: str, alone: Path, monkeypatch: pytest
 
 
 @pytest.mark.filterwarnings("ignore")  # what a block warns of is for its reader
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=needs_fsdp_on_a_cpu if page.name in SHARDING_PAGES else (), id=page.stem)
+        for page in PAGES
+    ],
+)
 def test_every_block_of_a_page(page: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name, an argument, an option, an extra, a make target or an error text that has changed, and was not changed in
     the documentation."""
     if page.name in ("int8.md", "README.md"):
         pytest.importorskip("bitsandbytes")
-    if page.name in ("distributed.md", "README.md") and not hasattr(torch.cpu.Stream, "record_event"):
-        pytest.skip("this torch's FSDP2 needs a GPU")
     Reading(page, alone, monkeypatch).read_page(page.read_text(encoding="utf-8"))
 
 

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from distributed_cases import needs_fsdp_on_a_cpu
+from programs import ended_well, run_program
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"hidden": 24, "layers": 1, "length": 16, "batch": 6, "rank": 4, "schedule": 12, "report": 1}
 
 
 def pretrain(ranks: int, folder: Path, *options: str) -> tuple[int, str]:
     """The exit status and the output of ``torchrun examples/fsdp2_pretrain.py``."""
-    paths = [str(ROOT), *(path for path in sys.path if path)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     small = [f"--{name}={value}" for name, value in SIZES.items()]
-    found = subprocess.run(
-        [*torchrun, "examples/fsdp2_pretrain.py", "--folder", str(folder), *small, *options],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    output = found.stdout + found.stderr
-    # PyTorch's gloo now and then aborts a process that has come to its end (pytorch/pytorch issue 190489); what it was
-    # to do is done by then, and looked at below.
-    aborted = "terminate called without an active exception" in output
-    return 0 if aborted else found.returncode, output
+    example = ["examples/fsdp2_pretrain.py", "--folder", str(folder), *small, *options]
+    found = run_program(*torchrun, *example, timeout=200)
+    return 0 if ended_well(found) else found.returncode, found.stdout + found.stderr
 
 
 def losses(output: str) -> dict[int, float]:
@@ -76,9 +61,7 @@ def test_the_7b_recipe_runs_on_a_cpu_at_a_size_that_it_can_train() -> None:
     """A model that is not filled, a part that is not counted, gradients that stay alive."""
     pytest.importorskip("bitsandbytes")
     example, options = "examples/pretrain_7b_12gb", ["--size=60M", "--steps=2", "--sequence=16", "--report=1"]
-    command = [sys.executable, f"{example}.py", f"--config={example}.json", *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    found = run_program(f"{example}.py", f"--config={example}.json", *options)
     assert found.returncode == 0, found.stderr
     counted = dict(re.findall(r"^(\S.*?) +([\d.]+) GB$", found.stdout, re.MULTILINE))
     assert counted["int8 weights"] == "0.025"  # 25.3 M in attention and MLP

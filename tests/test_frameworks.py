@@ -6,17 +6,17 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate_states import forget_accelerate
+from programs import ROOT, ended_well, run_program
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).parent.parent
 Run = Callable[..., dict[int, float]]
 
 
@@ -36,11 +36,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     yield run_example
     forget_accelerate()
-
-
-def forget_accelerate() -> None:
-    if "accelerate" in sys.modules:
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
@@ -87,16 +82,10 @@ def test_accelerate_loop(run: Run) -> None:
 def test_accelerate_on_two_processes(tmp_path: Path) -> None:
     """An optimizer that Accelerate cannot prepare for DDP, or a second process that is not one of two."""
     pytest.importorskip("accelerate")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     example = [str(ROOT / "examples" / "accelerate_loop.py"), "--steps=20", "--precision=no"]
-    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    environment = os.environ | alone | {"PYTHONPATH": paths}
-    found = subprocess.run(
-        [*launch, *example], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
-    aborted = "terminate called without an active exception" in found.stderr  # gloo's own (test_examples.py)
-    assert found.returncode == 0 or aborted, found.stderr[-4000:]
+    found = run_program(*launch, *example, cwd=tmp_path, timeout=200, ACCELERATE_USE_CPU="true")
+    assert ended_well(found), found.stderr[-4000:]
     losses = re.findall(r"^step +(\d+) +loss ([\d.]+)$", found.stdout, re.MULTILINE)
     assert [int(step) for step, _ in losses] == [10, 20]  # of one rank alone
     assert float(losses[1][1]) < 5

@@ -18,12 +18,12 @@ from apollo_triton import APOLLOAdamW, __version__
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(code, *flags):
-    return subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True).stdout
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def run_script(path):
-    return subprocess.run([sys.executable, ROOT / path], capture_output=True, text=True, check=True).stdout
+def run_python(code):
+    return run("-c", code)
 
 
 def test_import_needs_torch_alone():
@@ -97,7 +97,7 @@ def test_the_state_is_as_small_as_promised():
 def test_what_is_built_works_where_it_is_installed():
     """A module, a kernel or a data file that sdist or wheel leaves out, and that every test finds in the checkout."""
     pytest.importorskip("build")
-    found = run_script("tests/smoke.py")
+    found = run(ROOT / "tests/smoke.py")
     for built in (f"apollo_triton-{__version__}-py3-none-any.whl", f"apollo_triton-{__version__}.tar.gz"):
         assert f"{built}: trained on reference" in found
 

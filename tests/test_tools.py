@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ import torch
 pytest.importorskip("trl")
 yaml = pytest.importorskip("yaml")
 
+from programs import ROOT, run_program  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from apollo_triton import APOLLOAdamW  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "tools.md").read_text()
 WIDTH, RANK, STEPS = 320, 256, 8
 BIASES, DENSE, MATRICES = 4, 5, 7  # of attention; embedding, head and three norms; attention and MLP
@@ -67,20 +65,10 @@ def run(tool: str, arguments: list[str], keys: dict[str, Any], place: Path, fold
     name = Path(arguments[-1]).name
     (place / name).write_text(yaml.safe_dump(keys))
     first = [str(folder)] if folder else []
+    path = os.pathsep.join([*(f"{each}/bin" for each in first), os.environ["PATH"]])
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub"), "AXOLOTL_DO_NOT_TRACK": "1"}
-    alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    modules = [str(place / "modules"), *first, str(ROOT), *(path for path in sys.path if path)]
-    commands = [*(f"{path}/bin" for path in first), os.environ["PATH"]]
-    paths = {"PYTHONPATH": os.pathsep.join(modules), "PATH": os.pathsep.join(commands)}
-    found = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=place,
-        env=os.environ | offline | alone | paths,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    before = [str(place / "modules"), *first]
+    found = run_program(*arguments, cwd=place, before=before, PATH=path, ACCELERATE_USE_CPU="true", **offline)
     assert found.returncode == 0, f"{tool}: {found.stdout[-2000:]}\n{found.stderr[-4000:]}"
     return place / str(keys["output_dir"]) / f"checkpoint-{STEPS}"
 
@@ -141,9 +129,9 @@ def test_llama_factory(place: Path) -> None:
     assert again == pytest.approx(losses(plain), abs=1e-3)
 
 
-def check_the_string(found: list[dict[str, Any]], keys: dict[str, Any], dense: int = BIASES + DENSE) -> None:
+def check_the_string(found: list[dict[str, Any]], keys: dict[str, Any]) -> None:
     """Two groups of the Trainer, the options of optim_args, and no weight decay, as the page says."""
-    assert counts(found) == [dense, MATRICES]
+    assert counts(found) == [BIASES + DENSE, MATRICES]
     assert ["rank" in group for group in found] == [False, True]
     assert [group["weight_decay"] for group in found] == [0.0, 0.0]
     assert [group["initial_lr"] for group in found] == [keys["learning_rate"]] * 2

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from distributed_cases import needs_fsdp_on_a_cpu
+from programs import ended_well, run_program
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
-    return subprocess.run(
-        [sys.executable, "-m", "apollo_triton.compat", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -42,15 +25,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     ],
 )
 def test_a_trainer_that_nothing_patches(program: str, tmp_path: Path) -> None:
-    found = run("tests/trainer_program.py", program, str(tmp_path))
+    found = run_program("-m", "apollo_triton.compat", "tests/trainer_program.py", program, str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
 
 
 def two_processes(program: str, folder: Path) -> str:
-    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "tests/trainer_program.py", program]
-    found = run(*command, str(folder))
-    aborted = "terminate called without an active exception" in found.stderr  # gloo's own (test_examples.py)
-    assert found.returncode == 0 or aborted, found.stderr[-4000:]
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    found = run_program("-m", "apollo_triton.compat", *torchrun, "tests/trainer_program.py", program, str(folder))
+    assert ended_well(found), found.stderr[-4000:]
     return found.stdout
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate_states import shard_on_cpus
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -165,19 +164,11 @@ def as_transformers_tests_it(folder: Path) -> None:
 def sharded(folder: Path) -> None:
     """FSDP2 through Accelerate on two ranks: the losses of DDP, and from a checkpoint the same bits.
 
-    Accelerate shards on accelerators alone, and passes over its own plugin on a CPU without a word; that is set here,
-    and nothing else of it or of the Trainer.
+    Nothing of the Trainer is patched, and of Accelerate that it does not shard on CPUs.
     """
     plain = trainer(folder / "plain", **NAMED)
     plain.train()
-    original = AcceleratorState.__init__
-
-    def initialise(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keys: Any) -> None:
-        original(self, *arguments, fsdp_plugin=fsdp_plugin, **keys)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-
-    AcceleratorState.__init__ = initialise
+    shard_on_cpus()
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}, **NAMED}
     whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **options)
