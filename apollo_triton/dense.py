@@ -55,9 +55,13 @@ def adamw(
 
 
 def _fits_fused_kernel(tensors: list[Tensor], settings: Settings) -> bool:
-    """Contiguous (the kernel does not look at strides), on a device that has it, a learning rate known on the host."""
+    """Contiguous (the kernel does not look at strides), on a CPU, a learning rate known on the host.
+
+    CUDA's takes 1 - b2 of a float32 b2: V is 4e-6 off, and W 9e-6 of the distance moved, twenty times what float32
+    rounds (H100, torch 2.11).
+    """
     return (
-        tensors[0].device.type in ("cpu", "cuda")
+        tensors[0].device.type == "cpu"
         and all(x.is_contiguous() for x in tensors)
         and not isinstance(settings.lr, Tensor)
         and settings.lr * settings.weight_decay < 1

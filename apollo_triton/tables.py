@@ -272,7 +272,9 @@ class Table:
             self._gradient_addresses = addresses
             self.gradients.copy_(self._on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
         if self._staging is None:
-            self._staging = torch.empty(self.matrices, dtype=torch.int64, pin_memory=self.device.type != "cpu")
+            self._staging = torch.empty(
+                self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
+            )
 
     def move_gradients_in_capture(self) -> None:
         """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since

@@ -28,6 +28,7 @@ from .table import (
 )
 
 _FIELDS = tl.constexpr(FIELDS)
+_IEEE = tl.constexpr("ieee")  # triton 3.6 does not take a plain string for a default
 # How P comes about.
 GAUSSIAN = tl.constexpr(0)  # made here; ranks below SMALL_RANK
 RADEMACHER = tl.constexpr(1)  # made here
@@ -74,7 +75,7 @@ def product(G, P, R, PARTS: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, accumulator, PRECISION: tl.constexpr = _IEEE):
     """``PRECISION``: in what float32 is multiplied; half precision is exact in any."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)

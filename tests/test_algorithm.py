@@ -44,11 +44,17 @@ def strided(values, layout):
     return values.contiguous()
 
 
+def normals(shape, seed):
+    """Of a seed, the same on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device())
+
+
 def gradients_for(shape, count, seed, scale=1e-2):
     generator = torch.Generator().manual_seed(seed)
     # A common part keeps channels from being pure noise, and makes the moments point somewhere.
-    common = torch.randn(shape, generator=generator)
-    return [scale * (common + torch.randn(shape, generator=generator)) for _ in range(count)]
+    common, *own = [torch.randn(shape, generator=generator, device="cpu") for _ in range(count + 1)]
+    return [scale * (common + each).to(torch.get_default_device()) for each in own]
 
 
 @given(
@@ -62,7 +68,7 @@ def gradients_for(shape, count, seed, scale=1e-2):
 @settings(max_examples=60, deadline=None)
 def test_trajectory_is_the_oracles(shape, rank, options, layouts, dtype, seed):
     gradients = [gradient.to(dtype) for gradient in gradients_for(shape, 6, seed)]
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    start = normals(shape, seed + 1).to(dtype)
     keeps_rows = {"std": shape[0] >= shape[1], "reverse_std": shape[0] < shape[1], "right": True, "left": False}
     rank = min(rank, shape[1] if keeps_rows[options["proj_type"]] else shape[0])
     oracle = OracleMatrix(start, rank, **options)
@@ -112,7 +118,7 @@ def test_one_float32_step_is_exact_to_rounding(shape, scale_type):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(130, 64), (64, 130)])
 def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, weight_decay, shape):
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    start = normals(shape, 0).to(dtype)
     options = {"lr": 3e-2, "scale_type": scale_type, "weight_decay": weight_decay}
     oracle = OracleMatrix(start, 16, **options)
     weight = torch.nn.Parameter(start.clone())
@@ -132,7 +138,7 @@ def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, wei
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (), (2, 3, 4), (0, 4), (5, 4, "gaps"), (5, 4, "transposed")])
 def test_dense_rest_is_adamw_in_the_papers_convention(dtype, correct_bias, shape):
     *shape, layout = shape if "gaps" in shape or "transposed" in shape else (*shape, "rows")
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    start = normals(shape, 0).to(dtype)
     gradients = [g.to(dtype) for g in gradients_for(shape, 7, 2)]
     weight = torch.nn.Parameter(strided(start.clone(), layout))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "correct_bias": correct_bias}
@@ -268,7 +274,7 @@ def test_bfloat16_moments_follow_float32_moments(scale_type):
 
 
 def test_stochastic_rounding_moves_weights_that_rounding_to_nearest_cannot():
-    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradient = normals((64, 32), 0).bfloat16()
     distances = {}
     for stochastic in (False, True):
         weight = torch.nn.Parameter(torch.ones(64, 32, dtype=torch.bfloat16))

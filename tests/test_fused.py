@@ -125,7 +125,11 @@ def test_any_layout_gives_the_result_of_a_plain_one(layout, group, of):
                 weight.grad = change(gradient) if of != "weight" else gradient.clone()
                 optimizer.step()
             results.append(weight.detach())
-        assert torch.equal(*results)
+        if DEVICE == "cpu":
+            assert torch.equal(*results)
+        else:  # loads of another width are added up in another order
+            moved = (results[1] - values).norm()
+            assert (results[0] - results[1]).norm() <= 1e-6 * moved
 
 
 @pytest.mark.parametrize("shape", [(4, 24, 16), (8, 3, 2, 2), (8, 2, 2, 1, 2)])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from fused_cases import DEVICE, drawn, optimizer_of, parameters_of
@@ -23,7 +27,7 @@ pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 ONES = 0xFFFFFFFF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "key"])  # a key of 1 would be a constant, and no block of numbers
 def words_kernel(p_out, seed, key, p_counters):
     w0, w1, w2, w3 = kernels.words(seed, key, tl.load(p_counters), tl.load(p_counters + 1), kernels.WEIGHT)
     tl.store(p_out, w0.to(tl.int64))
@@ -47,7 +51,7 @@ def test_streams_are_the_twins():
         assert getattr(kernels, name).value == int(Stream[name])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "epoch", "start"])
 def projection_rows_kernel(p_gaussian, p_signs, seed, epoch, start, RANK: tl.constexpr, COUNT: tl.constexpr):
     o = tl.arange(0, COUNT)
     for index in tl.static_range(RANK):
@@ -68,6 +72,19 @@ def test_entries_made_in_a_kernel_are_the_twins(seed, epoch, block):
     exact = projection_matrix(seed, epoch, rank, start + count, **options) * rank**0.5
     # An angle up to pi has an error of 2**-23, a radius up to 5.8 one of two ulps: the last bit or two.
     torch.testing.assert_close(out[0], exact, rtol=3e-7, atol=8e-7)
+
+
+def test_every_default_is_one_that_all_versions_of_triton_take():
+    """A plain string for a default, which triton 3.6 does not compile and 3.7 takes."""
+    given = []
+    for path in sorted((Path(__file__).parent.parent / "kernels").glob("[!_]*.py")):
+        module = importlib.import_module(f"apollo_triton.kernels.{path.stem}")
+        functions = [each.fn for each in vars(module).values() if hasattr(each, "fn")]
+        for function in functions:
+            given += [each.default for each in inspect.signature(function).parameters.values()]
+    given = [each for each in given if each is not inspect.Parameter.empty]
+    assert given
+    assert all(isinstance(each, tl.constexpr) for each in given)
 
 
 @pytest.mark.parametrize(("rank", "width"), [(16, 64), (17, 100), (64, 1030)])

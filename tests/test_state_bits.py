@@ -46,7 +46,7 @@ def moments(optimizer, parameter):
 
 def integers(shape, seed):
     """Small whole numbers, of which sums are exact."""
-    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed), device="cpu").float().to(DEVICE)
 
 
 # --- low rank
@@ -254,7 +254,7 @@ def model_of(dtype=torch.float32):
 def losses(model, optimizer, count, first=0):
     found = []
     for step in range(first, first + count):
-        tokens = torch.randint(50, (6,), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        tokens = torch.randint(50, (6,), generator=torch.Generator().manual_seed(step), device="cpu").to(DEVICE)
         hidden = torch.relu(model["mlp"](model["embed"](tokens)))
         loss = nn.functional.cross_entropy(model["head"](hidden), (tokens * 7) % 50)
         optimizer.zero_grad()
