@@ -173,7 +173,7 @@ def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None
     blocks = table.channel_blocks | {"BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"] // table.split}
     launch(
         sketch_kernels.sketch_kernel,
-        (len(table.channel_programs), -(-table.rank // blocks["BLOCK_RANK"]), table.split),
+        (len(table.channel_programs) * -(-table.rank // blocks["BLOCK_RANK"]), table.split),
         table.device,
         table.addresses,
         table.gradients,
@@ -242,7 +242,7 @@ def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) ->
 
 def squared_norms(table: Table) -> Tensor:
     """|G|_F^2 of each matrix in up to 256 parts, float32 ``[matrices, 256]``; the parts that are not needed are 0."""
-    parts = torch.zeros(table.matrices, dense_kernels.NORM_PROGRAMS, dtype=torch.float32, device=table.device)
+    parts = _scratch(table, table.matrices, dense_kernels.NORM_PROGRAMS)
     launch(
         dense_kernels.squared_norm_kernel,
         (len(table.norm_programs),),

@@ -67,6 +67,19 @@ def _nvidia_tool(tool: str, compiled: Any, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def races(ttgir: str) -> bool:
+    """Whether a Hopper matrix product may read a tile in shared memory while the next copy is written over it.
+
+    An asynchronous product is still reading when the loop goes on, so each tile that is copied ahead needs a slot more
+    than copies are ahead. Triton (3.2 to 3.7) forgets that slot for a tile that something else uses as well.
+    """
+    loop = re.search(r"scf\.for.*?^ *scf\.yield", ttgir, re.DOTALL | re.MULTILINE)
+    if loop is None or "isAsync = true" not in loop[0] or not re.search(r"pendings = [1-9]", loop[0]):
+        return False
+    slots = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir))
+    return len({slots[name] for name in re.findall(r"memdesc_(?:index|subview) (%\w+)\[", loop[0]) if name in slots}) > 1
+
+
 def _resources(compiled: Any, target: str) -> Row:
     """Registers, stack and shared memory. Stack is spills, and what a library function keeps there."""
     if target.startswith("sm"):
@@ -142,6 +155,7 @@ def measure(kernel: Kernel, target: str) -> Row:
         "instructions": len(code),
         "loop": len(loop),
         "per_element": round(len(loop or code) * threads / kernel.per_turn, 2),
+        "races": races(compiled.asm.get("ttgir", "")),
         "tensor_core": bool(re.search(r"\b[HIQ]MMA|GMMA|UTC\w*MMA|v_mfma", opcodes)),
         "tf32": "tf32" in compiled.asm.get("ptx", ""),
         "float64": bool(re.search(r"\bD(ADD|MUL|FMA|SETP|MMA)|\.F64|64H|_f64", opcodes)),

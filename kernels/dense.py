@@ -49,7 +49,7 @@ def squared_norm_kernel(
     p_table, p_gradients, p_programs, p_parts, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, NORM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """A share of |G|_F^2 into ``p_parts [matrices, NORM_PROGRAMS]``, of which the first so many as needed are written.
+    """A share of |G|_F^2 into ``p_parts [matrices, NORM_PROGRAMS]``; 0 into those that are not needed.
 
     A program takes every BLOCK elements of its share of a matrix; ``p_programs`` holds matrix and share. Reads G.
     """
@@ -68,7 +68,11 @@ def squared_norm_kernel(
         offsets = element_offsets(o, p_row, columns, GRADIENT_ROW_STRIDE, GRADIENT_COLUMN_STRIDE, ALIGNED)
         G = tl.load(p_G + offsets, mask=o < elements, other=0.0).to(tl.float32)
         squares += G * G
-    tl.store(p_parts + matrix.to(tl.int64) * NORM_PROGRAMS + share, tl.sum(squares, 0))
+    p_parts += matrix.to(tl.int64) * NORM_PROGRAMS
+    tl.store(p_parts + share, tl.sum(squares, 0))
+    if share == 0:
+        o = tl.arange(0, NORM_PROGRAMS)
+        tl.store(p_parts + o, tl.zeros([NORM_PROGRAMS], tl.float32), mask=(o > 0) & (o * BLOCK >= elements))
 
 
 @triton.jit(do_not_specialize=["step"])

@@ -119,11 +119,13 @@ def sketch_kernel(
     """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
 
     FUSED: goes on to the moments and the factors, and R is never stored. Else stores R ``[all channels, RANK]`` and
-    |G_c|^2 ``[all channels]``, float32; program_id(1) is then the block of ranks, the first of which stores the norms,
-    and program_id(2) which of SPLIT parts of what a program of ``rescale`` owns.
+    |G_c|^2 ``[all channels]``, float32; there are then programs for every block of ranks, the first of which stores the
+    norms, and program_id(1) is which of SPLIT parts of what a program of ``rescale`` owns.
     Reads 2 or 4 bytes a gradient's element, and P from the cache; FUSED reads and writes M and V as well.
     """
-    program = tl.program_id(0)
+    # Blocks of ranks next to each other, so that those of one block of channels read G from memory once together.
+    RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
+    program, rank_block = tl.program_id(0) // RANK_BLOCKS, tl.program_id(0) % RANK_BLOCKS
     matrix = tl.load(p_programs + program)
     p_row = p_table + matrix.to(tl.int64) * _FIELDS
     rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
@@ -142,14 +144,15 @@ def sketch_kernel(
         channels, width, channel_stride, width_stride = columns, rows, column_stride, row_stride
 
     block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
-    o_channel = (block * SPLIT + tl.program_id(2)) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = (block * SPLIT + tl.program_id(1)) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
-    o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    o_rank = rank_block * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     t = current_step(step, p_step)
     epoch = (t - 1) // update_proj_gap
     seed = tl.load(p_row + SEED)
     p_tile = p_G + o_channel.to(tl.int64)[:, None] * channel_stride
 
+    HALF: tl.constexpr = GRADIENT != tl.float32
     R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
     if RANK == 1:
@@ -175,12 +178,16 @@ def sketch_kernel(
                 P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
                 R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
     else:
+        products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if HALF else 1], tl.float32)
         for start in range(0, width, BLOCK_WIDTH):
             o_width = start + tl.arange(0, BLOCK_WIDTH)
             m_width = o_width < width
             mask = m_channel[:, None] & m_width[None, :]
             G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
-            squared_G += tl.sum(G.to(tl.float32) * G.to(tl.float32), 1)
+            if HALF:
+                products = dot(G, tl.trans(G), products)
+            else:
+                squared_G += tl.sum(G * G, 1)
             if PROJECTION_KIND == RADEMACHER:
                 first = start // 128 * 128
                 w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, first)
@@ -205,6 +212,9 @@ def sketch_kernel(
                     part = P.to(tl.bfloat16)
                     R = product(G, part, R, PARTS)
                     P -= part.to(tl.float32)
+        if HALF:
+            o = tl.arange(0, BLOCK_CHANNELS)
+            squared_G = tl.sum(tl.where(o[:, None] == o[None, :], products, 0.0), 1)
     if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
         R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
     R = R * entry_scale
@@ -227,7 +237,7 @@ def sketch_kernel(
         o_R = tl.load(p_row + FIRST_CHANNEL) + o_channel
         m_R = m_channel[:, None] & (o_rank < RANK)[None, :]
         tl.store(p_projected + o_R[:, None] * RANK + o_rank[None, :], R, mask=m_R)
-        if tl.program_id(1) == 0:
+        if rank_block == 0:
             tl.store(p_squared_norms + o_R, squared_G, mask=m_channel)
 
 

@@ -42,7 +42,7 @@ class OracleMatrix:
             "left": False,
         }[self.options["proj_type"]]
         channels = rows if self.keeps_rows else columns
-        self.M = torch.zeros(channels, rank, dtype=torch.float64)
+        self.M = torch.zeros(channels, rank, dtype=torch.float64, device=weight.device)
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
         self.step_count = 0
@@ -59,7 +59,7 @@ class OracleMatrix:
         epoch = (t - 1) // o["update_proj_gap"]
         P = projection
         if P is None:
-            P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).double()
+            P = projection_matrix(o["seed"], epoch, self.rank, G.shape[1], distribution=o["distribution"]).to(G)
         R = G @ P.T
         dims = {"dim": 1} if o["scale_type"] == "channel" else {}
         self.conditioning = max(self.conditioning, (P.norm() * G.norm(**dims) / R.norm(**dims)).max().item())
