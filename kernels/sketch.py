@@ -106,6 +106,77 @@ def sum_of_four(x, ALONG_ROWS: tl.constexpr):
         return tl.sum(x.reshape(x.shape[0], 4, x.shape[1] // 4), 1)
 
 
+@triton.jit
+def projected(
+    p_tile, m_channel, o_rank, first, last, width, width_stride, p_row, seed, epoch,
+    RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, ALONG_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    NORMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """G P^T of the channels at ``p_tile``, ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
+    ``last``, and with NORMS |G_c|^2; ALONG_ROWS: widths are neighbours in memory. P is not yet scaled."""
+    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
+    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    if RANK == 1:
+        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
+        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
+            products += sum_of_four(G * P[None, :], ALONG_ROWS)
+            if NORMS:
+                squares += sum_of_four(G * G, ALONG_ROWS)
+        squared_G = tl.sum(squares, 1)
+        R = tl.sum(products, 1)[:, None]
+    elif RANK < 16:
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            if NORMS:
+                squared_G += tl.sum(G * G, 1)
+            for index in tl.static_range(RANK):
+                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
+                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
+    else:
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            m_width = o_width < width
+            mask = m_channel[:, None] & m_width[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
+            if NORMS:
+                squared_G += tl.sum(G.to(tl.float32) * G.to(tl.float32), 1)
+            if PROJECTION_KIND == RADEMACHER:
+                even = start // 128 * 128
+                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, even)
+                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - even)[:, None])
+                R = product(G, P, R, PARTS)
+            elif PROJECTION_KIND == MATERIALISED:
+                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
+                padded = (width + 63) // 64 * 64
+                # Padded with zeros along the width: a mask there would make the loads an entry wide.
+                m_P = (o_rank < RANK)[None, :]
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
+                R = product(G, P, R, PARTS)
+            else:
+                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
+                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
+                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
+                # on sm_100 by triton 3.7, input_precision="ieee" or not.
+                if G.dtype == tl.float16:
+                    G = G.to(tl.float32)
+                for _ in range(3):
+                    part = P.to(tl.bfloat16)
+                    R = product(G, part, R, PARTS)
+                    P -= part.to(tl.float32)
+    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
+        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
+    return R, squared_G
+
+
 @triton.jit(do_not_specialize=["step", "update_proj_gap"])
 def sketch_kernel(
     p_table, p_gradients, p_programs, p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
@@ -149,63 +220,10 @@ def sketch_kernel(
     seed = tl.load(p_row + SEED)
     p_tile = p_G + o_channel.to(tl.int64)[:, None] * channel_stride
 
-    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
-    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    if RANK == 1:
-        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
-        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-            products += sum_of_four(G * P[None, :], KEEPS_ROWS)
-            squares += sum_of_four(G * G, KEEPS_ROWS)
-        squared_G = tl.sum(squares, 1)
-        R = tl.sum(products, 1)[:, None]
-    elif RANK < 16:
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            squared_G += tl.sum(G * G, 1)
-            for index in tl.static_range(RANK):
-                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
-    else:
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            m_width = o_width < width
-            mask = m_channel[:, None] & m_width[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
-            squared_G += tl.sum(G.to(tl.float32) * G.to(tl.float32), 1)
-            if PROJECTION_KIND == RADEMACHER:
-                first = start // 128 * 128
-                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, first)
-                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - first)[:, None])
-                R = product(G, P, R, PARTS)
-            elif PROJECTION_KIND == MATERIALISED:
-                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
-                padded = (width + 63) // 64 * 64
-                # Padded with zeros along the width: a mask there would make the loads an entry wide.
-                m_P = (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
-                R = product(G, P, R, PARTS)
-            else:
-                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
-                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
-                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
-                # on sm_100 by triton 3.7, input_precision="ieee" or not.
-                if GRADIENT == tl.float16:
-                    G = G.to(tl.float32)
-                for _ in range(3):
-                    part = P.to(tl.bfloat16)
-                    R = product(G, part, R, PARTS)
-                    P -= part.to(tl.float32)
-    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
-        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
+    R, squared_G = projected(
+        p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row, seed, epoch,
+        RANK, PROJECTION_KIND, KEEPS_ROWS, PARTS, True, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+    )  # fmt: skip
     R = R * entry_scale
     if FUSED:
         gradient_scale = 1.0
