@@ -161,12 +161,11 @@ def _project(table: OperandTable, settings: Settings, moment: Moment, operands: 
         (*programs, R_parts),
         table.device,
         kept,
-        S,
+        _sum(S),
         R,
         tokens,
         channels,
         part,
-        S_parts,
         sketch_kernels.entry_scale(table.rank, kind.value),
         RANK=table.rank,
         PRECISION=precision,
@@ -178,9 +177,11 @@ def _project(table: OperandTable, settings: Settings, moment: Moment, operands: 
 def squared_norms(table: OperandTable, operands: Operands) -> Tensor:
     """|G_c|^2 ``[channels]``, float32, by the way that takes fewer multiplications."""
     kept, summed = table.split(operands)
-    if len(kept) and kept.dtype != torch.float16:  # whose 11 bits are no two parts: a float32 product there
-        if operand_sketch.gram_is_cheaper(*kept.shape, summed.shape[1], in_parts=kept.dtype == torch.bfloat16):
-            return gram_norms(table, operands)
+    # float16's 11 bits are no two bfloat16 parts, and a float32 product is slower than all of G.
+    if len(kept) == 0 or kept.dtype == torch.float16:
+        return tile_norms(table, operands)
+    if operand_sketch.gram_is_cheaper(*kept.shape, summed.shape[1], in_parts=kept.dtype == torch.bfloat16):
+        return gram_norms(table, operands)
     return tile_norms(table, operands)
 
 
@@ -219,7 +220,8 @@ def gram_norms(table: OperandTable, operands: Operands) -> Tensor:
     blocks = operand_sketch.gram_blocks(on_tensor_cores)
     side = -(-tokens // blocks["BLOCK_TOKENS"])
     K_parts, part = operand_sketch.parts(side * (side + 1) // 2, width, blocks["BLOCK_WIDTH"])
-    K = _scratch(table, K_parts, tokens, tokens)
+    row_length = side * blocks["BLOCK_TOKENS"]
+    K = _scratch(table, K_parts, tokens, row_length)
     fused.launch(
         operand_sketch.gram_kernel,
         (side, side, K_parts),
@@ -227,6 +229,7 @@ def gram_norms(table: OperandTable, operands: Operands) -> Tensor:
         summed,
         K,
         tokens,
+        row_length,
         width,
         part,
         PRECISION=precision,
@@ -240,11 +243,11 @@ def gram_norms(table: OperandTable, operands: Operands) -> Tensor:
         (-(-channels // blocks["BLOCK_CHANNELS"]), token_blocks),
         table.device,
         kept,
-        K,
+        _sum(K),
         norms,
         tokens,
+        row_length,
         channels,
-        K_parts,
         PRECISION=precision,
         **blocks,
     )

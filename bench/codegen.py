@@ -131,7 +131,7 @@ def measure(kernel: Kernel, target: str) -> Row:
     threads = compiled.metadata.num_warps * TARGETS[target][2]
     widths: dict[str, str] = {}
     for (name, bits), count in sorted(Counter(filter(None, map(_access, assembly))).items()):
-        if re.match(r"(load|store) [GWMVRPqx]$|store projection", name):
+        if re.match(r"(load|store) ([GWMVRPqxXZKS]|dY|kept)$|store projection", name):
             widths[name] = f"{widths[name]} + {count} x {bits}" if name in widths else f"{count} x {bits}"
     opcodes = " ".join(each.opcode for each in code)
     return row | {

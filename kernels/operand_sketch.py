@@ -18,13 +18,12 @@ from .rescale import current_step
 from .sketch import dot, projected
 from .table import SEED, power_of_two
 
-_PARTS = tl.constexpr(2)
 _ENOUGH = 256  # programs, two for each multiprocessor of an H100
 
 
 def parts(programs: int, length: int, least: int) -> tuple[int, int]:
     """Into how many parts a sum of so many terms is cut, and the length of one, a multiple of ``least``: enough
-    programs to fill a GPU, of 4 * ``least`` terms at least. Never more than 8, which another kernel adds up."""
+    programs to fill a GPU, of 4 * ``least`` terms at least, and 8 at most."""
     wanted = min(8, -(-_ENOUGH // max(1, programs)), -(-length // (4 * least)))
     part = -(-length // (max(1, wanted) * least)) * least
     return -(-length // part) if length else 1, part
@@ -52,38 +51,33 @@ def gram_blocks(tensor_cores: bool) -> dict[str, int]:
 
 def gram_is_cheaper(tokens: int, channels: int, width: int, in_parts: bool) -> bool:
     """Whether half of K, and kept^T K in two bfloat16 parts where operands are bfloat16, take fewer products than G."""
-    return tokens * (width / 2 + channels * (_PARTS.value if in_parts else 1)) < channels * width
+    return tokens * (width / 2 + channels * (2 if in_parts else 1)) < channels * width
 
 
 @triton.jit
 def transposed_product(
-    p_kept, p_S, o_channel, o_rank, first, last, tokens, channels, RANK, S_parts,
+    p_kept, p_S, o_channel, o_rank, first, last, channels, RANK,
     PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """kept^T S ``[BLOCK_CHANNELS, BLOCK_RANK]`` over tokens ``first`` to ``last``, S being the sum of its parts
-    ``[S_parts, tokens, RANK]``, float32."""
+    """kept^T S ``[BLOCK_CHANNELS, BLOCK_RANK]`` over tokens ``first`` to ``last``; S ``[tokens, RANK]`` is float32."""
     m_channel, m_rank = (o_channel < channels)[None, :], (o_rank < RANK)[None, :]
     sums = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     for start in range(first, last, BLOCK_TOKENS):
         o_token = (start + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)[:, None]
         m_token = o_token < last
         kept = tl.load(p_kept + o_token * channels + o_channel[None, :], mask=m_token & m_channel, other=0.0)
-        p_tile = p_S + o_token * RANK + o_rank[None, :]
-        S = tl.load(p_tile, mask=m_token & m_rank, other=0.0)
-        for _ in range(1, S_parts):
-            p_tile += tokens.to(tl.int64) * RANK
-            S += tl.load(p_tile, mask=m_token & m_rank, other=0.0)
+        S = tl.load(p_S + o_token * RANK + o_rank[None, :], mask=m_token & m_rank, other=0.0)
         if kept.dtype == tl.bfloat16:
-            for _ in range(_PARTS):
-                part = S.to(tl.bfloat16)
-                sums = dot(tl.trans(kept), part, sums)
-                S -= part.to(tl.float32)
+            # Not a loop as in ``sketch.product``: Triton pipelines the loads of innermost loops alone.
+            high = S.to(tl.bfloat16)
+            sums = dot(tl.trans(kept), high, sums)
+            sums = dot(tl.trans(kept), (S - high.to(tl.float32)).to(tl.bfloat16), sums)
         else:
             sums = dot(tl.trans(kept).to(tl.float32), S, sums, PRECISION)
     return sums
 
 
-@triton.jit(do_not_specialize=["tokens", "part", "step", "update_proj_gap"])
+@triton.jit(do_not_specialize=["tokens", "step", "update_proj_gap"])
 def project_kernel(
     p_row, p_summed, p_S, tokens, width, part, step, p_step, update_proj_gap,
     RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, PARTS: tl.constexpr,
@@ -108,9 +102,9 @@ def project_kernel(
     tl.store(p_S, S, mask=m_token[:, None] & (o_rank < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "part", "S_parts"])
+@triton.jit(do_not_specialize=["tokens"])
 def collect_kernel(
-    p_kept, p_S, p_R, tokens, channels, part, S_parts, entry_scale, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    p_kept, p_S, p_R, tokens, channels, part, entry_scale, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """R = kept^T S over ``part`` of the tokens, ``[parts, channels, RANK]``, float32, and scaled as P is; program_id(1)
@@ -119,7 +113,7 @@ def collect_kernel(
     o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     first = tl.program_id(2) * part
     R = transposed_product(
-        p_kept, p_S, o_channel, o_rank, first, tl.minimum(first + part, tokens), tokens, channels, RANK, S_parts,
+        p_kept, p_S, o_channel, o_rank, first, tl.minimum(first + part, tokens), channels, RANK,
         PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
     )  # fmt: skip
     p_R += (tl.program_id(2).to(tl.int64) * channels + o_channel[:, None]) * RANK + o_rank[None, :]
@@ -147,13 +141,14 @@ def tile_norms_kernel(
         tl.store(p_norms, tl.sum(G * G, 0), mask=o_column < columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "part"])
+@triton.jit(do_not_specialize=["tokens"])
 def gram_kernel(
-    p_summed, p_K, tokens, width, part,
+    p_summed, p_K, tokens, row_length, width, part,
     PRECISION: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of K = summed summed^T over ``part`` of the width, ``[parts, tokens, tokens]``, float32, and its mirror
-    image; programs above the diagonal have nothing to do. program_id(2) is the part."""
+    """A tile of K = summed summed^T over ``part`` of the width, float32, and its mirror image; program_id(2) is the
+    part, and programs above the diagonal have nothing to do. ``[parts, tokens, row_length]``: zeros fill rows up to
+    whole tiles, so that they are aligned."""
     block, other = tl.program_id(0), tl.program_id(1)
     if other <= block:
         o_token = block.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -168,16 +163,15 @@ def gram_kernel(
             X = tl.load(p_token + o_width, mask=m_token[:, None] & m_width, other=0.0)
             Z = tl.load(p_other + o_width, mask=m_other[:, None] & m_width, other=0.0)
             K = dot(X, tl.trans(Z), K, PRECISION)
-        p_K += tl.program_id(2).to(tl.int64) * tokens * tokens
-        mask = m_token[:, None] & m_other[None, :]
-        tl.store(p_K + o_token[:, None] * tokens + o_other[None, :], K, mask=mask)
+        p_K += tl.program_id(2).to(tl.int64) * tokens * row_length
+        tl.store(p_K + o_token[:, None] * row_length + o_other[None, :], K, mask=m_token[:, None])
         if other < block:
-            tl.store(p_K + o_other[None, :] * tokens + o_token[:, None], K, mask=mask)
+            tl.store(p_K + o_other[None, :] * row_length + o_token[:, None], K)
 
 
-@triton.jit(do_not_specialize=["tokens", "K_parts"])
+@triton.jit(do_not_specialize=["tokens"])
 def gram_norms_kernel(
-    p_kept, p_K, p_norms, tokens, channels, K_parts, PRECISION: tl.constexpr,
+    p_kept, p_K, p_norms, tokens, row_length, channels, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The share of BLOCK_RANK tokens in |G_c|^2 = sum_t (kept^T K)[c, t] kept[t, c], ``[blocks of tokens, channels]``,
@@ -186,7 +180,7 @@ def gram_norms_kernel(
     o_token = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     m_channel = o_channel < channels
     sums = transposed_product(
-        p_kept, p_K, o_channel, o_token, 0, tokens, tokens, channels, tokens, K_parts,
+        p_kept, p_K, o_channel, o_token, 0, tokens, channels, row_length,
         PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
     )  # fmt: skip
     mask = m_channel[:, None] & (o_token < tokens)[None, :]

@@ -31,10 +31,11 @@ def blocks(tensor_cores: bool) -> dict[str, int]:
 
 
 def int8_blocks(group_size: int, tensor_cores: bool) -> dict[str, int]:
-    """The same for int8 weights, in rows of whole groups: 256 columns where a group has as many."""
+    """The same for int8 weights, in rows of whole groups, and half the size: to requantise takes several numbers an
+    element, which at 128 x 128 spill."""
     own = blocks(tensor_cores)
     columns = max(own["BLOCK_COLUMNS"], group_size)
-    return own | {"BLOCK_ROWS": own["BLOCK_ROWS"] * own["BLOCK_COLUMNS"] // columns, "BLOCK_COLUMNS": columns}
+    return own | {"BLOCK_ROWS": own["BLOCK_ROWS"] * own["BLOCK_COLUMNS"] // (2 * columns), "BLOCK_COLUMNS": columns}
 
 
 @triton.jit
