@@ -4,9 +4,9 @@
     S = summed P^T [tokens, rank]        R = kept^T S [channels, rank]
     |G_c|^2 of tiles of G, or by the Gram matrix K = summed summed^T [tokens, tokens]: kept_c^T K kept_c
 
-Whatever a half-precision operand is multiplied by is float32 and goes in as two bfloat16 parts, 16 bits: rounded to 8
-it would err by more than G that is rounded so, where tokens cancel. Sums over parts of a dimension are stored side by
-side and added up in order; there are no atomics.
+S and K are float32, and a bfloat16 operand is multiplied by parts of them that are bfloat16: two of S, 16 bits, since
+with 8 R would err by more than of a G that is rounded so, where tokens cancel; all three of K, whose terms may be a
+thousand times a norm. Sums over parts of a dimension are stored side by side and added up in order, without atomics.
 """
 
 import triton
@@ -50,14 +50,16 @@ def gram_blocks(tensor_cores: bool) -> dict[str, int]:
 
 
 def gram_is_cheaper(tokens: int, channels: int, width: int, in_parts: bool) -> bool:
-    """Whether half of K, and kept^T K in two bfloat16 parts where operands are bfloat16, take fewer products than G."""
-    return tokens * (width / 2 + channels * (2 if in_parts else 1)) < channels * width
+    """Whether half of K, and kept^T K in three bfloat16 parts where operands are bfloat16, take fewer products than
+    G."""
+    return tokens * (width / 2 + channels * (3 if in_parts else 1)) < channels * width
 
 
 @triton.jit
 def transposed_product(
     p_kept, p_S, o_channel, o_rank, first, last, channels, RANK,
-    PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """kept^T S ``[BLOCK_CHANNELS, BLOCK_RANK]`` over tokens ``first`` to ``last``; S ``[tokens, RANK]`` is float32."""
     m_channel, m_rank = (o_channel < channels)[None, :], (o_rank < RANK)[None, :]
@@ -69,9 +71,10 @@ def transposed_product(
         S = tl.load(p_S + o_token * RANK + o_rank[None, :], mask=m_token & m_rank, other=0.0)
         if kept.dtype == tl.bfloat16:
             # Not a loop as in ``sketch.product``: Triton pipelines the loads of innermost loops alone.
-            high = S.to(tl.bfloat16)
-            sums = dot(tl.trans(kept), high, sums)
-            sums = dot(tl.trans(kept), (S - high.to(tl.float32)).to(tl.bfloat16), sums)
+            for _ in tl.static_range(PARTS):
+                part = S.to(tl.bfloat16)
+                sums = dot(tl.trans(kept), part, sums)
+                S -= part.to(tl.float32)
         else:
             sums = dot(tl.trans(kept).to(tl.float32), S, sums, PRECISION)
     return sums
@@ -114,7 +117,7 @@ def collect_kernel(
     first = tl.program_id(2) * part
     R = transposed_product(
         p_kept, p_S, o_channel, o_rank, first, tl.minimum(first + part, tokens), channels, RANK,
-        PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
+        2, PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
     )  # fmt: skip
     p_R += (tl.program_id(2).to(tl.int64) * channels + o_channel[:, None]) * RANK + o_rank[None, :]
     tl.store(p_R, R * entry_scale, mask=(o_channel < channels)[:, None] & (o_rank < RANK)[None, :])
@@ -181,7 +184,7 @@ def gram_norms_kernel(
     m_channel = o_channel < channels
     sums = transposed_product(
         p_kept, p_K, o_channel, o_token, 0, tokens, channels, row_length,
-        PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
+        3, PRECISION, BLOCK_CHANNELS, BLOCK_RANK, BLOCK_TOKENS,
     )  # fmt: skip
     mask = m_channel[:, None] & (o_token < tokens)[None, :]
     kept = tl.load(p_kept + o_token.to(tl.int64)[None, :] * channels + o_channel[:, None], mask=mask, other=0.0)
