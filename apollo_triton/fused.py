@@ -11,8 +11,9 @@ Nothing here reads a value back from the device; what changes from step to step 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -30,9 +31,12 @@ from .reference import Sketch
 from .settings import Settings
 from .tables import MomentTable, Projection, Table
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
+if TYPE_CHECKING:
+    from .fused_operands import OperandTable
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 # How many bfloat16 parts of a float32 gradient are multiplied, by torch.get_float32_matmul_precision().
-_PARTS = {"highest": 3, "high": 2, "medium": 1}
+PARTS = {"highest": 3, "high": 2, "medium": 1}
 
 
 class Moment(NamedTuple):
@@ -59,6 +63,28 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         kernel[grid](*arguments, **constants)
 
 
+@functools.cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 160 KiB of shared memory: on data centers' GPUs of NVIDIA's, which have 163 KiB and
+    more; others have 99, AMD's 64."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def sketch_blocks(rank: int, kind: Any, operand: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Tile sizes, warps and stages of a product with P of a kind."""
+    in_parts = operand == torch.float32 or kind is sketch_kernels.SINGULAR_VECTORS
+    blocks = sketch_kernels.blocks(rank, in_parts)
+    return blocks | {"num_stages": sketch_kernels.stages(rank)} if is_roomy(device) else blocks
+
+
+def precision(dtype: torch.dtype) -> str:
+    """In what PyTorch would multiply float32; not every ROCm device that the kernels run on has TF32."""
+    exact = torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None
+    return "ieee" if exact or dtype != torch.float32 else "tf32"
+
+
 def projection_kind(settings: Settings, is_scattered: bool = False) -> Any:
     """How the kernels come by P: made in place, or read. What is made in place begins at column 0, so matrices that are
     cut along their width read theirs, as svd's do."""
@@ -71,7 +97,7 @@ def projection_kind(settings: Settings, is_scattered: bool = False) -> Any:
     return sketch_kernels.GAUSSIAN if settings.rank < sketch_kernels.SMALL_RANK else sketch_kernels.MATERIALISED
 
 
-def refresh(table: Table, settings: Settings, moment: Moment) -> None:
+def refresh(table: Table | OperandTable, settings: Settings, moment: Moment) -> None:
     """Write the projections that the table's sketch will read, where they are not those of this step's epoch.
 
     With t on the device the kernel itself finds out, so that a captured graph goes on to refresh.
@@ -123,7 +149,7 @@ def sketch(table: Table, settings: Settings, moment: Moment) -> Sketch:
     return result
 
 
-def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
+def rescale(table: Table | MomentTable | OperandTable, settings: Settings, moment: Moment, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
     where = (len(table.channel_programs),), table.device
@@ -162,7 +188,7 @@ def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sket
         moment.step,
         moment.step_tensor,
         *_moment_arguments(settings),
-        STATE=_DTYPES[table.state_dtype],
+        STATE=DTYPES[table.state_dtype],
         **constants,
     )
     return result
@@ -170,7 +196,7 @@ def rescale(table: Table | MomentTable, settings: Settings, moment: Moment, sket
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
     kind = projection_kind(settings, table.is_scattered)
-    blocks = table.channel_blocks | {"BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"] // table.split}
+    blocks = sketch_blocks(table.rank, kind, table.gradient_dtype, table.device)
     launch(
         sketch_kernels.sketch_kernel,
         (len(table.channel_programs) * -(-table.rank // blocks["BLOCK_RANK"]), table.split),
@@ -190,13 +216,13 @@ def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None
         *_moment_arguments(settings),
         sketch_kernels.entry_scale(table.rank, kind.value),
         RANK=table.rank,
-        GRADIENT=_DTYPES[table.gradient_dtype],
-        STATE=_DTYPES[table.state_dtype],
+        GRADIENT=DTYPES[table.gradient_dtype],
+        STATE=DTYPES[table.state_dtype],
         PROJECTION_KIND=kind.value,
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=settings.scale_type == "channel",
         ALIGNED=table.aligned,
-        PARTS=_PARTS[torch.get_float32_matmul_precision()],
+        PARTS=PARTS[torch.get_float32_matmul_precision()],
         FUSED=factors is not None,
         SPLIT=table.split,
         **blocks,
@@ -208,7 +234,7 @@ def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) ->
     root_scale = math.sqrt(settings.scale)
     if table.int8 is None:
         kernel, stochastic = apply_kernels.apply_kernel, settings.stochastic_rounding
-        kind = {"WEIGHT_DTYPE": _DTYPES[table.weight_dtype]}
+        kind = {"WEIGHT_DTYPE": DTYPES[table.weight_dtype]}
         stochastic = stochastic and table.weight_dtype == torch.bfloat16
     else:
         kernel, stochastic = int8_kernels.apply_int8_kernel, table.int8.stochastic_rounding
@@ -225,10 +251,10 @@ def apply(table: Table, settings: Settings, moment: Moment, factors: Factors) ->
         factors.previous,
         table.skipped,
         moment.gradient_scale,
-        *_step_arguments(settings, moment),
+        *step_arguments(settings, moment),
         root_scale if settings.scale_front else 1.0,
         1.0 if settings.scale_front else root_scale,
-        GRADIENT=_DTYPES[table.gradient_dtype],
+        GRADIENT=DTYPES[table.gradient_dtype],
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,
         ALIGNED=table.aligned,
@@ -251,7 +277,7 @@ def squared_norms(table: Table) -> Tensor:
         table.gradients,
         table.norm_programs,
         parts,
-        GRADIENT=_DTYPES[table.gradient_dtype],
+        GRADIENT=DTYPES[table.gradient_dtype],
         ALIGNED=table.flat_gradients,
         BLOCK=dense_kernels.BLOCK,
         NORM_PROGRAMS=dense_kernels.NORM_PROGRAMS,
@@ -272,11 +298,11 @@ def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tenso
         squared_norms,
         table.skipped,
         moment.gradient_scale,
-        *_step_arguments(settings, moment),
+        *step_arguments(settings, moment),
         *_moment_arguments(settings),
-        WEIGHT_DTYPE=_DTYPES[table.weight_dtype],
-        GRADIENT=_DTYPES[table.gradient_dtype],
-        STATE=_DTYPES[table.state_dtype],
+        WEIGHT_DTYPE=DTYPES[table.weight_dtype],
+        GRADIENT=DTYPES[table.gradient_dtype],
+        STATE=DTYPES[table.state_dtype],
         ALIGNED=table.aligned,
         STOCHASTIC=settings.stochastic_rounding and table.weight_dtype == torch.bfloat16,
         BLOCK=dense_kernels.BLOCK,
@@ -285,7 +311,7 @@ def dense(table: Table, settings: Settings, moment: Moment, squared_norms: Tenso
     )
 
 
-def _step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
+def step_arguments(settings: Settings, moment: Moment) -> tuple[Any, ...]:
     """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2: what the kernels' ``step_size`` takes."""
     on_device = isinstance(settings.lr, Tensor)
     correction = settings.bias_correction(moment.step) if moment.step_tensor is None else 1.0
@@ -334,7 +360,7 @@ def joined_factors(table: Table, channel: list[Tensor], sums: list[Tensor]) -> F
     return Factors(torch.cat([each.reshape(-1) for each in channel]) if channel else None, by_program, torch.cat(norms))
 
 
-def _empty_factors(table: Table | MomentTable, settings: Settings) -> Factors:
+def _empty_factors(table: Table | MomentTable | OperandTable, settings: Settings) -> Factors:
     programs = len(table.channel_programs)
     per_channel = settings.scale_type == "channel"
     return Factors(
@@ -344,5 +370,5 @@ def _empty_factors(table: Table | MomentTable, settings: Settings) -> Factors:
     )
 
 
-def _scratch(table: Table | MomentTable, *shape: int) -> Tensor:
+def _scratch(table: Table | MomentTable | OperandTable, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=table.device)

@@ -40,7 +40,7 @@ def _launch(
     rows = activations.numel() // summed
     if rows == 0:
         return
-    precision = _precision(activations.dtype)
+    precision = fused.precision(activations.dtype)
     blocks = kernels.blocks(rows, tensor_cores=activations.dtype != torch.float32 or precision == "tf32")
     block_columns = blocks["BLOCK_SUMMED" if kernel is kernels.forward_kernel else "BLOCK_KEPT"]
     fused.launch(
@@ -59,9 +59,3 @@ def _launch(
         PRECISION=precision,
         **blocks,
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """In what PyTorch would multiply float32; not every ROCm device that the kernels run on has TF32."""
-    exact = torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None
-    return "ieee" if exact or dtype != torch.float32 else "tf32"

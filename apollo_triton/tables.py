@@ -44,7 +44,7 @@ class Projection:
         row = _blocks(width, projection.ROW_MULTIPLE) * projection.ROW_MULTIPLE
         return cls(seed, start, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
 
-    def serves(self, device: torch.device, seed: int, rank: int, start: int, width: int, epoch: int) -> bool:
+    def serves(self, device: torch.device, seed: int, rank: int, start: int, width: int, epoch: int | None) -> bool:
         """Whether it holds just this P."""
         mine = self.buffer.device, self.seed, self.buffer.shape[0], self.start, self.width, self.epoch
         return mine == (device, seed, rank, start, width, epoch)

@@ -17,11 +17,13 @@ from .distributed import Agreement
 from .kernels.sketch import GAUSSIAN
 from .philox import Stream
 from .plan import Plan
+from .projection import TENSOR_CORE_RANK
 from .scratch import Scratch
 from .sharding import piece_of
 from .tables import Table
 from .validate_cases import GAP, Case
 from .validate_float64 import (
+    CUT_OFF,
     ELEMENTWISE,
     EXACTLY,
     FACTOR,
@@ -100,7 +102,7 @@ def _steps(path: Path, errors: Errors) -> None:
                     budgets[index][position] += budget
                     if path.t == path.case.steps:
                         error = (got.W - mine.W).norm() * UPDATE / budgets[index][position]
-                        errors.add(path.name, "W at end", error, _update_limit(path))
+                        errors.add(path.name, "W at end", error, _update_limit(path, index))
     errors.add(path.name, "skipped", abs(int(path.optimizer.skipped_updates) - skipped), EXACTLY)
 
 
@@ -113,9 +115,17 @@ def _clip(path: Path) -> float:
     return min(1.0, limit / (float(torch.stack([norm for norm in norms if norm.isfinite()]).norm()) + 1e-6))
 
 
-def _update_limit(path: Path) -> float:
-    """Clipping multiplies G twice, in s and in the update, by what has half the error of a sum of squares."""
-    return UPDATE + (SQUARES if path.settings.max_grad_norm is not None else 0.0)
+def _update_limit(path: Path, index: int) -> float:
+    """Clipping multiplies G twice, in s and in the update, by what has half the error of a sum of squares; so has u."""
+    return UPDATE + (SQUARES if path.settings.max_grad_norm is not None else 0.0) + _cut_off(path, index) / 2
+
+
+def _cut_off(path: Path, index: int) -> float:
+    """What tensor cores may cut off |G_c|^2: of half precision, from the rank on that has them."""
+    rank = path.settings.rank or 0
+    if path.name != "kernels" or path.gradient_dtype == torch.float32 or rank < TENSOR_CORE_RANK:
+        return 0.0
+    return path.geometry(path.parameters[index]).width * CUT_OFF
 
 
 def _weight_errors(
@@ -124,7 +134,7 @@ def _weight_errors(
     """Note the errors of W and u_prev; returns UPDATE of the update, and all else that float32 may round."""
     spread = exact.spread.norm()
     allowed = UPDATE * exact.update.norm() + spread
-    limit, dtype, low_rank = _update_limit(path), path.parameters[index].dtype, path.is_low_rank(index)
+    limit, dtype, low_rank = _update_limit(path, index), path.parameters[index].dtype, path.is_low_rank(index)
     moves = bool((exact.update != 0).any())
     budget = allowed + 2 * U * before.W.norm() if moves else 0 * allowed  # W is rounded twice, once for the decay
     if dtype == torch.float32:
@@ -139,7 +149,7 @@ def _weight_errors(
         # Errors are a tenth of the spread as a rule: up to a spread of 1e-5, STRADDLING has room for them.
         apt = exact.update.abs() * (relative / 5 - UPDATE).clamp(min=0)
         # The worst of all channels, where W and its update cancel, is six times as far off as most.
-        slack = exact.update.abs() * (UPDATE + 6 * relative) + 2 * U * before.W.abs() * moves
+        slack = exact.update.abs() * (limit + 6 * relative) + 2 * U * before.W.abs() * moves
         errors.add_rounded(path.name, "W", stored, expected, slack, apt)
     if low_rank and not path.settings.disable_nl:
         scale = exact.after.previous * (allowed / exact.update.norm() if moves else 0.0)
@@ -208,10 +218,10 @@ def _sketch_errors(path: Path, errors: Errors, G: Tensor, P: Tensor, R: Tensor, 
     errors.add(
         path.name, "R", _largest((R - G @ P.T).norm(dim=1), norms * size_of(P, path.settings)), projected(G.shape[1])
     )
-    true = norms.square()
-    errors.add(path.name, "|G|^2", _largest(squared_G.sum() - true.sum(), true.sum()), SQUARES)
+    true, limit = norms.square(), SQUARES + _cut_off(path, 0)
+    errors.add(path.name, "|G|^2", _largest(squared_G.sum() - true.sum(), true.sum()), limit)
     if path.settings.scale_type == "channel":
-        errors.add(path.name, "|G_c|^2", _largest(squared_G - true, true), SQUARES)
+        errors.add(path.name, "|G_c|^2", _largest(squared_G - true, true), limit)
 
 
 def _rescale_errors(

@@ -77,7 +77,9 @@ def races(ttgir: str) -> bool:
     if loop is None or "isAsync = true" not in loop[0] or not re.search(r"pendings = [1-9]", loop[0]):
         return False
     slots = dict(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir))
-    return len({slots[name] for name in re.findall(r"memdesc_(?:index|subview) (%\w+)\[", loop[0]) if name in slots}) > 1
+    return (
+        len({slots[name] for name in re.findall(r"memdesc_(?:index|subview) (%\w+)\[", loop[0]) if name in slots}) > 1
+    )
 
 
 def _resources(compiled: Any, target: str) -> Row:
@@ -144,7 +146,7 @@ def measure(kernel: Kernel, target: str) -> Row:
     threads = compiled.metadata.num_warps * TARGETS[target][2]
     widths: dict[str, str] = {}
     for (name, bits), count in sorted(Counter(filter(None, map(_access, assembly))).items()):
-        if re.match(r"(load|store) [GWMVRPqx]$|store projection", name):
+        if re.match(r"(load|store) ([GWMVRPqxXZKS]|dY|kept)$|store projection", name):
             widths[name] = f"{widths[name]} + {count} x {bits}" if name in widths else f"{count} x {bits}"
     opcodes = " ".join(each.opcode for each in code)
     return row | {

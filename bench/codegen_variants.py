@@ -21,11 +21,13 @@ from torch.distributed.tensor import DTensor, Shard
 from apollo_triton import APOLLOAdamW
 from apollo_triton.int8 import Int8Weight
 
-from . import codegen_linear
+from . import codegen_linear, codegen_operands
 from .fake_mesh import fake_mesh
 
 TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
-ESSENTIAL = 5 + codegen_linear.ESSENTIAL  # the first so many variants are those that CI compiles for every target
+ESSENTIAL = (
+    5 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
+)  # the first so many variants are those that CI compiles for every target
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -38,14 +40,17 @@ def variants() -> Iterator[dict[str, Any]]:
     kernel; not all products. bfloat16 and rows kept unless it says otherwise, as in most trainings."""
     layers = [{"linear": each} for each in codegen_linear.VARIANTS]
     yield from layers[: codegen_linear.ESSENTIAL]
+    from_operands = [{"operands": each} for each in codegen_operands.VARIANTS]
+    yield from from_operands[: codegen_operands.ESSENTIAL]
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     mini, columns = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
     yield {"group": mini}
-    yield {"group": {"rank": 256}}
+    yield {"group": {"rank": 256}, "roomy": True}
     yield {"group": {"rank": 256}, "dtype": float32}  # three products with the largest tile
     yield {"group": {"rank": 128, "proj": "svd"}}  # float32 throughout
     yield {}
     yield from layers[codegen_linear.ESSENTIAL :]
+    yield from from_operands[codegen_operands.ESSENTIAL :]
     # Rank 1, where instructions an element decide.
     yield from ({"group": mini | columns}, {"group": {"rank": 1}}, {"group": {"rank": 1} | columns, "dtype": float32})
     yield {"group": mini | {"distribution": "rademacher"}}
@@ -53,6 +58,7 @@ def variants() -> Iterator[dict[str, Any]]:
     # The ranks at which the tile changes: in registers up to 256, through memory from there on.
     for rank in (16, 64, 128, 512):
         yield {"group": {"rank": rank}}
+    yield from ({"group": {"rank": 128}, "roomy": True}, {"group": {"rank": 256}})
     yield {"group": {"rank": 256} | columns}
     yield {"group": {"rank": 256, "distribution": "rademacher"}}
     yield {"group": {"rank": 128}, "dtype": float32, "gradient": bfloat16}
@@ -94,12 +100,15 @@ def launches(
     aligned: bool = True,
     sharded: bool = False,
     int8: int = 0,
+    roomy: bool = False,
     linear: dict[str, Any] | None = None,
+    operands: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Kernel]:
     """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
-    wide, ``int8`` those of one in groups of so many; dense without a ``group``. ``linear``: those of a layer's two
-    directions instead."""
+    wide, ``int8`` those of one in groups of so many, ``roomy``
+    those of a GPU with much shared memory; dense without a ``group``. ``linear``: those of a layer's two
+    directions instead; ``operands``: those of a step from operands."""
     from apollo_triton import backends, fused
 
     found: list[Kernel] = []
@@ -116,8 +125,12 @@ def launches(
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(fused, "launch", record))
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
+        stack.enter_context(mock.patch.object(fused, "is_roomy", return_value=roomy))
         if linear is not None:
             codegen_linear.forward_and_backward(**linear)
+            return found
+        if operands is not None:
+            codegen_operands.step(**operands)
             return found
         if sharded:
             mesh = stack.enter_context(fake_mesh(ranks=2))
@@ -189,10 +202,14 @@ class Kernel:
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
         if "p_step" in dict(self.types) and "p_step" not in at:
             words.append("t on the device")
+        if self.name in ("sketch_kernel", "project_kernel") and "num_stages" in dict(self.options):
+            words.append(f"{dict(self.options)['num_stages']} stages")
         if "GROUP" in at:
             words.append(f"groups of {at['GROUP']}")
         if "RUN" in at:
             words += codegen_linear.words(at, dict(self.types))
+        if self.module.rpartition(".")[2] in ("operands", "operand_sketch"):
+            words += codegen_operands.words(at, dict(self.types), self.divisible)
         if at.get("SPLIT", 1) > 1:
             words.append(f"in {at['SPLIT']} parts")
         if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
@@ -206,6 +223,11 @@ class Kernel:
         tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
         tile |= {"apply_int8_kernel": "GROUPS GROUP", "rescale_blockwise_kernel": "CHANNELS RANK"}
         tile |= dict.fromkeys(("forward_kernel", "input_gradient_kernel"), "KEPT SUMMED")
+        tile |= {"project_kernel": "CHANNELS WIDTH", "collect_kernel": "CHANNELS TOKENS", "gram_kernel": "TOKENS WIDTH"}
+        tile |= {"gram_norms_kernel": "CHANNELS RANK"}
+        tile |= dict.fromkeys(
+            ("apply_operands_kernel", "apply_int8_operands_kernel", "tile_norms_kernel"), "ROWS COLUMNS"
+        )
         if self.name in tile:
             return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)

@@ -120,6 +120,49 @@ def limited(factor, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER:
     return factor
 
 
+@triton.jit
+def tile_factor(
+    p_row, p_factors, p_sums, p_previous, p_skipped, matrix, block, o_row, o_column, rows, columns,
+    lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What a tile of G is multiplied by, limiter and step size in it (``[rows, 1]``, ``[1, columns]`` or a number), the
+    learning rate, and u."""
+    u, s = norm_and_factor(p_row, p_sums, rows if KEEPS_ROWS else columns, front, PER_CHANNEL, BLOCK_CHANNELS)
+    if PER_CHANNEL:
+        p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
+        if KEEPS_ROWS:
+            s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
+        else:
+            s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
+    factor = limited(s * front, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
+    lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
+    return factor * (h * back), lr, u
+
+
+@triton.jit
+def store_weight(
+    p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
+    KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The tile W, float32, rounded to the dtype of ``p_W``; nothing if u is not finite. BY_EIGHTS: rows hold multiples
+    of 8 elements, which share a call for random bits."""
+    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
+    mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
+    if STOCHASTIC:
+        seed = tl.load(p_row + SEED)
+        first = tl.load(p_row + NUMBER) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
+        if BY_EIGHTS:
+            bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
+        else:
+            in_tile = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None] * columns + tl.arange(0, BLOCK_COLUMNS)[None, :]
+            bits = rounding_bits(seed, t, first + in_tile, WEIGHT_STREAM)
+        tl.store(p_W, round_stochastic(W, bits), mask=mask)
+    else:
+        tl.store(p_W, round_nearest(W, p_W.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["step"])
 def apply_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
@@ -166,32 +209,18 @@ def apply_kernel(
     G = tl.load(p_G, mask=mask, other=0.0).to(tl.float32)
     W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
 
-    u, s = norm_and_factor(p_row, p_sums, rows if KEEPS_ROWS else columns, front, PER_CHANNEL, BLOCK_CHANNELS)
-    if PER_CHANNEL:
-        p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
-        if KEEPS_ROWS:
-            s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
-        else:
-            s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
-    factor = limited(s * front, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
     t = current_step(step, p_step)
-    lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
-    factor = factor * (h * back)
+    factor, lr, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, matrix, block, o_row, o_column, rows, columns,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
+    )  # fmt: skip
     if p_gradient_scale is not None:
         factor = factor * tl.load(p_gradient_scale)
     W -= factor * G
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
     W -= (lr * weight_decay) * W
-    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
-    mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
-    if STOCHASTIC:
-        seed = tl.load(p_row + SEED)
-        first = tl.load(p_row + NUMBER) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
-        if ALIGNED:
-            bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
-        else:
-            in_tile = tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None] * columns + tl.arange(0, BLOCK_COLUMNS)[None, :]
-            bits = rounding_bits(seed, t, first + in_tile, WEIGHT_STREAM)
-        tl.store(p_W, round_stochastic(W, bits), mask=mask)
-    else:
-        tl.store(p_W, round_nearest(W, WEIGHT_DTYPE), mask=mask)
+    store_weight(
+        p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
+        KEEPS_ROWS, ALIGNED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip

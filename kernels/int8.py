@@ -51,6 +51,28 @@ def fresh_grid(W, mask):
     return scale, tl.minimum(tl.maximum(zero, 0.0), 255.0)
 
 
+@triton.jit
+def store_groups(
+    W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS: tl.constexpr
+):  # fmt: skip
+    """Groups (rows) of ``W``, float32, with fresh scales and zero points, to the nearest where there are no ``bits``.
+    Those that are as they were ``before`` keep their bits, and all do if u is not finite."""
+    scale, zero = fresh_grid(W, mask)
+    steps = tl.div_rn(W, scale[:, None])
+    if bits is None:
+        steps = (steps + 12582912.0) - 12582912.0
+    else:
+        down = tl.floor(steps)
+        steps = down + tl.where(steps - down > bits.to(tl.float32) * 0.0000152587890625, 1.0, 0.0)
+    steps = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), 255.0)
+    differs = tl.max(tl.where(mask & (W != before), 1, 0), 1)
+    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
+    m_group = m_group & (differs > 0) & (tl.broadcast_to(tl.abs(u), [BLOCK_GROUPS]) < float("inf"))
+    tl.store(p_q + index, steps.to(tl.uint8), mask=mask & m_group[:, None])
+    tl.store(p_scale + o_group, scale, mask=m_group)
+    tl.store(p_zero + o_group, zero.to(tl.uint8), mask=m_group)
+
+
 @triton.jit(do_not_specialize=["step"])
 def apply_int8_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
@@ -115,22 +137,11 @@ def apply_int8_kernel(
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
     W -= (lr * weight_decay) * W
 
-    scale, zero = fresh_grid(W, mask)
-    steps = tl.div_rn(W, scale[:, None])
-    down = tl.floor(steps)
+    bits = None
     if STOCHASTIC:
         seed = tl.load(p_row + SEED)
         if ALIGNED:
             bits = rounding_bits_by_row(seed, t, first_group * GROUP, GROUP, BLOCK_GROUPS, BLOCK_GROUP, WEIGHT_STREAM)
         else:
             bits = rounding_bits(seed, t, index, WEIGHT_STREAM)
-        steps = down + tl.where(steps - down > bits.to(tl.float32) * 0.0000152587890625, 1.0, 0.0)
-    else:
-        steps = (steps + 12582912.0) - 12582912.0
-    steps = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), 255.0)
-    differs = tl.max(tl.where(mask & (W != before), 1, 0), 1)
-    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
-    m_group = m_group & (differs > 0) & (tl.broadcast_to(tl.abs(u), [BLOCK_GROUPS]) < float("inf"))
-    tl.store(p_q + index, steps.to(tl.uint8), mask=mask & m_group[:, None])
-    tl.store(p_scale + o_group, scale, mask=m_group)
-    tl.store(p_zero + o_group, zero.to(tl.uint8), mask=m_group)
+    store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS)

@@ -54,13 +54,12 @@ def run_length(group_size: int, columns: int, block: int) -> int:
 
 @triton.jit
 def tile_place(rows, kept, BLOCK_ROWS: tl.constexpr, BLOCK_KEPT: tl.constexpr):
-    """The indices of the rows, int64, and of what is kept of W, that are this program's."""
+    """The first row, int64, and the first of what is kept of W, that are this program's."""
     # The program's number is taken for a column of row 0: swizzle2d only adds up the two.
     row_block, kept_block = tl.swizzle2d(
         0, tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(kept, BLOCK_KEPT), _ROW_BLOCKS_TOGETHER
     )
-    o_row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    return o_row, kept_block * BLOCK_KEPT
+    return row_block.to(tl.int64) * BLOCK_ROWS, kept_block * BLOCK_KEPT
 
 
 @triton.jit
@@ -101,7 +100,8 @@ def forward_kernel(
 
     Reads q once for every BLOCK_ROWS rows, x once for every BLOCK_KEPT outputs.
     """
-    o_row, first_output = tile_place(rows, outputs, BLOCK_ROWS, BLOCK_KEPT)
+    first_row, first_output = tile_place(rows, outputs, BLOCK_ROWS, BLOCK_KEPT)
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_output = first_output + tl.arange(0, BLOCK_KEPT)
     m_row = (o_row < rows)[:, None]
     sums = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], tl.float32)
@@ -125,7 +125,8 @@ def input_gradient_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr,
 ):  # fmt: skip
     """dx ``[rows, inputs]`` = dy ``[rows, outputs]`` W; reads as ``forward_kernel`` does."""
-    o_row, first_input = tile_place(rows, inputs, BLOCK_ROWS, BLOCK_KEPT)
+    first_row, first_input = tile_place(rows, inputs, BLOCK_ROWS, BLOCK_KEPT)
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_input = first_input + tl.arange(0, BLOCK_KEPT)
     m_row = (o_row < rows)[:, None]
     sums = tl.zeros([BLOCK_ROWS, BLOCK_KEPT], tl.float32)

@@ -7,7 +7,7 @@ from .philox import GAUSSIAN, normals, round_nearest, words
 from .rescale import current_step
 
 BLOCK_CALLS = 256  # Philox calls a program, four widths each
-ROW_MULTIPLE = 64  # rows are padded with zeros to a multiple of so many entries, 128 bytes
+ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of so many entries, the widest tile of the sketch
 
 
 @triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force", "start"])

@@ -32,27 +32,38 @@ _IEEE = tl.constexpr("ieee")  # triton 3.6 does not take a plain string for a de
 # How P comes about.
 GAUSSIAN = tl.constexpr(0)  # made here; ranks below SMALL_RANK
 RADEMACHER = tl.constexpr(1)  # made here
-MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 64 entries
+MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 128 entries
 SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
 
 SMALL_RANK = 16  # the least rank that fills a tensor-core tile
 FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 float32 are 64 registers a thread
 
 
-def blocks(rank: int) -> dict[str, int]:
-    """Tile sizes and warps for a rank. They may not depend on anything else: the grouping of the limiter's partial
-    sums, and so their last bit, follows BLOCK_CHANNELS, and a matrix must update alike alone and in a batch."""
+def blocks(rank: int, in_parts: bool = False) -> dict[str, int]:
+    """Tile sizes and warps for a rank; ``in_parts``: float32, or svd's P, which take several products and more registers.
+    BLOCK_CHANNELS may depend on the rank alone: the grouping of the limiter's partial sums, and so their last bit,
+    follows it, and a matrix must update alike alone and in a batch.
+
+    From rank 16 on P comes from the second-level cache once for every BLOCK_CHANNELS, but of 128 channels R and G G^T
+    do not fit the registers. On an H100, 1.2 G entries of bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38),
+    rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25), rank 256 2.08.
+    """
     if rank < SMALL_RANK:
         # 64 channels share one row of normals, so that one costs a gradient's element about 4 instructions.
         return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
     block_rank = min(power_of_two(rank), FUSED_RANK)
-    # At rank 64 four warps spill 320 bytes a thread, and eight none.
     return {
-        "BLOCK_CHANNELS": 128 if block_rank <= 64 else 64,
-        "BLOCK_WIDTH": 64,
+        "BLOCK_CHANNELS": 64,
+        "BLOCK_WIDTH": 64 if in_parts or block_rank > 64 else 128,
         "BLOCK_RANK": block_rank,
-        "num_warps": 8 if block_rank > 32 else 4,
+        "num_warps": 8 if block_rank > (32 if in_parts else 128) else 4,
     }
+
+
+def stages(rank: int) -> int:
+    """How many tiles are in shared memory where there is much of it, 40 KiB each at rank 256: with 5 in place of 3 an
+    H100 takes 2.08 ms, not 2.69."""
+    return 5 if rank > 128 else 4 if rank > 64 else 3
 
 
 @triton.jit
@@ -107,6 +118,88 @@ def sum_of_four(x, ALONG_ROWS: tl.constexpr):
         return tl.sum(x.reshape(x.shape[0], 4, x.shape[1] // 4), 1)
 
 
+@triton.jit
+def projected(
+    p_tile, m_channel, o_rank, first, last, width, width_stride, p_row, seed, epoch,
+    RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, ALONG_ROWS: tl.constexpr, PARTS: tl.constexpr,
+    NORMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """G P^T of the channels at ``p_tile``, ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
+    ``last``, and with NORMS |G_c|^2; ALONG_ROWS: widths are neighbours in memory. P is not yet scaled."""
+    BY_PRODUCT: tl.constexpr = NORMS and RANK >= 16 and p_tile.dtype.element_ty != tl.float32
+    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
+    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
+    if RANK == 1:
+        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
+        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
+            products += sum_of_four(G * P[None, :], ALONG_ROWS)
+            if NORMS:
+                squares += sum_of_four(G * G, ALONG_ROWS)
+        squared_G = tl.sum(squares, 1)
+        R = tl.sum(products, 1)[:, None]
+    elif RANK < 16:
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            mask = m_channel[:, None] & (o_width < width)[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
+            if NORMS:
+                squared_G += tl.sum(G * G, 1)
+            for index in tl.static_range(RANK):
+                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
+                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
+    else:
+        # Of half precision |G_c|^2 is the diagonal of G G^T, on tensor cores. Were it added up from G's elements, Triton
+        # (3.2 to 3.7) would keep one tile of G too few on sm_90, and copy the next over one that a product still reads:
+        # on an H100 a seventh of R was wrong at rank 256. Nor do sums across threads hold up the loop: 2.1 ms, not 2.9,
+        # for 1.2 G entries. Tensor cores cut off, 1e-5 of a sum of 4096 squares.
+        products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if BY_PRODUCT else 1], tl.float32)
+        for start in range(first, last, BLOCK_WIDTH):
+            o_width = start + tl.arange(0, BLOCK_WIDTH)
+            m_width = o_width < width
+            mask = m_channel[:, None] & m_width[None, :]
+            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
+            if BY_PRODUCT:
+                products = dot(G, tl.trans(G), products)
+            elif NORMS:
+                squared_G += tl.sum(G * G, 1)
+            if PROJECTION_KIND == RADEMACHER:
+                even = start // 128 * 128
+                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, even)
+                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - even)[:, None])
+                R = product(G, P, R, PARTS)
+            elif PROJECTION_KIND == MATERIALISED:
+                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
+                padded = (width + 127) // 128 * 128
+                # Padded with zeros along the width: a mask there would make the loads an entry wide.
+                m_P = (o_rank < RANK)[None, :]
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
+                R = product(G, P, R, PARTS)
+            else:
+                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
+                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
+                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
+                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
+                # on sm_100 by triton 3.7, input_precision="ieee" or not.
+                if G.dtype == tl.float16:
+                    G = G.to(tl.float32)
+                for _ in range(3):
+                    part = P.to(tl.bfloat16)
+                    R = product(G, part, R, PARTS)
+                    P -= part.to(tl.float32)
+        if BY_PRODUCT:
+            o = tl.arange(0, BLOCK_CHANNELS)
+            squared_G = tl.sum(tl.where(o[:, None] == o[None, :], products, 0.0), 1)
+    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
+        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
+    return R, squared_G
+
+
 @triton.jit(do_not_specialize=["step", "update_proj_gap"])
 def sketch_kernel(
     p_table, p_gradients, p_programs, p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
@@ -152,71 +245,10 @@ def sketch_kernel(
     seed = tl.load(p_row + SEED)
     p_tile = p_G + o_channel.to(tl.int64)[:, None] * channel_stride
 
-    HALF: tl.constexpr = GRADIENT != tl.float32
-    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
-    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    if RANK == 1:
-        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
-        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-            products += sum_of_four(G * P[None, :], KEEPS_ROWS)
-            squares += sum_of_four(G * G, KEEPS_ROWS)
-        squared_G = tl.sum(squares, 1)
-        R = tl.sum(products, 1)[:, None]
-    elif RANK < 16:
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            squared_G += tl.sum(G * G, 1)
-            for index in tl.static_range(RANK):
-                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
-    else:
-        products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if HALF else 1], tl.float32)
-        for start in range(0, width, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            m_width = o_width < width
-            mask = m_channel[:, None] & m_width[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
-            if HALF:
-                products = dot(G, tl.trans(G), products)
-            else:
-                squared_G += tl.sum(G * G, 1)
-            if PROJECTION_KIND == RADEMACHER:
-                first = start // 128 * 128
-                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, first)
-                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - first)[:, None])
-                R = product(G, P, R, PARTS)
-            elif PROJECTION_KIND == MATERIALISED:
-                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
-                padded = (width + 63) // 64 * 64
-                # Padded with zeros along the width: a mask there would make the loads an entry wide.
-                m_P = (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
-                R = product(G, P, R, PARTS)
-            else:
-                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
-                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
-                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
-                # on sm_100 by triton 3.7, input_precision="ieee" or not.
-                if GRADIENT == tl.float16:
-                    G = G.to(tl.float32)
-                for _ in range(3):
-                    part = P.to(tl.bfloat16)
-                    R = product(G, part, R, PARTS)
-                    P -= part.to(tl.float32)
-        if HALF:
-            o = tl.arange(0, BLOCK_CHANNELS)
-            squared_G = tl.sum(tl.where(o[:, None] == o[None, :], products, 0.0), 1)
-    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
-        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
+    R, squared_G = projected(
+        p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row, seed, epoch,
+        RANK, PROJECTION_KIND, KEEPS_ROWS, PARTS, True, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+    )  # fmt: skip
     R = R * entry_scale
     if FUSED:
         gradient_scale = 1.0

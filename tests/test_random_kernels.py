@@ -139,5 +139,5 @@ def test_rounding_to_nearest_is_torchs(dtype):
     values[:256] = ties
     values[256:259] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     out = torch.empty(1024, dtype=dtype, device=DEVICE)
-    nearest_kernel[(1,)](values, out, fused._DTYPES[dtype], 1024)
+    nearest_kernel[(1,)](values, out, fused.DTYPES[dtype], 1024)
     torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,203 @@
+"""apply from a layer's operands: G = dY^T X is formed a tile at a time in registers, and the tile of W updated by it.
+
+    W [rows, columns] <- W - c G, then W <- W - lr wd W        X [tokens, columns], dY [tokens, rows], contiguous
+
+c is the step's factor, by row, by column or one (kernels/apply.py). It is the matrix product that a backward pass does
+anyway, with an epilogue that reads and writes W in place of writing G: 4 bytes a parameter in bfloat16 instead of 10.
+"""
+
+import triton
+import triton.language as tl
+
+from .apply import store_weight, tile_factor
+from .int8 import store_groups
+from .linear import tile_place
+from .philox import WEIGHT as WEIGHT_STREAM
+from .philox import rounding_bits_by_row
+from .rescale import current_step
+from .sketch import dot
+from .table import SEED
+
+
+def blocks(itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
+    """Tile sizes and warps of a product that is G's. ``roomy``: a program may have 144 KiB of shared memory.
+
+    Seen on an H100, W [4096, 4096], 8192 tokens, bfloat16 (torch.mm of G alone takes 0.342 ms): 128 x 256 x 64 takes
+    0.388 ms, 256 x 128 x 64 0.475, 128 x 128 x 64 0.547 on 8 warps and 0.479 on 4, 128 x 128 x 32 0.884.
+    """
+    if not tensor_cores:  # float32 on ordinary instructions: 32 sums a thread
+        return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_TOKENS": 16, "num_warps": 4, "num_stages": 2}
+    if not roomy:  # 48 KiB
+        return {
+            "BLOCK_ROWS": 128,
+            "BLOCK_COLUMNS": 128,
+            "BLOCK_TOKENS": 64 // itemsize,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
+    return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 256, "BLOCK_TOKENS": 128 // itemsize, "num_warps": 8, "num_stages": 3}
+
+
+def int8_blocks(group_size: int, itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
+    """The same for int8 weights, in rows of whole groups. To requantise takes several numbers an element: more than
+    8192 at a time spill, of half a tile, or of all of one where a row is one group."""
+    own = blocks(itemsize, tensor_cores, roomy)
+    columns = max(own["BLOCK_COLUMNS"], group_size)
+    at_a_time = columns if group_size == columns else columns // 2
+    return own | {"BLOCK_ROWS": min(64, 8192 // at_a_time), "BLOCK_COLUMNS": columns}
+
+
+@triton.jit
+def gradient_tile(
+    p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """G = dY^T X at ``o_row`` and ``o_column``, summed in float32 and never rounded; zero beyond the ends."""
+    m_row, m_column = (o_row < rows)[None, :], (o_column < columns)[None, :]
+    o_token = tl.arange(0, BLOCK_TOKENS).to(tl.int64)[:, None]
+    p_dY += o_token * rows + o_row[None, :]
+    p_X += o_token * columns + o_column[None, :]
+    G = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for start in range(0, tokens, BLOCK_TOKENS):
+        m_token = o_token < tokens - start
+        dY = tl.load(p_dY, mask=m_token & m_row, other=0.0)
+        X = tl.load(p_X, mask=m_token & m_column, other=0.0)
+        G = dot(tl.trans(dY), X, G, PRECISION)
+        p_dY += BLOCK_TOKENS * rows
+        p_X += BLOCK_TOKENS * columns
+    return G
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: an epilogue that has W of one at a time does not spill."""
+    return tl.split(tl.permute(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2), (0, 2, 1)))
+
+
+@triton.jit
+def update(
+    p_W, difference, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
+    KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """W <- W - difference, then W <- W - decay W, of the tile that begins at ``first_row`` and ``first_column``."""
+    BLOCK_ROWS: tl.constexpr = difference.shape[0]
+    BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
+    W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
+    W -= difference
+    # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
+    W -= decay * W
+    store_weight(
+        p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
+        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def update_int8(
+    p_q, p_scale, p_zero, difference, decay, u, p_row, t, first_row, first_column, rows, columns,
+    STOCHASTIC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same of int8 weights: the tile as [groups, GROUP]."""
+    BLOCK_ROWS: tl.constexpr = difference.shape[0]
+    BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
+    GROUPS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // GROUP
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_run = first_column + tl.arange(0, BLOCK_COLUMNS // GROUP) * GROUP
+    m_group = ((o_row < rows)[:, None] & (o_run < columns)[None, :]).reshape(GROUPS)
+    o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
+    index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = tl.broadcast_to(m_group[:, None], [GROUPS, GROUP])
+    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
+    old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
+    old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
+    before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
+    W = before - difference.reshape(GROUPS, GROUP)
+    W -= decay * W
+    bits = None
+    if STOCHASTIC:
+        first = first_row * columns + first_column
+        seed = tl.load(p_row + SEED)
+        bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
+        bits = bits.reshape(GROUPS, GROUP)
+    store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, GROUPS)
+
+
+@triton.jit(do_not_specialize=["tokens", "step"])
+def apply_operands_kernel(
+    p_row, p_W, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
+    W_row_stride, W_column_stride,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BY_EIGHTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One tile of W. ``front``, ``back`` and a u that is not finite are as in ``apply_kernel``; ``p_row`` is the
+    matrix's row of its table.
+
+    Reads X once for every BLOCK_ROWS rows and dY once for every BLOCK_COLUMNS columns, reads and writes W.
+    """
+    first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    G = gradient_tile(
+        p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_TOKENS
+    )
+    t = current_step(step, p_step)
+    factor, lr, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
+    )  # fmt: skip
+    decay = lr * weight_decay
+    left, right = halves(factor * G)
+    update(
+        p_W, left, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
+        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
+    )  # fmt: skip
+    update(
+        p_W, right, decay, u, p_row, t, first_row, first_column + BLOCK_COLUMNS // 2, rows, columns,
+        W_row_stride, W_column_stride, KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "step"])
+def apply_int8_operands_kernel(
+    p_row, p_q, p_scale, p_zero, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The same for int8 weights, stored with fresh scales and zero points as by ``apply_int8_kernel``.
+
+    GROUP, a power of two, divides the columns of W and of the tile, which so owns whole groups. Reads and writes q: 2
+    bytes a parameter, and 10 a group.
+    """
+    first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    G = gradient_tile(
+        p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_TOKENS
+    )
+    t = current_step(step, p_step)
+    factor, lr, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
+    )  # fmt: skip
+    decay = lr * weight_decay
+    if GROUP < BLOCK_COLUMNS:
+        left, right = halves(factor * G)
+        update_int8(
+            p_q, p_scale, p_zero, left, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
+        )
+        first_column += BLOCK_COLUMNS // 2
+    else:
+        right = factor * G
+    update_int8(
+        p_q, p_scale, p_zero, right, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
+    )
