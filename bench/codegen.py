@@ -71,7 +71,7 @@ def races(ttgir: str) -> bool:
     """Whether a Hopper matrix product may read a tile in shared memory while the next copy is written over it.
 
     An asynchronous product is still reading when the loop goes on, so each tile that is copied ahead needs a slot more
-    than copies are ahead. Triton (3.2 to 3.7) forgets that slot for a tile that something else uses as well.
+    than copies are ahead. Triton (3.6 and 3.7) forgets that slot for a tile that something else uses as well.
     """
     loop = re.search(r"scf\.for.*?^ *scf\.yield", ttgir, re.DOTALL | re.MULTILINE)
     if loop is None or "isAsync = true" not in loop[0] or not re.search(r"pendings = [1-9]", loop[0]):

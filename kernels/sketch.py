@@ -40,7 +40,7 @@ FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 fl
 
 
 def blocks(rank: int, in_parts: bool = False) -> dict[str, int]:
-    """Tile sizes and warps for a rank; ``in_parts``: float32, or svd's P, which take several products and more registers.
+    """Tile sizes and warps for a rank; ``in_parts``: float32 or svd's P, in several products and more registers.
     BLOCK_CHANNELS may depend on the rank alone: the grouping of the limiter's partial sums, and so their last bit,
     follows it, and a matrix must update alike alone and in a batch.
 
@@ -155,9 +155,8 @@ def projected(
                 R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
     else:
         # Of half precision |G_c|^2 is the diagonal of G G^T, on tensor cores. Were it added up from G's elements, Triton
-        # (3.2 to 3.7) would keep one tile of G too few on sm_90, and copy the next over one that a product still reads:
-        # on an H100 a seventh of R was wrong at rank 256. Nor do sums across threads hold up the loop: 2.1 ms, not 2.9,
-        # for 1.2 G entries. Tensor cores cut off, 1e-5 of a sum of 4096 squares.
+        # (3.6 and 3.7) would keep one tile of G too few on sm_90, and copy the next over one that a product still reads:
+        # on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096 squares.
         products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if BY_PRODUCT else 1], tl.float32)
         for start in range(first, last, BLOCK_WIDTH):
             o_width = start + tl.arange(0, BLOCK_WIDTH)

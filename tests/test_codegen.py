@@ -141,7 +141,7 @@ def test_spills_of_the_tile_from_rank_128_on_are_bounded(rows):
 
 
 def test_no_tile_is_copied_over_while_a_product_reads_it(rows):
-    """Wrong results on an H100 alone, and there not always: what Triton makes of a tile that has another use besides."""
+    """Wrong results on an H100, and not always: Triton keeps too few of a tile that has another use besides."""
     on_hopper = [row for row in rows if row["target"] == "sm_90"]
     check(on_hopper, lambda row: not row["races"])
 
