@@ -154,9 +154,9 @@ def projected(
                 P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
                 R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
     else:
-        # Of half precision |G_c|^2 is the diagonal of G G^T, on tensor cores. Were it added up from G's elements, Triton
-        # (3.6 and 3.7) would keep one tile of G too few on sm_90, and copy the next over one that a product still reads:
-        # on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096 squares.
+        # Of half precision |G_c|^2 is the diagonal of G G^T, on tensor cores. Were it added up from G's elements,
+        # Triton 3.6 and 3.7 would keep one tile of G too few on sm_90, and copy the next over one that a product still
+        # reads: on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096 squares.
         products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if BY_PRODUCT else 1], tl.float32)
         for start in range(first, last, BLOCK_WIDTH):
             o_width = start + tl.arange(0, BLOCK_WIDTH)
