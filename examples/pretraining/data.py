@@ -8,11 +8,8 @@ order, and neither should those of other data.
 from __future__ import annotations
 
 import argparse
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,10 @@ import datasets
 import torch
 from datasets import IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
-from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from torch import Tensor
 from transformers import AutoTokenizer
+
+from .hub import hub_answers
 
 BYTES = "bytes"  # of --tokenizer: the text's own bytes, and 0 where a document ends
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -194,20 +192,6 @@ def _kind(file: Path) -> str | None:
 def _is_held_out(text: str, share: float) -> bool:
     """Whether a document is kept for the evaluation: a matter of the text alone, so that it is so on any rank."""
     return zlib.crc32(text.encode()) < share * 2**32
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether there is a network at all: without one the hub's own client tries for a minute and says so 18 times."""
-    if HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(ENDPOINT, timeout=20).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _unreachable(option: str, name: str, error: object) -> str:
