@@ -40,7 +40,7 @@ class Packer:
         self.documents = open_documents()
         self.epoch = 0
         self.rest = torch.empty(0, dtype=torch.int32)
-        self._resumed = False
+        self._given: dict[str, Any] | None = None  # a place, until a document is read: the stream tells it only then
         self._texts = self._for_ever()
 
     def take(self, sequences: int, length: int) -> Tensor:
@@ -54,10 +54,11 @@ class Packer:
 
     def state_dict(self) -> dict[str, Any]:
         """The place, of plain values and one tensor."""
-        return {"rest": self.rest, "documents": self.documents.state_dict(), "epoch": self.epoch}
+        documents = self.documents.state_dict() if self._given is None else self._given
+        return {"rest": self.rest, "documents": documents, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rest, self.epoch, self._resumed = state["rest"], state["epoch"], True
+        self.rest, self.epoch, self._given = state["rest"], state["epoch"], state["documents"]
         self.documents.load_state_dict(state["documents"])
 
     def _cut(self, wanted: int, texts: Iterator[list[str]]) -> Tensor:
@@ -73,8 +74,7 @@ class Packer:
 
     def _for_ever(self) -> Iterator[list[str]]:
         while True:
-            found = self._resumed  # then the documents may have ended at the place itself
-            self._resumed = False
+            found = self._given is not None  # then the documents may have ended at the place itself
             for texts in self._once():
                 found = True
                 yield texts
@@ -82,12 +82,13 @@ class Packer:
                 raise SystemExit("there is no document to train on; give more data, or fewer ranks")
             self.epoch += 1
             # Not the same object: once it has been given a place, it begins there every time.
-            self.documents = self.open()
+            self.documents, self._given = self.open(), None
 
     def _once(self) -> Iterator[list[str]]:
         """Texts up to the end of the data; when some are handed out, the stream stands behind the last of them."""
         texts: list[str] = []
         for document in self.documents:
+            self._given = None
             text = document.get(self.column)
             if not isinstance(text, str):
                 raise SystemExit(f"--text-column {self.column} is not text; the data has {', '.join(sorted(document))}")
