@@ -170,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single-card",
         action="store_true",
-        help="activations included, part by part, what examples/pretrain_7b_12gb.py takes (default model: 7B)",
+        help="activations included, part by part, what the recipe 7b_one_card takes (default model: 7B)",
     )
     parser.add_argument("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
     parser.add_argument("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")

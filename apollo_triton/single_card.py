@@ -1,7 +1,7 @@
 """The memory of the recipe that trains on one small card, part by part, before anything is allocated.
 
-The recipe is that of ``examples/pretrain_7b_12gb.py``: int8 weights, APOLLO-Mini, layer-wise updates and checkpointed
-decoder layers. ``apollo-triton memory --single-card`` prints it.
+The recipe is ``examples/pretrain_c4.py --config 7b_one_card``: int8 weights, APOLLO-Mini, layer-wise updates and
+checkpointed decoder layers. ``apollo-triton memory --single-card`` prints it.
 """
 
 from __future__ import annotations

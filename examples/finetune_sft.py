@@ -1,0 +1,190 @@
+"""Fine-tune a language model on instructions with Hugging Face's Trainer: whole weights, no adapters, and next to no
+optimizer state. Needs the extra recipes.
+
+    python examples/finetune_sft.py --model meta-llama/Llama-3.2-1B --data commonsense_170k.json
+    python examples/finetune_sft.py --model meta-llama/Llama-3.2-1B --data commonsense_170k.json --method mini --lr 3e-4
+    torchrun --standalone --nproc-per-node 4 examples/finetune_sft.py --model FOLDER --data FILE.jsonl
+
+Each line or entry of the data has an instruction, an output, and perhaps an input. --resume goes on from the newest
+checkpoint. Where the defaults come from: docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from pretraining.hub import hub_answers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from apollo_triton import APOLLOAdamW
+
+# For Llama-3.2-1B on Commonsense-170K, where not given: rank and scale of each method, sequences a step.
+DEFAULTS = {"apollo": {"rank": 32, "scale": 1.0, "batch": 16}, "mini": {"rank": 1, "scale": 128.0, "batch": 32}}
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+NOT_A_TARGET = -100  # of the loss: tokens of the question and of the padding
+
+
+def main() -> None:
+    options = parse_options()
+    set_seed(options.seed)
+    tokenizer, model = load(options.model)
+    data = read(options, tokenizer)
+    optimizer = make_optimizer(model, options)
+    steps = options.epochs * -(-len(data["train"]) // options.batch)
+    trainer = Trainer(
+        model,
+        arguments(options, steps),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, label_pad_token_id=NOT_A_TARGET),
+        optimizers=(optimizer, None),  # the schedule is the Trainer's
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.folder) if options.resume else None)
+    print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
+    trainer.save_model(options.folder)
+    tokenizer.save_pretrained(options.folder)
+
+
+def load(name: str) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer and the model, in bfloat16 where there is a GPU."""
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    local = not hub_answers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local).to(dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"--model {name}: {reason}\nWithout a network, give a folder that holds the model") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False
+    return tokenizer, model
+
+
+def make_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> APOLLOAdamW:
+    """Of the weights whose names have a target in them; all others stay as they are."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(target in name for target in options.target_modules))
+    own = {
+        "scale": options.scale,
+        "lr": options.lr,
+        "weight_decay": 0.0,
+        "target_modules": options.target_modules,
+        "stochastic_rounding": options.stochastic_rounding,
+    }
+    if options.method == "mini":
+        return APOLLOAdamW.mini(model, **own)
+    return APOLLOAdamW.apollo(model, rank=options.rank, **own)
+
+
+def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> datasets.DatasetDict:
+    """The data in tokens, with some held out; the loss is over the answers alone."""
+    path = Path(options.data)
+    if path.exists():
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+    else:
+        if not hub_answers():
+            raise SystemExit(f"--data {options.data}: no such file, and the Hugging Face hub does not answer")
+        try:
+            loaded = datasets.load_dataset(options.data, split="train")
+        except (OSError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
+            raise SystemExit(f"--data {options.data}: {error}\nWithout a network, give a file") from error
+    missing = {"instruction", "output"} - set(loaded.column_names)
+    if missing:
+        raise SystemExit(f"--data {options.data} has no {' and no '.join(sorted(missing))}, but {loaded.column_names}")
+
+    def encode(example: dict[str, str]) -> dict[str, list[int]]:
+        question = tokenizer(prompt(example))["input_ids"]
+        answer = tokenizer(example["output"], add_special_tokens=False)["input_ids"]
+        tokens = [*question, *answer, tokenizer.eos_token_id][: options.length]
+        labels = [*[NOT_A_TARGET] * len(question), *answer, tokenizer.eos_token_id][: options.length]
+        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+    encoded = loaded.map(encode, remove_columns=loaded.column_names, desc="tokens")
+    held_out = max(1, min(options.held_out, len(encoded) // 10))
+    return encoded.train_test_split(test_size=held_out, seed=options.seed)
+
+
+def prompt(example: dict[str, str]) -> str:
+    """A question, as the model sees it before its answer."""
+    parts = ["### Instruction:", example["instruction"]]
+    if example.get("input"):
+        parts += ["### Input:", example["input"]]
+    return "\n".join([*parts, "### Response:", ""])
+
+
+def arguments(options: argparse.Namespace, steps: int) -> TrainingArguments:
+    on_cuda = torch.cuda.is_available()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    if options.batch % (options.micro_batch * ranks):
+        raise SystemExit(
+            f"--batch {options.batch} is no multiple of --micro-batch {options.micro_batch} on {ranks} processes"
+        )
+    return TrainingArguments(
+        output_dir=options.folder,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.batch // (options.micro_batch * ranks),
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 10,
+        max_grad_norm=0.0,
+        bf16=on_cuda,
+        use_cpu=not on_cuda,
+        logging_steps=10,
+        eval_strategy="steps",
+        eval_steps=options.save_every,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        seed=options.seed,
+        report_to=[] if options.log is None else [options.log],
+        ddp_find_unused_parameters=False,
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="of the Hugging Face hub, or a folder")
+    add("--data", required=True, help=".json, .jsonl or .parquet, or a data set of the hub")
+    add("--method", choices=sorted(DEFAULTS), default="apollo", help="(%(default)s)")
+    add("--rank", type=int, help="of APOLLO (32)")
+    add("--scale", type=float, help="(1 for APOLLO, 128 for Mini)")
+    add("--lr", type=float, default=1e-4, help="peak learning rate (%(default)s)")
+    add("--target-modules", nargs="+", default=TARGETS, help=f"what is trained ({' '.join(TARGETS)})")
+    add("--epochs", type=int, default=3, help="(%(default)s)")
+    add("--batch", type=int, help="sequences a step, over all processes (16 for APOLLO, 32 for Mini)")
+    add("--micro-batch", type=int, default=4, help="sequences through the model at once (%(default)s)")
+    add("--length", type=int, default=256, help="tokens of an example at most (%(default)s)")
+    add("--held-out", type=int, default=120, help="examples (%(default)s)")
+    add("--stochastic-rounding", action="store_true", help="of bfloat16 weights")
+    add("--folder", default="finetune_sft", help="checkpoints, and the model at the end (%(default)s)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add("--log", choices=("tensorboard", "wandb"), help="besides")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    options = parser.parse_args()
+    if options.method == "mini" and options.rank not in (None, 1):
+        parser.error(f"--rank {options.rank} is for --method apollo; Mini has rank 1")
+    for name, default in DEFAULTS[options.method].items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return options
+
+
+if __name__ == "__main__":
+    main()

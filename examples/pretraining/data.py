@@ -1,0 +1,207 @@
+"""Documents to sequences: text streamed by ``datasets``, tokenised and packed end to end, from a place that is saved.
+
+No token is lost or comes twice: what a document leaves over begins the next sequence, and the place is that rest
+together with the stream's own. Nothing is shuffled, for a shuffle buffer could not be saved; C4's documents lie in no
+order, and neither should those of other data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets import IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from .hub import hub_answers
+
+BYTES = "bytes"  # of --tokenizer: the text's own bytes, and 0 where a document ends
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+TEXT = {".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go"}
+READ_AT_ONCE = 64  # documents, which tokenizers work on in parallel
+
+Encode = Callable[[list[str]], list[list[int]]]
+Open = Callable[[], IterableDataset]
+
+
+class Packer:
+    """The sequences of one rank, without an end: after the last document comes the first."""
+
+    def __init__(self, open_documents: Open, encode: Encode, wanted: Callable[[str], bool], column: str) -> None:
+        self.open, self.encode, self.wanted, self.column = open_documents, encode, wanted, column
+        self.documents = open_documents()
+        self.epoch = 0
+        self.rest = torch.empty(0, dtype=torch.int32)
+        self._given: dict[str, Any] | None = None  # a place, until a document is read: the stream tells it only then
+        self._texts = self._for_ever()
+
+    def take(self, sequences: int, length: int) -> Tensor:
+        """The next tokens, ``[sequences, length]``."""
+        return self._cut(sequences * length, self._texts).view(sequences, length)
+
+    def take_all(self, most: int, length: int) -> Tensor:
+        """At most ``most`` sequences, and fewer where the data ends before: ``[sequences, length]``."""
+        tokens = self._cut(most * length, self._once())
+        return tokens[: len(tokens) // length * length].view(-1, length)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place, of plain values and one tensor."""
+        documents = self.documents.state_dict() if self._given is None else self._given
+        return {"rest": self.rest, "documents": documents, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rest, self.epoch, self._given = state["rest"], state["epoch"], state["documents"]
+        self.documents.load_state_dict(state["documents"])
+
+    def _cut(self, wanted: int, texts: Iterator[list[str]]) -> Tensor:
+        """``wanted`` tokens, or what there is; the others are the new rest."""
+        pieces, tokens = [self.rest], len(self.rest)
+        while tokens < wanted and (documents := next(texts, None)):
+            new = [token for document in self.encode(documents) for token in document]
+            pieces.append(torch.tensor(new, dtype=torch.int32))
+            tokens += len(new)
+        found = torch.cat(pieces)
+        self.rest = found[wanted:].clone()
+        return found[:wanted].long()
+
+    def _for_ever(self) -> Iterator[list[str]]:
+        while True:
+            found = self._given is not None  # then the documents may have ended at the place itself
+            for texts in self._once():
+                found = True
+                yield texts
+            if not found:
+                raise SystemExit("there is no document to train on; give more data, or fewer ranks")
+            self.epoch += 1
+            # Not the same object: once it has been given a place, it begins there every time.
+            self.documents, self._given = self.open(), None
+
+    def _once(self) -> Iterator[list[str]]:
+        """Texts up to the end of the data; when some are handed out, the stream stands behind the last of them."""
+        texts: list[str] = []
+        for document in self.documents:
+            self._given = None
+            text = document.get(self.column)
+            if not isinstance(text, str):
+                raise SystemExit(f"--text-column {self.column} is not text; the data has {', '.join(sorted(document))}")
+            if text and self.wanted(text):
+                texts.append(text)
+            if len(texts) == READ_AT_ONCE:
+                yield texts
+                texts = []
+        if texts:
+            yield texts
+
+
+def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packer, Packer | None]:
+    """What this rank trains on, and what it evaluates on (None without ``--evaluate-every``): the data's own
+    validation split, ``--validation``, or the documents that are held out."""
+    if not Path(options.data).exists() and not hub_answers():
+        raise SystemExit(_unreachable("--data", options.data, "it does not answer"))
+    encode = load_encode(options.tokenizer, options.vocabulary)
+
+    def packer(data: str, split: str, wanted: Callable[[str], bool]) -> Packer:
+        def open_documents() -> IterableDataset:
+            return split_dataset_by_node(_documents(data, options, split), rank, ranks)
+
+        return Packer(open_documents, encode, wanted, options.text_column)
+
+    if not options.evaluate_every:
+        return packer(options.data, "train", lambda text: True), None
+    if options.validation is None:
+        try:
+            validation = packer(options.data, "validation", lambda text: True)
+        except ValueError:  # it has none
+            validation = packer(options.data, "train", lambda text: _is_held_out(text, options.held_out))
+            return packer(options.data, "train", lambda text: not _is_held_out(text, options.held_out)), validation
+    else:
+        validation = packer(options.validation, "train", lambda text: True)
+    return packer(options.data, "train", lambda text: True), validation
+
+
+def load_encode(tokenizer: str, vocabulary: int) -> Encode:
+    """From texts to their tokens, each with the end of a document behind it."""
+    if tokenizer == BYTES:
+        return lambda texts: [[*text.encode(), 0] for text in texts]
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers())
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(_unreachable("--tokenizer", tokenizer, error)) from error
+    end = [] if loaded.eos_token_id is None else [loaded.eos_token_id]
+    loaded.model_max_length = int(1e9)  # documents are cut into sequences here, and need no warning
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        # A text that happens to contain "</s>" has it as any other text.
+        found = loaded(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
+        tokens = [document + end for document in found["input_ids"]]
+        largest = max(max(document, default=0) for document in tokens)
+        if largest >= vocabulary:
+            raise SystemExit(
+                f"--tokenizer {tokenizer} gives token {largest}, and the model has {vocabulary}; "
+                f"--vocabulary {len(loaded)} makes room"
+            )
+        return tokens
+
+    return encode
+
+
+def _documents(data: str, options: argparse.Namespace, split: str) -> IterableDataset:
+    """A split of a data set of the hub, or of a file or folder here, which are all one split, ``train``."""
+    path = Path(data)
+    if path.exists():
+        if split != "train":
+            raise ValueError(f"{data} has no split {split!r}")
+        return _local(path)
+    try:
+        config = options.data_config if data == options.data else None
+        return load_dataset(data, config, split=split, streaming=True)
+    except (OSError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise SystemExit(_unreachable("--data", data, error)) from error
+    except ValueError as error:  # no such split, or no such config
+        if split != "train":
+            raise
+        raise SystemExit(f"--data {data}: {_first_line(error)}") from error
+
+
+def _local(path: Path) -> IterableDataset:
+    """Files of one kind. A text file in a folder is a document; alone, its paragraphs are."""
+    found = sorted(each for each in path.rglob("*") if each.is_file() and _kind(each)) if path.is_dir() else [path]
+    kinds = {_kind(each) or "text" for each in found}
+    if len(kinds) != 1:
+        raise SystemExit(f"--data {path}: a folder of one kind of files is needed, this has {sorted(kinds) or 'none'}")
+    (kind,) = kinds
+    text = {"sample_by": "document" if path.is_dir() else "paragraph", "encoding_errors": "replace"}
+    files = {"train": [str(each) for each in found]}
+    return load_dataset(kind, data_files=files, split="train", streaming=True, **(text if kind == "text" else {}))
+
+
+def _kind(file: Path) -> str | None:
+    """The loader of ``datasets`` that reads a file; None for a file that is no data."""
+    suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED]
+    last = suffixes[-1] if suffixes else ""
+    return LOADERS.get(last, "text" if last in TEXT else None)
+
+
+def _is_held_out(text: str, share: float) -> bool:
+    """Whether a document is kept for the evaluation: a matter of the text alone, so that it is so on any rank."""
+    return zlib.crc32(text.encode()) < share * 2**32
+
+
+def _unreachable(option: str, name: str, error: object) -> str:
+    return (
+        f"{option} {name}: there is no such path here, and the Hugging Face hub has not given it "
+        f"({_first_line(error)}).\n"
+        "Without a network: --data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes"
+    )
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0][:150]

@@ -1,0 +1,144 @@
+"""The paper's LLaMA and its optimizer: on one device, under DDP, or cut up by FSDP2."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
+from apollo_triton.int8 import Int8Weight
+from apollo_triton.llama import meta_model, paper_figures
+
+
+def llama_config(options: argparse.Namespace) -> LlamaConfig:
+    """The size of the paper; with fewer ``--layers``, or narrower by ``--shrink``, to try things."""
+    shape = paper_figures()["llama"][options.model]
+    heads = max(1, shape["heads"] // options.shrink)
+    return LlamaConfig(
+        hidden_size=shape["hidden"] // options.shrink,
+        intermediate_size=shape["intermediate"] // options.shrink,
+        num_hidden_layers=options.layers or shape["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=options.vocabulary,
+        max_position_embeddings=max(2048, options.sequence),
+        tie_word_embeddings=False,
+        use_cache=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+class Trained:
+    """A model and its optimizer, with what a step of several backward passes must know of how they are spread."""
+
+    def __init__(self, options: argparse.Namespace, config: Path, device: torch.device) -> None:
+        dtype = getattr(torch, options.dtype)
+        # Without memory first: the int8 model never exists in float, the sharded one never whole.
+        self.bare = meta_model(str(config), dtype)
+        if options.method.startswith("q-"):
+            quantize_model(self.bare)
+        if options.parallel == "fsdp":
+            _shard(self.bare, device)
+        fill(self.bare.to_empty(device=device), options.seed)
+        if options.checkpoint_activations:
+            self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.bare.train()
+        self.optimizer = make_optimizer(self.bare, options)
+        self.layerwise = attach_layerwise(self.bare, self.optimizer) if options.layerwise else None
+        self.model: nn.Module = self.bare
+        if options.parallel == "ddp":
+            self.model = DistributedDataParallel(self.bare, **_init_sync(options.method))
+
+    def backward(self, batches: list[Tensor]) -> Tensor:
+        """The gradient of the mean loss over some batches of one size, averaged over the ranks; that loss, here."""
+        total = torch.zeros((), device=batches[0].device)
+        for number, tokens in enumerate(batches, 1):
+            with ExitStack() as stack:
+                if number < len(batches):
+                    self._keep_to_itself(stack)
+                elif isinstance(self.bare, torch.distributed.fsdp.FSDPModule):
+                    self.bare.set_requires_gradient_sync(True)
+                loss = self.model(input_ids=tokens, labels=tokens).loss / len(batches)
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _keep_to_itself(self, stack: ExitStack) -> None:
+        """For all but the last batch: gradients only add up, and neither ranks nor weights learn of them."""
+        if isinstance(self.model, DistributedDataParallel):
+            stack.enter_context(self.model.no_sync())
+        elif isinstance(self.bare, torch.distributed.fsdp.FSDPModule):
+            self.bare.set_requires_gradient_sync(False)
+        elif self.layerwise is not None:
+            stack.enter_context(self.layerwise.accumulate())
+
+    def set_learning_rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+
+def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """The paper's settings, which are the defaults of ``apollo`` and ``mini`` but for the learning rate."""
+    if options.method == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
+    own: dict[str, Any] = {
+        "lr": options.lr,
+        "weight_decay": 0.0,
+        "update_proj_gap": options.update_proj_gap,
+        "seed": options.seed,
+        "stochastic_rounding": options.stochastic_rounding,
+        "state_bits": options.state_bits,
+    }
+    if options.method.endswith("mini"):
+        return APOLLOAdamW.mini(model, **own)
+    return APOLLOAdamW.apollo(model, rank=max(1, options.rank // options.shrink), **own)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Random weights, the same however the model is cut up, one tensor at a time; and what else has had no memory."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        whole = torch.randn(parameter.shape, generator=generator, device=device) * model.config.initializer_range
+        if isinstance(parameter, Int8Weight):
+            parameter.assign(whole)
+        elif isinstance(parameter, DTensor):
+            # No rank tells the others: each has drawn the same.
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+        else:
+            parameter.copy_(whole)
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
+
+
+def _shard(model: nn.Module, device: torch.device) -> None:
+    # Weights are float32 or bfloat16 as they were made; only what is added up over the ranks is always float32.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _init_sync(method: str) -> dict[str, bool]:
+    """DDP's first broadcast knows no int8 weights. All ranks have drawn the same."""
+    if not method.startswith("q-"):
+        return {}
+    if "init_sync" not in inspect.signature(DistributedDataParallel).parameters:
+        raise SystemExit(f"--method {method} --parallel ddp needs a newer torch, whose DDP has init_sync")
+    return {"init_sync": False}

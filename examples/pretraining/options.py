@@ -1,0 +1,139 @@
+"""The options of ``pretrain_c4.py``: a config's, those given before it, and which go together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from apollo_triton.llama import named_sizes
+
+CONFIGS = Path(__file__).parent / "configs"
+METHODS = ("apollo", "mini", "q-apollo", "q-mini", "adamw")
+ADAMW_LEARNING_RATE = 1e-3  # a usual one; the paper's tables do not say theirs
+C4 = "allenai/c4"
+
+
+def parse_options(description: str | None) -> argparse.Namespace:
+    """What the command line says, after what its config says; ends the program with an error that helps."""
+    parser = make_parser(description)
+    given = parser.parse_args()
+    options = parser.parse_args([*config_as_arguments(parser, given.config), *sys.argv[1:]])
+    if options.method == "adamw" and given.lr is None:
+        options.lr = ADAMW_LEARNING_RATE
+    options.folder = options.folder or Path("runs") / f"{Path(given.config).stem}-{options.method}"
+    options.dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    if options.data == C4 and options.data_config is None:
+        options.data_config = "en"
+    check(parser, options)
+    return options
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--config", required=True, help=f"{', '.join(known_configs())}; or a JSON file of these options")
+    add("--method", choices=METHODS, default="apollo", help="q- has int8 weights (%(default)s)")
+    add("--parallel", choices=("none", "ddp", "fsdp"), default="none", help="under torchrun (%(default)s)")
+    add("--folder", type=Path, help="of the run, with its checkpoint (runs/CONFIG-METHOD)")
+    add("--data", default=C4, help="a data set of the Hugging Face hub, a file or a folder (%(default)s)")
+    add("--data-config", help="of a data set of the hub (en for allenai/c4)")
+    add("--text-column", default="text", help="(%(default)s)")
+    add("--validation", help="data to evaluate on (the data's validation split, else documents that are held out)")
+    add("--held-out", type=float, default=0.05, help="share of documents that are held out (%(default)s)")
+    add("--tokenizer", default="t5-base", help="of the hub, a folder, or bytes: each byte a token (%(default)s)")
+    add("--vocabulary", type=positive, default=32000, help="tokens that the model knows (%(default)s)")
+    add("--model", choices=named_sizes(), required=False, help="size of the paper's LLaMA")
+    add("--layers", type=positive, help="fewer layers, to try it")
+    add("--shrink", type=positive, default=1, help="divide widths, heads and rank by this, to try it (%(default)s)")
+    add("--rank", type=positive, default=256, help="APOLLO's (%(default)s)")
+    add("--lr", type=float, help=f"peak learning rate (the config's; {ADAMW_LEARNING_RATE:g} for adamw)")
+    add("--update-proj-gap", type=positive, default=200, help="steps with one projection (%(default)s)")
+    add("--steps", type=positive, help="of the whole schedule")
+    add("--until", type=positive, help="stop after this step of it")
+    add("--sequence", type=positive, default=256, help="tokens a sequence (%(default)s)")
+    add("--tokens-per-step", type=positive, default=131072, help="over all ranks (%(default)s)")
+    add("--micro-batch", type=positive, default=16, help="sequences through the model at once (%(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the weights (bfloat16 on CUDA, float32 on a CPU)")
+    add("--stochastic-rounding", action=switch, default=False, help="of bfloat16 weights")
+    add("--state-bits", type=int, choices=(8, 32), default=32, help="of the moments (%(default)s)")
+    add("--layerwise", action=switch, default=False, help="update weights during the backward pass")
+    add("--checkpoint-activations", action=switch, default=False, help="less memory, more work")
+    add("--cap", type=float, help="GB that a CUDA device may use; says what one card takes, before and after")
+    add("--evaluate-every", type=int, default=1000, help="steps; 0: never (%(default)s)")
+    add("--validation-tokens", type=positive, default=10_000_000, help="(%(default)s)")
+    add("--save-every", type=positive, default=1000, help="steps between checkpoints (%(default)s)")
+    add("--report", type=positive, default=10, help="steps between lines (%(default)s)")
+    add("--log", choices=("tensorboard", "wandb"), help="besides")
+    add("--seed", type=int, default=0, help="of weights and projections (%(default)s)")
+    return parser
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, not {number}")
+    return number
+
+
+def known_configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def config_as_arguments(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """A config's options as the command line would give them, so that they are checked like those."""
+    path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
+    if not path.is_file():
+        parser.error(f"--config {name}: there is no such config (known: {', '.join(known_configs())}; or FILE.json)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        parser.error(f"--config {name}: not JSON: {error}")
+    arguments = []
+    for key, value in config.items():
+        option = f"--{key.replace('_', '-')}"
+        if value is True or value is False:
+            option = option if value else f"--no-{option[2:]}"
+        if option not in parser._option_string_actions:
+            parser.error(f"--config {name}: there is no option {key!r}")
+        arguments += [option] if isinstance(value, bool) else [option, str(value)]
+    return arguments
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What is missing, and what does not go together."""
+    if options.model is None or options.lr is None:
+        parser.error("--model and --lr are needed, here or in the config")
+    if options.steps is None:
+        parser.error(f"--steps is needed: the paper gives no number of steps for {options.model}")
+    ranks = int(os.environ.get("WORLD_SIZE", 0))  # torchrun's
+    if options.parallel != "none" and not ranks:
+        parser.error(
+            f"--parallel {options.parallel} runs under torchrun: torchrun --nproc-per-node 2 {sys.argv[0]} ..."
+        )
+    if options.parallel == "none" and ranks > 1:
+        parser.error(f"torchrun has started {ranks} processes; use --parallel ddp or --parallel fsdp")
+    quantized, sharded, plain = options.method[:2] == "q-", options.parallel == "fsdp", options.method == "adamw"
+    one_card = options.method == "q-mini" and options.layerwise and options.state_bits == 8
+    refused = {
+        f"--method {options.method} with --parallel fsdp: int8 weights are not sharded; use ddp": quantized and sharded,
+        "--state-bits 8 with --parallel fsdp: blocks of moments would span ranks; use 32": (
+            sharded and options.state_bits == 8
+        ),
+        "--layerwise with --parallel: the ranks' gradients are not averaged yet; leave it out": (
+            options.layerwise and options.parallel != "none"
+        ),
+        "--method adamw is torch.optim.AdamW, without --layerwise, --state-bits 8 and --stochastic-rounding": (
+            plain and (options.layerwise or options.state_bits == 8 or options.stochastic_rounding)
+        ),
+        "--cap counts one recipe, --method q-mini --layerwise --state-bits 8 --checkpoint-activations": bool(
+            options.cap and not (one_card and options.checkpoint_activations)
+        ),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            parser.error(reason)

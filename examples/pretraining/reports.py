@@ -1,0 +1,121 @@
+"""What a run tells: lines and a progress bar, TensorBoard or Weights & Biases if asked, and a picture of its losses."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reports:
+    """Of one rank; the others have ``rank`` above 0 and tell nothing."""
+
+    def __init__(self, folder: Path, log: str | None, rank: int, first: int, steps: int) -> None:
+        self.folder, self.speaks = folder, rank == 0
+        self.losses: list[tuple[int, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        console = Console(soft_wrap=True, highlight=False)
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TimeRemainingColumn()
+        shown = self.speaks and console.is_terminal
+        self.progress = Progress(*columns, console=console, disable=not shown, expand=True)
+        self.bar = self.progress.add_task("", total=steps, completed=first)
+        self.progress.start()
+        self.write = _writer(log, folder, first) if self.speaks and log else None
+        self._since = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            self.progress.console.print(text, markup=False)
+
+    def trained(self, step: int) -> None:
+        self.progress.update(self.bar, completed=step)
+
+    def loss(self, step: int, loss: float, rate: float, tokens: int) -> None:
+        """The mean loss since the last report, the learning rate, and the tokens that took that time."""
+        now = time.perf_counter()
+        speed, self._since = tokens / (now - self._since), now
+        self.losses.append((step, loss))
+        self.say(f"step {step:6d}   loss {loss:.4f}   lr {rate:.2e}   {speed:,.0f} tokens/s")
+        self._log(step, {"loss": loss, "learning rate": rate, "tokens per second": speed})
+
+    def evaluated(self, step: int, loss: float, tokens: int) -> None:
+        perplexity = math.exp(min(loss, 700.0))
+        self.validation.append((step, loss))
+        self.say(f"step {step:6d}   validation loss {loss:.4f}   perplexity {perplexity:.2f}   ({tokens:,} tokens)")
+        self._log(step, {"validation loss": loss, "validation perplexity": perplexity})
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "validation": self.validation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.validation = state["losses"], state["validation"]
+
+    def end(self, title: str) -> None:
+        """Close everything, and draw ``loss.png``."""
+        self.progress.stop()
+        if self.write is not None:
+            self.write(None, {})
+        if self.speaks and self.losses:
+            draw(self.folder / "loss.png", title, self.losses, self.validation)
+            self.say(f"{self.folder / 'loss.png'} shows the losses")
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if self.write is not None:
+            self.write(step, values)
+
+
+def draw(path: Path, title: str, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:
+    """Training and validation loss over the steps, 900 x 500 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = pyplot.subplots(figsize=(9, 5), dpi=100, layout="constrained")
+        axes.plot(*zip(*losses, strict=True), color="#7a8ca5", linewidth=1, label=f"training  {losses[-1][1]:.3f}")
+        if validation:
+            label = f"validation  {validation[-1][1]:.3f}, perplexity {math.exp(min(validation[-1][1], 700.0)):.2f}"
+            axes.plot(*zip(*validation, strict=True), "o-", color="#c44e52", linewidth=2, markersize=4, label=label)
+        axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(frameon=False, loc="upper right")
+        unfinished = path.with_suffix(".tmp")
+        figure.savefig(unfinished, format="png")
+        pyplot.close(figure)
+    os.replace(unfinished, path)
+
+
+def _writer(log: str, folder: Path, first: int) -> Any:
+    """A function of a step and its values; of None, it closes."""
+    if log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a run that was killed wrote behind its checkpoint is not shown.
+        board = SummaryWriter(folder / "tensorboard", purge_step=first + 1 if first else None)
+
+        def write(step: int | None, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                board.add_scalar(name.replace(" ", "_"), value, step)
+            if step is None:
+                board.close()
+
+        return write
+    import wandb
+
+    run = wandb.init(project="apollo-pretraining", name=folder.name, id=folder.name, dir=folder, resume="allow")
+
+    def write_there(step: int | None, values: dict[str, float]) -> None:
+        if step is None:
+            run.finish()
+        else:
+            run.log(values, step=step)
+
+    return write_there
