@@ -224,8 +224,8 @@ def test_the_block_of_channels_does_not_show_in_work_that_is_a_channels_own(rank
     weights = parameters_of([(130, 70), (70, 130)])
     options = {"rank": rank, "disable_nl": True}
     expected, optimizer = train(weights, **options)
-    blocks = tables.sketch.blocks(rank) | {"BLOCK_CHANNELS": 16}
-    monkeypatch.setattr(tables.sketch, "blocks", lambda rank, in_parts=False: blocks)
+    blocks = tables.sketch.blocks
+    monkeypatch.setattr(tables.sketch, "blocks", lambda *given: blocks(*given) | {"BLOCK_CHANNELS": 16})
     ours, other = train(weights, **options)
     assert_same_bits(expected, ours)
     assert torch.equal(optimizer.state[expected[0]]["exp_avg"], other.state[ours[0]]["exp_avg"])
