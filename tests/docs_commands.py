@@ -70,7 +70,9 @@ def _parse(run: Callable[[], object], argv: Words, monkeypatch: pytest.MonkeyPat
 def _python(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> str | None:
     if arguments[0] != "-m":
         script = ROOT / arguments[0]
-        return _parse(lambda: runpy.run_path(str(script), run_name="__main__"), arguments, monkeypatch)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(script.parent))  # as Python does
+            return _parse(lambda: runpy.run_path(str(script), run_name="__main__"), arguments, monkeypatch)
     module, *rest = arguments[1:]
     if module == "apollo_triton":
         return _apollo_triton(rest, monkeypatch)

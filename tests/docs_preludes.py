@@ -118,11 +118,21 @@ def tools(folder: Path) -> Names:
     return names | {"args": args, "data": datasets.Dataset.from_list(data), "tokenizer": tokenizer}
 
 
+def recipes(folder: Path) -> Names:
+    """The folder of a run."""
+    model = make_model()
+    model.config.save_pretrained(folder / "runs")
+    (folder / "runs" / "step-10").mkdir()
+    torch.save({"model": model.state_dict()}, folder / "runs" / "step-10" / "model.pt")
+    return {"folder": folder / "runs"}
+
+
 PRELUDES: dict[str, Callable[[Path], Names]] = {
     "README.md": readme,
     "distributed.md": distributed,
     "int8.md": int8,
     "layerwise.md": training,
+    "recipes.md": recipes,
     "tools.md": tools,
     "trainer.md": training,
 }

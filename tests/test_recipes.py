@@ -30,7 +30,7 @@ from apollo_triton.llama import meta_model, paper_figures
 pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 sys.path.append(str(ROOT / "examples"))  # where Python itself looks when it runs one of them
-from pretraining import checkpoints, data, model  # noqa: E402
+from pretraining import checkpoints, data, hub, model  # noqa: E402
 from pretraining.options import known_configs, parse_options  # noqa: E402
 
 PAPER = paper_figures()["pretrain_hyperparameters"]
@@ -339,53 +339,54 @@ for port, arguments in runs:
 """
 
 
-def on_two_ranks(*runs: list[str]) -> list[str]:
+def on_two_ranks(folder: Path, runs: dict[str, list[str]]) -> dict[str, str]:
     """What each of some runs printed; one after the other in the same two processes, since most of the time would go
     into starting them."""
-    ports = []
-    for arguments in runs:
+    with_ports = []
+    for arguments in runs.values():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            ports.append((free.getsockname()[1], [*COMMON, *arguments]))
-    rest = [str(ROOT / "examples" / "pretrain_c4.py"), json.dumps(ports)]
+            with_ports.append((free.getsockname()[1], [*COMMON, *arguments]))
+    rest = [str(ROOT / "examples" / "pretrain_c4.py"), json.dumps(with_ports)]
     with ThreadPoolExecutor() as pool:
-        started = [pool.submit(run_program, "-c", RANK, str(rank), *rest, cwd=Path.cwd()) for rank in (0, 1)]
+        started = [pool.submit(run_program, "-c", RANK, str(rank), *rest, cwd=folder) for rank in (0, 1)]
     first, second = (each.result() for each in started)
     assert ended_well(first), first.stdout + first.stderr[-4000:]
     assert ended_well(second), second.stderr[-4000:]
     assert not losses(second.stdout)
-    return first.stdout.split("---")[: len(runs)]
+    return dict(zip(runs, first.stdout.split("---"), strict=False))
 
 
 @needs_fsdp_on_a_cpu
-def test_two_ranks_under_ddp_and_fsdp_train_alike_and_go_on(texts: Path) -> None:
+def test_two_ranks_under_ddp_and_fsdp(run: Run) -> None:
     """Ranks that see the same data or begin it again, gradients that are not averaged or averaged twice, a shard that
-    does not come back."""
-    whole, first, second, early, late = on_two_ranks(
-        ["--parallel=ddp", "--folder=whole"],
-        ["--parallel=ddp", "--folder=parts", "--until=3"],
-        ["--parallel=ddp", "--folder=parts"],
-        ["--parallel=fsdp", "--folder=shards", "--until=3"],
-        ["--parallel=fsdp", "--folder=shards"],
+    does not come back, a loss that is one rank's alone."""
+    Path("alike.jsonl").write_text((json.dumps({"text": "the same words again"}) + "\n") * 400)
+    alike = ["--data=alike.jsonl", "--validation=alike.jsonl"]
+    printed = on_two_ranks(
+        Path.cwd(),
+        {
+            "whole": ["--parallel=ddp", "--folder=whole"],
+            "first": ["--parallel=ddp", "--folder=parts", "--until=3"],
+            "second": ["--parallel=ddp", "--folder=parts"],
+            "early": ["--parallel=fsdp", "--folder=shards", "--until=3"],
+            "late": ["--parallel=fsdp", "--folder=shards"],
+            "alike": ["--parallel=ddp", "--folder=two", *alike],
+        },
     )
-    assert losses(first) | losses(second) == losses(whole)
-    assert list(losses(second)) == list(losses(late)) == [4, 5, 6]
+    found = {name: losses(output) for name, output in printed.items()}
+    assert found["first"] | found["second"] == found["whole"]
+    assert list(found["second"]) == list(found["late"]) == [4, 5, 6]
     assert_same_bits(weights("parts"), weights("whole"))
     places = [torch.load(f"whole/step-6/rank-{rank}.pt", weights_only=True)["training"] for rank in (0, 1)]
     assert places[0]["rest"].tolist() != places[1]["rest"].tolist()
-    assert losses(early) | losses(late) == pytest.approx(losses(whole), abs=2e-4)
+    assert found["early"] | found["late"] == pytest.approx(found["whole"], abs=2e-4)
     kept = json.loads(Path("whole/run.json").read_text())
     with pytest.raises(SystemExit, match="holds a run with ranks=2, this is 1"):
         checkpoints.begin(Path("whole"), kept | {"ranks": 1})
-
-
-def test_two_ranks_see_what_one_sees_in_other_batches(run: Run) -> None:
-    """A loss that is one rank's alone, or an average that is a sum: with all documents alike, ranks have the same data."""
-    Path("alike.jsonl").write_text((json.dumps({"text": "the same words again"}) + "\n") * 400)
-    alike = ["--data=alike.jsonl", "--validation=alike.jsonl", "--folder=two", "--parallel=ddp"]
-    (two,) = on_two_ranks(alike)
-    one = run(*COMMON, *alike[:2], "--folder=one", "--tokens-per-step=64")
-    assert losses(two) == pytest.approx(losses(one), abs=2e-4)
+    # Documents are all alike there, so both ranks have the batches that one has.
+    one = run(*COMMON, *alike, "--folder=one", "--tokens-per-step=64")
+    assert found["alike"] == pytest.approx(losses(one), abs=2e-4)
     alone = weights("one")
     assert all(torch.allclose(value, alone[name], atol=1e-5) for name, value in weights("two").items())
 
@@ -493,24 +494,37 @@ def test_a_folder_of_another_run_is_refused(run: Run) -> None:
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # where nobody listens
 
 
+def test_without_a_network_it_says_what_to_do(texts: Path) -> None:
+    """A minute of attempts, and a traceback of a library's."""
+    example, home = str(ROOT / "examples" / "pretrain_c4.py"), str(texts.parent / "home")
+    found = run_program(example, "--config=60m", cwd=texts.parent, timeout=100, HF_HOME=home, **NO_NETWORK)
+    assert found.returncode == 1
+    lines = found.stderr.strip().splitlines()
+    assert lines[-2].startswith("--data allenai/c4: there is no such path here, and the Hugging Face hub has not given")
+    assert lines[-1].startswith("Without a network: --data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes")
+    assert "Traceback" not in found.stderr
+    assert "Retrying" not in found.stderr
+
+
 @pytest.mark.parametrize(
     ("program", "options", "message"),
     [
-        ("pretrain_c4", ["--config=60m"], "--data allenai/c4: there is no such path here"),
-        ("pretrain_c4", ["--config=60m", "--data=texts.jsonl"], "--tokenizer t5-base: there is no such path here"),
-        ("finetune_sft", ["--model=some/model", "--data=texts.jsonl"], "--model some/model: "),
+        ("pretrain_c4", ["--config=60m", "--tokenizer=no/such"], "--tokenizer no/such: there is no such path here"),
+        ("finetune_sft", ["--model=no/such"], "--model no/such: "),
     ],
 )
-def test_without_a_network_it_says_what_to_do(program: str, options: list[str], message: str, texts: Path) -> None:
-    """A minute of attempts, and a traceback of a library's."""
-    home = str(texts.parent / "home")
-    example = str(ROOT / "examples" / f"{program}.py")
-    found = run_program(example, *options, cwd=texts.parent, timeout=100, HF_HOME=home, **NO_NETWORK)
-    assert found.returncode == 1
-    assert message in found.stderr
-    assert "Without a network" in found.stderr
-    assert "Traceback" not in found.stderr
-    assert "Retrying" not in found.stderr
+def test_nor_do_tokenizers_and_models_ask_in_vain(
+    program: str, options: list[str], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts that are made all the same."""
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **named: asked.append(arguments) or [])
+    for module in (hub, data):
+        monkeypatch.setattr(module, "hub_answers", lambda: False)
+    with pytest.raises(SystemExit, match=message) as error:
+        run("--data=texts.jsonl", *options, name=program)
+    assert "Without a network" in str(error.value)
+    assert not asked
 
 
 # Fine-tuning
