@@ -9,6 +9,7 @@ Nothing of the weight's shape is allocated, and nothing read back from the devic
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import MutableSet
 
@@ -43,7 +44,7 @@ def obstacle(parameter: Tensor) -> str | None:
 
 
 class OperandTable:
-    """A table of one matrix, which knows no gradient; fields as in ``tables.Table``.
+    """A table of one matrix, which knows no gradient; fields as in ``tables.Table``. It keeps the ``member`` alive.
 
     It lives as long as the parameter and its state stay where they are. ``shared`` holds the projections in memory that
     other tables use, and takes this one's.
@@ -55,7 +56,7 @@ class OperandTable:
         parameter, state, geometry = member.parameter, member.state, member.geometry
         assert geometry is not None
         assert settings.rank is not None
-        self.parameter, self.device, self.geometry = parameter, parameter.device, geometry
+        self.member, self.parameter, self.device, self.geometry = member, parameter, parameter.device, geometry
         self.rank, self.keeps_rows, self.channels = settings.rank, geometry.keeps_rows, geometry.channels
         self.state_dtype = state["exp_avg"].dtype
         moments = [state[name].data_ptr() for name in ("exp_avg", "exp_avg_sq")]
@@ -190,7 +191,7 @@ def tile_norms(table: OperandTable, operands: Operands) -> Tensor:
     X, dY = operands
     (tokens, rows), columns = dY.shape, X.shape[1]
     precision = fused.precision(X.dtype)
-    blocks = operand_blocks(X, precision)
+    blocks = operands_kernels.blocks(*_room(X, precision))
     row_blocks, column_blocks = _tiles(rows, columns, blocks)
     channels = rows if table.keeps_rows else columns
     norms = _scratch(table, column_blocks if table.keeps_rows else row_blocks, channels)
@@ -284,7 +285,7 @@ def apply(table: OperandTable, settings: Settings, moment: Moment, factors: Fact
         "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
     }
     if isinstance(weight, Int8Weight):
-        blocks = operands_kernels.int8_blocks(weight.group_size, _on_tensor_cores(X, precision))
+        blocks = operands_kernels.int8_blocks(weight.group_size, *_room(X, precision))
         fused.launch(
             operands_kernels.apply_int8_operands_kernel,
             (math.prod(_tiles(rows, columns, blocks)),),
@@ -301,7 +302,7 @@ def apply(table: OperandTable, settings: Settings, moment: Moment, factors: Fact
             **blocks,
         )
         return
-    blocks = operand_blocks(X, precision)
+    blocks = operands_kernels.blocks(*_room(X, precision))
     fused.launch(
         operands_kernels.apply_operands_kernel,
         (math.prod(_tiles(rows, columns, blocks)),),
@@ -318,9 +319,18 @@ def apply(table: OperandTable, settings: Settings, moment: Moment, factors: Fact
     )
 
 
-def operand_blocks(operand: Tensor, precision: str) -> dict[str, int]:
-    """Tile sizes of G for operands like this one."""
-    return operands_kernels.blocks(_on_tensor_cores(operand, precision))
+def _room(operand: Tensor, precision: str) -> tuple[int, bool, bool]:
+    """What decides on the tiles of G: bytes an entry of the operands, tensor cores or not, and much shared memory."""
+    return operand.element_size(), _on_tensor_cores(operand, precision), _is_roomy(operand.device)
+
+
+@functools.cache
+def _is_roomy(device: torch.device) -> bool:
+    """Whether a program may have 144 KiB of shared memory: on data centers' GPUs of NVIDIA's, which have 163 KiB and
+    more; others have 99, AMD's 64."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def _on_tensor_cores(operand: Tensor, precision: str) -> bool:

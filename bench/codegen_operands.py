@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,10 +14,15 @@ _MINI = {"rank": 1, "scale_type": "tensor"}
 # and what else the epilogues can be.
 VARIANTS: list[dict[str, Any]] = [
     {"group": _MINI},
-    {"group": {"rank": 256}, "stochastic_rounding": True},
-    {"group": _MINI, "int8": 128},
+    {"group": {"rank": 256}, "stochastic_rounding": True, "roomy": True},
+    {"group": _MINI, "int8": 128, "roomy": True},
     {"group": {"rank": 16}, "dtype": torch.float32},
     {"group": {"rank": 64, "proj_type": "left"}, "dtype": torch.float32, "precision": "high"},
+    {"group": {"rank": 64}, "dtype": torch.float32, "precision": "high", "roomy": True},
+    {"group": {"rank": 256}, "stochastic_rounding": True},
+    {"group": _MINI, "int8": 128},
+    {"group": _MINI, "roomy": True},
+    {"group": {"rank": 128, "proj_type": "left"}, "int8": 256, "roomy": True},
     {"group": {"rank": 4, "proj_type": "left"}, "dtype": torch.float16},
     {"group": {"rank": 128, "distribution": "rademacher"}, "weight": torch.float32},
     {"group": {"rank": 128, "proj_type": "left"}, "int8": 256},
@@ -32,10 +38,11 @@ def step(
     int8: int = 0,
     columns: int = 1024,
     precision: str = "highest",
+    roomy: bool = False,
     **options: Any,
 ) -> None:
     """One step of a weight ``[1024, columns]`` from operands of 512 tokens, norms both ways, on the CPU: something must
-    stand in for ``fused.launch``."""
+    stand in for ``fused.launch``. ``roomy``: with the tiles of GPUs that have much shared memory."""
     from apollo_triton import APOLLOAdamW, fused, fused_operands
     from apollo_triton.checks import Label, Member, find_piece
     from apollo_triton.operands import Operands
@@ -52,23 +59,22 @@ def step(
     operands = Operands(torch.zeros(512, columns, dtype=dtype), torch.zeros(512, 1024, dtype=dtype))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    try:
+    with mock.patch.object(fused_operands, "_is_roomy", return_value=roomy):
         table, moment = fused_operands.OperandTable(member, settings, set()), fused.Moment(1, None, None)
         sketch = fused_operands.sketch(table, settings, moment, operands, "sketch")
         for norms in (fused_operands.tile_norms, fused_operands.gram_norms):
             norms(table, operands)
         factors = fused.rescale(table, settings, moment, sketch)
         fused_operands.apply(table, settings, moment, factors, operands)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision(before)
 
 
-def words(at: dict[str, Any], types: dict[str, str]) -> list[str]:
-    """What tells a variant apart: its tile and the dtypes of the operands and of a float weight."""
-    sides = [
-        at[f"BLOCK_{side}"]
-        for side in ("CHANNELS", "ROWS", "COLUMNS", "RANK", "WIDTH", "TOKENS")
-        if f"BLOCK_{side}" in at
-    ]
+def words(at: dict[str, Any], types: dict[str, str], divisible: tuple[int, ...]) -> list[str]:
+    """What tells a variant apart: its tile, the dtypes of the operands and of a float weight, and whether rows of
+    either begin at multiples of 16 bytes; ``divisible`` are the numbers of arguments known to be multiples of 16."""
+    names = ("CHANNELS", "ROWS", "COLUMNS", "RANK", "WIDTH", "TOKENS")
+    tile = "x".join(str(at[f"BLOCK_{name}"]) for name in names if f"BLOCK_{name}" in at)
     kinds = [types[name][1:] for name in ("p_W", "p_dY", "p_kept", "p_summed") if name in types]
-    return ["x".join(map(str, sides)), *kinds, *(["tf32"] if at.get("PRECISION") == "tf32" else [])]
+    numbers = {name: number for number, name in enumerate(types)}
+    unaligned = any(numbers.get(name, divisible[0]) not in divisible for name in ("columns", "width", "channels"))
+    return [tile, *kinds, *["unaligned"] * unaligned, *["tf32"] * (at.get("PRECISION") == "tf32")]

@@ -203,7 +203,7 @@ class Kernel:
         if "RUN" in at:
             words += codegen_linear.words(at, dict(self.types))
         if self.module.rpartition(".")[2] in ("operands", "operand_sketch"):
-            words += codegen_operands.words(at, dict(self.types))
+            words += codegen_operands.words(at, dict(self.types), self.divisible)
         if at.get("SPLIT", 1) > 1:
             words.append(f"in {at['SPLIT']} parts")
         if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch

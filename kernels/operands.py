@@ -19,23 +19,32 @@ from .sketch import dot
 from .table import SEED
 
 
-def blocks(tensor_cores: bool) -> dict[str, int]:
-    """Tile sizes and warps of a product that is G's.
+def blocks(itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
+    """Tile sizes and warps of a product that is G's. ``roomy``: a program may have 144 KiB of shared memory.
 
-    128 x 128 sums on 8 warps are 64 registers a thread, which leaves room for W, its random bits and a second program
-    on the multiprocessor: one multiplies while the other is at its epilogue. 32 tokens in 3 stages are 48 KiB.
+    Seen on an H100, W [4096, 4096], 8192 tokens, bfloat16 (torch.mm of G alone takes 0.342 ms): 128 x 256 x 64 takes
+    0.388 ms, 256 x 128 x 64 0.475, 128 x 128 x 64 0.547 on 8 warps and 0.479 on 4, 128 x 128 x 32 0.884.
     """
-    if not tensor_cores:  # float32 on ordinary instructions: a thread's 4 x 4 sums or more make 8 loads 16 products
+    if not tensor_cores:  # float32 on ordinary instructions: 32 sums a thread
         return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_TOKENS": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 128, "BLOCK_TOKENS": 32, "num_warps": 8, "num_stages": 3}
+    if not roomy:  # 48 KiB
+        return {
+            "BLOCK_ROWS": 128,
+            "BLOCK_COLUMNS": 128,
+            "BLOCK_TOKENS": 64 // itemsize,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
+    return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 256, "BLOCK_TOKENS": 128 // itemsize, "num_warps": 8, "num_stages": 3}
 
 
-def int8_blocks(group_size: int, tensor_cores: bool) -> dict[str, int]:
-    """The same for int8 weights, in rows of whole groups, and half the size: to requantise takes several numbers an
-    element, which at 128 x 128 spill."""
-    own = blocks(tensor_cores)
+def int8_blocks(group_size: int, itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
+    """The same for int8 weights, in rows of whole groups. To requantise takes several numbers an element: more than
+    8192 at a time spill, of half a tile, or of all of one where a row is one group."""
+    own = blocks(itemsize, tensor_cores, roomy)
     columns = max(own["BLOCK_COLUMNS"], group_size)
-    return own | {"BLOCK_ROWS": own["BLOCK_ROWS"] * own["BLOCK_COLUMNS"] // (2 * columns), "BLOCK_COLUMNS": columns}
+    at_a_time = columns if group_size == columns else columns // 2
+    return own | {"BLOCK_ROWS": min(64, 8192 // at_a_time), "BLOCK_COLUMNS": columns}
 
 
 @triton.jit
@@ -59,6 +68,64 @@ def gradient_tile(
     return G
 
 
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: an epilogue that has W of one at a time does not spill."""
+    return tl.split(tl.permute(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2), (0, 2, 1)))
+
+
+@triton.jit
+def update(
+    p_W, difference, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
+    KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """W <- W - difference, then W <- W - decay W, of the tile that begins at ``first_row`` and ``first_column``."""
+    BLOCK_ROWS: tl.constexpr = difference.shape[0]
+    BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
+    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
+    W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
+    W -= difference
+    # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
+    W -= decay * W
+    store_weight(
+        p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
+        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def update_int8(
+    p_q, p_scale, p_zero, difference, decay, u, p_row, t, first_row, first_column, rows, columns,
+    STOCHASTIC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same of int8 weights: the tile as [groups, GROUP]."""
+    BLOCK_ROWS: tl.constexpr = difference.shape[0]
+    BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
+    GROUPS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // GROUP
+    o_row = first_row + tl.arange(0, BLOCK_ROWS)
+    o_run = first_column + tl.arange(0, BLOCK_COLUMNS // GROUP) * GROUP
+    m_group = ((o_row < rows)[:, None] & (o_run < columns)[None, :]).reshape(GROUPS)
+    o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
+    index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = tl.broadcast_to(m_group[:, None], [GROUPS, GROUP])
+    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
+    old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
+    old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
+    before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
+    W = before - difference.reshape(GROUPS, GROUP)
+    W -= decay * W
+    bits = None
+    if STOCHASTIC:
+        first = first_row * columns + first_column
+        seed = tl.load(p_row + SEED)
+        bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
+        bits = bits.reshape(GROUPS, GROUP)
+    store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, GROUPS)
+
+
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_operands_kernel(
     p_row, p_W, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
@@ -79,21 +146,21 @@ def apply_operands_kernel(
     G = gradient_tile(
         p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_TOKENS
     )
-    mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
-    W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
     t = current_step(step, p_step)
     factor, lr, u = tile_factor(
         p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
         lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-    W -= factor * G
-    # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
-    W -= (lr * weight_decay) * W
-    store_weight(
-        p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
-        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
+    decay = lr * weight_decay
+    left, right = halves(factor * G)
+    update(
+        p_W, left, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
+        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
+    )  # fmt: skip
+    update(
+        p_W, right, decay, u, p_row, t, first_row, first_column + BLOCK_COLUMNS // 2, rows, columns,
+        W_row_stride, W_column_stride, KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
     )  # fmt: skip
 
 
@@ -122,25 +189,15 @@ def apply_int8_operands_kernel(
         lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-
-    # From here on the tile is [groups, GROUP].
-    GROUPS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // GROUP
-    o_run = first_column + tl.arange(0, BLOCK_COLUMNS // GROUP) * GROUP
-    m_group = ((o_row < rows)[:, None] & (o_run < columns)[None, :]).reshape(GROUPS)
-    o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
-    index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = tl.broadcast_to(m_group[:, None], [GROUPS, GROUP])
-    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
-    old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
-    old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
-    before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
-    W = before - (factor * G).reshape(GROUPS, GROUP)
-    # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
-    W -= (lr * weight_decay) * W
-    bits = None
-    if STOCHASTIC:
-        first = first_row * columns + first_column
-        seed = tl.load(p_row + SEED)
-        bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
-        bits = bits.reshape(GROUPS, GROUP)
-    store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, GROUPS)
+    decay = lr * weight_decay
+    if GROUP < BLOCK_COLUMNS:
+        left, right = halves(factor * G)
+        update_int8(
+            p_q, p_scale, p_zero, left, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
+        )
+        first_column += BLOCK_COLUMNS // 2
+    else:
+        right = factor * G
+    update_int8(
+        p_q, p_scale, p_zero, right, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
+    )

@@ -18,7 +18,7 @@ from apollo_triton import fused, fused_operands
 from apollo_triton.operands import Operands
 
 FIRST = fused.Moment(1, None, None)
-ODD = [(127, 130, 200), (130, 200, 127), (1, 40, 24), (33, 1, 20)]  # tokens, out, in
+ODD = [(127, 130, 200), (130, 200, 127), (1, 40, 24), (33, 5, 20)]  # tokens, out, in
 LAUNCHES = {  # of a step that is not the first
     "exact": ["project_kernel", "collect_kernel", "tile_norms_kernel", "rescale_kernel", "apply_operands_kernel"],
     "gram": [
@@ -30,7 +30,7 @@ LAUNCHES = {  # of a step that is not the first
 
 
 @pytest.mark.parametrize("sides", [(384, 256), (256, 384)], ids=str)
-@pytest.mark.parametrize(("how", "tokens"), [("exact", 300), ("gram", 40), ("sketch", 40)])
+@pytest.mark.parametrize(("how", "tokens"), [("exact", 300), ("gram", 16), ("sketch", 40)])
 def test_a_step_reads_and_writes_the_weight_once(sides, how, tokens):
     """4 bytes a parameter in bfloat16, and the operands once a tile of the other side; whatever the order of programs
     the same bits, no race, nothing beyond the ends."""
@@ -58,7 +58,8 @@ def test_a_step_reads_and_writes_the_weight_once(sides, how, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", ODD, ids=str)
 @pytest.mark.parametrize("int8", [0, 8])
-def test_odd_shapes_are_clean_and_the_same_in_any_order(shape, dtype, int8):
+def test_odd_shapes_are_clean_and_the_same_in_any_order(shape, dtype, int8, monkeypatch):
+    monkeypatch.setattr(fused_operands, "_is_roomy", lambda device: dtype == torch.bfloat16)
     tokens, *sides = shape
     if int8 and sides[1] % int8:
         sides[1] = 200
@@ -92,8 +93,13 @@ def test_int8_weights_are_read_and_written_once():
 class Phantom:
     """An argument of a launch that is nowhere in memory."""
 
+    device = torch.device("cpu")
+
     def __init__(self, address, dtype, *shape):
         self.address, self.dtype, self.shape = address, dtype, shape
+
+    def element_size(self):
+        return self.dtype.itemsize
 
     def data_ptr(self):
         return self.address
