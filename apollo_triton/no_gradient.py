@@ -69,7 +69,8 @@ class LinearForward:
     @torch._disable_dynamo  # a graph break: the backward has side effects
     def _forward(self, x: Tensor) -> Tensor:
         module, updater = self._module, self._updater()
-        weight, bias = module.weight, module.bias
+        weight: Tensor = module.weight
+        bias: Tensor | None = module.bias
         is_trained = torch.is_grad_enabled() and weight.requires_grad
         if updater is None or not is_trained or not updater.takes(weight):
             return type(module).forward(module, x)
