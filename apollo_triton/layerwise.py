@@ -285,8 +285,8 @@ def _check_parameter(label: Label) -> None:
 def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
     if gradients == "none" and group.get("rank") is not None and group["proj"] == "svd":
         raise ValueError(
-            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which gradients=\"none\" never "
-            'makes; use proj="random", or gradients="freed"'
+            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which gradients=\"none\" "
+            'never makes; use proj="random", or gradients="freed"'
         )
     if group["max_grad_norm"] is not None:
         raise ValueError(

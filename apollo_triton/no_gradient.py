@@ -1,4 +1,4 @@
-"""Linear layers that update their weight from the backward pass: input gradient first, by the old weight, then the weight.
+"""Linear layers that update their weight in the backward pass, once the input's gradient is made with the old one.
 
 ``LinearForward`` takes the place of a module's ``forward`` and hands X and dY to a handle. ``weight.grad`` stays None.
 """
@@ -28,7 +28,7 @@ class Updater(Protocol):
 
 
 def layers_of(model: nn.Module) -> dict[Tensor, nn.Linear]:
-    """The layers whose forward we know, by their weight: ``nn.Linear`` and ``Int8Linear`` with a parameter of their own.
+    """The layers whose forward we know, by their weight: ``nn.Linear`` and ``Int8Linear`` with their own parameter.
 
     Not among them: other classes' forwards, forwards that something has replaced, weights that are computed from others
     (``torch.nn.utils.parametrize``, ``weight_norm``). Their weights get gradients, and are updated by hooks.

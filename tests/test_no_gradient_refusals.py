@@ -90,7 +90,7 @@ def test_a_second_backward_of_one_graph_is_refused():
     X, dY = operands(0, 3, 12, 8)
     loss = (layer.module(X) * dY).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|second time"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|second time"):
         loss.backward()
 
 
@@ -98,7 +98,7 @@ def test_second_derivatives_are_refused():
     layer = Layer(12, 8, {"rank": 2})
     X, dY = operands(0, 3, 12, 8)
     before = layer.weight.detach().clone()
-    with pytest.raises(NotImplementedError, match="create_graph=True.*freed"):
+    with pytest.raises(NotImplementedError, match=r"create_graph=True.*freed"):
         (layer.module(X) * dY).sum().backward(create_graph=True)
     assert torch.equal(layer.weight, before)
 
