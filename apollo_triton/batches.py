@@ -31,8 +31,8 @@ class Batch:
     """Matrices alike but for their values, entry i of every list belonging to matrix i.
 
     weights, gradients ``[rows, columns]``, a gradient that is never formed as ``Operands``; exp_avg, exp_avg_sq
-    ``[channels, rank]``, 8-bit ones as ``Blockwise``; update_norm (u_prev), float32 scalars; projections ``[rank, width]``, float32; numbers and moment_numbers: from
-    which channel on rounding bits are counted (``Piece``).
+    ``[channels, rank]``, 8-bit ones as ``Blockwise``; update_norm (u_prev), float32 scalars; projections
+    ``[rank, width]``, float32; numbers and moment_numbers: from which channel on rounding bits are counted (``Piece``).
     ``step`` is t, counted from 1; ``gradient_scale`` a float32 scalar that multiplies every gradient (clipping),
     None for 1.
     """

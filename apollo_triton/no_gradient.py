@@ -130,7 +130,8 @@ class _Linear(torch.autograd.Function):
         operands = Operands(*(each.reshape(-1, each.shape[-1]).contiguous() for each in (x, gradient)))
         X, dY = operands
         of_x = of_weight = None
-        with torch.autocast(x.device.type, enabled=False):  # it would round P and the moments
+        # Autocast, which does not know the meta device, would round P and the moments.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             if needs_x and isinstance(weight, Int8Weight):
                 of_x = input_gradient(dY, weight).view(x.shape)
             elif needs_x:

@@ -1,5 +1,5 @@
-"""Pretrain LLaMA-7B on one card of 12 GB: int8 weights, APOLLO-Mini with 8-bit moments, layer-wise updates, activation
-checkpointing. Needs the extras demo and int8.
+"""Pretrain LLaMA-7B on one card of 12 GB: int8 weights whose gradients are never made, APOLLO-Mini with 8-bit moments,
+layer-wise updates, activation checkpointing. Needs the extras demo and int8.
 
     python examples/pretrain_7b_12gb.py --config examples/pretrain_7b_12gb.json  # on a CUDA device, held to 12 GB
     python examples/pretrain_7b_12gb.py --size 60M --steps 20                    # on a CPU, of a size that it can train
@@ -42,7 +42,7 @@ def main() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     optimizer = APOLLOAdamW.mini(model, lr=options.lr, stochastic_rounding=True, **single_card.OPTIONS)
-    attach_layerwise(model, optimizer)
+    attach_layerwise(model, optimizer, gradients="none")
     started = time.perf_counter()
     for step, tokens in enumerate(batches(options, device), 1):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
