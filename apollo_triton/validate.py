@@ -31,6 +31,7 @@ HEADINGS = {
     "projection": "P, made in the kernel or in memory, against projection_matrix: the largest error",
     "verbs": "Verb by verb, each from what the one before it made",
     "steps": "Trajectories of 8 steps with two refreshes of P, each from the path's own state",
+    "operands": "Steps from X and dY without a gradient; the reference path is given G",
 }
 # What a line shows: of these measures the one nearest its limit. All others count as well, and are shown if they miss.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -41,6 +42,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "apply": ("W", "u_prev"),
     },
     "steps": {"": ("W", "W at end", "u_prev")},
+    "operands": {"sketch": ("R", "|G_c|^2", "by K"), "apply": ("W", "u_prev")},
 }
 _PROGRESS_SECONDS = 30  # between the lines that --full shows
 

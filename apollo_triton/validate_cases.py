@@ -24,7 +24,8 @@ STEPS, GAP = 8, 3  # two refreshes of P, and two steps with the last one
 
 @dataclass(frozen=True)
 class Case:
-    """One line: ``kind`` is what is run ("projection", "verbs" or "steps"), ``options`` what the optimizer is given.
+    """One line: ``kind`` is what is run ("projection", "verbs", "steps" or "operands"), ``options`` what the
+    optimizer is given.
 
     ``layout`` is how weights and gradients lie in memory; ``spike`` has the fourth gradient hold an infinity.
     """
@@ -50,6 +51,10 @@ def _steps(name: str, *shapes: Shape, dtypes: str = "fp32", **rest: Any) -> Case
     return Case("steps", f"{_size(shapes[0])} {dtypes} {name}", shapes, dtypes, rest, **own)
 
 
+def _operands(name: str, shape: Shape, dtypes: str = "bf16", **options: Any) -> Case:
+    return Case("operands", f"{_size(shape)} {dtypes} {name}", (shape,), dtypes, options)
+
+
 def _size(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
@@ -62,7 +67,7 @@ def _projections() -> Iterator[Case]:
 
 
 def default_cases(on_gpu: bool) -> list[Case]:
-    """One case for each thing that could go wrong: about 75 s in the interpreter, 2 cores."""
+    """One case for each thing that could go wrong: about 85 s in the interpreter, 2 cores."""
     f32, bf16, tall, wide = "fp32", "bf16", (96, 64), (64, 96)
     cases = [
         *_projections(),
@@ -119,11 +124,18 @@ def default_cases(on_gpu: bool) -> list[Case]:
         _steps("dense, an infinity", tall, (40, 24), spike=True),
         _steps("dense, capturable", tall, dtypes=bf16, capturable=True),
     ]
+    cases += [
+        _operands("Mini", (200, 130), **MINI),
+        _operands("Mini", (130, 200), "fp32", **MINI),
+        _operands("rank 16, stochastic", (130, 200), rank=16, stochastic_rounding=True, weight_decay=0.1),
+        _operands("rank 4", (70, 40), "fp32/bf16", rank=4),
+    ]
     if on_gpu:  # shapes of a 7B model: more than one program a row, sums of many blocks, offsets of many megabytes
         for shape in ((4096, 4096), (11008, 4096), (4096, 11008)):
             for dtypes in (f32, bf16):
                 cases.append(_steps("Mini", shape, dtypes=dtypes, **MINI, steps=4))
                 cases.append(_steps("rank 256", shape, dtypes=dtypes, rank=256, steps=4))
+            cases.append(_operands("rank 256", shape, rank=256))
         cases.append(_steps("dense", (32000, 1024), dtypes=bf16, steps=4))
     return cases
 

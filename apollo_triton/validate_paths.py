@@ -72,10 +72,10 @@ class Path:
         self.case, self.name, self.device, self.t = case, name, device, 0
         self.generator = torch.Generator().manual_seed(seed)
         dtype, self.gradient_dtype = DTYPES[case.dtypes]
-        weights = [_laid_out(self._drawn(shape, WEIGHT_SCALE).to(device, dtype), case.layout) for shape in case.shapes]
+        weights = [_laid_out(self.drawn(shape, WEIGHT_SCALE).to(device, dtype), case.layout) for shape in case.shapes]
         self.parameters = [nn.Parameter(weight) for weight in weights]
         # A common part makes the moments point somewhere.
-        self.common = [self._drawn(shape, GRADIENT_SCALE) for shape in case.shapes]
+        self.common = [self.drawn(shape, GRADIENT_SCALE) for shape in case.shapes]
         options: dict[str, Any] = {"lr": LEARNING_RATE, **case.options}
         if options.get("capturable"):  # the kernels' alone; the learning rate is a tensor then
             options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
@@ -85,7 +85,8 @@ class Path:
         self.settings = Settings.of(self.optimizer.param_groups[0])
         self.keeps_rows = [self.geometry(parameter).keeps_rows for parameter in self.parameters]
 
-    def _drawn(self, shape: tuple[int, ...], scale: float) -> Tensor:
+    def drawn(self, shape: tuple[int, ...], scale: float) -> Tensor:
+        """Normals, the same on both paths."""
         return torch.randn(shape, generator=self.generator) * scale
 
     def geometry(self, parameter: Tensor) -> Geometry:
@@ -100,7 +101,7 @@ class Path:
         """Those of the next step, in place of the last."""
         self.t += 1
         for index, parameter in enumerate(self.parameters):
-            gradient = self.common[index] + self._drawn(tuple(parameter.shape), GRADIENT_SCALE)
+            gradient = self.common[index] + self.drawn(tuple(parameter.shape), GRADIENT_SCALE)
             if self.case.spike and self.t == SPIKE and index == 0:
                 gradient.view(-1)[gradient.numel() // 3] = math.inf
             gradient = _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout)

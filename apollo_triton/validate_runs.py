@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import fused, reference, validate_operands
 from .batches import Batch
 from .distributed import Agreement
 from .kernels.sketch import GAUSSIAN
@@ -48,7 +48,7 @@ from .validate_paths import PATHS, Errors, Path
 def measured(case: Case, device: torch.device, seed: int) -> Errors:
     """Run a case on both paths."""
     errors = Errors()
-    kinds = {"projection": _projection, "verbs": _verbs, "steps": _steps}
+    kinds = {"projection": _projection, "verbs": _verbs, "steps": _steps, "operands": validate_operands.run}
     for name in PATHS:
         with torch.no_grad():
             kinds[case.kind](Path(case, name, device, seed), errors)

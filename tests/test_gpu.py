@@ -3,6 +3,7 @@ the tests of the algorithm there."""
 
 from __future__ import annotations
 
+import operand_cases as cases
 import pytest
 import torch
 from fused_cases import assert_same_bits, drawn, optimizer_of, parameters_of
@@ -110,6 +111,35 @@ def test_7b_shapes_against_the_reference_path(shape, group):
         results.append(copy.detach())
     # Both round the same float32 number but for the order of sums.
     assert (results[0] != results[1]).double().mean() <= 3e-3
+
+
+@pytest.mark.parametrize("tokens", [200, 2048])
+@pytest.mark.parametrize("shape", LLAMA_7B)
+@pytest.mark.parametrize("group", [MINI, {"rank": 256}])
+def test_7b_shapes_from_operands_against_the_reference_path(shape, group, tokens):
+    """Also that a step waits for nothing, and allocates no tensor that is an eighth of the weight's."""
+    mine = cases.layer_of(shape, torch.bfloat16, constructor={"stochastic_rounding": True}, **group)
+    theirs = cases.copy_of(mine)
+    for number in (1, 2):
+        operands = cases.operands_of(tokens, shape, torch.bfloat16, seed=number)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error" if number == 2 else "default")  # the first compiles
+        try:
+            cases.step(mine, operands, number)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - allocated <= mine.weight.nbytes / 8
+        cases.reference_step(theirs, cases.gradient_of(operands, torch.float32), number)
+        # R has 16 bits and G, summed on tensor cores, 15: of the entries that half an update takes to the next number
+        # of 8 bits, so many fall to the other side.
+        assert (mine.weight != theirs.weight).double().mean() <= 1e-2
+        torch.testing.assert_close(mine.state["update_norm"], theirs.state["update_norm"], rtol=1e-3, atol=0)
+        with torch.no_grad():
+            theirs.weight.copy_(mine.weight)
+    assert mine.table.skipped.tolist() == [0]
 
 
 def test_the_same_bits_every_time():

@@ -104,6 +104,18 @@ def test_sketch_and_norms(shape, dtype, name, poisoned):
     torch.testing.assert_close(estimate.squared_norms, found.projected.square().sum(1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("sides", "side"), [((24, 1100), "right"), ((1100, 24), "left")])
+def test_long_sums_in_parts(sides, side, dtype, poisoned):
+    """Parts of S, K and R, the last of them shorter than the others: left out, or read beyond the end."""
+    layer, operands = layer_of(sides, dtype, rank=16, proj_type=side), operands_of(300, sides, dtype)
+    assert operand_sketch.parts(5, 1100, 128) == (3, 384)
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    G = by_channel(layer, gradient_of(operands))
+    assert relative(found.projected, G @ projection_of(layer).T) <= (5e-5 if dtype == torch.bfloat16 else 2e-6)
+    assert relative(fused_operands.gram_norms(layer.table, operands), G.square().sum(1)) <= 5e-6
+
+
 @pytest.mark.parametrize("sides", [(192, 160), (160, 192)], ids=str)
 @pytest.mark.parametrize("rank", [1, 16])
 def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
