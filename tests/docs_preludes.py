@@ -123,6 +123,7 @@ PRELUDES: dict[str, Callable[[Path], Names]] = {
     "distributed.md": distributed,
     "int8.md": int8,
     "layerwise.md": training,
+    "no-gradient.md": training,
     "tools.md": tools,
     "trainer.md": training,
 }

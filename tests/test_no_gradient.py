@@ -22,6 +22,7 @@ from no_gradient_cases import (
 )
 from oracle import OracleMatrix
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 
@@ -113,6 +114,25 @@ def test_checkpointed_layers_go_the_ordinary_way(reentrant):
             attach_layerwise(model, optimizer, gradients="none")
         train(model, optimizer, 12)
     assert_close(*models, start)
+
+
+def test_a_recomputed_output_that_someone_keeps_is_no_second_use():
+    """Its graph lives on, and never goes backward."""
+
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps(nn.Linear(12, 12), nn.Linear(12, 12))
+    optimizer = APOLLOAdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "rank": 2}])
+    attach_layerwise(model, optimizer, gradients="none")
+    before = copies(model)
+    for _ in range(2):
+        checkpoint(model, torch.ones(3, 12), use_reentrant=False).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    assert not torch.equal(model[0].weight, before[0])
 
 
 def errors(dtype, autocast, steps=4):
