@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .no_gradient import LinearForward
+from .operands import Operands
 
 ALLOCATION = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
 FLASH_HEAD = 256  # the widest attention head that the flash kernel takes
@@ -51,7 +55,12 @@ class Peak:
 
 
 def training_peak(
-    model: nn.Module, batch: int, sequence: int, checkpointing: bool = True, layerwise: bool = True
+    model: nn.Module,
+    batch: int,
+    sequence: int,
+    checkpointing: bool = True,
+    layerwise: bool = True,
+    without_gradient: Iterable[str] = (),
 ) -> Peak:
     """What forward and backward of one training step allocate at most on a CUDA device.
 
@@ -62,6 +71,8 @@ def training_peak(
         checkpointing: keep of each decoder layer its input alone, and compute the rest again in backward.
         layerwise: free each weight's gradient once it is complete, as ``attach_layerwise`` does; otherwise all are
             kept.
+        without_gradient: names of the linear layers whose weights have no gradient, as with
+            ``attach_layerwise(..., gradients="none")``; what their updates take in passing is not counted.
 
     Attention is what CUDA takes: the flash kernel for 16-bit floats without a mask, else the memory-efficient one,
     neither of which has the matrix of scores. Not counted: what lives within one kernel (cuBLAS' workspaces of 8 to 32
@@ -77,6 +88,10 @@ def training_peak(
     _check(model, batch, sequence)
     model = copy.deepcopy(model).train()  # of tensors without memory
     _set_checkpointing(model, checkpointing)
+    updater = _Nothing()  # which forwards do not keep alive
+    for name in without_gradient:
+        layer: Any = model.get_submodule(name)
+        layer.forward = LinearForward(layer, updater)
     try:
         with Allocations(model, layerwise) as allocations:
             tokens = torch.zeros(batch, sequence, dtype=torch.long)
@@ -88,6 +103,19 @@ def training_peak(
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"a {type(model).__name__} cannot be traced without its values: {reason}") from error
     return allocations.peak()
+
+
+class _Nothing:
+    """Takes every weight and leaves it as it is."""
+
+    def takes(self, weight: Tensor) -> bool:
+        return True
+
+    def check(self, weight: Tensor, ran_once: bool) -> None:
+        pass
+
+    def update(self, weight: Tensor, operands: Operands) -> None:
+        pass
 
 
 def _set_checkpointing(model: Any, on: bool) -> None:
@@ -192,7 +220,8 @@ class Allocations(TorchDispatchMode):
         self._size -= self._alive.pop(address).size
 
     def _gradient_is_complete(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            return
         self._alive[parameter.grad.untyped_storage()._cdata].part = "gradients"
         if self._layerwise:
             parameter.grad = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from .geometry import Geometry, as_matrices, per_matrix
 from .scratch import Scratch
 from .settings import Settings
 from .sharding import Piece
+
+if TYPE_CHECKING:
+    from .operands import Operands
 
 # Parts of a batch whose R has no more elements are stacked, so that rank 1 takes one small operation for many matrices
 # (LLaMA-60M, rank 1, 2 cores: 24 ms a step, 42 ms matrix by matrix). A matrix with a larger R is a part of its own.
@@ -26,9 +30,9 @@ STACK_ELEMENTS = 1 << 16
 class Batch:
     """Matrices alike but for their values, entry i of every list belonging to matrix i.
 
-    weights, gradients ``[rows, columns]``; exp_avg, exp_avg_sq ``[channels, rank]``, 8-bit ones as ``Blockwise``;
-    update_norm (u_prev), float32 scalars; projections ``[rank, width]``, float32; numbers and moment_numbers: from
-    which channel on rounding bits are counted (``Piece``).
+    weights, gradients ``[rows, columns]``, a gradient that is never formed as ``Operands``; exp_avg, exp_avg_sq
+    ``[channels, rank]``, 8-bit ones as ``Blockwise``; update_norm (u_prev), float32 scalars; projections
+    ``[rank, width]``, float32; numbers and moment_numbers: from which channel on rounding bits are counted (``Piece``).
     ``step`` is t, counted from 1; ``gradient_scale`` a float32 scalar that multiplies every gradient (clipping),
     None for 1.
     """
@@ -40,7 +44,7 @@ class Batch:
     scratch: Scratch
     gradient_scale: Tensor | None = None
     weights: list[Tensor] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor | Operands] = field(default_factory=list)
     exp_avg: list[Tensor | Blockwise] = field(default_factory=list)
     exp_avg_sq: list[Tensor | Blockwise] = field(default_factory=list)
     update_norm: list[Tensor] = field(default_factory=list)
@@ -53,7 +57,12 @@ class Batch:
         return len(self.weights)
 
     def add(
-        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], projection: Tensor, piece: Piece
+        self,
+        parameter: Tensor,
+        gradient: Tensor | Operands,
+        state: dict[str, Tensor],
+        projection: Tensor,
+        piece: Piece,
     ) -> None:
         """Append the matrices of one parameter; ``projection`` is shared, or ``[experts, rank, width]`` for svd.
 
@@ -69,13 +78,20 @@ class Batch:
         ):
             self._copies.append((parameter, weights[0]))
         self.weights += weights
-        self.gradients += as_matrices(gradient, geometry)
+        self.gradients += as_matrices(gradient, geometry) if isinstance(gradient, Tensor) else [gradient]
         self.exp_avg += _moments(state, "exp_avg")
         self.exp_avg_sq += _moments(state, "exp_avg_sq")
         self.update_norm += per_matrix(state["update_norm"], 0)
         self.projections += list(projection) if projection.dim() == 3 else [projection] * geometry.matrices
         self.numbers += piece.numbers
         self.moment_numbers += piece.moment_numbers
+
+    def gradient_rows(self, matrix: int, rows: slice) -> Tensor:
+        """Some rows of a matrix's gradient in float32, made or converted in memory that the next ones take."""
+        gradient = self.gradients[matrix]
+        if isinstance(gradient, Tensor):
+            return self.scratch.floats(gradient[rows], 1)
+        return gradient.rows(rows, self.scratch)
 
     def parts(self) -> Iterator[Batch]:
         """The batch cut into runs of matrices, in order; results do not depend on the cut."""

@@ -18,7 +18,7 @@ import torch
 
 from .demo_data import Corpus, load_corpus
 from .demo_report import Result, table, write_results
-from .demo_training import LABELS, SIZES, Plan, Run, read_checkpoint
+from .demo_training import GRADIENTS, LABELS, SIZES, Plan, Run, read_checkpoint
 from .extras import require
 
 # Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="sequences a step (%(default)s)")
     parser.add_argument("--sequence", type=int, default=SEQUENCE, metavar="N", help="bytes in each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and projections")
+    parser.add_argument(
+        "--gradients",
+        default="stored",
+        metavar="KIND",
+        help="of APOLLO and Mini: stored, freed or none, in backward (%(default)s)",
+    )
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (%(default)s)")
     parser.add_argument("--out", type=Path, default="runs/demo", metavar="FOLDER", help="for results (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
@@ -106,6 +112,8 @@ def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
         raise ValueError(f"--mini-scale {options.mini_scale}: it must be a number above 0")
     if not 0 <= options.seed < 2**31:
         raise ValueError(f"--seed {options.seed}: it must be an integer from 0 to 2**31 - 1")
+    if options.gradients not in GRADIENTS:
+        raise ValueError(f"--gradients {options.gradients}: allowed are {', '.join(GRADIENTS)}")
     for method in methods:
         _check_method("methods", method)
     return [
@@ -120,6 +128,7 @@ def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
             seed=options.seed,
             device=_device(options.device),
             data=corpus.fingerprint,
+            gradients=options.gradients,
         )
         for method in methods
     ]

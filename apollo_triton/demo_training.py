@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .demo_data import VOCABULARY, Corpus
 from .extras import require
+from .layerwise import attach_layerwise
 from .llama import paper_figures
 from .optimizer import APOLLOAdamW
 
@@ -39,11 +40,14 @@ SIZES = {"tiny": Size(32, 88, 2, 2), "1M": Size(192, 528, 2, 6)} | {
 OptimizerMaker = Callable[["Plan", torch.nn.Module], torch.optim.Optimizer]
 LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "mini": "APOLLO-Mini"}
 
+# Of APOLLO and Mini: kept until the step, freed within backward, never made.
+GRADIENTS = ("stored", "freed", "none")
+
 
 @dataclass(frozen=True)
 class Plan:
     """What decides a run's numbers. Two runs of one plan are equal bit for bit on one CPU; ``data`` is the text's
-    fingerprint, ``scale`` is Mini's and None for the others."""
+    fingerprint, ``scale`` is Mini's and None for the others. ``gradients`` is one of ``GRADIENTS``."""
 
     method: str
     learning_rate: float
@@ -56,6 +60,7 @@ class Plan:
     device: str
     data: str
     dtype: str = "float32"
+    gradients: str = "stored"
 
     @property
     def evaluation_gap(self) -> int:
@@ -91,6 +96,8 @@ class Run:
         model = make_model(plan.model, plan.sequence, plan.seed, corpus.vocabulary)
         self.model = model.to(plan.device, getattr(torch, plan.dtype))
         self.optimizer = (build or make_optimizer)(plan, self.model)
+        if plan.gradients != "stored" and isinstance(self.optimizer, APOLLOAdamW):
+            attach_layerwise(self.model, self.optimizer, gradients=plan.gradients)
         self._held_out = corpus.held_out_windows(plan.sequence + 1).to(plan.device)
 
     @property
@@ -176,9 +183,10 @@ def read_checkpoint(path: Path, plan: Plan) -> dict[str, Any]:
     except Exception as error:  # which one depends on the bytes: UnpicklingError, RuntimeError, EOFError, KeyError...
         raise ValueError(f"{path} is not a whole checkpoint; delete it, or leave --resume away") from error
     for name, value in asdict(plan).items():
-        if saved["plan"][name] != value:
+        was = saved["plan"].get(name, getattr(Plan, name, None))  # a checkpoint may be older than an option
+        if was != value:
             raise ValueError(
-                f"{path} was made with {name.replace('_', ' ')} {saved['plan'][name]!r}, not {value!r}: "
+                f"{path} was made with {name.replace('_', ' ')} {was!r}, not {value!r}: "
                 "resume with the same options, or leave --resume away to start anew, or choose another --out"
             )
     return saved

@@ -6,9 +6,8 @@ What it keeps between steps is made again whenever it is missing: nothing here i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from .plan import WARM_UP, Groups, Plan, States
 from .projection import top_singular_vectors
 from .settings import Settings
 from .work import BatchWork, DenseWork, TableWork, Work
+
+if TYPE_CHECKING:
+    from .operand_steps import OperandSteps
 
 
 class Engine:
@@ -49,7 +51,7 @@ class Engine:
             counts += [table.skipped.sum() for table in self._plan.tables]
         return counts
 
-    def take_over(self, other: Engine) -> None:
+    def take_over(self, other: Engine | OperandSteps) -> None:
         """Count another engine's skipped updates as its own, so that it can go."""
         for count in other.skipped():
             self._count_skipped(count)
@@ -221,7 +223,7 @@ class Engine:
                 works.append(batches[key])
             batches[key].add(index, member, self._projection(member, own, step))
         for table in plan.tables:
-            own = _with_lr_for(settings[table.group], table.device)
+            own = settings[table.group].with_lr_for(table.device)
             if own.proj == "svd" and not table.is_dense:
                 step = int(plan.counts[table.first])
                 table.point_at([matrix for each in table.members for matrix in _singular_vectors(each, own, step)])
@@ -294,14 +296,3 @@ def _no_autocast(plan: Plan) -> Iterator[None]:
 def _is_capturing() -> bool:
     """Whether launches now go into a CUDA graph instead of running."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _with_lr_for(settings: Settings, device: torch.device) -> Settings:
-    """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor there."""
-    lr = settings.lr
-    if not isinstance(lr, Tensor) or (settings.capturable and lr.device == device):
-        return settings
-    if lr.device.type == "cpu" and not settings.capturable:
-        value: Any = lr.tolist()  # host memory, read without a dispatch
-        return dataclasses.replace(settings, lr=value)
-    return settings if lr.device == device else dataclasses.replace(settings, lr=lr.to(device, non_blocking=True))

@@ -176,22 +176,26 @@ class _Linear(torch.autograd.Function):
                 "which is not followed; freeze the weight, or train a float one (dequantize_model)"
             )
         flat = gradient.reshape(-1, gradient.shape[-1])
-        of_x = of_weight = of_bias = None
-        if needs_x and _has_kernels(gradient, weight) and not torch.is_grad_enabled():
-            from . import int8_matmul
-
-            of_x = int8_matmul.input_gradient(gradient, weight)
-        elif needs_x:
-            # With create_graph, too: what the kernels compute cannot be differentiated again.
-            total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            for rows, W in _blocks(weight, x.dtype):
-                total += gradient[..., rows] @ W
-            of_x = total.to(x.dtype)
+        of_x = input_gradient(gradient, weight) if needs_x else None
+        of_weight = of_bias = None
         if needs_weight:
             of_weight = flat.mT @ x.reshape(-1, x.shape[-1])
         if needs_bias:
             of_bias = flat.sum(0)
         return of_x, of_weight, of_bias
+
+
+def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
+    """dY ``[..., out]`` -> dY W ``[..., in]`` in the dtype of dY."""
+    # With create_graph not by the kernels: what they compute cannot be differentiated again.
+    if _has_kernels(gradient, weight) and not torch.is_grad_enabled():
+        from . import int8_matmul
+
+        return int8_matmul.input_gradient(gradient, weight)
+    total = torch.zeros(*gradient.shape[:-1], weight.shape[1], dtype=torch.float32, device=gradient.device)
+    for rows, W in _blocks(weight, gradient.dtype):
+        total += gradient[..., rows] @ W
+    return total.to(gradient.dtype)
 
 
 def _has_kernels(activations: Tensor, weight: Int8Weight) -> bool:

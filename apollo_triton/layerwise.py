@@ -18,26 +18,43 @@ from torch.utils.hooks import RemovableHandle
 
 from .checks import Label, is_flattened, labels
 from .engine import Engine
+from .no_gradient import LinearForward, layers_of, owners_of
+from .operand_steps import OperandSteps
+from .operands import LIMITER_NORMS, Operands
 from .optimizer import APOLLOAdamW
 from .sharding import is_dtensor
 
+GRADIENTS = ("freed", "none")
 
-def attach_layerwise(model: nn.Module, optimizer: APOLLOAdamW) -> Layerwise:
-    """Update each weight of ``optimizer`` during ``loss.backward()`` and free its gradient at once.
+
+def attach_layerwise(
+    model: nn.Module, optimizer: APOLLOAdamW, gradients: str = "freed", limiter_norm: str = "exact"
+) -> Layerwise:
+    """Update each weight of ``optimizer`` during ``loss.backward()`` and free its gradient at once, or never make it.
 
     The training loop stays as it is and so do its results, bit for bit: ``optimizer.step()`` updates what still has a
     gradient and ends the step. A parameter that is added or unfrozen later is updated by ``step()`` once, and by its
     hook from then on. All but the last backward of a step go into ``with handle.accumulate():``. Learning rates are
     read during backward, so set them before it.
 
+    Args:
+        model: the whole model that the optimizer trains.
+        optimizer: an ``APOLLOAdamW``.
+        gradients: "freed", or "none": low-rank weights of ``nn.Linear`` and ``Int8Linear`` are updated from the layer's
+            input and the gradient of its output, and ``weight.grad`` is never made (docs/no-gradient.md); all other
+            parameters as with "freed".
+        limiter_norm: with "none", what the norm-growth limiter is given: "exact", the norms of the gradient's channels,
+            at the cost of up to one more product per weight; or "sketch", their estimates by the sketch, free.
+
     Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back.
 
     Raises:
         ValueError: hooks are attached already, a parameter is not the model's, or something needs all gradients at
             once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP, DTensor. ``GradScaler.step``
-            raises it later.
+            raises it later. With "none" also for tied low-rank weights, ``proj="svd"``, and where no weight gains.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
-            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``.
+            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; with "none" from
+            ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
 
     >>> model = nn.Linear(8, 8)
     >>> optimizer = APOLLOAdamW([{"params": [model.weight], "rank": 2}, {"params": [model.bias]}])
@@ -51,9 +68,14 @@ def attach_layerwise(model: nn.Module, optimizer: APOLLOAdamW) -> Layerwise:
         raise TypeError(f"attach_layerwise(model, optimizer) needs the APOLLOAdamW itself, not {type(optimizer)}")
     if optimizer._layerwise is not None:
         raise ValueError("layer-wise updates are attached to this optimizer already; call remove() on their handle")
+    for name, value, allowed in (("gradients", gradients, GRADIENTS), ("limiter_norm", limiter_norm, LIMITER_NORMS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
     _check_model(model, optimizer)
-    handle = Layerwise(optimizer)
+    handle = Layerwise(optimizer, gradients, limiter_norm, layers_of(model) if gradients == "none" else {})
     handle.check_settings()
+    if gradients == "none":
+        _check_layers(model, optimizer, handle)
     handle.end_step()
     optimizer._layerwise = handle
     return handle
@@ -62,8 +84,12 @@ def attach_layerwise(model: nn.Module, optimizer: APOLLOAdamW) -> Layerwise:
 class Layerwise:
     """The hooks of one optimizer, made by ``attach_layerwise``."""
 
-    def __init__(self, optimizer: APOLLOAdamW) -> None:
+    def __init__(
+        self, optimizer: APOLLOAdamW, gradients: str, limiter_norm: str, layers: dict[Tensor, nn.Linear]
+    ) -> None:
         self._optimizer = optimizer
+        self._gradients, self._limiter_norm = gradients, limiter_norm
+        self._layers = layers  # that can do without their weight's gradient
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._places: dict[Tensor, tuple[int, Label]] = {}  # so that no hook looks through all parameters
         self._updated: set[Tensor] = set()
@@ -72,7 +98,15 @@ class Layerwise:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Gradients add up in ``.grad`` as usual; the next backward outside updates with their sum."""
+        """Gradients add up in ``.grad`` as usual; the next backward outside updates with their sum.
+
+        Raises RuntimeError with ``gradients="none"``.
+        """
+        if self._gradients == "none":
+            raise RuntimeError(
+                'gradients="none" has no gradients that could accumulate; use larger batches, with activation '
+                'checkpointing if need be, or attach_layerwise(..., gradients="freed")'
+            )
         before, self._accumulating = self._accumulating, True
         try:
             yield
@@ -85,10 +119,15 @@ class Layerwise:
             return
         for hook in self._hooks.values():
             hook.remove()
-        engines = self._optimizer._layer_engines
-        for engine in engines.values():
+        for layer in self._layers.values():
+            if isinstance(layer.__dict__.get("forward"), LinearForward):
+                del layer.__dict__["forward"]
+        for engine in self._optimizer._layer_engines.values():
             self._optimizer._engine.take_over(engine)
-        engines.clear()
+        for steps in self._optimizer._operand_steps.values():
+            self._optimizer._engine.take_over(steps)
+        self._optimizer._layer_engines.clear()
+        self._optimizer._operand_steps.clear()
         self._optimizer._layerwise = None
 
     def __enter__(self) -> Layerwise:
@@ -100,7 +139,7 @@ class Layerwise:
     def check_settings(self) -> None:
         """Raise ValueError if a group has what needs all gradients at once."""
         for number, group in enumerate(self._optimizer.param_groups):
-            _check_group(group, number)
+            _check_group(group, number, self._gradients)
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -126,29 +165,69 @@ class Layerwise:
         for label in new:
             self._hooks[label.parameter] = label.parameter.register_post_accumulate_grad_hook(update)
         self._places = places
+        for parameter, layer in self._layers.items():
+            if self._is_low_rank(parameter) and not isinstance(layer.forward, LinearForward):
+                layer.__dict__["forward"] = LinearForward(layer, self)
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """The parameters that are updated without a gradient."""
+        return [str(label) for parameter, (_, label) in self._places.items() if self.takes(parameter)]
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is updated from its operands: for ``LinearForward``."""
+        return self._optimizer._layerwise is self and weight in self._layers and self._is_low_rank(weight)
+
+    def _is_low_rank(self, parameter: Tensor) -> bool:
+        place = self._places.get(parameter)
+        return place is not None and self._optimizer.param_groups[place[0]].get("rank") is not None
+
+    def check(self, weight: Tensor, ran_once: bool) -> None:
+        """Raise RuntimeError or ValueError unless ``weight`` may be updated now: for ``LinearForward``."""
+        number, label = self._places[weight]
+        if weight in self._updated:
+            raise RuntimeError(_twice(label, self._gradients))
+        if not ran_once:
+            raise RuntimeError(
+                f"{label}: its layer ran forward more than once, and each backward would move it by a part of its "
+                'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
+                "still there, belongs into torch.no_grad()"
+            )
+        _check_group(self._optimizer.param_groups[number], number, self._gradients)
+
+    @torch.no_grad()
+    def update(self, weight: Tensor, operands: Operands) -> None:
+        """One step of ``weight`` without its gradient: for ``LinearForward``."""
+        optimizer, (number, label) = self._optimizer, self._places[weight]
+        with self._lock:
+            steps = optimizer._operand_steps.get(weight)
+            if steps is None:
+                steps = OperandSteps(optimizer._caches, label, number, self._limiter_norm)
+                optimizer._operand_steps[weight] = steps
+            with _naming(label):
+                steps.run(optimizer.param_groups[number], optimizer.state[weight], operands)
+            # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
+            torch.autograd.graph.increment_version(weight)
+            self._updated.add(weight)
 
     @torch.no_grad()
     def _update(self, parameter: Tensor) -> None:
         """The hook: one step of ``parameter``, whose gradient is complete, and then has none."""
-        if self._accumulating or parameter not in self._places:
+        if self._accumulating or parameter not in self._places or parameter.grad is None:
             return
         optimizer, (number, label) = self._optimizer, self._places[parameter]
         with self._lock:
             if parameter in self._updated:
-                raise RuntimeError(_twice(label))
+                raise RuntimeError(_twice(label, self._gradients))
             group = optimizer.param_groups[number]
-            _check_group(group, number)
+            _check_group(group, number, self._gradients)
             engine = optimizer._layer_engines.get(parameter)
             if engine is None:
                 engine = Engine(optimizer._caches, number, label.number)
                 optimizer._layer_engines[parameter] = engine
             own = {**group, "params": [parameter], "param_names": [label.name]}
-            try:
+            with _naming(label):
                 engine.run([own], optimizer.state, None, None)
-            except (ValueError, RuntimeError) as error:
-                if str(label) in str(error):
-                    raise
-                raise type(error)(f"{label}: {error}") from error
             # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
             torch.autograd.graph.increment_version(parameter)
             self._updated.add(parameter)
@@ -170,6 +249,24 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         )
 
 
+def _check_layers(model: nn.Module, optimizer: APOLLOAdamW, handle: Layerwise) -> None:
+    """Raise ValueError for a low-rank weight that several modules hold, or if no layer could do without a gradient."""
+    low_rank = [label for number, label in labels(optimizer.param_groups) if optimizer.param_groups[number].get("rank")]
+    for label in low_rank:
+        names = owners_of(model, label.parameter)
+        if len(names) > 1:
+            raise ValueError(
+                f"{label} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
+                "gradients=\"none\" would move it by each; untie them, put it into a group without 'rank', or use "
+                'gradients="freed"'
+            )
+    if not any(label.parameter in handle._layers for label in low_rank):
+        raise ValueError(
+            "gradients=\"none\": no weight of a group with a 'rank' is that of a plain nn.Linear or Int8Linear, so "
+            'nothing would be gained; use gradients="freed"'
+        )
+
+
 def _check_parameter(label: Label) -> None:
     """Raise ValueError for a shard, whose gradient is not whole in its hook."""
     parameter = label.parameter
@@ -185,7 +282,12 @@ def _check_parameter(label: Label) -> None:
         )
 
 
-def _check_group(group: dict[str, Any], number: int) -> None:
+def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
+    if gradients == "none" and group.get("rank") is not None and group["proj"] == "svd":
+        raise ValueError(
+            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which gradients=\"none\" "
+            'never makes; use proj="random", or gradients="freed"'
+        )
     if group["max_grad_norm"] is not None:
         raise ValueError(
             f"parameter group {number}: max_grad_norm={group['max_grad_norm']!r} needs the norm of all gradients, of "
@@ -199,7 +301,24 @@ def _check_group(group: dict[str, Any], number: int) -> None:
         )
 
 
-def _twice(label: Label) -> str:
+@contextmanager
+def _naming(label: Label) -> Iterator[None]:
+    """Errors begin with the parameter, unless they name it already."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if str(label) in str(error):
+            raise
+        raise type(error)(f"{label}: {error}") from error
+
+
+def _twice(label: Label, gradients: str) -> str:
+    if gradients == "none":
+        return (
+            f"{label}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
+            'already. Gradients do not accumulate with gradients="none": call optimizer.step() after each backward(), '
+            'or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
+        )
     return (
         f"{label}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "
         "already. If it is shared between parts that torch.utils.checkpoint runs, use use_reentrant=False; if "

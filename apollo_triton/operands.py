@@ -1,10 +1,29 @@
-"""A linear layer's gradient as the two factors that a backward pass has of it."""
+"""A linear layer's gradient as the two factors that a backward pass has of it, and what the verbs need of them.
+
+    G = dY^T X        R = kept^T (summed P^T)        |G_c|^2 = kept_c^T (summed summed^T) kept_c
+
+``kept`` is the operand whose features are the channels: dY where rows are kept, X where columns are. ``rescale`` and
+``apply`` are those of ``reference.py``, which asks a batch for rows of its gradient and gets them made, one block at a
+time. So what follows the sketch is the ordinary step, and no tensor of the weight's size is ever made.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from . import scratch
+from .batches import Batch
+from .geometry import Geometry
+from .reference import Sketch
+from .scratch import Scratch
+
+LIMITER_NORMS = ("exact", "sketch")
+# Slots of the scratch, of which ``reference.apply`` has the first two for rows of W and of G.
+_G, _KEPT, _SUMMED = 1, 2, 3
 
 
 class Operands(NamedTuple):
@@ -12,3 +31,96 @@ class Operands(NamedTuple):
 
     inputs: Tensor  # X [tokens, in], contiguous
     output_gradient: Tensor  # dY [tokens, out], contiguous, same dtype and device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of G."""
+        return torch.Size((self.output_gradient.shape[1], self.inputs.shape[1]))
+
+    def of(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """The operand whose features are the channels, and the one whose features are summed over."""
+        X, dY = self
+        return (dY, X) if geometry.keeps_rows else (X, dY)
+
+    @property
+    def can_be_scaled(self) -> bool:
+        """Whether a copy of either operand is float32, and smaller than the weight."""
+        return self.inputs.dtype == torch.float32 and len(self.inputs) < min(self.shape)
+
+    def subtract_from(self, weight: Tensor, factors: Tensor) -> None:
+        """W <- W - factors * G, float32, for factors ``[rows, 1]``, ``[1, columns]`` or one on the host: the factors go
+        into one operand, and the product into W."""
+        X, dY = self
+        if factors.numel() == 1:
+            (factor,) = factors.view(1).tolist()
+            weight.addmm_(dY.mT, X, alpha=-factor)
+        elif factors.shape[1] == 1:
+            weight.addmm_(dY.mT * factors, X, alpha=-1)
+        else:
+            weight.addmm_(dY.mT, X * factors, alpha=-1)
+
+    def rows(self, rows: slice, buffers: Scratch) -> Tensor:
+        """Some rows of G in float32, of products and sums in float32, in memory that is used again."""
+        X, dY = self
+        G = buffers.empty((rows.stop - rows.start, X.shape[1]), X.device, _G)
+        if len(X) == 0:
+            return G.zero_()
+        for tokens in token_blocks(X):
+            left, right = buffers.floats(dY[tokens, rows], _KEPT), buffers.floats(X[tokens], _SUMMED)
+            torch.addmm(G, left.mT, right, beta=1 if tokens.start else 0, out=G)
+        return G
+
+
+def token_blocks(*operands: Tensor) -> Iterator[slice]:
+    """Slices of tokens: all at once in float32, else so many that the float32 copy of each is at most 4 MB."""
+    tokens, features = len(operands[0]), max(each.shape[1] for each in operands)
+    step = tokens if operands[0].dtype == torch.float32 else max(1, scratch.BLOCK_ELEMENTS // max(1, features))
+    for start in range(0, tokens, max(1, step)):
+        yield slice(start, min(start + step, tokens))
+
+
+def sketch(batch: Batch, limiter_norm: str) -> Sketch:
+    """R and |G_c|^2 of a batch of one matrix whose gradient is ``Operands``; G itself is not formed.
+
+    With ``limiter_norm="sketch"`` |R_c|^2 stands for |G_c|^2, its mean over projections: free, and an estimate.
+    """
+    (gradient,) = batch.gradients
+    assert isinstance(gradient, Operands)
+    kept, summed = gradient.of(batch.geometry)
+    P = batch.projections[0]
+    R = torch.zeros(batch.geometry.channels, len(P), dtype=torch.float32, device=kept.device)
+    for tokens in token_blocks(kept, summed):
+        left, right = batch.scratch.floats(kept[tokens], _KEPT), batch.scratch.floats(summed[tokens], _SUMMED)
+        R.addmm_(left.mT, right @ P.mT)
+    if limiter_norm == "sketch":
+        norms = R.square().sum(1)
+    elif gram_is_cheaper(len(kept), *gradient.shape):
+        norms = gram_norms(kept, summed, batch.scratch)
+    else:
+        norms = _tile_norms(gradient, batch)
+    return Sketch(R.unsqueeze(0), norms.unsqueeze(0))
+
+
+def gram_is_cheaper(tokens: int, rows: int, columns: int) -> bool:
+    """Whether T^2 (in + out) multiplications are fewer than the T in out of G itself: at 4096 x 4096 below 2048
+    tokens. The Gram matrix is then at most a quarter of the weight's size."""
+    return tokens * (rows + columns) < rows * columns
+
+
+def gram_norms(kept: Tensor, summed: Tensor, buffers: Scratch) -> Tensor:
+    """|G_c|^2 = kept_c^T K kept_c by K = summed summed^T ``[tokens, tokens]``."""
+    K = torch.zeros(len(kept), len(kept), dtype=torch.float32, device=kept.device)
+    for _, block in buffers.blocks(summed.mT, _SUMMED):
+        K.addmm_(block.mT, block)
+    norms = [((block @ K) * block).sum(1) for _, block in buffers.blocks(kept.mT, _KEPT)]
+    return torch.cat(norms).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
+
+
+def _tile_norms(gradient: Operands, batch: Batch) -> Tensor:
+    """|G_c|^2 by blocks of rows of G, which the next block overwrites."""
+    keeps_rows = batch.geometry.keeps_rows
+    norms = [
+        torch.linalg.vector_norm(gradient.rows(rows, batch.scratch), dim=1 if keeps_rows else 0).square_()
+        for rows in scratch.row_blocks(gradient.shape)
+    ]
+    return torch.cat(norms) if keeps_rows else torch.stack(norms).sum(0)

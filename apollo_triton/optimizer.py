@@ -23,6 +23,7 @@ from .state import check_state, engine_of, restored
 
 if TYPE_CHECKING:
     from .layerwise import Layerwise
+    from .operand_steps import OperandSteps
 
 
 class APOLLOAdamW(Optimizer):
@@ -159,6 +160,7 @@ class APOLLOAdamW(Optimizer):
         self._caches = Caches()
         self._engine = Engine(self._caches)
         self._layer_engines: dict[Tensor, Engine] = {}  # of the parameters that hooks update
+        self._operand_steps: dict[Tensor, OperandSteps] = {}  # of those that have no gradient
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -173,7 +175,9 @@ class APOLLOAdamW(Optimizer):
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
         last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
-        counts = [count for engine in (self._engine, *self._layer_engines.values()) for count in engine.skipped()]
+        engines = [self._engine, *self._layer_engines.values()]
+        counts = [count for engine in engines for count in engine.skipped()]
+        counts += [count for steps in self._operand_steps.values() for count in steps.skipped()]
         if not counts:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,19 +23,30 @@ class Scratch:
 
     def blocks(self, tensor: Tensor, slot: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows of ``tensor`` in float32, each with its slice; the next block takes the last one's memory."""
-        length = tensor.shape[0]
-        step = max(1, BLOCK_ELEMENTS * length // max(1, tensor.numel()))
-        for start in range(0, length, step):
-            rows = slice(start, min(start + step, length))
-            yield rows, self.floats(tensor[rows] if step < length else tensor, slot)
+        for rows in row_blocks(tensor.shape):
+            whole = rows.stop - rows.start == len(tensor)
+            yield rows, self.floats(tensor if whole else tensor[rows], slot)
 
     def floats(self, values: Tensor, slot: int) -> Tensor:
         """``values`` in float32: themselves if they are, else a copy in the buffer ``slot``."""
         if values.dtype == torch.float32:
             return values
-        if values.numel() > BLOCK_ELEMENTS:
-            return values.to(torch.float32)  # one row is longer than a block
-        key = values.device, slot
+        return self.empty(values.shape, values.device, slot).copy_(values)
+
+    def empty(self, shape: Sequence[int], device: torch.device, slot: int) -> Tensor:
+        """Float32 memory of ``shape``: of the buffer ``slot`` unless one row is longer than a block."""
+        elements = math.prod(shape)
+        if elements > BLOCK_ELEMENTS:
+            return torch.empty(tuple(shape), dtype=torch.float32, device=device)
+        key = device, slot
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=values.device)
-        return self._buffers[key][: values.numel()].view(values.shape).copy_(values)
+            self._buffers[key] = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=device)
+        return self._buffers[key][:elements].view(tuple(shape))
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first dimension that hold ``BLOCK_ELEMENTS`` at most, or one row."""
+    length, elements = shape[0], math.prod(shape)
+    step = max(1, BLOCK_ELEMENTS * length // max(1, elements))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -87,6 +87,16 @@ class Settings:
     def step_size(self, step: int) -> float | Tensor:
         """h of the update: the learning rate with Adam's bias correction (paper, algorithm 1)."""
         return self.lr * self.bias_correction(step)
+
+    def with_lr_for(self, device: torch.device) -> Settings:
+        """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor there."""
+        lr = self.lr
+        if not isinstance(lr, Tensor) or (self.capturable and lr.device == device):
+            return self
+        if lr.device.type == "cpu" and not self.capturable:
+            value: Any = lr.tolist()  # host memory, read without a dispatch
+            return replace(self, lr=value)
+        return self if lr.device == device else replace(self, lr=lr.to(device, non_blocking=True))
 
     def bias_correction(self, step: int) -> float:
         """What the learning rate is multiplied by at step ``step``: sqrt(1 - b2^t) / (1 - b1^t), or 1."""

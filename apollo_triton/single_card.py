@@ -1,7 +1,7 @@
 """The memory of the recipe that trains on one small card, part by part, before anything is allocated.
 
-The recipe is ``examples/pretrain_c4.py --config 7b_one_card``: int8 weights, APOLLO-Mini, layer-wise updates and
-checkpointed decoder layers. ``apollo-triton memory --single-card`` prints it.
+The recipe is ``examples/pretrain_c4.py --config 7b_one_card``: int8 weights without gradients, APOLLO-Mini, layer-wise
+updates of the others and checkpointed decoder layers. ``apollo-triton memory --single-card`` prints it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .int8 import Int8Weight
 from .int8_layers import quantize_model
 from .llama import meta_model
 from .paper import GB
+from .param_groups import is_target
 
+TARGETS = "attn", "mlp"  # whose weights are int8, and have no gradient
 OPTIONS: dict[str, Any] = {"state_bits": 8}  # the recipe's, of APOLLOAdamW.mini
 CARDS = 11, 12  # GB, of the small cards that it is for
 
@@ -56,8 +58,10 @@ def count(
     8255340940
     """
     traced = meta_model(model, dtype)
-    peak = training_peak(traced, batch, sequence)
-    trained = quantize_model(traced)
+    names = [name for name, module in traced.named_modules() if is_target(list(TARGETS), name, module)]
+    layers = [name for name in names if isinstance(traced.get_submodule(name), torch.nn.Linear)]
+    peak = training_peak(traced, batch, sequence, without_gradient=layers)
+    trained = quantize_model(traced, TARGETS)
     int8 = [weight for weight in trained.parameters() if isinstance(weight, Int8Weight)]
     others = [weight for weight in trained.parameters() if not isinstance(weight, Int8Weight)]
     state = memory.apollo_mini(trained, **(options or OPTIONS)).state
@@ -87,8 +91,8 @@ def rows(counted: SingleCard) -> list[list[str]]:
 def text(counted: SingleCard) -> str:
     """The table of ``apollo-triton memory --single-card``, and which cards it fits."""
     title = (
-        f"{counted.model}: a step of {counted.batch} x {counted.sequence} tokens in {counted.dtype}, int8 weights, "
-        "APOLLO-Mini, layer-wise updates, checkpointed layers"
+        f"{counted.model}: a step of {counted.batch} x {counted.sequence} tokens in {counted.dtype}, int8 weights "
+        "without gradients, APOLLO-Mini, layer-wise updates, checkpointed layers"
     )
     verdicts = [_verdict(counted.total, card) for card in CARDS]
     sentence = (

@@ -53,6 +53,7 @@ CPU = [
     Stage("whole step", "whole_step"),
     Stage("kernels", "kernels", ("-k", "60M or 350M")),
     Stage("training", "training"),
+    Stage("no gradient", "no_gradient"),
     Stage("pre-training", "pretrain"),
 ]
 
@@ -82,6 +83,7 @@ GPU = [
     _gpu("whole step, 7B", "whole_step", "--cases", "7B bfloat16"),
     _gpu("whole step, by rank", "whole_step", "--cases", "7B .* rank .*"),
     _gpu("whole step, by layers", "whole_step", "--cases", "350M .* layers .*"),
+    _gpu("no gradient, 7B", "no_gradient"),
     *(_gpu(f"training, {size}", "training", "--sizes", size) for size in ("1B", "7B", "13B")),
     *(_gpu(f"kernels, {size}", "kernels", "-k", f"{size}-") for size in named_sizes() if size != "7B"),
     _gpu("pre-training, AdamW and APOLLO", "pretrain", *PRETRAINING, "AdamW", "APOLLO"),

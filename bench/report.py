@@ -34,6 +34,7 @@ def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
             report_tables.kernels(machine),
             report_figures.kernels(machine, pictures),
             report_tables.training(machine),
+            report_tables.no_gradient(machine),
             report_tables.pretraining(machine),
             report_figures.pretraining(machine, pictures),
             report_tables.host(machine),

@@ -171,6 +171,43 @@ def training(machine: Machine) -> str:
     return "\n\n".join(["### Training steps from end to end", about, table(heads, lines)])
 
 
+def no_gradient(machine: Machine) -> str:
+    """A step of a decoder layer's linear weights by tokens: milliseconds, and peak memory above weights and state."""
+    rows = machine.rows("no_gradient")
+    measured = [row for row in rows if "ms" in row]
+    if not measured:
+        return ""
+    parts = []
+    for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in measured):
+        own = {
+            (row["contender"], row["tokens"]): row for row in measured if (row["size"], row["dtype"]) == (size, dtype)
+        }
+        tokens = sorted({each for _, each in own})
+        names = dict.fromkeys(name for name, _ in own)
+        for head, cell in NO_GRADIENT_CELLS.items():
+            lines = [
+                [name, *(cell(own[name, each]) if (name, each) in own else "" for each in tokens)] for name in names
+            ]
+            parts.append(table([f"{size}, {dtype}: {head}", *(f"T = {each:,}" for each in tokens)], lines))
+    about = (
+        "Forward, backward and update of the seven linear layers of one decoder layer, without attention and norms; "
+        "contenders in turns. The peak is of activations, gradients and temporaries. APOLLO: rank of a quarter of the "
+        "hidden size."
+    )
+    failed = dict.fromkeys(
+        f"{row['size']} at {row['tokens']:,} tokens: {row['skipped']}" for row in rows if "ms" not in row
+    )
+    return "\n\n".join(
+        ["### A step without gradients", about, *parts, *(f"{MISSING.capitalize()}: {each}." for each in failed)]
+    )
+
+
+NO_GRADIENT_CELLS: dict[str, Callable[[Row], str]] = {
+    "ms (times AdamW's)": lambda row: f"{milliseconds(row['ms'][1])} ({row['times AdamW']:.2f})",
+    "peak": lambda row: as_bytes(row["peak_bytes"]),
+}
+
+
 def pretraining(machine: Machine) -> str:
     """Losses of every variant, and their differences to AdamW's, seed by seed."""
     parts = []

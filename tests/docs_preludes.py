@@ -133,6 +133,7 @@ PRELUDES: dict[str, Callable[[Path], Names]] = {
     "int8.md": int8,
     "layerwise.md": training,
     "recipes.md": recipes,
+    "no-gradient.md": training,
     "tools.md": tools,
     "trainer.md": training,
 }

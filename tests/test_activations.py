@@ -132,6 +132,16 @@ def test_layerwise_holds_one_gradient_instead_of_all():
     assert all_.gradients == sum(rounded(parameter.nbytes) for parameter in model.parameters())
 
 
+def test_weights_without_gradients_have_none_at_the_peak():
+    """At a small vocabulary the largest gradient is an MLP's, [128, 256]: without it an embedding's of [64, 128] is."""
+    model = make(vocab_size=64)
+    layers = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and name != "lm_head"]
+    freed, none = (training_peak(model, 1, 1, without_gradient=names) for names in ((), layers))
+    assert freed.gradients == 2 * HIDDEN * 256
+    assert none.gradients <= 2 * HIDDEN * 64
+    assert not any("forward" in each.__dict__ for each in model.modules())
+
+
 def test_the_loss_of_a_large_vocabulary_is_in_float32():
     """At 32 more tokens: their logits and float32 copies, not less than three of them, and not more than eight."""
     small, large = (training_peak(make(vocab_size=32768), 1, sequence) for sequence in (32, 64))

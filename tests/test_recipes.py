@@ -182,7 +182,7 @@ def test_layerwise_updates_with_accumulation_change_nothing(run: Run) -> None:
     """Weights that move in the middle of a step, or gradients of which only the last part counts."""
     same = ["--config=60m", "--data=texts.jsonl", "--steps=4", *SMALL]
     run(*same, "--folder=plain")
-    run(*same, "--folder=layerwise", "--layerwise")
+    run(*same, "--folder=layerwise", "--gradients=freed")
     assert_same_bits(weights("layerwise"), weights("plain"))
 
 
@@ -450,8 +450,8 @@ WRONG = {
     "there is no such config (known: 130m, 13b": ["--config=2b"],
     "--steps is needed: the paper gives no number of steps for 13B": ["--config=13b"],
     "runs under torchrun": ["--config=60m", "--parallel=ddp"],
-    "--layerwise --state-bits 8 --checkpoint-activations": ["--config=60m", "--cap=12"],
-    "--method adamw is torch.optim.AdamW": ["--config=60m", "--method=adamw", "--layerwise"],
+    "--gradients none --state-bits 8 --checkpoint-activations": ["--config=60m", "--cap=12"],
+    "--method adamw is torch.optim.AdamW": ["--config=60m", "--method=adamw", "--gradients=freed"],
     "at least 1 is needed, not 0": ["--config=60m", "--steps=0"],
     "invalid choice: '2B'": ["--config=own.json"],
     "there is no option 'learning_rate'": ["--config=other.json"],

@@ -56,7 +56,9 @@ class Trained:
             self.bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.bare.train()
         self.optimizer = make_optimizer(self.bare, options)
-        self.layerwise = attach_layerwise(self.bare, self.optimizer) if options.layerwise else None
+        self.layerwise = None
+        if options.gradients != "kept":
+            self.layerwise = attach_layerwise(self.bare, self.optimizer, gradients=options.gradients)
         self.model: nn.Module = self.bare
         if options.parallel == "ddp":
             self.model = DistributedDataParallel(self.bare, **_init_sync(options.method))

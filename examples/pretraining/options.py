@@ -61,7 +61,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (bfloat16 on CUDA, float32 on a CPU)")
     add("--stochastic-rounding", action=switch, default=False, help="of bfloat16 weights")
     add("--state-bits", type=int, choices=(8, 32), default=32, help="of the moments (%(default)s)")
-    add("--layerwise", action=switch, default=False, help="update weights during the backward pass")
+    add(
+        "--gradients",
+        choices=("kept", "freed", "none"),
+        default="kept",
+        help="freed: weights are updated during the backward pass; none: and those of linear layers are never made",
+    )
     add("--checkpoint-activations", action=switch, default=False, help="less memory, more work")
     add("--cap", type=float, help="GB that a CUDA device may use; says what one card takes, before and after")
     add("--evaluate-every", type=int, default=1000, help="steps; 0: never (%(default)s)")
@@ -118,19 +123,24 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.parallel == "none" and ranks > 1:
         parser.error(f"torchrun has started {ranks} processes; use --parallel ddp or --parallel fsdp")
     quantized, sharded, plain = options.method[:2] == "q-", options.parallel == "fsdp", options.method == "adamw"
-    one_card = options.method == "q-mini" and options.layerwise and options.state_bits == 8
+    in_backward = options.gradients != "kept"
+    accumulates = options.tokens_per_step != options.micro_batch * options.sequence
+    one_card = options.method == "q-mini" and options.gradients == "none" and options.state_bits == 8
     refused = {
         f"--method {options.method} with --parallel fsdp: int8 weights are not sharded; use ddp": quantized and sharded,
         "--state-bits 8 with --parallel fsdp: blocks of moments would span ranks; use 32": (
             sharded and options.state_bits == 8
         ),
-        "--layerwise with --parallel: the ranks' gradients are not averaged yet; leave it out": (
-            options.layerwise and options.parallel != "none"
+        f"--gradients {options.gradients} with --parallel: the ranks' gradients are not averaged yet; leave it out": (
+            in_backward and options.parallel != "none"
         ),
-        "--method adamw is torch.optim.AdamW, without --layerwise, --state-bits 8 and --stochastic-rounding": (
-            plain and (options.layerwise or options.state_bits == 8 or options.stochastic_rounding)
+        "--gradients none updates in every backward pass: --tokens-per-step is to be --micro-batch x --sequence": (
+            options.gradients == "none" and accumulates
         ),
-        "--cap counts one recipe, --method q-mini --layerwise --state-bits 8 --checkpoint-activations": bool(
+        "--method adamw is torch.optim.AdamW, without --gradients, --state-bits 8 and --stochastic-rounding": (
+            plain and (in_backward or options.state_bits == 8 or options.stochastic_rounding)
+        ),
+        "--cap counts one recipe, --method q-mini --gradients none --state-bits 8 --checkpoint-activations": bool(
             options.cap and not (one_card and options.checkpoint_activations)
         ),
     }

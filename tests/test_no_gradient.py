@@ -1,0 +1,403 @@
+"""Steps without a gradient: the trajectories of ordinary steps, from the operands of the backward pass."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from no_gradient_cases import (
+    GROUPS,
+    SHAPES,
+    Layer,
+    assert_close,
+    copies,
+    language_model,
+    low_rank,
+    operands,
+    optimizer_of,
+    train,
+)
+from oracle import OracleMatrix
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
+
+CASES = [(shape, "rank 16") for shape in SHAPES] + [(SHAPES[index], name) for index in (0, 3) for name in GROUPS]
+
+
+def fitting(name, shape):
+    return GROUPS[name] | {"rank": min(GROUPS[name]["rank"], *shape[1:])}
+
+
+@pytest.mark.parametrize(("shape", "name"), dict.fromkeys(CASES), ids=str)
+def test_a_layer_follows_the_equations(engine, shape, name):
+    """Against float64, across two refreshes, with the limiter at work in every step: a wrong operand or orientation, a
+    norm that is not G's, a decay before the update, a factor of the wrong channel."""
+    group = fitting(name, shape)
+    layer = Layer(*shape[1:], group)
+    oracle = OracleMatrix(layer.weight.cpu(), **(group | {"lr": 1e-2, "weight_decay": 0.1, "update_proj_gap": 3}))
+    start = oracle.weight.clone()
+    for step in range(7):
+        X, dY = operands(step, *shape)
+        layer.step(X, dY)
+        oracle.step(dY.cpu().double().T @ X.cpu().double())
+    moved = (oracle.weight - start).norm()
+    # R's rounding, which cancellation multiplies; G's own sums over tokens.
+    assert (layer.weight.detach().cpu().double() - oracle.weight).norm() <= 1e-6 * (1 + oracle.conditioning) * moved
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+def test_the_sketchs_norm_is_that_of_the_rescaled_sketch(engine, scale_type):
+    """u^2 = sum s_c^2 |R_c|^2, from float64: the exact norm, or one that forgets s, differs by tens of per cent."""
+    shape = (9, 40, 24)
+    layer = Layer(*shape[1:], {"rank": 4, "scale_type": scale_type, "weight_decay": 0.0}, limiter_norm="sketch")
+    oracle = OracleMatrix(layer.weight.cpu(), 4, scale_type=scale_type)
+    X, dY = operands(0, *shape)
+    layer.step(X, dY)
+    oracle.step(dY.cpu().double().T @ X.cpu().double())
+    N = oracle.M / (oracle.V.sqrt() + 1e-6)
+    u = N.norm().item()  # s_c |R_c| = |N_c|
+    assert layer.optimizer.state[layer.weight]["update_norm"].item() == pytest.approx(u, rel=1e-5)
+    assert abs(oracle.update_norm / u - 1) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("name", ["mini", "rank 16"])
+def test_a_whole_model_goes_the_ordinary_way(kind, name):
+    """30 steps, four refreshes: input gradients of weights that have moved already, biases or norms left out, a weight
+    that is moved twice or not at all."""
+    pytest.importorskip("transformers")
+    models = [language_model(kind) for _ in range(2)]
+    start = copies(models[0])
+    for model, gradients in zip(models, ("plain", "none"), strict=True):
+        optimizer = optimizer_of(model, **(GROUPS[name] | ({"scale": 16.0} if name == "mini" else {})))
+        check = None
+        if gradients == "none":
+            handle = attach_layerwise(model, optimizer, gradients="none")
+            assert len(handle.without_gradient) == len(low_rank(model)) == 14
+            check = lambda model=model: all_none(model)  # noqa: E731
+        train(model, optimizer, 30, check=check)
+    assert_close(*models, start)
+
+
+def all_none(model):
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_whole_model_on_either_engine(engine):
+    pytest.importorskip("transformers")
+    models = [language_model() for _ in range(2)]
+    start = copies(models[0])
+    for model, gradients in zip(models, ("plain", "none"), strict=True):
+        optimizer = optimizer_of(model, rank=16, update_proj_gap=2)
+        if gradients == "none":
+            attach_layerwise(model, optimizer, gradients="none")
+        train(model, optimizer, 4)
+    assert_close(*models, start)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_go_the_ordinary_way(reentrant):
+    """Recomputed forwards are no second use, and see the old weights."""
+    pytest.importorskip("transformers")
+    models = [language_model("qwen2") for _ in range(2)]
+    start = copies(models[0])
+    for model, gradients in zip(models, ("plain", "none"), strict=True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        optimizer = optimizer_of(model)
+        if gradients == "none":
+            attach_layerwise(model, optimizer, gradients="none")
+        train(model, optimizer, 12)
+    assert_close(*models, start)
+
+
+def test_a_recomputed_output_that_someone_keeps_is_no_second_use():
+    """Its graph lives on, and never goes backward."""
+
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps(nn.Linear(12, 12), nn.Linear(12, 12))
+    optimizer = APOLLOAdamW([{"params": [p for p in model.parameters() if p.dim() > 1], "rank": 2}])
+    attach_layerwise(model, optimizer, gradients="none")
+    before = copies(model)
+    for _ in range(2):
+        checkpoint(model, torch.ones(3, 12), use_reentrant=False).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    assert not torch.equal(model[0].weight, before[0])
+
+
+def errors(dtype, autocast, steps=4):
+    """Of bfloat16 operands: RMS distance from float64, of an ordinary run and of one without a gradient."""
+    found = {}
+    for gradients in ("plain", "none"):
+        layer = Layer(160, 96, {"rank": 8}, gradients, dtype)
+        with torch.no_grad():
+            layer.weight.zero_()
+        oracle = OracleMatrix(layer.weight.cpu(), 8, lr=1e-2, weight_decay=0.1, update_proj_gap=3)
+        for step in range(steps):
+            X, dY = operands(step, 24, 160, 96, torch.float32 if autocast else dtype)
+            layer.step(X, dY, autocast)
+            oracle.step(dY.cpu().double().T @ X.cpu().double())
+        found[gradients] = (layer.weight.detach().cpu().double() - oracle.weight).norm() / oracle.weight.norm()
+    return found
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_bfloat16_weights_are_no_farther_from_float64_than_ordinary_ones(engine, steps):
+    """The ordinary gradient is rounded to bfloat16 on its way: one rounding more. An operand or a factor that is
+    rounded would be one more here."""
+    found = errors(torch.bfloat16, autocast=False, steps=steps)
+    assert found["none"] <= found["plain"]
+    assert found["none"] < 2**-8
+
+
+def test_autocast_loses_nothing(engine):
+    """bfloat16 operands of float32 weights: the ordinary gradient has 8 bits, here all 24 are left."""
+    found = errors(torch.float32, autocast=True)
+    assert found["plain"] > 1e-4
+    assert found["none"] < 3e-6 if engine == "reference" else found["none"] < 2e-5  # P X in two bfloat16 parts
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_whole_model_under_autocast_and_in_bfloat16(autocast):
+    """As far from a float32 run as the ordinary one, give or take what rounding decides. A gradient of the wrong dtype,
+    a weight whose copy in bfloat16 is that of another step."""
+    pytest.importorskip("transformers")
+    runs = {}
+    for run in ("float32", "plain", "none"):
+        model = language_model("qwen2").to(torch.bfloat16 if run != "float32" and not autocast else torch.float32)
+        start = copies(model)
+        optimizer = optimizer_of(model, rank=16)
+        if run == "none":
+            attach_layerwise(model, optimizer, gradients="none")
+        train(model, optimizer, 4, autocast=autocast and run != "float32")
+        moved = [(p.detach() - before).float().flatten() for p, before in zip(model.parameters(), start, strict=True)]
+        runs[run] = torch.cat(moved)
+    far = {run: (runs[run] - runs["float32"]).norm() / runs["float32"].norm() for run in ("plain", "none")}
+    assert far["none"] < 1.2 * far["plain"]
+
+
+def test_int8_weights_go_the_ordinary_way(engine):
+    """A gradient that differs in its last bit may move an entry by one step of its group, and a scale by its last bit;
+    a weight that is rounded to float32 first, or a group requantised by another's scale, would move most."""
+    found = []
+    for gradients in ("plain", "none"):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64, bias=False))})
+        quantize_model(model, group_size=32, stochastic_rounding=False)
+        weights = [model["mlp"][0].weight, model["mlp"][2].weight]
+        start = [weight.q.clone() for weight in weights]
+        optimizer = optimizer_of(model, update_proj_gap=2)
+        if gradients == "none":
+            handle = attach_layerwise(model, optimizer, gradients="none")
+            assert len(handle.without_gradient) == 2
+        for step in range(3):
+            model["mlp"](operands(step, 6, 96, 64)[0]).square().mean().backward()
+            assert gradients == "plain" or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([weight.q.int() for weight in weights])
+    for first, second, before in zip(*found, start, strict=True):
+        assert (first != before).float().mean() > 0.5
+        assert (first - second).abs().max() <= 1
+        assert (first != second).float().mean() < 5e-3
+
+
+def test_the_input_gradient_is_that_of_the_old_weight(engine):
+    """An update before it would be seen by all layers below."""
+    layer = Layer(24, 16, {"rank": 4})
+    before = layer.weight.detach().clone()
+    X, dY = operands(0, 6, 24, 16)
+    X.requires_grad_()
+    (layer.module(X) * dY).sum().backward()
+    torch.testing.assert_close(X.grad, dY @ before, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(layer.weight, before)
+
+
+def test_inputs_without_a_gradient_and_of_any_shape(engine):
+    """A first layer; leading dimensions, a transposed input, no tokens at all, a vector."""
+    for X in (torch.randn(2, 3, 16), torch.randn(16, 6).T, torch.zeros(0, 16), torch.randn(16)):
+        weights = []
+        for gradients in ("plain", "none"):
+            layer = Layer(24, 16, {"rank": 4}, gradients, bias=True)
+            layer.module(X).square().sum().backward()
+            assert gradients == "plain" or (layer.weight.grad is None and layer.module.bias.grad is None)
+            layer.optimizer.step()
+            weights.append([layer.weight.detach(), layer.module.bias.detach()])
+        for one, other in zip(*weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_resume_continues_bit_for_bit(engine):
+    runs = []
+    for interrupted in (False, True):
+        layer = Layer(40, 24, {"rank": 16}, bias=True)
+        for step in range(6):
+            if interrupted and step == 3:
+                file = io.BytesIO()
+                torch.save((layer.module.state_dict(), layer.optimizer.state_dict()), file)
+                weights, state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+                layer = Layer(40, 24, {"rank": 16}, bias=True)
+                layer.step(*operands(9, 5, 40, 24))  # something to be forgotten
+                layer.module.load_state_dict(weights)
+                layer.optimizer.load_state_dict(state)
+            layer.step(*operands(step, 5, 40, 24))
+        runs.append((layer.weight, layer.optimizer.state[layer.weight]))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for name, value in runs[0][1].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(runs[1][1][name])), name
+
+
+def test_ways_may_change_in_mid_run(engine):
+    """State and step counts are one: plain, without a gradient, and plain again."""
+    weights = []
+    for handles in (False, True):
+        layer = Layer(40, 24, {"rank": 4}, "plain")
+        for step in range(6):
+            if handles and step == 2:
+                layer.handle = attach_layerwise(layer.module, layer.optimizer, gradients="none")
+            if handles and step == 4:
+                layer.handle.remove()
+                layer.handle.remove()
+            layer.step(*operands(step, 5, 40, 24))
+        weights.append(layer.weight.detach())
+    assert layer.optimizer.state[layer.weight]["step"] == 6
+    torch.testing.assert_close(*weights, rtol=2e-6, atol=2e-6)
+
+
+def test_removing_brings_plain_behaviour_back():
+    layer = Layer(40, 24, {"rank": 4})
+    X, dY = operands(0, 5, 40, 24)
+    layer.step(X, dY)
+    y = layer.module(X)
+    with layer.handle:
+        pass
+    before = layer.weight.detach().clone()
+    for output in (y, layer.module(X)):  # of before and after: the gradient is made
+        layer.weight.grad = None
+        (output * dY).sum().backward()
+        torch.testing.assert_close(layer.weight.grad, dY.T @ X)
+    assert torch.equal(layer.weight, before)
+    assert "forward" not in layer.module.__dict__
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_counted(engine):
+    """In X, in dY and in both; norms by the Gram matrix and by rows of G, and the sketch's."""
+    for tokens, norm in ((3, "exact"), (64, "exact"), (3, "sketch")):
+        layer = Layer(40, 24, {"rank": 4, "weight_decay": 0.1}, limiter_norm=norm)
+        before = layer.weight.detach().clone()
+        for step, (bad_X, bad_dY) in enumerate(((torch.inf, 1), (1, torch.nan), (torch.nan, torch.inf)), 1):
+            X, dY = operands(0, tokens, 40, 24)
+            X[0, 0] *= bad_X
+            dY[1, 2] *= bad_dY
+            layer.step(X, dY)
+            assert torch.equal(layer.weight, before)
+            assert layer.optimizer.skipped_updates.item() == step
+        assert all(torch.as_tensor(value).isfinite().all() for value in layer.optimizer.state[layer.weight].values())
+        layer.handle.remove()
+        assert layer.optimizer.skipped_updates.item() == 3
+
+
+def test_forwards_that_do_not_train():
+    """eval(), no_grad and a graph that is thrown away move nothing and are no second use."""
+    layer = Layer(40, 24, {"rank": 4})
+    X, dY = operands(0, 5, 40, 24)
+    expected = X @ layer.weight.detach().T
+    with torch.no_grad():
+        assert torch.equal(layer.module(X), nn.functional.linear(X, layer.weight))
+    layer.module.eval()
+    torch.testing.assert_close(layer.module(input=X), expected)
+    x = X.clone().requires_grad_()
+    before = layer.weight.detach().clone()
+    (slope,) = torch.autograd.grad((layer.module(x) * dY).sum(), x)
+    torch.testing.assert_close(slope, dY @ before)
+    assert torch.equal(layer.weight, before)
+    layer.step(X, dY)
+    assert not torch.equal(layer.weight, before)
+
+
+def test_frozen_weights_and_late_ones():
+    """A frozen weight stays; unfrozen, and in a group that is added later, it is updated without a gradient."""
+    model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 24, bias=False), nn.Linear(24, 40, bias=False))
+    frozen, trained, late = (layer.weight for layer in model)
+    frozen.requires_grad_(False)
+    optimizer = APOLLOAdamW([{"params": [frozen, trained], "rank": 4}], lr=1e-2)
+    attach_layerwise(model, optimizer, gradients="none")
+    before = copies(model)
+
+    def step():
+        model(torch.ones(3, 24)).square().sum().backward()
+        found = [p.grad is None for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        return found
+
+    assert step() == [True, True, False]
+    assert [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)] == [True, False, True]
+    frozen.requires_grad_()
+    optimizer.add_param_group({"params": [late], "rank": 4})
+    step()
+    assert step() == [True, True, True]
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_layers_that_are_not_plain_keep_their_gradients_hooks():
+    """A parametrization computes the weight, a subclass does what it likes; a use outside of the layer is ordinary."""
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.ModuleDict({"mlp": nn.ModuleList([nn.Linear(12, 12, bias=False) for _ in range(3)])})
+    model["mlp"].append(Own(12, 12, bias=False))
+    torch.nn.utils.parametrizations.orthogonal(model["mlp"][1])
+    parameters = list(model.parameters())
+    optimizer = APOLLOAdamW([{"params": parameters, "rank": 4}], lr=1e-2)
+    handle = attach_layerwise(model, optimizer, gradients="none")
+    assert len(handle.without_gradient) == 2
+    before = copies(model)
+    first, second, third, own = model["mlp"]
+    own(second(first(torch.ones(3, 12))) @ third.weight).square().sum().backward()
+    assert all(p.grad is None for p in parameters)
+    assert not any(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert torch.equal(second.weight @ second.weight.T, second.weight @ second.weight.T)
+    optimizer.step()
+
+
+def test_copies_pickles_and_state_dicts_know_nothing_of_it():
+    """A copy's forward must be its own: the attached one would compute with, and move, the old weights."""
+    layer = Layer(40, 24, {"rank": 4})
+    X, dY = operands(0, 5, 40, 24)
+    assert list(layer.module.state_dict()) == ["weight"]
+    for other in (copy.deepcopy(layer.module), pickle.loads(pickle.dumps(layer.module))):
+        before = layer.weight.detach().clone()
+        (other(X) * dY).sum().backward()
+        assert torch.equal(layer.weight, before)
+        torch.testing.assert_close(other.weight.grad, dY.T @ X)
+        again = copy.deepcopy(other)
+        optimizer = APOLLOAdamW([{"params": [again.weight], "rank": 4}], lr=1e-2)
+        again.weight.grad = None
+        attach_layerwise(again, optimizer, gradients="none")
+        (again(X) * dY).sum().backward()
+        assert again.weight.grad is None
+        assert not torch.equal(again.weight, other.weight)
+
+
+def test_a_model_whose_optimizer_is_gone_is_as_it_was():
+    layer = Layer(40, 24, {"rank": 4})
+    module, X = layer.module, torch.ones(3, 24)
+    del layer
+    import gc
+
+    gc.collect()
+    module(X).sum().backward()
+    assert module.weight.grad is not None
