@@ -90,7 +90,7 @@ class Packer:
         for document in self.documents:
             self._given = None
             text = document.get(self.column)
-            if not isinstance(text, str):
+            if self.column not in document or not isinstance(text, str | None):
                 raise SystemExit(f"--text-column {self.column} is not text; the data has {', '.join(sorted(document))}")
             if text and self.wanted(text):
                 texts.append(text)
