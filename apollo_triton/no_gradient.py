@@ -77,7 +77,7 @@ class LinearForward:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        use = Use(self._waiting, updater)
+        use = Use(self._waiting, updater, weight)
         # Whatever runs within a backward is a recomputation, whose graph may never be used.
         if torch._C._current_graph_task_id() == -1:
             self._waiting.add(use)
@@ -90,8 +90,8 @@ class LinearForward:
 class Use:
     """One forward of a layer whose backward is to come; it lives as long as the graph does."""
 
-    def __init__(self, waiting: weakref.WeakSet[Use], updater: Updater) -> None:
-        self._waiting, self.updater = waiting, updater
+    def __init__(self, waiting: weakref.WeakSet[Use], updater: Updater, weight: Tensor) -> None:
+        self._waiting, self.updater, self.weight = waiting, updater, weight
 
     def ends(self) -> bool:
         """Wait no longer; whether no other forward of the layer does."""
@@ -114,11 +114,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, *rounded = ctx.saved_tensors
         needs_x, _, needs_bias, _ = ctx.needs_input_grad
-        updater = ctx.use.updater
+        # The parameter itself: what was saved is another tensor of its memory where a checkpoint recomputed it.
+        updater, parameter = ctx.use.updater, ctx.use.weight
         accumulate, _ = ctx.next_functions[1]
         # torch.autograd.grad for other tensors comes by here, and moves nothing.
         is_wanted = torch._C._will_engine_execute_node(accumulate)
-        is_updated = is_wanted and updater.takes(weight)  # it may have been removed since the forward
+        is_updated = is_wanted and updater.takes(parameter)  # it may have been removed since the forward
         if is_wanted and torch.is_grad_enabled():
             raise NotImplementedError(
                 "create_graph=True through a weight that the backward pass updates, so that the old one is gone; use "
@@ -126,7 +127,7 @@ class _Linear(torch.autograd.Function):
             )
         ran_once = ctx.use.ends()
         if is_updated:
-            updater.check(weight, ran_once)
+            updater.check(parameter, ran_once)
         operands = Operands(*(each.reshape(-1, each.shape[-1]).contiguous() for each in (x, gradient)))
         X, dY = operands
         of_x = of_weight = None
@@ -138,7 +139,7 @@ class _Linear(torch.autograd.Function):
                 of_x = (dY @ (rounded[0] if rounded else weight)).view(x.shape)
             of_bias = dY.sum(0) if needs_bias else None
             if is_updated:
-                updater.update(weight, operands)
+                updater.update(parameter, operands)
             elif is_wanted:
                 of_weight = dY.mT @ X
         return of_x, of_weight, of_bias, None

@@ -7,6 +7,7 @@ import torch
 from no_gradient_cases import NewTensors, copies
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import checkpoint
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, int8, quantize_model, reference, scratch
 from apollo_triton.operands import gram_is_cheaper
@@ -32,7 +33,17 @@ def _small_blocks(monkeypatch, engine):
         monkeypatch.setattr(fused, "launch", unseen)
 
 
-def run(gradients, dtype=torch.float32, tokens=6, int8_weights=False, steps=3, autocast=False, norm="exact", **group):
+def run(
+    gradients,
+    dtype=torch.float32,
+    tokens=6,
+    int8_weights=False,
+    steps=3,
+    autocast=False,
+    norm="exact",
+    reentrant=None,
+    **group,
+):
     """A model of two matrices after three steps, and what was allocated in backward and step of all but the first,
     which makes the state."""
     torch.manual_seed(0)
@@ -55,7 +66,10 @@ def run(gradients, dtype=torch.float32, tokens=6, int8_weights=False, steps=3, a
         x = torch.randn(tokens, COLUMNS, generator=torch.Generator("cpu").manual_seed(step), device="cpu")
         x = x.to(weights[0].device, torch.float32 if autocast else dtype)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            loss = model["mlp"](x).square().mean()
+            if reentrant is None:
+                loss = model["mlp"](x).square().mean()
+            else:
+                loss = checkpoint(model["mlp"], x.requires_grad_(), use_reentrant=reentrant).square().mean()
         if step:
             with allocated:
                 loss.backward()
@@ -78,6 +92,8 @@ CASES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16, by rows of G": {"dtype": torch.bfloat16, "tokens": 70},
     "autocast": {"autocast": True},
+    "checkpointed": {"reentrant": False},
+    "checkpointed, reentrant": {"reentrant": True},
     "int8": {"int8_weights": True},
     "int8, by rows of G": {"int8_weights": True, "tokens": 70, "dtype": torch.bfloat16},
 }
