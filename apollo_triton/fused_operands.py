@@ -151,6 +151,7 @@ def _project(table: OperandTable, settings: Settings, moment: Moment, operands: 
             PARTS=fused.PARTS[torch.get_float32_matmul_precision()],
             **blocks,
         )
+    S = _sum(S)  # whose parts go before R's are made
     precision = fused.precision(kept.dtype)
     blocks = operand_sketch.collect_blocks(table.rank, _on_tensor_cores(kept, precision))
     programs = -(-channels // blocks["BLOCK_CHANNELS"]), -(-table.rank // blocks["BLOCK_RANK"])
@@ -161,7 +162,7 @@ def _project(table: OperandTable, settings: Settings, moment: Moment, operands: 
         (*programs, R_parts),
         table.device,
         kept,
-        _sum(S),
+        S,
         R,
         tokens,
         channels,

@@ -21,8 +21,9 @@ from .validate_paths import GRADIENT_SCALE, Errors, Path
 
 TOKENS = 150  # more than a tile has, and no multiple of its 16, 32 or 64
 # A sum of float32 products over tokens or width, of which each is rounded and each partial sum: in most orders 1 to 3 U
-# of the terms' magnitudes. S is two sums, and a norm by the Gram matrix three.
-SUM = 8 * U
+# of the terms' magnitudes. S is two sums, and a norm by the Gram matrix three, of which tensor cores cut off a unit for
+# every 16 terms: 14 U of a norm at width 4096 (H100).
+SUM = 24 * U
 # Two bfloat16 parts hold 16 bits of S: 2**-17 of it is rounded off, in Triton's interpreter 2**-16 cut off.
 TWO_PARTS = 2.0**-16
 
