@@ -185,7 +185,8 @@ def main() -> None:
     on_gpu = options.device.startswith("cuda")
     options.sizes = options.sizes or (["7B"] if on_gpu else ["60M"])
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    results = Results(options.name, options.device, fresh=options.fresh, settings={"rounds": options.rounds})
+    about = {"rounds": options.rounds} | ({} if on_gpu else {"threads": torch.get_num_threads()})
+    results = Results(options.name, options.device, fresh=options.fresh, settings=about)
     for identity, row in rows(options, dtype, results):
         results.add(identity, **row)
         figure = row.get("skipped") or f"{row['ms'][1]:10.2f} ms  peak {row['peak_bytes'] / 1e6:8.1f} MB"
