@@ -156,6 +156,21 @@ def test_int8_weights_are_compared_with_the_float_ones_of_the_same_optimizer(tmp
     assert "against AdamW" not in minute
 
 
+def test_steps_without_gradients_stand_beside_the_others(tmp_path, machine):
+    """A contender in another's row, tokens in another column, a failure that is not said."""
+    results = machine(CPU, "no_gradient")
+    for tokens in (64, 1024):
+        for factor, contender in ((1.0, "AdamW"), (1.5, "APOLLO-Mini, no gradient, exact")):
+            row = {"size": "60M", "dtype": "float32", "tokens": tokens, "contender": contender}
+            figures = {"ms": [0.0, factor * tokens, 0.0], "times AdamW": factor, "peak_bytes": 1000 * tokens}
+            results.add(f"60M {tokens}: {contender}", **row, **figures)
+    results.add("60M 4096: AdamW", size="60M", dtype="float32", tokens=4096, contender="AdamW", skipped="no memory")
+    text = section(written(tmp_path), CPU["name"])
+    assert "| APOLLO-Mini, no gradient, exact | 96.0 (1.50) | 1536 (1.50) |" in text
+    assert "60M at 4,096 tokens: no memory" in text
+    assert text.count("| AdamW |") == 2
+
+
 def test_the_confidence_interval_is_student_s():
     assert mean_and_margin([2.0]) == (2.0, None)
     # Of four values by a table of t: 3.182 standard errors.
