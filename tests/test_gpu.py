@@ -117,8 +117,8 @@ def test_7b_shapes_against_the_reference_path(shape, group):
 @pytest.mark.parametrize("shape", LLAMA_7B)
 @pytest.mark.parametrize("group", [MINI, {"rank": 256}])
 def test_7b_shapes_from_operands_against_the_reference_path(shape, group, tokens):
-    """Also that a step waits for nothing, and allocates no more than an eighth of the weight; at rank 256, where R and its
-    parts are a good half of the smallest, than the weight."""
+    """Also that a step waits for nothing, and allocates no more than an eighth of the weight, or
+    than the weight at rank 256, of which R and its parts take a good half."""
     mine = cases.layer_of(shape, torch.bfloat16, constructor={"stochastic_rounding": True}, **group)
     theirs = cases.copy_of(mine)
     for number in (1, 2):
