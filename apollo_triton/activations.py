@@ -111,6 +111,9 @@ class _Nothing:
     def takes(self, weight: Tensor) -> bool:
         return True
 
+    def pays(self, weight: Tensor, tokens: int) -> bool:
+        return True
+
     def check(self, weight: Tensor, ran_once: bool) -> None:
         pass
 

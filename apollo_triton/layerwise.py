@@ -20,11 +20,11 @@ from .checks import Label, is_flattened, labels
 from .engine import Engine
 from .no_gradient import LinearForward, layers_of, owners_of
 from .operand_steps import OperandSteps
-from .operands import LIMITER_NORMS, Operands
+from .operands import LIMITER_NORMS, Operands, pays
 from .optimizer import APOLLOAdamW
 from .sharding import is_dtensor
 
-GRADIENTS = ("freed", "none")
+GRADIENTS = ("freed", "none", "auto")
 
 
 def attach_layerwise(
@@ -42,16 +42,17 @@ def attach_layerwise(
         optimizer: an ``APOLLOAdamW``.
         gradients: "freed", or "none": low-rank weights of ``nn.Linear`` and ``Int8Linear`` are updated from the layer's
             input and the gradient of its output, and ``weight.grad`` is never made (docs/no-gradient.md); all other
-            parameters as with "freed".
-        limiter_norm: with "none", what the norm-growth limiter is given: "exact", the norms of the gradient's channels,
-            at the cost of up to one more product per weight; or "sketch", their estimates by the sketch, free.
+            parameters as with "freed". "auto" is "none" for batches of few enough tokens that it takes no longer, and
+            else "freed", layer by layer.
+        limiter_norm: but with "freed", what the norm-growth limiter is given: "exact", the norms of the gradient's
+            channels, at the cost of up to one more product a weight; or "sketch", their estimates by the sketch, free.
 
     Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back.
 
     Raises:
         ValueError: hooks are attached already, a parameter is not the model's, or something needs all gradients at
             once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP, DTensor. ``GradScaler.step``
-            raises it later. With "none" also for tied low-rank weights, ``proj="svd"``, and where no weight gains.
+            raises it later. But with "freed" also for tied low-rank weights, ``proj="svd"``, and where no weight gains.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
             reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; with "none" from
             ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
@@ -72,9 +73,9 @@ def attach_layerwise(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
     _check_model(model, optimizer)
-    handle = Layerwise(optimizer, gradients, limiter_norm, layers_of(model) if gradients == "none" else {})
+    handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
     handle.check_settings()
-    if gradients == "none":
+    if gradients != "freed":
         _check_layers(model, optimizer, handle)
     handle.end_step()
     optimizer._layerwise = handle
@@ -100,9 +101,9 @@ class Layerwise:
     def accumulate(self) -> Iterator[None]:
         """Gradients add up in ``.grad`` as usual; the next backward outside updates with their sum.
 
-        Raises RuntimeError with ``gradients="none"``.
+        Raises RuntimeError unless ``gradients="freed"``.
         """
-        if self._gradients == "none":
+        if self._gradients != "freed":
             raise RuntimeError(
                 'gradients="none" has no gradients that could accumulate; use larger batches, with activation '
                 'checkpointing if need be, or attach_layerwise(..., gradients="freed")'
@@ -177,6 +178,11 @@ class Layerwise:
     def takes(self, weight: Tensor) -> bool:
         """Whether ``weight`` is updated from its operands: for ``LinearForward``."""
         return self._optimizer._layerwise is self and weight in self._layers and self._is_low_rank(weight)
+
+    def pays(self, weight: Tensor, tokens: int) -> bool:
+        """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
+        rows, columns = weight.shape
+        return self._gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
 
     def _is_low_rank(self, parameter: Tensor) -> bool:
         place = self._places.get(parameter)
@@ -283,7 +289,7 @@ def _check_parameter(label: Label) -> None:
 
 
 def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
-    if gradients == "none" and group.get("rank") is not None and group["proj"] == "svd":
+    if gradients != "freed" and group.get("rank") is not None and group["proj"] == "svd":
         raise ValueError(
             f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which gradients=\"none\" "
             'never makes; use proj="random", or gradients="freed"'
@@ -313,7 +319,7 @@ def _naming(label: Label) -> Iterator[None]:
 
 
 def _twice(label: Label, gradients: str) -> str:
-    if gradients == "none":
+    if gradients != "freed":
         return (
             f"{label}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
             'already. Gradients do not accumulate with gradients="none": call optimizer.step() after each backward(), '

@@ -22,6 +22,8 @@ class Updater(Protocol):
 
     def takes(self, weight: Tensor) -> bool: ...
 
+    def pays(self, weight: Tensor, tokens: int) -> bool: ...
+
     def check(self, weight: Tensor, ran_once: bool) -> None: ...
 
     def update(self, weight: Tensor, operands: Operands) -> None: ...
@@ -73,6 +75,8 @@ class LinearForward:
         bias: Tensor | None = module.bias
         is_trained = torch.is_grad_enabled() and weight.requires_grad
         if updater is None or not is_trained or not updater.takes(weight):
+            return type(module).forward(module, x)
+        if not updater.pays(weight, x.shape[:-1].numel()):
             return type(module).forward(module, x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

@@ -79,6 +79,18 @@ def token_blocks(*operands: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
+def pays(tokens: int, rows: int, columns: int, limiter_norm: str) -> bool:
+    """Whether a step from the operands of so many tokens takes no longer than one that makes the gradient and frees it.
+
+    As long on an H100 at LLaMA-7B's shapes (bench/REPORT.md): with exact norms at 256 tokens, an eighth of
+    in out / (in + out) at 4096 x 4096, with the sketch's at 1024.
+
+    >>> pays(256, 4096, 4096, "exact"), pays(1024, 4096, 4096, "exact"), pays(1024, 4096, 4096, "sketch")
+    (True, False, True)
+    """
+    return tokens * (rows + columns) * (8 if limiter_norm == "exact" else 2) <= rows * columns
+
+
 def sketch(batch: Batch, limiter_norm: str) -> Sketch:
     """R and |G_c|^2 of a batch of one matrix whose gradient is ``Operands``; G itself is not formed.
 

@@ -35,7 +35,7 @@ class Layer:
         self.optimizer = APOLLOAdamW([group, *dense], lr=LR, **options)
         self.handle = None
         if gradients != "plain":
-            extra = {"limiter_norm": norm} if gradients == "none" else {}
+            extra = {"limiter_norm": norm} if gradients in ("none", "auto") else {}
             self.handle = attach_layerwise(self.module, self.optimizer, gradients=gradients, **extra)
 
     def step(self, X, dY, autocast=False):

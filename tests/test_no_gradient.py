@@ -272,6 +272,27 @@ def test_ways_may_change_in_mid_run(engine):
     torch.testing.assert_close(*weights, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(("limiter_norm", "most"), [("exact", 2), ("sketch", 9)])
+def test_auto_makes_a_gradient_where_that_is_faster(engine, limiter_norm, most):
+    """A batch that goes the slower way, a rule of the other norm, a step count that one way keeps from the other."""
+    shape = (48, 32)  # in out / (in + out) is 19.2 tokens: an eighth, and a half
+    plain = Layer(*shape, GROUPS["rank 4"], "plain")
+    layer = Layer(*shape, GROUPS["rank 4"], "auto", limiter_norm=limiter_norm)
+    ways = []
+    layer.weight.register_hook(lambda gradient: ways.append("made") if gradient is not None else None)
+    for step, tokens in enumerate((most, most + 1, 1, 40)):
+        ways.append(tokens)
+        X, dY = operands(step, tokens, *shape)
+        for each in (plain, layer):
+            each.step(X, dY)
+        assert layer.weight.grad is None
+    assert ways == [most, most + 1, "made", 1, 40, "made"]
+    assert layer.optimizer.state[layer.weight]["step"] == 4
+    if limiter_norm == "exact":
+        moved = (plain.weight - Layer(*shape, GROUPS["rank 4"], "plain").weight).norm()
+        assert (layer.weight - plain.weight).norm() <= 5e-6 * moved
+
+
 def test_removing_brings_plain_behaviour_back():
     layer = Layer(40, 24, {"rank": 4})
     X, dY = operands(0, 5, 40, 24)
