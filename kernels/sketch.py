@@ -126,7 +126,8 @@ def projected(
 ):  # fmt: skip
     """G P^T of the channels at ``p_tile``, ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
     ``last``, and with NORMS |G_c|^2; ALONG_ROWS: widths are neighbours in memory. P is not yet scaled."""
-    BY_PRODUCT: tl.constexpr = (NORMS and RANK >= 16) and p_tile.dtype.element_ty != tl.float32  # triton 3.2 takes pairs
+    # In pairs: triton 3.2 takes no longer chains.
+    BY_PRODUCT: tl.constexpr = (NORMS and RANK >= 16) and p_tile.dtype.element_ty != tl.float32
     R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
     if RANK == 1:
