@@ -72,10 +72,12 @@ def is_roomy(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
-def sketch_blocks(rank: int, kind: Any, operand: torch.dtype, device: torch.device) -> dict[str, int]:
+def sketch_blocks(
+    rank: int, kind: Any, operand: torch.dtype, device: torch.device, aligned: bool = True
+) -> dict[str, int]:
     """Tile sizes, warps and stages of a product with P of a kind."""
-    in_parts = operand == torch.float32 or kind is sketch_kernels.SINGULAR_VECTORS
-    blocks = sketch_kernels.blocks(rank, in_parts)
+    heavy = operand == torch.float32 or kind is sketch_kernels.SINGULAR_VECTORS or not aligned
+    blocks = sketch_kernels.blocks(rank, heavy)
     return blocks | {"num_stages": sketch_kernels.stages(rank)} if is_roomy(device) else blocks
 
 
@@ -196,7 +198,7 @@ def rescale(table: Table | MomentTable | OperandTable, settings: Settings, momen
 
 def _sketch(table: Table, settings: Settings, moment: Moment, out: Sketch | None, factors: Factors | None) -> None:
     kind = projection_kind(settings, table.is_scattered)
-    blocks = sketch_blocks(table.rank, kind, table.gradient_dtype, table.device)
+    blocks = sketch_blocks(table.rank, kind, table.gradient_dtype, table.device, table.aligned)
     launch(
         sketch_kernels.sketch_kernel,
         (len(table.channel_programs) * -(-table.rank // blocks["BLOCK_RANK"]), table.split),

@@ -39,8 +39,9 @@ SMALL_RANK = 16  # the least rank that fills a tensor-core tile
 FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 float32 are 64 registers a thread
 
 
-def blocks(rank: int, in_parts: bool = False) -> dict[str, int]:
-    """Tile sizes and warps for a rank; ``in_parts``: float32 or svd's P, in several products and more registers.
+def blocks(rank: int, heavy: bool = False) -> dict[str, int]:
+    """Tile sizes and warps for a rank; ``heavy``: more registers for float32 and svd's P, of several products, and for
+    unaligned rows, of which each entry has an address of its own.
     BLOCK_CHANNELS may depend on the rank alone: the grouping of the limiter's partial sums, and so their last bit,
     follows it, and a matrix must update alike alone and in a batch.
 
@@ -54,9 +55,9 @@ def blocks(rank: int, in_parts: bool = False) -> dict[str, int]:
     block_rank = min(power_of_two(rank), FUSED_RANK)
     return {
         "BLOCK_CHANNELS": 64,
-        "BLOCK_WIDTH": 64 if in_parts or block_rank > 64 else 128,
+        "BLOCK_WIDTH": 64 if heavy or block_rank > 64 else 128,
         "BLOCK_RANK": block_rank,
-        "num_warps": 8 if block_rank > (32 if in_parts else 128) else 4,
+        "num_warps": 8 if block_rank > (32 if heavy else 128) else 4,
     }
 
 

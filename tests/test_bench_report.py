@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from bench import report, report_data
 from bench.report_data import load, mean_and_margin
-from bench.results_file import Results
+from bench.results_file import RESULTS, ROOT, Results
 
 GPU = {"name": "Some GPU", "memory_GiB": 80, "toolkit": "13.0"}
 CPU = {"name": "Some CPU, 2 cores", "memory_GiB": 24}
@@ -194,3 +195,23 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     counted, machines = load()
     text = report.report(counted, machines, tmp_path / "pictures")
     assert (report.BENCH / "REPORT.md").read_text() == text
+
+
+def test_the_first_table_of_the_readme_is_what_was_measured():
+    """A figure of another run, or one that nobody measured."""
+    file = RESULTS / "nvidia-h100-80gb-hbm3" / "whole_step-7B-matrices.json"
+    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"] if "ms" in row}
+    readme = (ROOT / "README.md").read_text()
+    labels = {"APOLLO": "APOLLO, rank 256", "PyTorch SGD, fused": "PyTorch SGD, fused (no momentum)"}
+    labels["PyTorch AdamW, fused"] = "PyTorch AdamW, fused, bfloat16 moments"
+    for name in ("APOLLO-Mini", *labels):
+        row = rows[name]
+        state = f"{row['state_bytes'] / 1e9:.2f} GB" if row["state_bytes"] else "0"
+        ratio = row["times APOLLO-Mini"]
+        assert f"| {labels.get(name, name)} | {row['ms'][1]:.1f} | {ratio:.2f} | {state} |" in readme
+    pair = [rows[name] for name in ("apollo-torch, Mini", "apollo-torch")]
+    ms, ratios = (
+        " / ".join(each)
+        for each in zip(*((f"{r['ms'][1]:.1f}", f"{r['times APOLLO-Mini']:.2f}") for r in pair), strict=True)
+    )
+    assert f"| {ms} | {ratios} |" in readme
