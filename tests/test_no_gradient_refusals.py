@@ -20,7 +20,7 @@ def attach(model, limiter_norm="exact", gradients="none", **group):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradients": "never"}, r"gradients='never' \(allowed: 'freed' or 'none'\)"),
+        ({"gradients": "never"}, r"gradients='never' \(allowed: 'freed' or 'none' or 'auto'\)"),
         ({"limiter_norm": "l2"}, r"limiter_norm='l2' \(allowed: 'exact' or 'sketch'\)"),
         ({"max_grad_norm": 1.0}, r"group 0: max_grad_norm=1.0"),
         ({"capturable": True}, r"group 0: capturable=True"),
