@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_leaves
 from apollo_triton import APOLLOAdamW, attach_layerwise
 
 from .clock import RunFailed, interleaved, median_ratio, quartiles, rounded, wait
+from .contenders import MINI
 from .results_file import Results, Row, default_device
 from .whole_step import reason, release
 
 TOKENS = (64, 256, 1024, 4096, 16384)
 # Hidden and intermediate sizes: LLaMA-60M's and 7B's.
 SIZES = {"60M": (512, 1376), "7B": (4096, 11008)}
-MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 BASELINE = "APOLLO-Mini"
 CONTENDERS = (
     *("AdamW", "AdamW, gradients freed in hooks"),
