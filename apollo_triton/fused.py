@@ -91,12 +91,12 @@ def projection_kind(settings: Settings, is_scattered: bool = False) -> Any:
     """How the kernels come by P: made in place, or read. What is made in place begins at column 0, so matrices that are
     cut along their width read theirs, as svd's do."""
     assert settings.rank is not None
-    is_cheap = settings.distribution == "rademacher" or settings.rank < sketch_kernels.SMALL_RANK
-    if settings.proj == "svd" or (is_scattered and is_cheap):
+    is_small = settings.rank < sketch_kernels.SMALL_RANK
+    if settings.proj == "svd" or (is_scattered and is_small):
         return sketch_kernels.SINGULAR_VECTORS
-    if settings.distribution == "rademacher":
-        return sketch_kernels.RADEMACHER
-    return sketch_kernels.GAUSSIAN if settings.rank < sketch_kernels.SMALL_RANK else sketch_kernels.MATERIALISED
+    if not is_small:
+        return sketch_kernels.MATERIALISED
+    return sketch_kernels.RADEMACHER if settings.distribution == "rademacher" else sketch_kernels.GAUSSIAN
 
 
 def refresh(table: Table | OperandTable, settings: Settings, moment: Moment) -> None:
@@ -131,6 +131,7 @@ def _write(projection: Projection, settings: Settings, moment: Moment, force: bo
         projection.start,
         projection.width,
         row_length,
+        SIGNS=projection.distribution == "rademacher",
         BLOCK=block,
     )
 

@@ -72,7 +72,7 @@ class OperandTable:
         self.skipped = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.projections = list[Projection]()
         if fused.projection_kind(settings) is sketch_kernels.MATERIALISED:
-            self.projections.append(self._projection(shared, state["seed"]))
+            self.projections.append(self._projection(shared, settings.distribution, state["seed"]))
         row = [0] * table.FIELDS
         for field, value in (
             (table.EXP_AVG, moments[0]),
@@ -86,14 +86,14 @@ class OperandTable:
             row[field.value] = value
         self.addresses = self._on_device(row, torch.int64)
 
-    def _projection(self, shared: MutableSet[Projection], seed: int) -> Projection:
-        """One of the ``shared`` whose width and seed are this weight's, or a new one. Each table writes its own epoch
-        before it reads, so they may differ."""
-        shape = self.device, seed, self.rank, 0, self.geometry.width
+    def _projection(self, shared: MutableSet[Projection], distribution: str, seed: int) -> Projection:
+        """One of the ``shared`` of this weight's kind, or a new one. Each table writes its own epoch before it reads,
+        so they may differ."""
+        kind = distribution, seed, self.rank, 0, self.geometry.width, self.device
         for each in shared:
-            if each.serves(*shape, each.epoch):
+            if each.kind == kind:
                 return each
-        made = Projection.empty(seed, self.rank, 0, self.geometry.width, self.device)
+        made = Projection.empty(*kind)
         shared.add(made)
         return made
 

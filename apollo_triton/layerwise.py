@@ -54,8 +54,8 @@ def attach_layerwise(
             once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP, DTensor. ``GradScaler.step``
             raises it later. But with "freed" also for tied low-rank weights, ``proj="svd"``, and where no weight gains.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
-            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; with "none" from
-            ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
+            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; but with "freed"
+            from ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
 
     >>> model = nn.Linear(8, 8)
     >>> optimizer = APOLLOAdamW([{"params": [model.weight], "rank": 2}, {"params": [model.bias]}])
@@ -89,7 +89,7 @@ class Layerwise:
         self, optimizer: APOLLOAdamW, gradients: str, limiter_norm: str, layers: dict[Tensor, nn.Linear]
     ) -> None:
         self._optimizer = optimizer
-        self._gradients, self._limiter_norm = gradients, limiter_norm
+        self.gradients, self._limiter_norm = gradients, limiter_norm
         self._layers = layers  # that can do without their weight's gradient
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._places: dict[Tensor, tuple[int, Label]] = {}  # so that no hook looks through all parameters
@@ -103,10 +103,10 @@ class Layerwise:
 
         Raises RuntimeError unless ``gradients="freed"``.
         """
-        if self._gradients != "freed":
+        if self.gradients != "freed":
             raise RuntimeError(
-                'gradients="none" has no gradients that could accumulate; use larger batches, with activation '
-                'checkpointing if need be, or attach_layerwise(..., gradients="freed")'
+                f'gradients="{self.gradients}" has no gradients that could accumulate; use larger batches, with '
+                'activation checkpointing if need be, or attach_layerwise(..., gradients="freed")'
             )
         before, self._accumulating = self._accumulating, True
         try:
@@ -140,7 +140,7 @@ class Layerwise:
     def check_settings(self) -> None:
         """Raise ValueError if a group has what needs all gradients at once."""
         for number, group in enumerate(self._optimizer.param_groups):
-            _check_group(group, number, self._gradients)
+            _check_group(group, number, self.gradients)
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -182,7 +182,7 @@ class Layerwise:
     def pays(self, weight: Tensor, tokens: int) -> bool:
         """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
         rows, columns = weight.shape
-        return self._gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
+        return self.gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
 
     def _is_low_rank(self, parameter: Tensor) -> bool:
         place = self._places.get(parameter)
@@ -192,14 +192,14 @@ class Layerwise:
         """Raise RuntimeError or ValueError unless ``weight`` may be updated now: for ``LinearForward``."""
         number, label = self._places[weight]
         if weight in self._updated:
-            raise RuntimeError(_twice(label, self._gradients))
+            raise RuntimeError(_twice(label, self.gradients))
         if not ran_once:
             raise RuntimeError(
                 f"{label}: its layer ran forward more than once, and each backward would move it by a part of its "
                 'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
                 "still there, belongs into torch.no_grad()"
             )
-        _check_group(self._optimizer.param_groups[number], number, self._gradients)
+        _check_group(self._optimizer.param_groups[number], number, self.gradients)
 
     @torch.no_grad()
     def update(self, weight: Tensor, operands: Operands) -> None:
@@ -224,9 +224,9 @@ class Layerwise:
         optimizer, (number, label) = self._optimizer, self._places[parameter]
         with self._lock:
             if parameter in self._updated:
-                raise RuntimeError(_twice(label, self._gradients))
+                raise RuntimeError(_twice(label, self.gradients))
             group = optimizer.param_groups[number]
-            _check_group(group, number, self._gradients)
+            _check_group(group, number, self.gradients)
             engine = optimizer._layer_engines.get(parameter)
             if engine is None:
                 engine = Engine(optimizer._caches, number, label.number)
@@ -263,13 +263,13 @@ def _check_layers(model: nn.Module, optimizer: APOLLOAdamW, handle: Layerwise) -
         if len(names) > 1:
             raise ValueError(
                 f"{label} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
-                "gradients=\"none\" would move it by each; untie them, put it into a group without 'rank', or use "
-                'gradients="freed"'
+                f'gradients="{handle.gradients}" would move it by each; untie them, put it into a group without '
+                "'rank', or use gradients=\"freed\""
             )
     if not any(label.parameter in handle._layers for label in low_rank):
         raise ValueError(
-            "gradients=\"none\": no weight of a group with a 'rank' is that of a plain nn.Linear or Int8Linear, so "
-            'nothing would be gained; use gradients="freed"'
+            f"gradients=\"{handle.gradients}\": no weight of a group with a 'rank' is that of a plain nn.Linear or "
+            'Int8Linear, so nothing would be gained; use gradients="freed"'
         )
 
 
@@ -291,8 +291,8 @@ def _check_parameter(label: Label) -> None:
 def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
     if gradients != "freed" and group.get("rank") is not None and group["proj"] == "svd":
         raise ValueError(
-            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which gradients=\"none\" "
-            'never makes; use proj="random", or gradients="freed"'
+            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which "
+            f'gradients="{gradients}" does not make; use proj="random", or gradients="freed"'
         )
     if group["max_grad_norm"] is not None:
         raise ValueError(
@@ -322,8 +322,8 @@ def _twice(label: Label, gradients: str) -> str:
     if gradients != "freed":
         return (
             f"{label}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
-            'already. Gradients do not accumulate with gradients="none": call optimizer.step() after each backward(), '
-            'or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
+            f'already. Gradients do not accumulate with gradients="{gradients}": call optimizer.step() after each '
+            'backward(), or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
         )
     return (
         f"{label}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "

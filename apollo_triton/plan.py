@@ -176,14 +176,15 @@ class Plan:
             if fused.projection_kind(own, table.is_scattered) is not MATERIALISED:
                 continue
             for seed, start, width in sorted(set(table.slices_of_P)):
-                key = (table.device, seed, table.rank, start, width, own.update_proj_gap, count)
+                kind = own.distribution, seed, table.rank, start, width, table.device
+                key = kind, own.update_proj_gap, count
                 if key not in made:
-                    epoch = own.epoch(int(count) + 1)
                     # What another plan has made of this epoch serves on; with t on the device it cannot be known.
+                    holds = kind, own.epoch(int(count) + 1)
                     made[key] = next(
-                        (each for each in old if not self.on_device and each.serves(*key[:5], epoch)),
+                        (each for each in old if not self.on_device and (each.kind, each.epoch) == holds),
                         None,
-                    ) or Projection.empty(seed, table.rank, start, width, table.device)
+                    ) or Projection.empty(*kind)
                 table.projections.append(made[key])
             at = {(each.seed, each.start, each.width): each.buffer for each in table.projections}
             table.point_at([at[each] for each in table.slices_of_P])

@@ -26,12 +26,13 @@ from .settings import Settings
 
 @dataclass(eq=False)  # each is itself, and can be held weakly
 class Projection:
-    """A Gaussian P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
+    """A random P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
 
     ``start`` is its first column, which is not 0 where a weight is cut along its width. ``epoch`` is the one it holds,
     None for nothing yet. Rewritten in place, so that its address is for good.
     """
 
+    distribution: str
     seed: int
     start: int
     width: int
@@ -39,15 +40,15 @@ class Projection:
     epoch: int | None = None
 
     @classmethod
-    def empty(cls, seed: int, rank: int, start: int, width: int, device: torch.device) -> Projection:
+    def empty(cls, distribution: str, seed: int, rank: int, start: int, width: int, device: torch.device) -> Projection:
         """Memory for P, not yet written."""
         row = _blocks(width, projection.ROW_MULTIPLE) * projection.ROW_MULTIPLE
-        return cls(seed, start, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
+        return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
 
-    def serves(self, device: torch.device, seed: int, rank: int, start: int, width: int, epoch: int | None) -> bool:
-        """Whether it holds just this P."""
-        mine = self.buffer.device, self.seed, self.buffer.shape[0], self.start, self.width, self.epoch
-        return mine == (device, seed, rank, start, width, epoch)
+    @property
+    def kind(self) -> tuple[str, int, int, int, int, torch.device]:
+        """What ``empty`` was given: two of a kind hold the same P in the same epoch."""
+        return self.distribution, self.seed, self.buffer.shape[0], self.start, self.width, self.buffer.device
 
 
 class Copy(NamedTuple):

@@ -24,7 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"group": _MINI, "roomy": True},
     {"group": {"rank": 128, "proj_type": "left"}, "int8": 256, "roomy": True},
     {"group": {"rank": 4, "proj_type": "left"}, "dtype": torch.float16},
-    {"group": {"rank": 128, "distribution": "rademacher"}, "weight": torch.float32},
+    {"group": {"rank": 128}, "weight": torch.float32},
     {"group": {"rank": 128, "proj_type": "left"}, "int8": 256},
     {"group": _MINI, "columns": 1001, "stochastic_rounding": True},
 ]

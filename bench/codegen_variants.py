@@ -54,7 +54,7 @@ def variants() -> Iterator[dict[str, Any]]:
     # Rank 1, where instructions an element decide.
     yield from ({"group": mini | columns}, {"group": {"rank": 1}}, {"group": {"rank": 1} | columns, "dtype": float32})
     yield {"group": mini | {"distribution": "rademacher"}}
-    yield {"group": {"rank": 4}}
+    yield from ({"group": {"rank": 4}}, {"group": {"rank": 4, "distribution": "rademacher"}})
     # The ranks at which the tile changes: in registers up to 256, through memory from there on.
     for rank in (16, 64, 128, 512):
         yield {"group": {"rank": rank}}
@@ -81,7 +81,6 @@ def variants() -> Iterator[dict[str, Any]]:
     rows = {"proj_type": "right"}
     yield {"group": mini | rows, "sharded": True}
     yield {"group": {"rank": 128} | rows, "sharded": True}
-    yield {"group": {"rank": 128, "distribution": "rademacher"} | rows, "sharded": True}
     # Int8 weights; groups that are no power of two go element by element.
     yield from (
         {"group": mini, "int8": 128},
@@ -199,6 +198,7 @@ class Kernel:
         letters = {"GRADIENT": "G", "WEIGHT_DTYPE": "W", "STATE": "M"}
         words += [f"{letter} {at[name]}" for name, letter in letters.items() if name in at]
         flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
+        flags |= {"SIGNS": (True, "signs")}
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
         if "p_step" in dict(self.types) and "p_step" not in at:
             words.append("t on the device")

@@ -144,13 +144,16 @@ def source() -> str:
 
 
 def commit() -> str:
-    """The commit, "-dirty" if code differs from it; where git is missing, what APOLLO_COMMIT says."""
+    """The commit: what APOLLO_COMMIT says, for a copy whose git is missing or another's; else git's, "-dirty" if code
+    differs from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    if given := os.environ.get("APOLLO_COMMIT"):
+        return given
     try:
         changed = git("status", "--porcelain", "--", "apollo_triton", "kernels", "bench/*.py")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("APOLLO_COMMIT", "unknown")
+        return "unknown"

@@ -84,7 +84,7 @@ def interleave4(x0, x1, x2, x3, COUNT: tl.constexpr):
 
 @triton.jit
 def sign_words(seed, epoch, rank_indices, start):
-    """The words that hold the signs of 128 widths from ``start``, a multiple of 128, 32 a word, lowest bit first."""
+    """The words that hold the signs of the 128 widths with ``start``, 32 a word, lowest bit first."""
     return words(seed, epoch, start // 128 + rank_indices * 0, rank_indices, RADEMACHER)
 
 

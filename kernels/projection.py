@@ -1,9 +1,9 @@
-"""The Gaussian projection of ranks from 16 on, written to memory once per refresh for the tensor cores to read."""
+"""The projection of ranks from 16 on, written to memory once per refresh for the tensor cores to read."""
 
 import triton
 import triton.language as tl
 
-from .philox import GAUSSIAN, normals, round_nearest, words
+from .philox import GAUSSIAN, interleave4, normals, round_nearest, sign_words, signs, words
 from .rescale import current_step
 
 BLOCK_CALLS = 256  # Philox calls a program, four widths each
@@ -12,24 +12,30 @@ ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of so many entrie
 
 @triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force", "start"])
 def projection_kernel(
-    p_projection, seed, step, p_step, update_proj_gap, force, start, width, row_length, BLOCK: tl.constexpr
+    p_projection, seed, step, p_step, update_proj_gap, force, start, width, row_length,
+    SIGNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Normals of variance 1, rounded to bfloat16, ``[rank, row_length]``, from column ``start`` of P on.
+    """Normals of variance 1, rounded to bfloat16, or SIGNS: ``[rank, row_length]``, from column ``start`` of P on.
 
     program_id(0) is the rank index.
 
-    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Computed in float64, once
-    in ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that they round as in the PyTorch twin.
-    With t on the device nothing is done between refreshes unless ``force``.
+    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Normals are computed in
+    float64, once in ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that they round as in the
+    PyTorch twin. With t on the device nothing is done between refreshes unless ``force``.
     """
     t = current_step(step, p_step)
     if (force != 0) | ((t - 1) % update_proj_gap == 0):
-        rank_index = tl.program_id(0)
-        calls = start // 4 + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        w0, w1, w2, w3 = words(seed, (t - 1) // update_proj_gap, calls, rank_index, GAUSSIAN)
-        n0, n1 = normals(w0, w1, tl.float64)
-        n2, n3 = normals(w2, w3, tl.float64)
-        N = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(4 * BLOCK).to(tl.float32)
+        rank_index, epoch = tl.program_id(0), (t - 1) // update_proj_gap
         o = tl.program_id(1) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK) - start % 4
-        N = round_nearest(tl.where(o < width, N, 0.0), tl.bfloat16)
-        tl.store(p_projection + rank_index.to(tl.int64) * row_length + o, N, mask=(o >= 0) & (o < row_length))
+        if SIGNS:
+            column = start + o
+            w0, w1, w2, w3 = sign_words(seed, epoch, rank_index, column)
+            P = signs(w0, w1, w2, w3, column % 128)
+        else:
+            calls = start // 4 + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+            w0, w1, w2, w3 = words(seed, epoch, calls, rank_index, GAUSSIAN)
+            n0, n1 = normals(w0, w1, tl.float64)
+            n2, n3 = normals(w2, w3, tl.float64)
+            P = interleave4(n0, n1, n2, n3, 4 * BLOCK).to(tl.float32)
+        P = round_nearest(tl.where(o < width, P, 0.0), tl.bfloat16)
+        tl.store(p_projection + rank_index.to(tl.int64) * row_length + o, P, mask=(o >= 0) & (o < row_length))

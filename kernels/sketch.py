@@ -1,8 +1,8 @@
 """sketch: G -> R [channels, rank] and |G_c|^2, reading G once; and, where R need not leave the program, rescale too.
 
 A program owns a block of channels and walks along the whole width, so that nothing is summed between programs. Ranks
-below 16 multiply and accumulate; from 16 on the product is a tensor-core one. P is made in the kernel where that is
-cheap (small Gaussian ranks, Rademacher), and otherwise read: 2 bytes an entry, from the second-level cache.
+below 16 multiply and accumulate, and make P as they go; from 16 on the product is a tensor-core one, and P is read: 2
+bytes an entry, from the second-level cache.
 """
 
 import math
@@ -31,7 +31,7 @@ _FIELDS = tl.constexpr(FIELDS)
 _IEEE = tl.constexpr("ieee")  # triton 3.6 does not take a plain string for a default
 # How P comes about.
 GAUSSIAN = tl.constexpr(0)  # made here; ranks below SMALL_RANK
-RADEMACHER = tl.constexpr(1)  # made here
+RADEMACHER = tl.constexpr(1)  # the same: 62 instructions an element at rank 256, where reading P takes 9
 MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 128 entries
 SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
 
@@ -169,12 +169,7 @@ def projected(
                 products = dot(G, tl.trans(G), products)
             elif NORMS:
                 squared_G += tl.sum(G * G, 1)
-            if PROJECTION_KIND == RADEMACHER:
-                even = start // 128 * 128
-                w0, w1, w2, w3 = sign_words(seed, epoch, o_rank, even)
-                P = signs(w0[None, :], w1[None, :], w2[None, :], w3[None, :], (o_width - even)[:, None])
-                R = product(G, P, R, PARTS)
-            elif PROJECTION_KIND == MATERIALISED:
+            if PROJECTION_KIND == MATERIALISED:
                 p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
                 padded = (width + 127) // 128 * 128
                 # Padded with zeros along the width: a mask there would make the loads an entry wide.
@@ -196,8 +191,6 @@ def projected(
         if BY_PRODUCT:
             o = tl.arange(0, BLOCK_CHANNELS)
             squared_G = tl.sum(tl.where(o[:, None] == o[None, :], products, 0.0), 1)
-    if PROJECTION_KIND == RADEMACHER and RANK < BLOCK_RANK:
-        R = tl.where((o_rank < RANK)[None, :], R, 0.0)  # signs have no zero to pad with
     return R, squared_G
 
 

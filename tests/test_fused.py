@@ -316,6 +316,22 @@ def test_a_step_inside_torch_compile(monkeypatch):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [3, 16])
+def test_groups_of_one_seed_and_rank_have_the_projection_of_their_own_distribution(rank):
+    """They would share what is in memory, were it known by seed, rank and width alone."""
+    ends = []
+    for engine in ("triton", "reference"):
+        weights = parameters_of([(40, 24)] * 2)
+        kinds = ("gaussian", "rademacher")
+        groups = [{"params": [w], "rank": rank, "distribution": kind} for w, kind in zip(weights, kinds, strict=True)]
+        optimizer = APOLLOAdamW(groups, lr=0.01, backend=engine)
+        for step in range(3):
+            new_gradients(weights, step)
+            optimizer.step()
+        ends.append([each.detach() for each in weights])
+    assert_close_to_reference(*ends, [each.detach() for each in parameters_of([(40, 24)] * 2)])
+
+
 def test_engines_can_be_mixed_in_one_optimizer():
     weights = parameters_of([(24, 16), (24, 16), (8,)])
     groups = [

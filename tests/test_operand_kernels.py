@@ -355,9 +355,11 @@ def test_tables_share_a_projection_and_write_their_own_epoch():
     tables = [fused_operands.OperandTable(each.member, each.settings, shared) for each in layers]
     assert len(shared) == 1
     assert tables[0].projections[0] is tables[1].projections[0]
-    other = layer_of((64, 32), rank=16)
-    fused_operands.OperandTable(other.member, other.settings, shared)
-    assert len(shared) == 2
+    for count, other in enumerate(
+        (layer_of((64, 32), rank=16), layer_of((96, 64), rank=16, distribution="rademacher"))
+    ):
+        fused_operands.OperandTable(other.member, other.settings, shared)
+        assert len(shared) == 2 + count
     operands = operands_of(20, (96, 64))
     for layer, own in zip(layers, tables, strict=True):
         found = fused_operands.sketch(own, layer.settings, fused.Moment(3, None, None), operands, "sketch")

@@ -87,17 +87,19 @@ def test_every_default_is_one_that_all_versions_of_triton_take():
     assert all(isinstance(each, tl.constexpr) for each in given)
 
 
-@pytest.mark.parametrize(("rank", "width"), [(16, 64), (17, 100), (64, 1030)])
+@pytest.mark.parametrize(("rank", "start", "width"), [(16, 0, 64), (17, 0, 100), (64, 0, 1030), (16, 131, 1100)])
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("seed", [0, ONES])
-def test_the_materialised_projection_is_the_twins_bit_for_bit(rank, width, seed):
+def test_the_materialised_projection_is_the_twins_bit_for_bit(rank, start, width, distribution, seed):
     assert rank >= TENSOR_CORE_RANK
     optimizer = optimizer_of(parameters_of([(width, width)]), rank=rank, update_proj_gap=5)
     own = Settings.of(optimizer.param_groups[0])
-    projection = Projection.empty(seed, rank, 0, width, torch.device(DEVICE))
+    projection = Projection.empty(distribution, seed, rank, start, width, torch.device(DEVICE))
     projection.buffer.fill_(float("nan"))
     for step in (1, 5, 6, 23):
         fused._write(projection, own, fused.Moment(step, None, None), force=True)
-        exact = projection_matrix(seed, (step - 1) // 5, rank, width, device=DEVICE)
+        whole = projection_matrix(seed, (step - 1) // 5, rank, start + width, distribution=distribution, device=DEVICE)
+        exact = whole[:, start:]
         torch.testing.assert_close(projection.buffer[:, :width].float() / rank**0.5, exact, rtol=2e-7, atol=0)
         assert torch.equal(projection.buffer[:, :width], (exact * rank**0.5).to(torch.bfloat16))
         assert torch.all(projection.buffer[:, width:] == 0)  # what tensor cores multiply besides
