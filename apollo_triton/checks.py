@@ -73,6 +73,11 @@ def labels(groups: list[dict[str, Any]], first_number: int = 0) -> Iterator[tupl
     index = first_number
     for number, group in enumerate(groups):
         names = group.get("param_names", [""] * len(group["params"]))
+        if len(names) != len(group["params"]):
+            raise ValueError(
+                f"parameter group {number} has {len(group['params'])} params and {len(names)} param_names; append to "
+                "both, or use add_param_group"
+            )
         for name, parameter in zip(names, group["params"], strict=True):
             yield number, Label(index, name, parameter)
             index += 1
@@ -187,6 +192,16 @@ def check_gradient(label: Label, gradient: Tensor) -> None:
         )
     if not gradient.is_floating_point():
         raise RuntimeError(f"{label}: its gradient has dtype {gradient.dtype}, which is not a real floating-point type")
+    if gradient.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"{label}: its gradient has dtype {gradient.dtype}; gradients may be float32, bfloat16 or float16: convert "
+            "it, e.g. parameter.grad.float()"
+        )
+    if gradient.is_neg():
+        raise ValueError(
+            f"{label}: its gradient is negated where it is read, not in memory (a view of a complex conjugate); "
+            "use parameter.grad = parameter.grad.resolve_neg()"
+        )
     if gradient.shape != parameter.shape or gradient.device != parameter.device:
         raise ValueError(
             f"{label} on {parameter.device}: its gradient has shape {tuple(gradient.shape)} on {gradient.device}; "

@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from .checks import Label, Member
-from .settings import FIELD_NAMES, Settings
+from .settings import CHANGING, LASTING, Settings
 from .sharding import Axis, Piece, is_dtensor, local
-
-# What schedulers change: compared when ranks compare, and never a reason to.
-_CHANGING = ("lr", "weight_decay")
 
 
 class Exchange:
@@ -236,14 +233,15 @@ class Agreement:
 
 def _lasting(label: Label, settings: Settings) -> str:
     """A parameter and its settings, to be the same on all ranks at every step."""
-    values = [f"{name}={getattr(settings, name)!r}" for name in FIELD_NAMES if name not in _CHANGING]
+    values = [f"{name}={getattr(settings, name)!r}" for name in LASTING]
     placements = getattr(label.parameter, "placements", "whole")
     return f"{label} {label.parameter.dtype} {placements}: {', '.join(values)}"
 
 
 def _changing(label: Label, settings: Settings, state: Mapping[str, Any]) -> str:
-    """What may change from step to step, and must then change on all ranks alike."""
-    values = {name: getattr(settings, name) for name in _CHANGING}
+    """What may change from step to step, and must then change on all ranks alike: compared when ranks compare, and
+    never a reason to."""
+    values = {name: getattr(settings, name) for name in CHANGING}
     values["placements of its gradient"] = getattr(label.parameter.grad, "placements", "whole")
     if "step" in state:
         values |= {"step": state["step"], "seed of its state": state["seed"]}

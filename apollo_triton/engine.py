@@ -110,9 +110,7 @@ class Engine:
         if plan is None or not plan.holds(groups, states, settings, on_device, capturing):
             if capturing:
                 raise RuntimeError(WARM_UP)
-            new = Plan(
-                groups, states, settings, on_device, plan, self._agreement, self._materialised, self._first_number
-            )
+            new = Plan(groups, states, settings, on_device, self._agreement, self._materialised, self._first_number)
             if not on_device:  # with t on the device the host does not know what they hold
                 self._materialised.update(new.projections())
             if plan is not None:

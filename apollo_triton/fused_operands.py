@@ -252,7 +252,7 @@ def gram_norms(table: OperandTable, operands: Operands) -> Tensor:
         PRECISION=precision,
         **blocks,
     )
-    return _sum(norms)
+    return _sum(norms).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
 
 
 def apply(table: OperandTable, settings: Settings, moment: Moment, factors: Factors, operands: Operands) -> None:

@@ -28,7 +28,7 @@ class Int8Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = weight, linear.bias
-        self.training = linear.training
+        _take_over(linear, self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -42,8 +42,17 @@ class Int8Linear(nn.Linear):
         assert isinstance(weight, Int8Weight)
         if state_dict.keys() >= {name, f"{name}_scale", f"{name}_zero"}:
             q, scale, zero = state_dict[name], state_dict.pop(f"{name}_scale"), state_dict.pop(f"{name}_zero")
-            group_size = q.numel() // scale.numel()
-            state_dict[name] = Int8Weight(q, scale, zero, group_size, weight.dtype, weight.stochastic_rounding)
+            whole = scale.numel() and q.numel() % scale.numel() == 0
+            if not whole or zero.shape != scale.shape or not scale.is_floating_point():
+                *_, errors = arguments
+                errors.append(
+                    f"{name} has {q.numel()} entries, and {name}_scale is {scale.dtype} of shape {tuple(scale.shape)}, "
+                    f"{name}_zero of shape {tuple(zero.shape)}: one of each is needed for every group of entries"
+                )
+                del state_dict[name]
+            else:
+                own = q.numel() // scale.numel(), weight.dtype, weight.stochastic_rounding
+                state_dict[name] = Int8Weight(q, scale, zero, *own)
         elif name in state_dict and not state_dict[name].is_floating_point():
             *_, errors = arguments
             errors.append(f"{name} is {state_dict.pop(name).dtype}, without the {name}_scale and {name}_zero it needs")
@@ -79,41 +88,57 @@ def quantize_model(
     Int8Weight(shape=(64, 256), dtype=torch.float32, device=cpu, group_size=128)
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    chosen = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and is_target(targets, name, module)
-    }
+    matching = {id(module) for name, module in _linears(model) if is_target(targets, name, module)}
+    chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under all its names
     if not chosen:
         raise ValueError(f"target_modules={targets!r}: no nn.Linear of the model matches")
     for name, module in chosen.items():
         check_group_size(module.weight, group_size, f"{name}.weight")
-    _check_sharing(model, {id(module) for module in chosen.values()})
-    converted: dict[int, nn.Parameter] = {}
+    _check_sharing(model, matching)
+    weights: dict[int, nn.Parameter] = {}
+    layers: dict[int, Int8Linear] = {}
     for name in list(chosen):
         module = chosen.pop(name)
-        key = id(module.weight)
-        if key not in converted:
-            weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
-            converted[key] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        _replace(model, name, Int8Linear(module, converted[key]))
+        if id(module) not in layers:
+            key = id(module.weight)
+            if key not in weights:
+                weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
+                weights[key] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+            layers[id(module)] = Int8Linear(module, weights[key])
+        _replace(model, name, layers[id(module)])
     return model
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
     """Replace every ``Int8Linear`` of ``model`` by ``nn.Linear`` in place, one by one, and return it."""
-    converted: dict[int, nn.Parameter] = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, Int8Linear):
-            continue
-        key = id(module.weight)
-        if key not in converted:
-            converted[key] = nn.Parameter(module.weight.dequantize(), requires_grad=module.weight.requires_grad)
-        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        linear.weight, linear.bias = converted[key], module.bias
-        linear.train(module.training)
-        _replace(model, name, linear)
+    names = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Int8Linear)]
+    weights: dict[int, nn.Parameter] = {}
+    layers: dict[int, nn.Linear] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, Int8Linear)
+        if id(module) not in layers:
+            key = id(module.weight)
+            if key not in weights:
+                weights[key] = nn.Parameter(module.weight.dequantize(), requires_grad=module.weight.requires_grad)
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            linear.weight, linear.bias = weights[key], module.bias
+            _take_over(module, linear)
+            layers[id(module)] = linear
+        _replace(model, name, layers[id(module)])
     return model
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear:
+            yield name, module
+
+
+def _take_over(old: nn.Linear, new: nn.Linear) -> None:
+    """The mode and the hooks of the layer that ``new`` replaces; handles of hooks go on to remove them."""
+    new.training = old.training
+    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
 
 
 def _check_sharing(model: nn.Module, chosen: set[int]) -> None:

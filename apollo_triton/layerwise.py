@@ -6,9 +6,10 @@ parameter; the state stays where it always is, in ``optimizer.state``, and the n
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from .optimizer import APOLLOAdamW
 from .sharding import is_dtensor
 
 GRADIENTS = ("freed", "none", "auto")
+_attached: weakref.WeakSet[Layerwise] = weakref.WeakSet()
 
 
 def attach_layerwise(
@@ -73,12 +75,14 @@ def attach_layerwise(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
     _check_model(model, optimizer)
+    _check_others(optimizer)
     handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
     handle.check_settings()
     if gradients != "freed":
         _check_layers(model, optimizer, handle)
     handle.end_step()
     optimizer._layerwise = handle
+    _attached.add(handle)
     return handle
 
 
@@ -121,7 +125,7 @@ class Layerwise:
         for hook in self._hooks.values():
             hook.remove()
         for layer in self._layers.values():
-            if isinstance(layer.__dict__.get("forward"), LinearForward):
+            if self._has(layer):
                 del layer.__dict__["forward"]
         for engine in self._optimizer._layer_engines.values():
             self._optimizer._engine.take_over(engine)
@@ -167,8 +171,13 @@ class Layerwise:
             self._hooks[label.parameter] = label.parameter.register_post_accumulate_grad_hook(update)
         self._places = places
         for parameter, layer in self._layers.items():
-            if self._is_low_rank(parameter) and not isinstance(layer.forward, LinearForward):
+            if self._is_low_rank(parameter) and not self._has(layer):
                 layer.__dict__["forward"] = LinearForward(layer, self)
+
+    @property
+    def updates(self) -> Collection[Tensor]:
+        """The parameters that hooks update; none once it is removed."""
+        return self._hooks.keys() if self._optimizer._layerwise is self else ()
 
     @property
     def without_gradient(self) -> list[str]:
@@ -184,6 +193,11 @@ class Layerwise:
         rows, columns = weight.shape
         return self.gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
 
+    def _has(self, layer: nn.Linear) -> bool:
+        """Whether the layer's forward is this handle's."""
+        forward = layer.__dict__.get("forward")
+        return isinstance(forward, LinearForward) and forward.updater is self
+
     def _is_low_rank(self, parameter: Tensor) -> bool:
         place = self._places.get(parameter)
         return place is not None and self._optimizer.param_groups[place[0]].get("rank") is not None
@@ -191,6 +205,11 @@ class Layerwise:
     def check(self, weight: Tensor, ran_once: bool) -> None:
         """Raise RuntimeError or ValueError unless ``weight`` may be updated now: for ``LinearForward``."""
         number, label = self._places[weight]
+        if weight.grad is not None:
+            raise RuntimeError(
+                f"{label} has a gradient of an earlier backward, which this one would be added to, and with "
+                f'gradients="{self.gradients}" there is none to add; call optimizer.zero_grad() before backward()'
+            )
         if weight in self._updated:
             raise RuntimeError(_twice(label, self.gradients))
         if not ran_once:
@@ -255,8 +274,30 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         )
 
 
+def _check_others(optimizer: APOLLOAdamW) -> None:
+    """Raise ValueError if hooks of another optimizer update one of this one's parameters: they would come first."""
+    own = [label for _, label in labels(optimizer.param_groups)]
+
+    def updated_by_others() -> list[Label]:
+        hooks = [handle.updates for handle in _attached]
+        return [label for label in own if any(label.parameter in each for each in hooks)]
+
+    if updated_by_others():
+        gc.collect()  # an optimizer and its handle hold each other, and outlive their last name
+        for label in updated_by_others():
+            raise ValueError(
+                f"{label} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
+                "on the handle that attach_layerwise returned for it"
+            )
+
+
 def _check_layers(model: nn.Module, optimizer: APOLLOAdamW, handle: Layerwise) -> None:
     """Raise ValueError for a low-rank weight that several modules hold, or if no layer could do without a gradient."""
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            f'gradients="{handle.gradients}" would update the weights from each part of a batch that nn.DataParallel '
+            'cuts; use one device, or gradients="freed"'
+        )
     low_rank = [label for number, label in labels(optimizer.param_groups) if optimizer.param_groups[number].get("rank")]
     for label in low_rank:
         names = owners_of(model, label.parameter)

@@ -45,6 +45,8 @@ def layers_of(model: nn.Module) -> dict[Tensor, nn.Linear]:
 def _is_plain(module: nn.Linear) -> bool:
     known = nn.Linear.forward, Int8Linear.forward
     forward: Any = module.forward  # of the instance, if it has one: copies of layers have their class's there
+    if isinstance(forward, LinearForward):
+        return forward.updater is None  # left behind
     return getattr(forward, "__func__", None) in known and forward.__self__ is module
 
 
@@ -65,6 +67,11 @@ class LinearForward:
         self._updater = weakref.ref(updater)  # an optimizer that is gone must not live on in its model
         self._waiting: weakref.WeakSet[Use] = weakref.WeakSet()
 
+    @property
+    def updater(self) -> Updater | None:
+        """None once it is gone."""
+        return self._updater()
+
     def __call__(self, input: Tensor) -> Tensor:
         return self._forward(input)
 
@@ -81,6 +88,8 @@ class LinearForward:
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        elif x.dtype != weight.dtype:
+            return type(module).forward(module, x)  # which refuses it
         use = Use(self._waiting, updater, weight)
         # Whatever runs within a backward is a recomputation, whose graph may never be used.
         if torch._C._current_graph_task_id() == -1:
@@ -121,9 +130,13 @@ class _Linear(torch.autograd.Function):
         # The parameter itself: what was saved is another tensor of its memory where a checkpoint recomputed it.
         updater, parameter = ctx.use.updater, ctx.use.weight
         accumulate, _ = ctx.next_functions[1]
-        # torch.autograd.grad for other tensors comes by here, and moves nothing.
-        is_wanted = torch._C._will_engine_execute_node(accumulate)
-        is_updated = is_wanted and updater.takes(parameter)  # it may have been removed since the forward
+        # torch.autograd.grad comes by here, and moves nothing: for other tensors the weight is not wanted, and for the
+        # weight itself the question is an error.
+        try:
+            is_wanted = torch._C._will_engine_execute_node(accumulate)
+            is_updated = is_wanted and updater.takes(parameter)  # it may have been removed since the forward
+        except RuntimeError:
+            is_wanted, is_updated = True, False
         if is_wanted and torch.is_grad_enabled():
             raise NotImplementedError(
                 "create_graph=True through a weight that the backward pass updates, so that the old one is gone; use "

@@ -19,11 +19,9 @@ from .batches import Batch
 from .caches import Caches
 from .checks import Label, Member, check_parameter, find_piece
 from .operands import Operands
-from .settings import FIELD_NAMES, Settings
-from .state import check_state, engine_of, make_state
+from .settings import LASTING, Settings
+from .state import check_device, check_state, engine_of, make_state
 
-_MAY_CHANGE = ("lr", "weight_decay", "betas", "eps")
-_FIXED = tuple(name for name in FIELD_NAMES if name not in _MAY_CHANGE)
 _STATE = ("exp_avg", "exp_avg_sq", "update_norm", "exp_avg_absmax", "exp_avg_sq_absmax")
 
 
@@ -69,15 +67,15 @@ class OperandSteps:
         weight = self._label.parameter
         addresses = [state[name].data_ptr() for name in _STATE if name in state]
         place = getattr(weight, "q", weight).data_ptr(), weight.dtype, *weight.stride()
-        step = id(state.get("step")), "step" in state and state["step"].device
-        return *place, *addresses, *step, *(getattr(settings, name) for name in _FIXED)
+        step = id(state), "step" in state and state["step"].device
+        return *place, *addresses, *step, *(getattr(settings, name) for name in LASTING)
 
     def _prepare(self, settings: Settings, state: dict[str, Any]) -> None:
         label = self._label
+        check_parameter(label, settings)
         if "step" in state:
             check_state(label, state, settings)
-        else:
-            check_parameter(label, settings)
+            check_device(label, state)
         try:
             name = engine_of(label.parameter, settings, state).name
         except ValueError as error:

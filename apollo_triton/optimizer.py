@@ -19,7 +19,7 @@ from .engine import Engine
 from .param_groups import apollo_param_groups
 from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .sharding import is_dtensor
-from .state import check_state, engine_of, restored
+from .state import check_numbers, check_state, engine_of, restored
 
 if TYPE_CHECKING:
     from .layerwise import Layerwise
@@ -240,6 +240,7 @@ class APOLLOAdamW(Optimizer):
         names = group.get("param_names", [""] * len(items))
         if len(names) != len(items):
             raise ValueError(f"parameter group {number}: {len(names)} param_names for {len(items)} params")
+        seen: set[int] = set()
         first = sum(len(known["params"]) for known in self.param_groups)
         is_named = "param_names" in group or any(isinstance(item, tuple) for item in items)
         if number and "param_names" in self.param_groups[0] and not is_named:  # torch.optim wants all or none named
@@ -247,7 +248,11 @@ class APOLLOAdamW(Optimizer):
         for index, (name, item) in enumerate(zip(names, items, strict=True), first):
             name, parameter = item if isinstance(item, tuple) else (name, item)
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
-                check_parameter(Label(index, name, parameter), settings)
+                label = Label(index, name, parameter)
+                if id(parameter) in seen:  # of which torch.optim warns; kernels would update it twice at once
+                    raise ValueError(f"{label} is in parameter group {number} twice; leave one out")
+                seen.add(id(parameter))
+                check_parameter(label, settings)
         super().add_param_group(group)
         self._had_matrix.append(holds_matrix(self.param_groups[-1]))
         _place_learning_rate(self.param_groups[-1])
@@ -260,6 +265,11 @@ class APOLLOAdamW(Optimizer):
         loaded: dict[str, Any] = {}
 
         def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+            if missing := {"state", "param_groups"} - set(state_dict):
+                raise ValueError(
+                    f"state_dict: {' and '.join(sorted(missing))} missing, it has {list(state_dict)[:9]}; give what "
+                    "optimizer.state_dict() returned"
+                )
             loaded.update(state_dict)
             saved_groups = state_dict["param_groups"]
             if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
@@ -272,6 +282,7 @@ class APOLLOAdamW(Optimizer):
                 for index, label in zip(saved["params"], known, strict=False):
                     if state := state_dict["state"].get(index):
                         check_state(label, state, settings)
+                        check_numbers(label, state)
 
         def restore(optimizer: Optimizer) -> None:
             known = labels(self.param_groups)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .geometry import Geometry
+from .settings import CHECKS
 
 # The last part of an output layer's name in common models: as in the paper, the head is dense.
 _HEADS = frozenset({"lm_head", "embed_out", "output", "head", "score", "classifier"})
@@ -43,7 +44,18 @@ def apollo_param_groups(
     >>> low_rank["param_names"], dense["param_names"]
     (['mlp.weight'], ['mlp.bias', 'norm.weight', 'norm.bias'])
     """
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apollo_param_groups needs the model itself, an nn.Module, not {type(model).__name__}")
+    for name, value in ({"rank": rank} | group_keys).items():
+        if (name in CHECKS and not CHECKS[name].allows(value)) or (name == "rank" and value is None):
+            raise ValueError(f"{CHECKS[name].complaint(name, value)} (allowed: {CHECKS[name].allowed})")
+    many = isinstance(target_modules, Iterable) and not isinstance(target_modules, str)
+    targets = list(target_modules) if many else target_modules
+    if not isinstance(targets, (str, list)) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(
+            f"Invalid target_modules: {target_modules!r} (allowed: a list of substrings or regular expressions of "
+            "module names, one regular expression, or 'all-linear')"
+        )
     for target in [targets] if isinstance(targets, str) else targets:
         try:
             re.compile(target)

@@ -16,9 +16,9 @@ from torch import Tensor
 from .checks import Label, Member, check_gradient, check_parameter, find_piece, labels
 from .distributed import Agreement, Exchange, finish_gradients
 from .int8 import Int8Weight
-from .settings import FIELD_NAMES, Settings
+from .settings import FIELD_NAMES, LASTING, Settings
 from .sharding import Piece, is_dtensor, local
-from .state import check_state, engine_of, make_state
+from .state import check_device, check_state, engine_of, make_state
 
 if TYPE_CHECKING:
     from .tables import Projection, Table
@@ -27,9 +27,6 @@ Groups = list[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
 
 WARM_UP = "a step is captured before one was run as it is: run a step with the same parameters before every capture"
-# A plan lives on when these change; each launch is given them anew.
-_MAY_CHANGE = ("lr", "weight_decay", "betas", "eps")
-_FIXED = tuple(name for name in FIELD_NAMES if name not in _MAY_CHANGE)
 
 
 class Plan:
@@ -49,7 +46,6 @@ class Plan:
         states: States,
         settings: list[Settings],
         on_device: bool,
-        previous: Plan | None,
         agreement: Agreement,
         projections: Iterable[Projection] = (),
         first_number: int = 0,
@@ -61,26 +57,24 @@ class Plan:
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
-        self.counts: list[float] = []
         self.members: list[Member] = []
         self.engines: list[str] = []
-        known = {} if previous is None else {id(s): c for s, c in zip(previous.steps, previous.counts, strict=True)}
         for label, number, piece, engine in found:
             state, own = states[label.parameter], settings[number]
-            count = known.get(id(state.get("step"))) if on_device else None
             if "step" not in state:
                 state.update(make_state(label, own, piece))
-                count = 0
-            # On the device read back only where it was loaded from somewhere, and never in the steps that follow.
-            self.counts.append(state["step"].tolist() if count is None else count)
-            wanted = label.parameter.device if on_device else torch.device("cpu")
-            if state["step"].device != wanted:
-                state["step"] = state["step"].to(wanted)
             self.members.append(Member(label, label.parameter, state, number, piece))
             self.engines.append(engine)
         self.devices = {member.parameter.device for member in self.members}
         self.exchange = Exchange(self.members, settings)
-        self.steps: list[Tensor] = [member.state["step"] for member in self.members]
+        # Read where they are, and not what the host has counted: that holds updates which a scaler had skipped on the
+        # device and none that a graph has replayed, and a launch is for parameters of one count.
+        self.counts = _values([member.state["step"] for member in self.members])
+        self.steps: list[Tensor] = []
+        for member in self.members:
+            step = member.state["step"].to(member.parameter.device if on_device else "cpu")
+            self.steps.append(step)
+            member.state["step"] = step
         # The same memory as plain C floats: an addition through torch takes 1.8 us a tensor, half a step of 290.
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self.reference = [i for i, engine in enumerate(self.engines) if engine == "reference"]
@@ -202,12 +196,12 @@ def _checked(
         parameter, own = label.parameter, settings[number]
         if parameter.grad is None:
             continue
+        check_parameter(label, own)
         check_gradient(label, parameter.grad)
         state = states.get(parameter, {})
         if "step" in state:
             check_state(label, state, own)
-        else:
-            check_parameter(label, own)
+            check_device(label, state)
         try:
             backend = engine_of(parameter, own, state)
         except ValueError as error:
@@ -229,6 +223,16 @@ def _checked(
     return found
 
 
+def _values(steps: list[Tensor]) -> list[float]:
+    """Of scalars, which are read together where they are on one device."""
+    values = [0.0] * len(steps)
+    for device in {step.device for step in steps}:
+        here = [index for index, step in enumerate(steps) if step.device == device]
+        for index, value in zip(here, torch.stack([steps[index] for index in here]).tolist(), strict=True):
+            values[index] = value
+    return values
+
+
 def _identities(settings: list[Settings]) -> list[int]:
     """For each group the first that it can share launches with: all hyperparameters equal, a tensor lr the same one."""
     first: dict[tuple[Any, ...], int] = {}
@@ -242,7 +246,7 @@ def _identities(settings: list[Settings]) -> list[int]:
 
 def _structure(settings: list[Settings]) -> list[Any]:
     """What a plan was made for, but for the numbers that may change."""
-    return [_identities(settings), *(tuple(getattr(each, name) for name in _FIXED) for each in settings)]
+    return [_identities(settings), *(tuple(getattr(each, name) for name in LASTING) for each in settings)]
 
 
 def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
@@ -259,7 +263,7 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                 state = states.get(parameter)
                 if not state:
                     return None, []
-                identity, norm = id(parameter), state.get("update_norm")
+                identity, norm = (id(parameter), id(state)), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 absmax = absmax_sq = 0
                 if exp_avg.dtype is torch.uint8:
@@ -274,7 +278,7 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                 places.append(
                     (
                         identity,
-                        id(state["step"]),
+                        state["step"].data_ptr(),
                         parameter.data_ptr(),
                         exp_avg.data_ptr(),
                         exp_avg_sq.data_ptr(),
@@ -283,9 +287,12 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                         absmax_sq,
                         address & 15,
                         parameter.shape,
+                        parameter.stride(),
+                        parameter.dtype,
                         gradient.shape,
                         gradient.stride(),
                         gradient.dtype,
+                        gradient.is_neg(),
                     )
                 )
                 gradients.append(address)

@@ -111,6 +111,9 @@ class Settings:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(Settings))
+# What schedulers change, OneCycleLR the betas too: each launch is given them anew, and nothing is made again.
+CHANGING = ("lr", "weight_decay", "betas", "eps")
+LASTING = tuple(name for name in FIELD_NAMES if name not in CHANGING)
 
 
 def complete_group(group: dict[str, Any]) -> None:
@@ -177,9 +180,9 @@ _AT_LEAST_ZERO = "a finite number, 0 or more"
 CHECKS: dict[str, Check] = {
     "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a tensor of one element", _lr_complaint),
     "betas": Check(_betas_allowed, "two numbers in [0, 1)", _betas_complaint),
-    "eps": Check(  # 0 would make 0 / 0 of a zero gradient
-        lambda value: _is_number(value) and value > 0,
-        "a finite number above 0",
+    "eps": Check(  # 0, as less is in float32, would make 0 / 0 of a zero gradient
+        lambda value: _is_number(value) and value >= torch.finfo(torch.float32).tiny,
+        "a finite number of 1.2e-38, float32's least, or more",
         lambda name, value: f"Invalid epsilon value: {value}",
     ),
     "weight_decay": Check(

@@ -127,6 +127,29 @@ def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> N
                 raise ValueError(_complaint(label, name, f"has shape {tuple(state[name].shape)}, not {expected}"))
 
 
+def check_numbers(label: Label, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a saved state's ``step`` and ``seed`` can be counted on with."""
+    limits = {"step": (2**53, "a whole number"), "seed": (2**32, "an integer below 2**32")}
+    for name, (limit, allowed) in limits.items():
+        value = state[name]
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+        if not (is_number and 0 <= number < limit and number == int(number)):
+            raise ValueError(f"{label}: its state {name!r} is {value!r} (allowed: {allowed}, 0 or more)")
+
+
+def check_device(label: Label, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the state is where the parameter is: kernels take addresses as they are."""
+    device = label.parameter.device
+    for name in (*STATE_TENSORS, *(f"{moment}_absmax" for moment in MOMENTS)):
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{label}: its state {name!r} is on {value.device}, and the parameter on {device}; move the model "
+                "before the first step, or bring the state along: optimizer.load_state_dict(optimizer.state_dict())"
+            )
+
+
 def _complaint(label: Label, name: str, problem: str) -> str:
     return (
         f"{label}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "

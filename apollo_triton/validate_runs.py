@@ -283,7 +283,7 @@ def _apply_errors(
 
 def _table(path: Path) -> Table:
     """The kernels' table for all of a case's matrices."""
-    plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, None, Agreement())
+    plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, Agreement())
     table = plan.low_rank[0]
     if path.settings.proj == "svd":
         table.point_at(path.projections(0))

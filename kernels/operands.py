@@ -85,7 +85,7 @@ def update(
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
-    p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
+    p_W += o_row[:, None] * W_row_stride + o_column[None, :].to(tl.int64) * W_column_stride
     W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
     W -= difference
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.

@@ -92,7 +92,7 @@ class Weights(nn.Module):
     def set_gradients(self, spoil: Any = None) -> None:
         """The gradients of the coming step. ``spoil(name, step, gradient)`` may write into one before it is cut up."""
         for name, (shape, _, cut) in self.cases.items():
-            gradient = gradient_of(name, shape, self.steps + 1)
+            gradient = gradient_of(name, shape, self.steps + 1).to(getattr(self, name).dtype)
             if spoil:
                 spoil(name, self.steps + 1, gradient)
             getattr(self, name).grad = sharded(gradient, self.mesh, cut)

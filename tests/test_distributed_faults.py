@@ -190,6 +190,22 @@ def test_training_goes_on_once_the_difference_is_mended():
     assert_close(results[0], Weights(cases, **options).train_for(8).everything(), 1e-6, "mended")
 
 
+def planned_anew_alone():
+    """On one rank only, after betas and rate have changed on all, as OneCycleLR changes them."""
+    model = Weights(cases_that_differ("nothing", 0)[0], init_device_mesh("cpu", (2,))).train_for(2)
+    for group in model.optimizer.param_groups:
+        group.update(betas=(0.8, 0.99), lr=2e-2)
+    if dist.get_rank() == 0:
+        state = model.optimizer.state[model.a]
+        state["exp_avg"] = state["exp_avg"].clone()
+    return model.train_for(2).everything()
+
+
+def test_a_rank_that_plans_anew_asks_nobody_what_schedulers_have_changed():
+    """It would wait in a comparison for ranks that wait for it in the step's sums."""
+    assert_ranks_agree(run(planned_anew_alone, 2, timeout=60))
+
+
 REFUSED = {
     "svd": ((10, 3), {"rank": 2, "proj": "svd"}, "0", {}, "svd"),
     "svd of experts": ((3, 6, 4), {"rank": 2, "proj": "svd"}, "1", {}, "svd"),

@@ -55,7 +55,8 @@ def trained():
         ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
         ({"betas": 0.9}, "Invalid betas: 0.9 .allowed: two numbers in .0, 1."),
         ({"eps": -1e-3}, "Invalid epsilon value: -0.001"),
-        ({"eps": 0.0}, "Invalid epsilon value: 0.0 .allowed: a finite number above 0"),
+        ({"eps": 0.0}, "Invalid epsilon value: 0.0 .allowed: a finite number of 1.2e-38"),
+        ({"eps": 1e-45}, "Invalid epsilon value: 1e-45 .allowed: a finite number of 1.2e-38"),
         ({"lr": torch.tensor(-1.0)}, "Invalid learning rate: -1.0"),
         ({"weight_decay": -0.1}, "Invalid weight_decay value: -0.1"),
         ({"correct_bias": 1}, "Invalid correct_bias: 1 .allowed: True or False"),
@@ -227,3 +228,72 @@ def test_empty_lists_and_parameters_without_gradients():
     optimizer.step()
     assert not optimizer.state
     assert optimizer.skipped_updates.item() == 0
+
+
+def broken_by(optimizer, named, what):
+    """Spoils something between two steps."""
+    weight = named["up"]
+    if what == "device":
+        state = optimizer.state[weight]
+        state["exp_avg_sq"] = state["exp_avg_sq"].to("meta")
+    elif what == "weight":
+        weight.data, weight.grad = weight.data.double(), None
+        weight.grad = torch.ones(12, 8, dtype=torch.float64)
+    elif what == "gradient":
+        if not hasattr(torch.Tensor, "grad_dtype"):
+            pytest.skip("this torch has no gradients of another dtype")
+        weight.grad, weight.grad_dtype = None, torch.float64
+        weight.grad = torch.ones(12, 8, dtype=torch.float64)
+    elif what == "negated":
+        weight.grad = torch._neg_view(torch.ones(12, 8))
+    else:
+        added = nn.Parameter(torch.ones(4, 4))
+        added.grad = torch.ones(4, 4)
+        optimizer.param_groups[0]["params"].append(added)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("device", r"'up'.* 'exp_avg_sq' is on meta, and the parameter on cpu; .*load_state_dict"),
+        ("weight", r"'up'.* has dtype torch.float64; weights may be"),
+        ("gradient", r"'up'.*its gradient has dtype torch.float64; gradients may be"),
+        ("negated", r"'up'.*its gradient is negated.*resolve_neg"),
+        ("names", r"parameter group 0 has 3 params and 2 param_names"),
+    ],
+)
+def test_what_changes_between_steps_is_checked_again(trained, what, text):
+    """A plan that takes what it has seen once for granted, and kernels that are given foreign addresses or bits."""
+    optimizer, named = trained
+    broken_by(optimizer, named, what)
+    steps = [optimizer.state[each]["step"].item() for each in named.values()]
+    before = {name: each.detach().clone() for name, each in named.items()}
+    with pytest.raises(ValueError, match=text):
+        optimizer.step()
+    assert all(torch.equal(each, before[name]) for name, each in named.items())
+    assert [optimizer.state[each]["step"].item() for each in named.values()] == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", "x"), ("step", -5), ("step", float("nan")), ("step", torch.ones(3)), ("seed", "x"), ("seed", -1)],
+)
+def test_a_saved_state_with_impossible_numbers_is_refused_whole(trained, name, value):
+    optimizer, _ = trained
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["exp_avg"].fill_(9.0)
+    saved["state"][2][name] = value
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"'b'.* its state '{name}' is .*allowed"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+    with pytest.raises(
+        ValueError, match=r"state_dict: param_groups and state missing, it has \['model', 'optimizer'\]"
+    ):
+        optimizer.load_state_dict({"model": {}, "optimizer": saved})
+
+
+def test_a_parameter_is_in_a_group_once():
+    weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"parameter 1 .* is in parameter group 0 twice"):
+        APOLLOAdamW([weight, weight])

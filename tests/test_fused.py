@@ -215,6 +215,21 @@ def events():
         new_gradients(parameters, step)
         optimizer.state.clear()
 
+    def weight_turns_where_it_is(parameters, optimizer, step):
+        parameters[3].data = parameters[3].data.t()
+        new_gradients(parameters, step)
+
+    def state_is_another_dictionary(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        optimizer.state[parameters[0]] = dict(optimizer.state[parameters[0]])
+
+    def steps_memory_is_another(parameters, optimizer, step):
+        new_gradients(parameters, step)
+        state = optimizer.state[parameters[0]]
+        assert state["step"] == step + 1
+        optimizer.__dict__.setdefault("kept", []).append(state["step"].data)  # which a plan could go on writing to
+        state["step"].data = state["step"].data.clone()
+
     def step_is_set(parameters, optimizer, step):
         new_gradients(parameters, step)
         optimizer.state[parameters[0]]["step"].fill_(40)
@@ -253,10 +268,11 @@ def test_a_plan_is_given_up_when_it_no_longer_holds(event, rank):
     results = []
     for engine in ("triton", "reference"):
         parameters = [
-            nn.Parameter(each.detach().clone()) for each in parameters_of([(24, 16), (24, 16), (16, 24), (5,)])
+            nn.Parameter(each.detach().clone())
+            for each in parameters_of([(24, 16), (24, 16), (16, 24), (16, 16), (5,)])
         ]
         optimizer = APOLLOAdamW(
-            [{"params": parameters[:3], "rank": rank, "update_proj_gap": 2}, {"params": parameters[3:]}],
+            [{"params": parameters[:4], "rank": rank, "update_proj_gap": 2}, {"params": parameters[4:]}],
             lr=1e-2,
             backend=engine,
         )

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from apollo_triton import fused
+from apollo_triton import APOLLOAdamW, fused
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
@@ -171,6 +171,27 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_fi
             torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-7)
             assert optimizers[0].state[mine]["step"] == optimizers[1].state[other]["step"] == 4
         assert optimizers[0].skipped_updates == 3
+
+
+def test_parameters_share_a_launch_by_the_steps_they_have_taken_on_the_device():
+    """The host counts a skipped step; by its count both would have taken two, and have the first's t."""
+    results = []
+    for gap in (200, 201):  # which alone keeps the two apart
+        one, other = parameters_of([(16, 16)] * 2)
+        optimizer = APOLLOAdamW(
+            [{"params": [one], "rank": 2}, {"params": [other], "rank": 2, "update_proj_gap": gap}],
+            lr=1e-2,
+            backend="triton",
+        )
+        optimizer.grad_scale = torch.ones((), device=DEVICE)
+        for step, (stepping, overflow) in enumerate([([one], 0.0), ([other], 1.0), ([one, other], 0.0)]):
+            one.grad = other.grad = None
+            new_gradients(stepping, step)
+            optimizer.found_inf = torch.tensor(overflow, device=DEVICE)
+            optimizer.step()
+        assert [optimizer.state[each]["step"].item() for each in (one, other)] == [2, 1]
+        results.append([one.detach(), other.detach()])
+    assert_same_bits(*results)
 
 
 def test_scaler_takes_its_own_way_where_the_reference_path_updates():

@@ -360,3 +360,33 @@ def test_a_float_checkpoint_streams_into_an_int8_model(tmp_path):
     tokens = torch.arange(12)[None]
     expected = quantize_model(source, group_size=32).eval()(input_ids=tokens).logits
     assert torch.equal(model.eval()(input_ids=tokens).logits, expected)
+
+
+def test_a_layer_of_two_names_stays_one_and_keeps_its_hooks():
+    """Two layers where there was one, whose weights then part; hooks that are gone."""
+    layer, calls = nn.Linear(16, 8), []
+    layer.register_forward_hook(lambda *arguments: calls.append("forward"))
+    handle = layer.register_full_backward_hook(lambda *arguments: calls.append("backward"))
+    model = nn.ModuleDict({"mlp": layer, "other": layer})
+    for convert, kind in ((lambda: quantize_model(model, ["mlp"], group_size=8), Int8Linear),
+                          (lambda: dequantize_model(model), nn.Linear)):  # fmt: skip
+        convert()
+        assert type(model["mlp"]) is kind
+        assert model["mlp"] is model["other"]
+        model["mlp"](torch.ones(2, 16, requires_grad=True)).sum().backward()
+        assert calls == ["forward", "backward"]
+        calls.clear()
+    handle.remove()
+    model["mlp"](torch.ones(2, 16, requires_grad=True)).sum().backward()
+    assert calls == ["forward"]
+
+
+@pytest.mark.parametrize("spoil", [lambda scale: scale[:3], lambda scale: scale[:0], lambda scale: scale.int()])
+def test_a_mutilated_scale_is_refused(spoil):
+    model = quantize_model(net(), group_size=8)
+    before = bits(model)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    saved["mlp.0.weight_scale"] = spoil(saved["mlp.0.weight_scale"])
+    with pytest.raises(RuntimeError, match=r"mlp\.0\.weight has 960 entries, and mlp\.0\.weight_scale is "):
+        model.load_state_dict(saved, strict=False)
+    assert same(bits(model), before)

@@ -117,3 +117,33 @@ def test_an_error_names_the_parameter_and_changes_nothing():
     loss = model["mlp"](torch.ones(8)).sum()
     with pytest.raises(ValueError, match=r"parameter 1 \('mlp.bias'\).*parameter group 1: Invalid epsilon"):
         loss.backward()
+
+
+@pytest.mark.parametrize("gradients", ["freed", "none"])
+def test_another_optimizers_hooks_are_named_and_garbage_is_not(gradients):
+    """A notebook's cell that runs twice: the first optimizer's hooks would move the weights, with its own rate."""
+    model = make_model()
+    handle = attach_layerwise(model, make_optimizer(model, rank=4), gradients=gradients)
+    second = make_optimizer(model, rank=4)
+    with pytest.raises(ValueError, match=r"parameter 0 .*layer-wise updates of another optimizer.*remove\(\)"):
+        attach_layerwise(model, second, gradients=gradients)
+    handle.remove()
+    attach_layerwise(model, second, gradients=gradients)
+    del handle, second  # a cycle, which only the garbage collector ends
+    third = make_optimizer(model, rank=4)
+    handle = attach_layerwise(model, third, gradients=gradients)
+    third.param_groups[0]["lr"] = third.param_groups[1]["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 0).backward()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert bool(handle.without_gradient) == (gradients == "none")
+
+
+def test_two_optimizers_of_one_model_part_in_peace():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    handles = []
+    for layer in model:
+        optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 2}])
+        handles.append((optimizer, attach_layerwise(model, optimizer, gradients="none")))
+    handles[0][1].remove()
+    assert ["forward" in vars(layer) for layer in model] == [False, True]

@@ -137,3 +137,40 @@ def test_autograd_notices_a_weight_that_moved_too_early():
     hidden = (x * 2) @ layer.weight.detach()  # its backward needs the old weight, and comes last
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         layer.module(hidden).sum().backward()
+
+
+def test_a_gradient_that_is_there_already_is_named_before_anything_moves():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model(torch.ones(2, 8)).sum().backward()
+    handle = attach(model)
+    before = copies(model)
+    with pytest.raises(RuntimeError, match=r"parameter 1 .*has a gradient of an earlier backward.*zero_grad"):
+        model(torch.ones(2, 8)).sum().backward()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert handle.without_gradient
+
+
+def test_autograd_grad_of_a_weight_gives_its_gradient_and_moves_nothing():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    x, weights = torch.randn(5, 8), [model[0].weight, model[2].weight]
+    expected = torch.autograd.grad(model(x).square().sum(), weights)
+    before = copies(model)
+    attach(model)
+    for mine, other in zip(torch.autograd.grad(model(x).square().sum(), weights), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_an_input_of_another_dtype_is_refused_as_ever():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).bfloat16()
+    attach(model)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.ones(2, 8))
+
+
+def test_data_parallel_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    optimizer = APOLLOAdamW([{"params": [model[0].weight], "rank": 2}])
+    wrapped = nn.DataParallel(model)
+    with pytest.raises(ValueError, match=r'gradients="auto" would update .*nn\.DataParallel'):
+        attach_layerwise(wrapped, optimizer, gradients="auto")

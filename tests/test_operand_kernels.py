@@ -364,3 +364,17 @@ def test_tables_share_a_projection_and_write_their_own_epoch():
     for layer, own in zip(layers, tables, strict=True):
         found = fused_operands.sketch(own, layer.settings, fused.Moment(3, None, None), operands, "sketch")
         assert relative(found.projected, gradient_of(operands) @ projection_of(layer, 3).T) <= 1e-6
+
+
+def test_norms_by_the_gram_matrix_do_not_end_below_zero():
+    """Tokens that cancel: the square root of what rounding leaves would be NaN, and the update skipped."""
+    layer = layer_of((128, 128), **MINI)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(1, 128, generator=generator) + 1e-5 * torch.randn(3, 128, generator=generator)
+        dY = torch.randn(3, 128, generator=generator)
+        dY[2] = -(dY[0] + dY[1])
+        norms = fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE)))
+        assert torch.all(norms >= 0)
+    dY[0, 0] = float("nan")
+    assert fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE))).isnan().any()

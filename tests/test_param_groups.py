@@ -118,3 +118,21 @@ def test_narrow_weights_are_low_rank_where_the_group_allows_it():
     [low_rank] = apollo_param_groups(model, rank=12, rank_above_width=True)
     optimizer = APOLLOAdamW([low_rank])
     assert optimizer.param_groups[0]["param_names"] == ["mlp.weight", "attn.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"rank": "16"}, "Invalid rank: '16' .allowed: an integer of 1 or more"),
+        ({"rank": None}, "Invalid rank: None"),
+        ({"proj_type": "foo"}, "Invalid proj_type: 'foo' .allowed: 'std'"),
+        ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: a list of substrings"),
+        ({"target_modules": ["mlp", 5]}, "Invalid target_modules: "),
+    ],
+)
+def test_wrong_arguments_are_named(options, text):
+    model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match=text):
+        apollo_param_groups(model, **({"rank": 2} | options))
+    with pytest.raises(TypeError, match=r"the model itself, an nn\.Module, not generator"):
+        apollo_param_groups(model.parameters(), rank=2)

@@ -178,6 +178,26 @@ def test_options_of_the_constructor(options):
     torch.testing.assert_close(results[0]["norm"].double(), total, rtol=1e-6, atol=0)
 
 
+def rounded_on_a_mesh(mesh_shape, backend):
+    options = {"backend": backend, "state_dtype": torch.bfloat16, "stochastic_rounding": True}
+    model = Weights(DENSE_CASES, init_device_mesh("cpu", mesh_shape), **options)
+    return model.bfloat16().train_for(3).everything()
+
+
+DENSE_CASES = {"rows": ((16, 64), {}, "0"), "vector": ((24,), {}, "0")}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_dense_shard_rounds_as_its_place_in_the_whole_does(backend):
+    """Random bits that belong to a place in the local shard: ranks would round alike."""
+    pytest.importorskip("triton")
+    results = run(rounded_on_a_mesh, 3, mesh_shape=(3,), backend=backend)
+    options = {"backend": backend, "state_dtype": torch.bfloat16, "stochastic_rounding": True}
+    expected = Weights(DENSE_CASES, **options).bfloat16().train_for(3).everything()
+    for name, value in results[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[name])), name
+
+
 def through_the_kernels(mesh_shape, cases):
     model = Weights(cases, init_device_mesh("cpu", mesh_shape), backend="triton").train_for(4)
     return model.everything()
