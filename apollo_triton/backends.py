@@ -64,7 +64,7 @@ def _triton_obstacle() -> str | None:
         import triton
     except Exception as error:  # a broken installation must not stop a training that can do without
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            return "triton is not installed: pip install 'apollo-triton[triton]'"
+            return "triton is not installed: in a checkout pip install -c constraints.txt '.[triton]'"
         return f"triton cannot be imported: {error!r}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _LEAST_TRITON:

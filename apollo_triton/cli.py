@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from . import demo, environment, memory, validate
@@ -10,20 +11,30 @@ from .version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 0, or 2 with one line on standard error for an input that is wrong."""
+    """Run a subcommand; the exit status is 0, or 2 with one line on standard error for an input that is wrong.
+
+    130 after Ctrl-C, and 141, silently, where the reader of standard output has gone.
+    """
     parser = argparse.ArgumentParser(
         prog="apollo-triton", description="APOLLO for PyTorch: AdamW's quality at SGD's memory."
     )
     parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("env", environment), ("memory", memory), ("validate", validate)):
+    modules = {"demo": demo, "env": environment, "memory": memory, "validate": validate}
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(modules)}}}")
+    for name, module in modules.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()  # here, where a closed pipe is noticed
+        return status
+    except BrokenPipeError:  # of head, say, which has read enough
+        # What is left in the buffer goes nowhere, or Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as of a program that SIGPIPE ends
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"apollo-triton {options.command}: {error}", file=sys.stderr)
         return 2

@@ -71,7 +71,11 @@ def run(options: argparse.Namespace) -> int:
         for plan in plans:
             results.append(train(plan, corpus, checkpoints[plan.method], options.resume, console))
     except KeyboardInterrupt:
-        console.print("\nInterrupted. Nothing is lost: give the same command again with [bold]--resume[/bold] added.")
+        if any(path.exists() for path in checkpoints.values()):
+            advice = "Nothing is lost: give the same command again with [bold]--resume[/bold] added."
+        else:
+            advice = "No checkpoint was saved yet: give the same command again to begin anew."
+        console.print(f"\nInterrupted. {advice}")
         return 130
     paths = write_results(results, corpus.name, options.out)
     console.print(table(results))
@@ -169,7 +173,10 @@ def _prepare(folder: Path, plans: list[Plan], resume: bool) -> dict[str, Path]:
             read_checkpoint(paths[plan.method], plan)
         else:
             paths[plan.method].unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: the folder cannot be made ({error.strerror}); choose another") from error
     return paths
 
 

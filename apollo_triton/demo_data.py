@@ -60,18 +60,18 @@ def load_corpus(source: Path | None, length: int) -> Corpus:
     Raises ValueError if there is no such path, or too little text for windows of ``length`` bytes.
     """
     if source is None:
-        name = "the source of Python's standard library"
+        name = option = "the source of Python's standard library"
         folder = Path(sysconfig.get_paths()["stdlib"])
         files = [p for p in _text_files(folder, frozenset({".py"})) if _is_written_by_people(p.relative_to(folder))]
     else:
-        name = str(source)
+        name, option = str(source), f"--data {source}"
         if not source.exists():
             raise ValueError(f"--data {source}: there is no such file or folder")
         files = list(_text_files(source, TEXT_SUFFIXES)) if source.is_dir() else [source]
     train, held_out = split([path.read_bytes() for path in files])
     if min(len(train), len(held_out)) < 2 * length:
         raise ValueError(
-            f"{name}: too little text, {len(train)} bytes to train on and {len(held_out)} held out, in {len(files)} "
+            f"{option}: too little text, {len(train)} bytes to train on and {len(held_out)} held out, in {len(files)} "
             f"files; sequences of {length - 1} bytes need at least {2 * length} in each. "
             f"In a folder, files ending in {' '.join(sorted(TEXT_SUFFIXES))} count"
         )

@@ -19,7 +19,7 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         package = error.name
         raise ModuleNotFoundError(
-            f"{package} is needed here and is not installed: pip install 'apollo-triton[{extra}]', "
-            f"or in a checkout pip install -c constraints.txt -e '.[{extra}]'",
+            f"{package} is needed here and is not installed: in a checkout pip install -c constraints.txt "
+            f"'.[{extra}]', elsewhere pip install 'apollo-triton[{extra}]'",
             name=package,
         ) from error

@@ -52,9 +52,10 @@ def attach_layerwise(
     Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back.
 
     Raises:
-        ValueError: hooks are attached already, a parameter is not the model's, or something needs all gradients at
-            once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP, DTensor. ``GradScaler.step``
-            raises it later. But with "freed" also for tied low-rank weights, ``proj="svd"``, and where no weight gains.
+        ValueError: hooks are attached already, those of another optimizer included, a parameter is not the model's, or
+            something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP,
+            DTensor. ``GradScaler.step`` raises it later. But with "freed" also for tied low-rank weights,
+            ``proj="svd"``, ``nn.DataParallel``, and where no weight gains.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
             reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; but with "freed"
             from ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
@@ -75,9 +76,10 @@ def attach_layerwise(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
     _check_model(model, optimizer)
+    for number, group in enumerate(optimizer.param_groups):
+        _check_group(group, number, gradients)
     _check_others(optimizer)
     handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
-    handle.check_settings()
     if gradients != "freed":
         _check_layers(model, optimizer, handle)
     handle.end_step()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import ssl
+import urllib.error
+import urllib.request
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -67,7 +70,7 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     # Here, and not lazily on the meta device, where torch 2.6 cannot import what this imports.
     require("transformers.modeling_utils", "demo")
     with torch.device("meta"):
-        return _from_config(transformers, config).to(dtype)
+        return _from_config(transformers, config, model).to(dtype)
 
 
 def _llama_config(transformers: Any, size: str) -> Any:
@@ -91,9 +94,12 @@ def _loaded_config(transformers: Any, model: str) -> Any:
         )
     if not is_path and (model.endswith(".json") or model.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"there is no {model!r}; give a config.json or the directory that holds one")
+    only_cached = not is_path and not _hub_answers()
     try:
-        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=only_cached)
+    except ImportError:
+        raise
+    except Exception as error:  # which one depends on the value: huggingface_hub's own, ZeroDivisionError, TypeError...
         if is_path:
             raise ValueError(f"{model!r} is not a config that transformers can read: {_first_line(error)}") from error
         raise OSError(
@@ -102,16 +108,38 @@ def _loaded_config(transformers: Any, model: str) -> Any:
         ) from error
 
 
-def _from_config(transformers: Any, config: Any) -> nn.Module:
+@cache
+def _hub_answers() -> bool:
+    """Whether there is a network: without one the hub's own client tries for half a minute and prints every try."""
+    constants = require("huggingface_hub.constants", "demo")
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # there; the client has certificates of its own
+    except OSError:
+        return False
+    return True
+
+
+def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
     """The config's language model with its head; for other kinds of models, the bare one."""
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         try:
             return auto.from_config(config)
-        except ValueError as error:
+        except ImportError:
+            raise
+        except Exception as error:  # which one depends on the value: torch has RuntimeError for a negative size
             problem = error
-    raise ValueError(f"no model can be made of this {type(config).__name__}: {_first_line(problem)}") from problem
+    raise ValueError(
+        f"no model can be made of {model!r}, a {type(config).__name__}: {_first_line(problem)}"
+    ) from problem
 
 
 def _first_line(error: Exception) -> str:
-    """What matters of transformers' errors, which go on for paragraphs."""
-    return str(error).strip().partition("\n")[0]
+    """What matters of transformers' errors, which go on for paragraphs; a line that ends in a colon needs the next."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -91,6 +91,8 @@ def _ready(asked: str | None) -> torch.device:
             f"--device {device}: TRITON_INTERPRET=1 is set, with which kernels run on a CPU alone; unset it"
         )
     try:
+        if device.type == "cpu":
+            require("numpy", "triton")  # Triton's interpreter imports it, and triton does not bring it
         triton = require("triton", "triton")
         if device.type == "cpu" and isinstance(triton.language.zeros, triton.runtime.JITFunction):
             raise ValueError("triton was imported before, to compile: set TRITON_INTERPRET=1 before that, or use a GPU")
@@ -112,6 +114,10 @@ def _default_device() -> torch.device:
 
 
 def _device(name: str) -> torch.device:
+    try:
+        torch.device(name)
+    except RuntimeError:  # torch's text lists all kinds of devices there are
+        raise ValueError(f"--device {name}: not a device; allowed are cpu, cuda, cuda:1, xpu and the like") from None
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has all of them for what is not there
@@ -178,7 +184,7 @@ class Report:
             lines = [(stage, next(each for each in worst if each in measures)) for stage, measures in stages]
         for number, (stage, measure) in enumerate(lines):
             found = (f"{error:.1e}" for error in errors.found[measure].values())
-            label = f"{case.name if missed or not number else '':<31}{stage}".rstrip()
+            label = f"{case.name if missed or not number else '':<32} {stage}".rstrip()
             if len(label) > _LABEL:  # of --full alone
                 print(label)
                 label = ""

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from .codegen_variants import ESSENTIAL, TARGETS, Kernel, launches, variants
 from .results_file import RESULTS, Results
@@ -199,7 +200,9 @@ def main() -> None:
     parser.add_argument("--sampled", nargs="*", choices=TARGETS, default=[], help="compile the essential variants")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    rows = measured(arguments.targets, arguments.sampled)
+    # Triton's cache may hold the code of other sources, whose lines say nothing about these.
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
+        rows = measured(arguments.targets, arguments.sampled)
     results = Results("codegen", device=None, fresh=True, folder=arguments.out)
     for row in rows:
         results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)

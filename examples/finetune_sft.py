@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import torch
 from pretraining.hub import hub_answers
+from pretraining.options import LOGS, above_0, at_least_2, installed, not_negative, positive, seed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -53,10 +54,18 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, label_pad_token_id=NOT_A_TARGET),
         optimizers=(optimizer, None),  # the schedule is the Trainer's
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.folder) if options.resume else None)
+    trainer.train(resume_from_checkpoint=newest(options.folder) if options.resume else None)
     print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model(options.folder)
     tokenizer.save_pretrained(options.folder)
+
+
+def newest(folder: str) -> str | None:
+    """The newest checkpoint; says so where there is none."""
+    found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if found is None and int(os.environ.get("RANK", 0)) == 0:
+        print(f"--resume: --folder {folder} holds no checkpoint, so this begins at step 1", flush=True)
+    return found
 
 
 def load(name: str) -> tuple[PreTrainedTokenizerBase, Any]:
@@ -64,7 +73,15 @@ def load(name: str) -> tuple[PreTrainedTokenizerBase, Any]:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     local = not hub_answers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        except (OSError, ValueError) as error:
+            if not Path(name).is_dir():
+                raise
+            raise SystemExit(
+                f"--model {name}: this folder holds no tokenizer that can be loaded; tokenizer.save_pretrained saves "
+                "the model's there"
+            ) from error
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local).to(dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -86,9 +103,12 @@ def make_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> APOLL
         "target_modules": options.target_modules,
         "stochastic_rounding": options.stochastic_rounding,
     }
-    if options.method == "mini":
-        return APOLLOAdamW.mini(model, **own)
-    return APOLLOAdamW.apollo(model, rank=options.rank, **own)
+    try:
+        if options.method == "mini":
+            return APOLLOAdamW.mini(model, **own)
+        return APOLLOAdamW.apollo(model, rank=options.rank, **own)
+    except ValueError as error:
+        raise SystemExit(f"--rank {options.rank}, --target-modules: {error}") from error
 
 
 def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> datasets.DatasetDict:
@@ -96,7 +116,10 @@ def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dat
     path = Path(options.data)
     if path.exists():
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+        try:
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+            raise SystemExit(f"--data {path} cannot be read as {kind}, or has no examples") from error
     else:
         if not hub_answers():
             raise SystemExit(f"--data {options.data}: no such file, and the Hugging Face hub does not answer")
@@ -108,14 +131,23 @@ def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dat
     if missing:
         raise SystemExit(f"--data {options.data} has no {' and no '.join(sorted(missing))}, but {loaded.column_names}")
 
-    def encode(example: dict[str, str]) -> dict[str, list[int]]:
+    if len(loaded) < 2:
+        raise SystemExit(
+            f"--data {options.data} has too few examples, {len(loaded)}; 2 are needed at least, since one is held out"
+        )
+
+    def encode(example: dict[str, str], number: int) -> dict[str, list[int]]:
+        for name in ("instruction", "output", "input"):
+            value = example.get(name, "")
+            if not isinstance(value, str) and (name != "input" or value is not None):
+                raise SystemExit(f"--data {options.data}: the {name} of example {number + 1} is {value!r}, not a text")
         question = tokenizer(prompt(example))["input_ids"]
         answer = tokenizer(example["output"], add_special_tokens=False)["input_ids"]
         tokens = [*question, *answer, tokenizer.eos_token_id][: options.length]
         labels = [*[NOT_A_TARGET] * len(question), *answer, tokenizer.eos_token_id][: options.length]
         return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
-    encoded = loaded.map(encode, remove_columns=loaded.column_names, desc="tokens")
+    encoded = loaded.map(encode, with_indices=True, remove_columns=loaded.column_names, desc="tokens")
     held_out = max(1, min(options.held_out, len(encoded) // 10))
     return encoded.train_test_split(test_size=held_out, seed=options.seed)
 
@@ -162,21 +194,21 @@ def parse_options() -> argparse.Namespace:
     add("--model", required=True, help="of the Hugging Face hub, or a folder")
     add("--data", required=True, help=".json, .jsonl or .parquet, or a data set of the hub")
     add("--method", choices=sorted(DEFAULTS), default="apollo", help="(%(default)s)")
-    add("--rank", type=int, help="of APOLLO (32)")
-    add("--scale", type=float, help="(1 for APOLLO, 128 for Mini)")
-    add("--lr", type=float, default=1e-4, help="peak learning rate (%(default)s)")
+    add("--rank", type=positive, help="of APOLLO (32)")
+    add("--scale", type=above_0, help="(1 for APOLLO, 128 for Mini)")
+    add("--lr", type=not_negative, default=1e-4, help="peak learning rate (%(default)s)")
     add("--target-modules", nargs="+", default=TARGETS, help=f"what is trained ({' '.join(TARGETS)})")
-    add("--epochs", type=int, default=3, help="(%(default)s)")
-    add("--batch", type=int, help="sequences a step, over all processes (16 for APOLLO, 32 for Mini)")
-    add("--micro-batch", type=int, default=4, help="sequences through the model at once (%(default)s)")
-    add("--length", type=int, default=256, help="tokens of an example at most (%(default)s)")
-    add("--held-out", type=int, default=120, help="examples (%(default)s)")
+    add("--epochs", type=positive, default=3, help="(%(default)s)")
+    add("--batch", type=positive, help="sequences a step, over all processes (16 for APOLLO, 32 for Mini)")
+    add("--micro-batch", type=positive, default=4, help="sequences through the model at once (%(default)s)")
+    add("--length", type=at_least_2, default=256, help="tokens of an example at most (%(default)s)")
+    add("--held-out", type=positive, default=120, help="examples (%(default)s)")
     add("--stochastic-rounding", action="store_true", help="of bfloat16 weights")
     add("--folder", default="finetune_sft", help="checkpoints, and the model at the end (%(default)s)")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add("--log", choices=("tensorboard", "wandb"), help="besides")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--log", type=installed, choices=LOGS, help="besides")
+    add("--seed", type=seed, default=0, help="(%(default)s)")
     options = parser.parse_args()
     if options.method == "mini" and options.rank not in (None, 1):
         parser.error(f"--rank {options.rank} is for --method apollo; Mini has rank 1")

@@ -28,6 +28,10 @@ from apollo_triton import APOLLOAdamW
 
 def main() -> None:
     options = parse_options()
+    if "RANK" not in os.environ:
+        raise SystemExit(
+            "this runs under torchrun: torchrun --standalone --nproc-per-node 2 examples/fsdp2_pretrain.py ..."
+        )
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -2,9 +2,9 @@
 
     python examples/plain_loop.py --steps 40
     python examples/plain_loop.py --steps 80     # goes on from the checkpoint
-    python examples/plain_loop.py --in-backward  # torchtune's optimizer_in_bwd: no gradient outlives its layer
+    python examples/plain_loop.py --in-backward --checkpoint in_backward.pt  # as torchtune's optimizer_in_bwd
 
-Each byte of the text, the source of Python's os module, is a token.
+With --in-backward no gradient outlives its layer. Each byte of the text, the source of Python's os module, is a token.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--in-backward", action="store_true", help="move each weight as soon as its gradient is known")
     parser.add_argument("--checkpoint", type=Path, default=Path("plain_loop.pt"), help="(%(default)s)")
     options = parser.parse_args()
+    if min(options.steps, options.accumulate) < 1:
+        parser.error(f"--steps {options.steps}, --accumulate {options.accumulate}: each must be at least 1")
     if options.in_backward:
         options.accumulate = 1  # gradients are gone before a second batch could add to them
 
@@ -48,6 +50,8 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         first = saved["step"]
+    if first >= options.steps:
+        print(f"step {first} of {options.checkpoint} is done already; give more --steps, or another --checkpoint")
 
     for step in range(first, options.steps):
         for part in range(options.accumulate):

@@ -153,7 +153,7 @@ def read_validation(options: argparse.Namespace, ranks: Ranks, packer: data.Pack
     if not count:
         raise SystemExit(
             f"no rank may be without a sequence of {options.sequence} tokens to evaluate on, and one is; give "
-            "--validation FILE with more text, a larger --held-out, or --evaluate-every 0"
+            f"--validation FILE with more text, a larger --held-out than {options.held_out}, or --evaluate-every 0"
         )
     return found[:count]
 

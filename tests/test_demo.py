@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -201,6 +202,25 @@ def test_resume_equals_an_uninterrupted_run(
             assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(expected[key])) for key in expected)
 
 
+def test_an_interrupted_demo_without_a_checkpoint_does_not_offer_to_resume(text, tmp_path, monkeypatch, capsys):
+    """Ctrl-C before the first evaluation has ended: --resume would be refused."""
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "evaluate", interrupted)
+    assert cli.main(arguments(text, tmp_path)) == 130
+    found = capsys.readouterr().out
+    assert "No checkpoint was saved yet" in found
+    assert "--resume" not in found
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(arguments(text, tmp_path / "file" / "out")) == 2
+    assert f"--out {tmp_path / 'file' / 'out'}: the folder cannot be made" in capsys.readouterr().err
+
+
 def test_outputs_agree_with_each_other(finished):
     rows = rows_of(finished)
     assert [(row["method"], int(row["step"])) for row in rows] == [(m, s) for m in METHODS for s in range(STEPS + 1)]
@@ -296,7 +316,8 @@ def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
     ("more", "message"),
     [
         (["--data", "nowhere"], "nowhere: there is no such file"),
-        (["--sequence", "5000"], "too little text"),
+        (["--sequence", "5000"], "argparse.py: too little text"),
+        (["--data", os.devnull], f"--data {os.devnull}: too little text"),
         (["--sequence", "0"], "--sequence 0"),
         (["--model", "2M"], "allowed: tiny, 1M, 60M"),
         (["--methods", "adamw,sgd"], "'sgd' is not a method (allowed: adamw, apollo, mini)"),

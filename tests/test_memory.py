@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apollo_triton import APOLLOAdamW, memory, quantize_model
+from apollo_triton import APOLLOAdamW, llama, memory, quantize_model
 from apollo_triton.llama import meta_model, named_sizes, paper_figures
 from apollo_triton.paper import pretraining_cells, state_cells
 
@@ -314,6 +315,58 @@ def test_wrong_models_are_named_with_what_is_allowed(tmp_path, monkeypatch):
     ) as error:
         meta_model("nobody/nothing")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden size .100. is not a multiple|hidden_size"),
+        ({"hidden_size": "big"}, "big|hidden_size|str"),
+        ({"hidden_size": 64, "num_attention_heads": 0}, "zero"),
+        ({"hidden_size": -64}, "negative dimension|-64"),
+    ],
+)
+def test_a_config_with_a_wrong_value_is_one_line_that_names_the_file(tmp_path, changes, message):
+    """What transformers and torch raise then is of many kinds."""
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({"model_type": "llama", **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        meta_model(str(path))
+    assert "odd.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch):
+    """The hub's own client tries for half a minute, and prints every try."""
+    import urllib.request
+    from urllib.error import URLError
+
+    import huggingface_hub
+
+    asked = []
+
+    def no_network(address, timeout):
+        asked.append(address)
+        raise URLError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    llama._hub_answers.cache_clear()
+    for _ in range(2):
+        with pytest.raises(OSError, match="could not be fetched"):
+            meta_model("nobody/nothing")
+    llama._hub_answers.cache_clear()
+    assert len(asked) == 1
+
+
+def test_a_reader_that_has_gone_ends_the_command_silently():
+    """apollo-triton memory | head"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "import sys; from apollo_triton.cli import main; sys.exit(main(['env']))"]
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_ranks_and_options_that_cannot_be(capsys, config_file):

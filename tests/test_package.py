@@ -41,7 +41,17 @@ def test_missing_extras_are_named():
         "try: require('transformers', 'demo')\n"
         "except ModuleNotFoundError as error: print(error)"
     )
-    assert "pip install 'apollo-triton[demo]'" in run_python(code)
+    found = run_python(code)
+    assert "in a checkout pip install -c constraints.txt '.[demo]'" in found
+    assert "pip install 'apollo-triton[demo]'" in found
+
+
+def test_the_extra_of_triton_brings_what_its_interpreter_imports():
+    """apollo-triton validate on a CPU where nothing else has brought numpy."""
+    text = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^triton = \[(.*)\]$", text, re.MULTILINE)
+    assert extra
+    assert '"numpy"' in extra[1]
 
 
 def test_kernels_are_a_subpackage_and_nothing_else_takes_their_name():

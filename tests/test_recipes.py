@@ -453,6 +453,13 @@ WRONG = {
     "--gradients none --state-bits 8 --checkpoint-activations": ["--config=60m", "--cap=12"],
     "--method adamw is torch.optim.AdamW": ["--config=60m", "--method=adamw", "--gradients=freed"],
     "at least 1 is needed, not 0": ["--config=60m", "--steps=0"],
+    "argument --lr: a finite number, 0 or more, is needed, not nan": ["--config=60m", "--lr=nan"],
+    "argument --seed: 0 to 2**32 - 1 is needed, not -1": ["--config=60m", "--seed=-1"],
+    "argument --sequence: at least 2 is needed, not 1": ["--config=60m", "--sequence=1"],
+    "argument --held-out: a number above 0 and below 1 is needed, not 1": ["--config=60m", "--held-out=1"],
+    "--rank 999 is above the width of 60M, 512": ["--config=60m", "--rank=999"],
+    "--shrink 3 does not leave 60M heads of one even width; use one of [1, 2, 4, 8]": ["--config=60m", "--shrink=3"],
+    "--shrink 1000 does not leave": ["--config=60m", "--shrink=1000"],
     "invalid choice: '2B'": ["--config=own.json"],
     "there is no option 'learning_rate'": ["--config=other.json"],
 }
@@ -472,12 +479,16 @@ LATER = {
     "are no whole sequences of 16 tokens": ["--tokens-per-step=100"],
     "--micro-batch 3 does not divide a rank's 8 sequences; use one of [1, 2, 4, 8]": ["--micro-batch=3"],
     "--text-column body is not text; the data has text": ["--text-column=body"],
-    "a larger --held-out": ["--held-out=0"],
+    "a larger --held-out than 1e-09": ["--held-out=1e-9"],
+    "--vocabulary 10 is too small for --tokenizer bytes; use at least 256": ["--vocabulary=10"],
+    "--folder texts.jsonl: File exists; give a folder": ["--folder=texts.jsonl"],
+    "--validation pictures: a folder of one kind of files is needed, this has none": ["--validation=pictures"],
 }
 
 
 @pytest.mark.parametrize("message", LATER)
 def test_what_the_data_do_not_allow(message: str, run: Run) -> None:
+    Path("pictures").mkdir()
     with pytest.raises(SystemExit, match=re.escape(message)):
         run("--config=60m", "--data=texts.jsonl", "--steps=2", *SMALL, "--folder=run", *LATER[message])
 
@@ -489,6 +500,48 @@ def test_a_folder_of_another_run_is_refused(run: Run) -> None:
     with pytest.raises(SystemExit, match=r"run holds a run with method='apollo', this is 'mini'"):
         run(*same, "--method=mini")
     assert list(losses(run(*same, "--until=3", "--report=2"))) == [2, 3]
+
+
+def test_a_call_that_failed_leaves_its_folder_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that are kept before anything is trained, and then refuse the call that mends them."""
+    same = ["--config=60m", "--data=texts.jsonl", "--steps=1", *SMALL, "--folder=run"]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "to_empty", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            run(*same, "--lr=1")
+    assert list(losses(run(*same, "--lr=0.01"))) == [1]
+
+
+def test_a_log_whose_library_is_missing(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        options_of(monkeypatch, "--config=60m", "--log=wandb")
+    assert "--log: wandb is not installed; pip install wandb" in capsys.readouterr().err
+
+
+def test_a_path_that_is_not_there_is_named_by_its_option(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "hub_answers", lambda: False)
+    with pytest.raises(SystemExit, match=r"^--validation /nope: there is no such path here"):
+        run("--config=60m", "--data=texts.jsonl", "--steps=2", *SMALL, "--folder=run", "--validation=/nope")
+
+
+def test_fsdp2_pretrain_says_how_it_is_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="torchrun --standalone --nproc-per-node 2"):
+        run("--folder=run", name="fsdp2_pretrain")
+
+
+def test_plain_loop_says_that_there_is_nothing_to_do(run: Run) -> None:
+    run("--steps=2", name="plain_loop")
+    assert "step 2 of plain_loop.pt is done already" in run("--steps=1", name="plain_loop")
+    with pytest.raises(SystemExit):
+        run("--accumulate=0", name="plain_loop")
 
 
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # where nobody listens
@@ -562,7 +615,8 @@ def test_fine_tuning(
     monkeypatch.setattr(transformers, "Trainer", Kept)
     same = [f"--model={tiny_model}", "--data=questions.json", f"--method={method}", "--lr=3e-3", "--save-every=4"]
     same += ["--scale=64"] if method == "mini" else []  # 128 is what Mini has anyway
-    run(*same, "--folder=whole", name="finetune_sft")
+    begun = run(*same, "--folder=whole", "--resume", name="finetune_sft")
+    assert "--resume: --folder whole holds no checkpoint, so this begins at step 1" in begun
     (trainer,) = trainers
     low_rank = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
     (group,) = (group for group in low_rank.param_groups if "rank" in group)
@@ -587,6 +641,44 @@ def test_fine_tuning(
     again = transformers.AutoModelForCausalLM.from_pretrained("parts").state_dict()
     assert_same_bits(again, after)
     assert trainers[2].batches < trainers[0].batches == trainers[1].batches
+
+
+BAD_DATA = {
+    "has too few examples, 1; 2 are needed at least": '[{"instruction": "1 + 1?", "output": "2"}]',
+    "cannot be read as json, or has no examples": "[]",
+    "bad.json cannot be read as json": "",
+    "--data bad.json cannot be read": "instructions {",
+    "the instruction of example 2 is None, not a text": (
+        '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": null, "output": "2"}]'
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_DATA)
+def test_data_that_cannot_be_fine_tuned_on(message: str, questions: Path, tiny_model: Path, run: Run) -> None:
+    Path("bad.json").write_text(BAD_DATA[message])
+    with pytest.raises(SystemExit, match=message):
+        run(f"--model={tiny_model}", "--data=bad.json", name="finetune_sft")
+
+
+BAD_TUNING = {
+    "argument --batch: at least 1 is needed, not 0": ["--batch=0"],
+    "argument --lr: a finite number, 0 or more, is needed, not -1": ["--lr=-1"],
+    "--rank 500, --target-modules: ": ["--rank=500"],
+    "no weight matches": ["--target-modules", "nope"],
+    "this folder holds no tokenizer that can be loaded": ["--model=bare"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_TUNING)
+def test_wrong_options_of_fine_tuning(
+    message: str, questions: Path, tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bare").mkdir()
+    (Path("bare") / "config.json").write_text((tiny_model / "config.json").read_text())
+    with pytest.raises(SystemExit) as error:
+        run(f"--model={tiny_model}", "--data=questions.json", *BAD_TUNING[message], name="finetune_sft")
+    assert message in f"{error.value} {capsys.readouterr().err}"
 
 
 @pytest.fixture(autouse=True)

@@ -177,7 +177,8 @@ def in_a_new_process(code):
 def test_without_triton_the_message_names_the_extra():
     found = in_a_new_process("import sys; sys.modules['triton'] = None")
     assert found.returncode == 2
-    assert "triton is needed here and is not installed: pip install 'apollo-triton[triton]'" in found.stderr
+    assert "triton is needed here and is not installed: in a checkout pip install " in found.stderr
+    assert "'.[triton]', elsewhere pip install 'apollo-triton[triton]'" in found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -20,11 +20,15 @@ FREE = {"until", "folder", "config", "save_every", "report", "log", "micro_batch
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a new run; refuse others for one that has begun. Raises SystemExit."""
+    """Keep the settings of a new run; refuse others for one that has a checkpoint. Raises SystemExit."""
     path = folder / "run.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    # Without a checkpoint there is no run to protect: the settings may be those of a call that failed.
+    if not steps(folder) or not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise SystemExit(f"--folder {folder}: {error.strerror}; give a folder that can be written to") from error
         return
     kept = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(settings.keys() | kept.keys()):

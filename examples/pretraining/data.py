@@ -104,8 +104,9 @@ class Packer:
 def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packer, Packer | None]:
     """What this rank trains on, and what it evaluates on (None without ``--evaluate-every``): the data's own
     validation split, ``--validation``, or the documents that are held out."""
-    if not Path(options.data).exists() and not hub_answers():
-        raise SystemExit(_unreachable("--data", options.data, "it does not answer"))
+    for option, name in (("--data", options.data), ("--validation", options.validation)):
+        if name is not None and not Path(name).exists() and not hub_answers():
+            raise SystemExit(_unreachable(option, name, "it does not answer"))
     encode = load_encode(options.tokenizer, options.vocabulary)
 
     def packer(data: str, split: str, wanted: Callable[[str], bool]) -> Packer:
@@ -130,6 +131,8 @@ def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packe
 def load_encode(tokenizer: str, vocabulary: int) -> Encode:
     """From texts to their tokens, each with the end of a document behind it."""
     if tokenizer == BYTES:
+        if vocabulary < 256:
+            raise SystemExit(f"--vocabulary {vocabulary} is too small for --tokenizer bytes; use at least 256")
         return lambda texts: [[*text.encode(), 0] for text in texts]
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers())
@@ -156,27 +159,30 @@ def load_encode(tokenizer: str, vocabulary: int) -> Encode:
 def _documents(data: str, options: argparse.Namespace, split: str) -> IterableDataset:
     """A split of a data set of the hub, or of a file or folder here, which are all one split, ``train``."""
     path = Path(data)
+    option = "--data" if data == options.data else "--validation"
     if path.exists():
         if split != "train":
             raise ValueError(f"{data} has no split {split!r}")
-        return _local(path)
+        return _local(path, option)
     try:
         config = options.data_config if data == options.data else None
         return load_dataset(data, config, split=split, streaming=True)
     except (OSError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise SystemExit(_unreachable("--data", data, error)) from error
+        raise SystemExit(_unreachable(option, data, error)) from error
     except ValueError as error:  # no such split, or no such config
         if split != "train":
             raise
-        raise SystemExit(f"--data {data}: {_first_line(error)}") from error
+        raise SystemExit(f"{option} {data}: {_first_line(error)}") from error
 
 
-def _local(path: Path) -> IterableDataset:
+def _local(path: Path, option: str) -> IterableDataset:
     """Files of one kind. A text file in a folder is a document; alone, its paragraphs are."""
     found = sorted(each for each in path.rglob("*") if each.is_file() and _kind(each)) if path.is_dir() else [path]
     kinds = {_kind(each) or "text" for each in found}
     if len(kinds) != 1:
-        raise SystemExit(f"--data {path}: a folder of one kind of files is needed, this has {sorted(kinds) or 'none'}")
+        raise SystemExit(
+            f"{option} {path}: a folder of one kind of files is needed, this has {sorted(kinds) or 'none'}"
+        )
     (kind,) = kinds
     text = {"sample_by": "document" if path.is_dir() else "paragraph", "encoding_errors": "replace"}
     files = {"train": [str(each) for each in found]}
@@ -196,10 +202,13 @@ def _is_held_out(text: str, share: float) -> bool:
 
 
 def _unreachable(option: str, name: str, error: object) -> str:
+    here = "--data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes"
+    if option == "--validation":
+        here = f"{option} FILE_OR_FOLDER, or leave it out"
     return (
         f"{option} {name}: there is no such path here, and the Hugging Face hub has not given it "
         f"({_first_line(error)}).\n"
-        "Without a network: --data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes"
+        f"Without a network: {here}"
     )
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from apollo_triton.llama import named_sizes
+from apollo_triton.llama import named_sizes, paper_figures
 
 CONFIGS = Path(__file__).parent / "configs"
 METHODS = ("apollo", "mini", "q-apollo", "q-mini", "adamw")
 ADAMW_LEARNING_RATE = 1e-3  # a usual one; the paper's tables do not say theirs
 C4 = "allenai/c4"
+LOGS = ("tensorboard", "wandb")
 
 
 def parse_options(description: str | None) -> argparse.Namespace:
@@ -44,18 +49,18 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--data-config", help="of a data set of the hub (en for allenai/c4)")
     add("--text-column", default="text", help="(%(default)s)")
     add("--validation", help="data to evaluate on (the data's validation split, else documents that are held out)")
-    add("--held-out", type=float, default=0.05, help="share of documents that are held out (%(default)s)")
+    add("--held-out", type=share, default=0.05, help="share of documents that are held out (%(default)s)")
     add("--tokenizer", default="t5-base", help="of the hub, a folder, or bytes: each byte a token (%(default)s)")
     add("--vocabulary", type=positive, default=32000, help="tokens that the model knows (%(default)s)")
     add("--model", choices=named_sizes(), required=False, help="size of the paper's LLaMA")
     add("--layers", type=positive, help="fewer layers, to try it")
     add("--shrink", type=positive, default=1, help="divide widths, heads and rank by this, to try it (%(default)s)")
     add("--rank", type=positive, default=256, help="APOLLO's (%(default)s)")
-    add("--lr", type=float, help=f"peak learning rate (the config's; {ADAMW_LEARNING_RATE:g} for adamw)")
+    add("--lr", type=not_negative, help=f"peak learning rate (the config's; {ADAMW_LEARNING_RATE:g} for adamw)")
     add("--update-proj-gap", type=positive, default=200, help="steps with one projection (%(default)s)")
     add("--steps", type=positive, help="of the whole schedule")
     add("--until", type=positive, help="stop after this step of it")
-    add("--sequence", type=positive, default=256, help="tokens a sequence (%(default)s)")
+    add("--sequence", type=at_least_2, default=256, help="tokens a sequence (%(default)s)")
     add("--tokens-per-step", type=positive, default=131072, help="over all ranks (%(default)s)")
     add("--micro-batch", type=positive, default=16, help="sequences through the model at once (%(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (bfloat16 on CUDA, float32 on a CPU)")
@@ -68,21 +73,43 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         help="freed: weights are updated during the backward pass; none: and those of linear layers are never made",
     )
     add("--checkpoint-activations", action=switch, default=False, help="less memory, more work")
-    add("--cap", type=float, help="GB that a CUDA device may use; says what one card takes, before and after")
-    add("--evaluate-every", type=int, default=1000, help="steps; 0: never (%(default)s)")
+    add("--cap", type=not_negative, help="GB that a CUDA device may use; says what one card takes, before and after")
+    add("--evaluate-every", type=at_least_0, default=1000, help="steps; 0: never (%(default)s)")
     add("--validation-tokens", type=positive, default=10_000_000, help="(%(default)s)")
     add("--save-every", type=positive, default=1000, help="steps between checkpoints (%(default)s)")
     add("--report", type=positive, default=10, help="steps between lines (%(default)s)")
-    add("--log", choices=("tensorboard", "wandb"), help="besides")
-    add("--seed", type=int, default=0, help="of weights and projections (%(default)s)")
+    add("--log", type=installed, choices=LOGS, help="besides")
+    add("--seed", type=seed, default=0, help="of weights and projections (%(default)s)")
     return parser
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is needed, not {number}")
-    return number
+def number(kind: type, allowed: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What ``type=`` of an option takes: a number that is refused unless it ``holds``."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{allowed} is needed, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse: "invalid int value"
+    return parse
+
+
+at_least_0 = number(int, "at least 0", lambda value: value >= 0)
+positive = number(int, "at least 1", lambda value: value >= 1)
+at_least_2 = number(int, "at least 2", lambda value: value >= 2)  # tokens: each is to have a next one
+seed = number(int, "0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
+not_negative = number(float, "a finite number, 0 or more,", lambda value: 0 <= value < math.inf)
+above_0 = number(float, "a finite number above 0", lambda value: 0 < value < math.inf)
+share = number(float, "a number above 0 and below 1", lambda value: 0 < value < 1)
+
+
+def installed(log: str) -> str:
+    """``type=`` of ``--log``."""
+    if log in LOGS and importlib.util.find_spec(log) is None:
+        raise argparse.ArgumentTypeError(f"{log} is not installed; pip install {log}, or leave --log out")
+    return log
 
 
 def known_configs() -> list[str]:
@@ -125,8 +152,17 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     quantized, sharded, plain = options.method[:2] == "q-", options.parallel == "fsdp", options.method == "adamw"
     in_backward = options.gradients != "kept"
     accumulates = options.tokens_per_step != options.micro_batch * options.sequence
+    shape = paper_figures()["llama"][options.model]
+    hidden, heads = shape["hidden"] // options.shrink, max(1, shape["heads"] // options.shrink)
     one_card = options.method == "q-mini" and options.gradients == "none" and options.state_bits == 8
     refused = {
+        f"--shrink {options.shrink} does not leave {options.model} heads of one even width; use one of "
+        f"{[divisor for divisor in range(1, shape['heads'] + 1) if shape['heads'] % divisor == 0]}": (
+            not hidden or hidden % (2 * heads) != 0
+        ),
+        f"--rank {options.rank} is above the width of {options.model}, {shape['hidden']}; use at most that": (
+            options.method.endswith("apollo") and options.rank > shape["hidden"]
+        ),
         f"--method {options.method} with --parallel fsdp: int8 weights are not sharded; use ddp": quantized and sharded,
         "--state-bits 8 with --parallel fsdp: blocks of moments would span ranks; use 32": (
             sharded and options.state_bits == 8
