@@ -107,7 +107,7 @@ def test_a_broken_triton_is_not_called_a_missing_one(monkeypatch: pytest.MonkeyP
     """triton 3.2 without setuptools: the advice to install what is there."""
     obstacle = backends._triton_obstacle.__wrapped__
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert str(obstacle()).startswith("triton is not installed: pip install")
+    assert str(obstacle()).startswith("triton is not installed: in a checkout pip install")
     monkeypatch.delitem(sys.modules, "triton")
     (tmp_path / "triton.py").write_text("import gone_with_the_wind")
     monkeypatch.syspath_prepend(tmp_path)
