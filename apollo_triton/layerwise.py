@@ -76,8 +76,7 @@ def attach_layerwise(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
     _check_model(model, optimizer)
-    for number, group in enumerate(optimizer.param_groups):
-        _check_group(group, number, gradients)
+    _check_groups(optimizer, gradients)
     _check_others(optimizer)
     handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
     if gradients != "freed":
@@ -145,8 +144,7 @@ class Layerwise:
 
     def check_settings(self) -> None:
         """Raise ValueError if a group has what needs all gradients at once."""
-        for number, group in enumerate(self._optimizer.param_groups):
-            _check_group(group, number, self.gradients)
+        _check_groups(self._optimizer, self.gradients)
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -329,6 +327,11 @@ def _check_parameter(label: Label) -> None:
             f"{label} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
             "use plain optimizer.step()"
         )
+
+
+def _check_groups(optimizer: APOLLOAdamW, gradients: str) -> None:
+    for number, group in enumerate(optimizer.param_groups):
+        _check_group(group, number, gradients)
 
 
 def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .geometry import Geometry
-from .settings import CHECKS
+from .settings import CHECKS, check_value
 
 # The last part of an output layer's name in common models: as in the paper, the head is dense.
 _HEADS = frozenset({"lm_head", "embed_out", "output", "head", "score", "classifier"})
@@ -46,9 +46,11 @@ def apollo_param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apollo_param_groups needs the model itself, an nn.Module, not {type(model).__name__}")
+    if rank is None:
+        raise ValueError("Invalid rank: None (allowed: an integer of 1 or more)")
     for name, value in ({"rank": rank} | group_keys).items():
-        if (name in CHECKS and not CHECKS[name].allows(value)) or (name == "rank" and value is None):
-            raise ValueError(f"{CHECKS[name].complaint(name, value)} (allowed: {CHECKS[name].allowed})")
+        if name in CHECKS:
+            check_value(name, value)
     many = isinstance(target_modules, Iterable) and not isinstance(target_modules, str)
     targets = list(target_modules) if many else target_modules
     if not isinstance(targets, (str, list)) or not all(isinstance(target, str) for target in targets):

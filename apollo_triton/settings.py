@@ -74,10 +74,7 @@ class Settings:
         for name, value in values.items():
             if name in LOW_RANK_DEFAULTS and values.get("rank") is None:
                 continue
-            check = CHECKS[name]
-            if not check.allows(value):
-                prefix = f"{where}: " if where else ""
-                raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
+            check_value(name, value, where)
         values["betas"] = tuple(values["betas"])
         values["state_dtype"] = _DTYPES.get(values["state_dtype"], values["state_dtype"])
         if isinstance(values["lr"], Tensor):
@@ -134,6 +131,14 @@ class Check(NamedTuple):
     allows: Callable[[Any], bool]
     allowed: str
     complaint: Callable[[str, Any], str] = lambda name, value: f"Invalid {name}: {value!r}"
+
+
+def check_value(name: str, value: Any, where: str = "") -> None:
+    """Raise ValueError unless the hyperparameter ``name`` may be ``value``; ``where`` opens the message."""
+    check = CHECKS[name]
+    if not check.allows(value):
+        prefix = f"{where}: " if where else ""
+        raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
 
 
 def _is_number(value: Any) -> bool:
