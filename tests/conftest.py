@@ -17,10 +17,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from apollo_triton import dense_8bit
-from apollo_triton.backends import Backend
+from apollo_triton.backends.reference import dense_8bit
+from apollo_triton.core.backend import Backend
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
@@ -41,7 +41,9 @@ def engine(request):
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apollo_triton.state.choose", lambda parameter, asked: Backend(name, "the test asks so"))
+        patch.setattr(
+            "apollo_triton.backends.selection.choose", lambda parameter, asked: Backend(name, "the test asks so")
+        )
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)
