@@ -5,6 +5,7 @@ ones. Without a GPU Triton's interpreter runs the kernels.
 The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -27,6 +28,9 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    # The kernels become the interpreter's when they are imported: now, and not in a test that changes the environment.
+    importlib.import_module("apollo_triton.backends.triton.verbs")
 ENGINES = [
     "reference",
     pytest.param("interpreter", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
