@@ -6,31 +6,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.selection import engine_of
-from .core.backend import Backend
+from .backends.selection import backend_of
+from .core.device_backend import Backend
 from .core.param_groups import apollo_param_groups
 from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .engine.caches import Caches
-from .engine.engine import Engine
+from .engine.engine import Engine, Scaling
 from .params.checks import check_groups, check_parameter, holds_matrix
-from .params.member import Label, find_piece, labels
+from .params.member import Param, find_shard, params_of
 from .params.sharding import is_dtensor
 from .params.state import check_numbers, check_state, restored
-
-if TYPE_CHECKING:
-    from .engine.operand_steps import OperandSteps
 
 
 class StepHooks(Protocol):
     """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
 
     def check_settings(self) -> None: ...
+
+    def skipped(self) -> list[Tensor]: ...
 
     def refuse_grad_scaler(self) -> None: ...
 
@@ -170,8 +169,6 @@ class APOLLOAdamW(Optimizer):
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
         self._caches = Caches()
         self._engine = Engine(self._caches)
-        self._layer_engines: dict[Tensor, Engine] = {}  # of the parameters that hooks update
-        self._operand_steps: dict[Tensor, OperandSteps] = {}  # of those that have no gradient
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -186,9 +183,7 @@ class APOLLOAdamW(Optimizer):
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
         last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
-        engines = [self._engine, *self._layer_engines.values()]
-        counts = [count for engine in engines for count in engine.skipped()]
-        counts += [count for steps in self._operand_steps.values() for count in steps.skipped()]
+        counts = self._engine.skipped() + (self._layerwise.skipped() if self._layerwise is not None else [])
         if not counts:
             return torch.zeros((), dtype=torch.int64, device="cpu")
         return torch.stack([count.to(counts[0].device) for count in counts]).sum()
@@ -204,10 +199,10 @@ class APOLLOAdamW(Optimizer):
 
         Raises ValueError for a parameter that is not this optimizer's, and for "triton" where it cannot be had.
         """
-        for number, label in labels(self.param_groups):
-            if label.parameter is parameter:
-                settings = Settings.of(self.param_groups[number], f"parameter group {number}")
-                return engine_of(parameter, settings, self.state.get(parameter, {}))
+        for param in params_of(self.param_groups):
+            if param.tensor is parameter:
+                settings = Settings.of(self.param_groups[param.group], f"parameter group {param.group}")
+                return backend_of(parameter, settings, self.state.get(parameter, {}))
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
 
     @property
@@ -220,10 +215,10 @@ class APOLLOAdamW(Optimizer):
             self._layerwise.refuse_grad_scaler()
         settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(self.param_groups)]
         return all(
-            engine_of(label.parameter, settings[number], self.state.get(label.parameter, {})).name == "triton"
-            and not is_dtensor(label.parameter)
-            and self.param_groups[number].get("proj") != "svd"
-            for number, label in labels(self.param_groups)
+            backend_of(param.tensor, settings[param.group], self.state.get(param.tensor, {})).name == "triton"
+            and not is_dtensor(param.tensor)
+            and self.param_groups[param.group].get("proj") != "svd"
+            for param in params_of(self.param_groups)
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -259,11 +254,11 @@ class APOLLOAdamW(Optimizer):
         for index, (name, item) in enumerate(zip(names, items, strict=True), first):
             name, parameter = item if isinstance(item, tuple) else (name, item)
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
-                label = Label(index, name, parameter)
-                if id(parameter) in seen:  # of which torch.optim warns; kernels would update it twice at once
-                    raise ValueError(f"{label} is in parameter group {number} twice; leave one out")
+                param = Param(number, index, name, parameter)
+                if id(parameter) in seen:  # torch.optim warns; kernels would update it twice at once
+                    raise ValueError(f"{param} is in parameter group {number} twice; leave one out")
                 seen.add(id(parameter))
-                check_parameter(label, settings)
+                check_parameter(param, settings)
         super().add_param_group(group)
         self._had_matrix.append(holds_matrix(self.param_groups[-1]))
         _place_learning_rate(self.param_groups[-1])
@@ -285,24 +280,24 @@ class APOLLOAdamW(Optimizer):
             saved_groups = state_dict["param_groups"]
             if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return  # torch.optim says which
-            known = (label for _, label in labels(self.param_groups))
+            known = params_of(self.param_groups)
             for number, saved in enumerate(saved_groups):
                 completed = self.defaults | saved
                 complete_group(completed)
                 settings = Settings.of(completed, f"state_dict, parameter group {number}")
-                for index, label in zip(saved["params"], known, strict=False):
+                for index, param in zip(saved["params"], known, strict=False):
                     if state := state_dict["state"].get(index):
-                        check_state(label, state, settings)
-                        check_numbers(label, state)
+                        check_state(param, state, settings)
+                        check_numbers(param, state)
 
         def restore(optimizer: Optimizer) -> None:
-            known = labels(self.param_groups)
+            known = params_of(self.param_groups)
             for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
                 settings = Settings.of(group)
-                for index, (_, label) in zip(saved["params"], known, strict=False):
-                    piece = find_piece(label, settings)
+                for index, param in zip(saved["params"], known, strict=False):
+                    shard = find_shard(param, settings)
                     for name, value in loaded["state"].get(index, {}).items():
-                        self.state[label.parameter][name] = restored(name, value, label.parameter, piece)
+                        self.state[param.tensor][name] = restored(name, value, param.tensor, shard)
                 _place_learning_rate(group)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
@@ -331,9 +326,8 @@ class APOLLOAdamW(Optimizer):
                 loss = closure()
         if self._layerwise is not None:
             self._layerwise.check_settings()
-        self._engine.run(
-            self.param_groups, self.state, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        )
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._engine.run(self.param_groups, self.state, scaling)
         self._caches.projections.end_step()
         if self._layerwise is not None:
             self._layerwise.end_step()

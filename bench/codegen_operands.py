@@ -7,8 +7,7 @@ from unittest import mock
 
 import torch
 
-from apollo_triton.backends.interface import Moment
-from apollo_triton.backends.triton.table import OperandTable
+from apollo_triton.backends.interface import StepScalars
 from apollo_triton.core import gpu
 from apollo_triton.int8.weight import Int8Weight
 
@@ -47,30 +46,32 @@ def step(
     """One step of a weight ``[1024, columns]`` from operands of 512 tokens, norms both ways, on the CPU: something must
     stand in for ``gpu.launch``. ``roomy``: with the tiles of GPUs that have much shared memory."""
     from apollo_triton import APOLLOAdamW
-    from apollo_triton.backends.triton import operands as fused_operands
+    from apollo_triton.backends.triton import implicit
     from apollo_triton.backends.triton import verbs as fused
-    from apollo_triton.core.operands import Operands
+    from apollo_triton.core.implicit_gradient import ImplicitGradient
     from apollo_triton.core.settings import Settings
-    from apollo_triton.params.member import Label, Member, find_piece
-    from apollo_triton.params.state import make_state
+    from apollo_triton.engine.agreement import Agreement
+    from apollo_triton.engine.caches import Caches
+    from apollo_triton.engine.plan import Plan
 
     parameter = torch.nn.Parameter(torch.zeros(1024, columns, dtype=weight or dtype))
     if int8:
         parameter = torch.nn.Parameter(Int8Weight.of(parameter.detach(), int8))
-    optimizer = APOLLOAdamW([{"params": [parameter], **group}], lr=1e-3, **options)
-    settings, label = Settings.of(optimizer.param_groups[0]), Label(0, "", parameter)
-    piece = find_piece(label, settings)
-    member = Member(label, parameter, make_state(label, settings, piece), 0, piece)
-    operands = Operands(torch.zeros(512, columns, dtype=dtype), torch.zeros(512, 1024, dtype=dtype))
+    optimizer = APOLLOAdamW([{"params": [parameter], **group}], lr=1e-3, backend="triton", **options)
+    settings = Settings.of(optimizer.param_groups[0])
+    X, dY = torch.zeros(512, columns, dtype=dtype), torch.zeros(512, 1024, dtype=dtype)
+    gradient = ImplicitGradient(X, dY, limiter_norm="sketch")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    with mock.patch.object(gpu, "is_roomy", return_value=roomy):
-        table, moment = OperandTable(member, settings, set()), Moment(1, None, None)
-        sketch = fused_operands.sketch(table, settings, moment, operands, "sketch")
-        for norms in (fused_operands.tile_norms, fused_operands.gram_norms):
-            norms(table, operands)
-        factors = fused.rescale(table, settings, moment, sketch)
-        fused_operands.apply(table, settings, moment, factors, operands)
+    with mock.patch.object(gpu, "has_large_shared_memory", return_value=roomy):
+        given = {parameter: gradient}
+        plan = Plan(optimizer.param_groups, optimizer.state, [settings], given, False, Agreement(), Caches())
+        (table,), scalars = plan.tables, StepScalars(1)
+        sketch = implicit.sketch(table, settings, scalars, gradient)
+        for norms in (implicit.tile_norms, implicit.gram_norms):
+            norms(table, gradient)
+        factors = fused.rescale(table, settings, scalars, sketch)
+        implicit.apply(table, settings, scalars, factors, gradient)
     torch.set_float32_matmul_precision(before)
 
 

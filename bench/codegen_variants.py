@@ -109,7 +109,7 @@ def launches(
     wide, ``int8`` those of one in groups of so many, ``roomy``
     those of a GPU with much shared memory; dense without a ``group``. ``linear``: those of a layer's two
     directions instead; ``operands``: those of a step from operands."""
-    from apollo_triton.core import backend as backends
+    from apollo_triton.core import device_backend as backends
 
     found: list[Kernel] = []
 
@@ -125,7 +125,7 @@ def launches(
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(gpu, "launch", record))
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
-        stack.enter_context(mock.patch.object(gpu, "is_roomy", return_value=roomy))
+        stack.enter_context(mock.patch.object(gpu, "has_large_shared_memory", return_value=roomy))
         if linear is not None:
             codegen_linear.forward_and_backward(**linear)
             return found
@@ -141,11 +141,11 @@ def launches(
     return found
 
 
-def _half(piece: Tensor, mesh: Any) -> Tensor:
+def _half(shard: Tensor, mesh: Any) -> Tensor:
     """The left half of a tensor twice as wide."""
-    rows, columns = piece.shape
+    rows, columns = shard.shape
     return DTensor.from_local(
-        piece, mesh, [Shard(1)], run_check=False, shape=torch.Size((rows, 2 * columns)), stride=(2 * columns, 1)
+        shard, mesh, [Shard(1)], run_check=False, shape=torch.Size((rows, 2 * columns)), stride=(2 * columns, 1)
     )
 
 

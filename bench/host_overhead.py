@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.core import backend as backends
+from apollo_triton.core import device_backend as backends
 from apollo_triton.core import gpu
 
 from .contenders import MINI

@@ -44,12 +44,13 @@ def recorded(group: dict[str, object]) -> tuple[list[Launch], dict[str, list[tor
     with Recorder() as recorder:
         optimizer.step()
     recorder.assert_clean()
-    assert optimizer._engine._plan is not None
+    plan = optimizer._engine._plan
+    assert plan is not None
     tensors = {
         "gradient": [weight.grad for weight in weights],
         "weight": list(weights),
         "moments": [optimizer.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq")],
-        "projection": [each.buffer for each in optimizer._engine._plan.projections()],
+        "projection": [*{id(P): P.buffer for table in plan.tables for P in table.projections}.values()],
     }
     return recorder.launches, tensors, sum(weight.numel() for weight in weights)
 

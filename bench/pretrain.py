@@ -158,7 +158,7 @@ def results_of(plans: list[Plan], corpus: Corpus, workers: int) -> Iterator[tupl
 
 
 def learning_rates(given: list[str]) -> dict[str, float]:
-    """The defaults with ``NAME=NUMBER`` in place of some."""
+    """The defaults with ``NAME=ROUNDING_OFFSET`` in place of some."""
     rates = dict(LEARNING_RATES)
     for text in given:
         name, _, number = text.partition("=")

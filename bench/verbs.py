@@ -1,4 +1,4 @@
-"""One matrix and the verbs of a step over it, on the engine that its device gets, each with the bytes it moves."""
+"""One matrix and the verbs of a step over it, on the backend that its device gets, each with the bytes it moves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.backends.interface import Moment
+from apollo_triton.backends.interface import StepScalars
 from apollo_triton.core.settings import Settings
 
 from .contenders import MINI
@@ -59,38 +59,38 @@ def _fused(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callab
 
     plan = optimizer._engine._plan
     assert plan is not None
-    (table,) = plan.low_rank
-    moment = Moment(2, None, None)
-    sketch = fused.sketch(table, settings, moment)
-    factors = fused.factors(table, settings, moment)
+    (table,), scalars = plan.tables, StepScalars(2)
+    sketch = fused.sketch(table, settings, scalars)
+    factors = fused.sketch_and_rescale(table, settings, scalars)
     runs: dict[str, Callable[[], object]] = {
-        "sketch": lambda: fused.sketch(table, settings, moment),
-        "rescale": lambda: fused.rescale(table, settings, moment, sketch),
-        "sketch + rescale": lambda: fused.factors(table, settings, moment),
-        "apply": lambda: fused.apply(table, settings, moment, factors),
+        "sketch": lambda: fused.sketch(table, settings, scalars),
+        "rescale": lambda: fused.rescale(table, settings, scalars, sketch),
+        "sketch + rescale": lambda: fused.sketch_and_rescale(table, settings, scalars),
+        "apply": lambda: fused.apply(table, settings, scalars, factors),
     }
     return runs, sum(projection.buffer.nbytes for projection in table.projections)
 
 
 def _reference(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
     """The same in plain PyTorch, which reads P in float32."""
+    from apollo_triton.backends.projection import projection_of
     from apollo_triton.backends.reference import verbs as reference
-    from apollo_triton.backends.reference.batch import Batch
+    from apollo_triton.backends.reference.matrices import Batch
 
     plan = optimizer._engine._plan
     assert plan is not None
-    (member,) = plan.members
+    (member,), scalars = plan.members, StepScalars(2)
     assert member.geometry is not None
-    assert member.parameter.grad is not None
-    projection = optimizer._engine._projection(member, settings, 2)
-    batch = Batch(member.geometry, settings, 2, member.state["seed"], optimizer._engine._scratch)
-    batch.add(member.parameter.detach(), member.parameter.grad, member.state, projection, member.piece)
-    sketch = reference.sketch(batch)
-    factors = reference.rescale(batch, sketch)
+    projection = projection_of(member, settings, 2, optimizer._caches.projections)
+    batch = Batch(member.geometry, member.state["seed"], optimizer._caches.scratch)
+    with torch.no_grad():
+        batch.add(member, projection)
+    sketch = reference.sketch(batch, settings, scalars)
+    factors = reference.rescale(batch, settings, scalars, sketch)
     runs: dict[str, Callable[[], object]] = {
-        "sketch": lambda: reference.sketch(batch),
-        "rescale": lambda: reference.rescale(batch, sketch),
-        "sketch + rescale": lambda: reference.rescale(batch, reference.sketch(batch)),
-        "apply": lambda: reference.apply(batch, factors),
+        "sketch": lambda: reference.sketch(batch, settings, scalars),
+        "rescale": lambda: reference.rescale(batch, settings, scalars, sketch),
+        "sketch + rescale": lambda: reference.sketch_and_rescale(batch, settings, scalars),
+        "apply": torch.no_grad()(lambda: reference.apply(batch, settings, scalars, factors)),
     }
     return runs, projection.nbytes

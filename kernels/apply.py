@@ -17,7 +17,7 @@ from .table import (
     FIRST_TILE_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
-    NUMBER,
+    ROUNDING_OFFSET,
     ROWS,
     SEED,
     UPDATE_NORM,
@@ -152,7 +152,9 @@ def store_weight(
     mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
     if STOCHASTIC:
         seed = tl.load(p_row + SEED)
-        first = tl.load(p_row + NUMBER) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
+        first = (
+            tl.load(p_row + ROUNDING_OFFSET) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
+        )
         if BY_EIGHTS:
             bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
         else:

@@ -21,7 +21,7 @@ from .table import (
     FIRST_TILE_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
-    NUMBER,
+    ROUNDING_OFFSET,
     ROWS,
     SEED,
     STATE_COLUMN_STRIDE,
@@ -131,7 +131,7 @@ def dense_kernel(
     W -= (lr * weight_decay) * W
     mask = mask & (tl.broadcast_to(tl.abs(squared_norm), [BLOCK]) < float("inf"))  # as a block: see apply_kernel
     seed = tl.load(p_row + SEED)
-    first += tl.load(p_row + NUMBER)  # of a shard, whose ranks would round alike
+    first += tl.load(p_row + ROUNDING_OFFSET)  # of a shard, whose ranks would round alike
     if STATE == tl.bfloat16:
         tl.store(p_M + o_state, round_stochastic(M, block_bits(seed, t, first, BLOCK, EXP_AVG_STREAM)), mask=mask)
         tl.store(p_V + o_state, round_stochastic(V, block_bits(seed, t, first, BLOCK, EXP_AVG_SQ_STREAM)), mask=mask)

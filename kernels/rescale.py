@@ -17,7 +17,7 @@ from .table import (
     FIELDS,
     FIRST_CHANNEL,
     FIRST_CHANNEL_PROGRAM,
-    NUMBER,
+    ROUNDING_OFFSET,
     ROWS,
     SEED,
     UPDATE_NORM,
@@ -137,7 +137,7 @@ def rescale_kernel(
         squared_R += tl.sum(R * R, 1)
     finite = squared_R < float("inf")
     squared_N = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    channel = tl.load(p_row + NUMBER)
+    channel = tl.load(p_row + ROUNDING_OFFSET)
     for start in range(0, RANK, BLOCK_RANK):
         o_rank = start + tl.arange(0, BLOCK_RANK)
         mask = m_channel[:, None] & (o_rank < RANK)[None, :]

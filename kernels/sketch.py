@@ -20,8 +20,8 @@ from .table import (
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
     INTERPRETED,
-    NUMBER,
     PROJECTION,
+    ROUNDING_OFFSET,
     ROWS,
     SEED,
     power_of_two,
@@ -39,7 +39,7 @@ SMALL_RANK = 16  # the least rank that fills a tensor-core tile
 FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 float32 are 64 registers a thread
 
 
-def blocks(rank: int, heavy: bool = False) -> dict[str, int]:
+def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
     """Tile sizes and warps for a rank; ``heavy``: more registers for float32 and svd's P, of several products, and for
     unaligned rows, of which each entry has an address of its own.
     BLOCK_CHANNELS may depend on the rank alone: the grouping of the limiter's partial sums, and so their last bit,
@@ -55,9 +55,9 @@ def blocks(rank: int, heavy: bool = False) -> dict[str, int]:
     block_rank = min(power_of_two(rank), FUSED_RANK)
     return {
         "BLOCK_CHANNELS": 64,
-        "BLOCK_WIDTH": 64 if heavy or block_rank > 64 else 128,
+        "BLOCK_WIDTH": 64 if needs_more_registers or block_rank > 64 else 128,
         "BLOCK_RANK": block_rank,
-        "num_warps": 8 if block_rank > (32 if heavy else 128) else 4,
+        "num_warps": 8 if block_rank > (32 if needs_more_registers else 128) else 4,
     }
 
 
@@ -250,7 +250,7 @@ def sketch_kernel(
             gradient_scale = tl.load(p_gradient_scale)
         R = R * gradient_scale
         squared_R = tl.sum(R * R, 1)
-        channel = tl.load(p_row + NUMBER)
+        channel = tl.load(p_row + ROUNDING_OFFSET)
         N = moved_moments(
             R, squared_R < float("inf"), p_row, channel, o_channel, o_rank, m_channel, t, keep1, keep2, eps,
             RANK, STATE, ALIGNED,

@@ -24,7 +24,7 @@ GRADIENT_ROW_STRIDE = tl.constexpr(10)
 GRADIENT_COLUMN_STRIDE = tl.constexpr(11)
 # The number of its first channel among those of all experts and pieces, times the width that of its first element:
 # rounding bits are counted by it. Of a dense parameter that of its first element, a multiple of 8.
-NUMBER = tl.constexpr(12)
+ROUNDING_OFFSET = tl.constexpr(12)
 FIRST_CHANNEL = tl.constexpr(13)  # where its channels start among those of all matrices
 FIRST_CHANNEL_PROGRAM = tl.constexpr(14)  # the first program of its channels, in sketch and rescale
 FIRST_TILE_PROGRAM = tl.constexpr(15)  # and the first of its tiles, in apply and in the dense step

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from apollo_triton.backends.reference import dense_8bit
-from apollo_triton.core.backend import Backend
+from apollo_triton.core.device_backend import Backend
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 torch.set_num_threads(1)
@@ -45,9 +45,8 @@ def engine(request):
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "apollo_triton.backends.selection.choose", lambda parameter, asked: Backend(name, "the test asks so")
-        )
+        backend = Backend(name, "the test asks so")
+        patch.setattr("apollo_triton.backends.selection.device_backend", lambda parameter, asked: backend)
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)

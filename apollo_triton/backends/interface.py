@@ -1,11 +1,12 @@
-"""What a step has to do, cut into works that run the verbs the same way on either engine.
+"""What the engine knows of a backend: the results of the verbs, and the updates that run them.
 
-    sketch     only for weights that are cut along their width: R of this rank's part of it
-    factors    the moments and the factors, from the sketches that were summed over ranks or from the gradients at once
-    shares     what other ranks need of them
-    apply      W, given what came back
+    sketch             G -> R, |G_c|^2              only if the projected dimension is sharded: R is then summed over
+    ranks rescale            R -> moments in place, s     from the summed sketches, or from a sketch that it makes
+    itself sharded_results    what other ranks need        only if the sums over a matrix are sharded apply
+    s, G -> W in place           with what came back from the other ranks
 
-A work holds the results of one step. Dictionaries are by the index of the member in the plan.
+``reference/updates.py`` and ``triton/updates.py`` implement ``Update``. Dictionaries are by the index of the member in
+the plan, which all ranks count alike.
 """
 
 from __future__ import annotations
@@ -17,38 +18,67 @@ from torch import Tensor
 
 ByMember = dict[int, Tensor]
 
-
-class Work(Protocol):
-    """One batch, dense parameter or table in one step. ``apply`` returns the skipped updates where it counts them."""
-
-    is_scattered: bool
-    is_split: bool
-    device: torch.device
-
-    def sketch(self) -> ByMember: ...
-
-    def factors(self, sketches: ByMember, scale: Tensor | None) -> None: ...
-
-    def shares(self) -> tuple[ByMember, ByMember]: ...
-
-    def apply(self, channel: ByMember, sums: ByMember) -> Tensor | None: ...
-
-
-class Moment(NamedTuple):
-    """What one step passes to every launch: t on the host (0 where ``step_tensor``, float32, has it on the device), and
-    ``gradient_scale``, a float32 scalar that multiplies every gradient; None for 1."""
-
-    step: int
-    step_tensor: Tensor | None
-    gradient_scale: Tensor | None
-
-
 WARM_UP = "a step is captured before one was run as it is: run a step with the same parameters before every capture"
 
 
+class StepScalars(NamedTuple):
+    """The numbers that one step passes to every verb: t on the host, 0 where ``step_tensor`` (float32) has it on the
+    device; and ``gradient_scale``, a float32 scalar that multiplies every gradient, None for 1."""
+
+    step: int
+    step_tensor: Tensor | None = None
+    gradient_scale: Tensor | None = None
+
+
 class Sketch(NamedTuple):
-    """R ``[matrices, channels, rank]``, and |G_c|^2 ``[matrices, channels]`` (|G|_F^2 ``[matrices, 1]`` for
-    ``scale_type="tensor"``), float32. Sums over the projected dimension: additive where that is sharded."""
+    """R and |G_c|^2, float32: sums over the projected dimension, so they can be added up where that is sharded.
+
+    Of a batch ``[matrices, channels, rank]`` and ``[matrices, channels]``, or |G|_F^2 ``[matrices, 1]`` for
+    ``scale_type="tensor"``. Of a table ``[all channels, rank]`` and ``[all channels]``.
+    """
 
     projected: Tensor
     squared_norms: Tensor
+
+
+class Factors(NamedTuple):
+    """s_c, None for ``scale_type="tensor"``, and the sums over channels that the limiter needs, float32.
+
+    The sums are u^2 ``[..., 1]``, or |N|^2, |R|^2, |G|^2 ``[..., 3]`` for ``scale_type="tensor"``. They can be added up
+    where channels are sharded. A batch has s_c ``[matrices, channels]`` and one row of sums a matrix; a table s_c
+    ``[all channels]`` and one row a program, which ``apply`` adds up.
+    """
+
+    channel: Tensor | None
+    sums: Tensor
+
+
+class Update(Protocol):
+    """What one step does to one batch, table or dense parameter. It lives for that step.
+
+    ``is_width_sharded``: the projected dimension is cut over ranks. ``is_sum_sharded``: any sum over a matrix is.
+    """
+
+    is_width_sharded: bool
+    is_sum_sharded: bool
+    device: torch.device
+
+    def squared_norms(self) -> ByMember:
+        """|G|_F^2 of each matrix here, ``[matrices]``, which clipping needs of every member."""
+        ...
+
+    def sketch(self) -> ByMember:
+        """R, and where factors are per channel |G_c|^2 as its last column: ``[matrices, channels, columns]``."""
+        ...
+
+    def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
+        """Move the moments and keep the factors; ``gradient_scale`` multiplies the gradients, None for 1."""
+        ...
+
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        """s_c ``[matrices, channels]`` of the channels whose moments are here, and the sums ``[matrices, columns]``."""
+        ...
+
+    def apply(self, factors: ByMember, sums: ByMember) -> Tensor | None:
+        """Move the weights. Returns how many matrices were skipped, an int64 scalar, unless a table counts them."""
+        ...

@@ -7,19 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.backend import Backend, choose
+from ..core.device_backend import Backend, device_backend
 from ..core.settings import Settings
+from ..int8.weight import Int8Weight
 from ..params.member import geometry_of
 from ..params.state import is_8bit
 from .reference import dense_8bit
 
 
-def engine_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> Backend:
-    """Which engine updates it, and why: ``choose``, but for what is bitsandbytes' to update.
+def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], is_implicit: bool = False) -> Backend:
+    """Which backend updates a parameter, and why; ``is_implicit`` if its gradient comes as its two factors.
 
-    Raises ValueError where that cannot be had.
+    It is the device's backend, with two exceptions: bitsandbytes updates dense 8-bit moments, and the kernels that take
+    the factors need int8 groups that fit a tile. Raises ValueError where the backend cannot be had.
     """
-    backend = choose(parameter, settings.backend)
+    backend = device_backend(parameter, settings.backend)
     if geometry_of(parameter, settings) is None and is_8bit(parameter, settings, state):
         obstacle = dense_8bit.obstacle(parameter.device)
         if obstacle is not None:
@@ -28,4 +30,11 @@ def engine_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -
                 "install bitsandbytes 0.50 or newer (on CUDA 0.45), or put it into a group with 'state_bits': 32"
             )
         return Backend("reference", "bitsandbytes updates it: its moments are 8-bit and it is not projected")
+    if is_implicit and backend.name == "triton" and isinstance(parameter, Int8Weight):
+        group = parameter.group_size  # a tile of the kernels has whole groups of whole rows
+        if not (8 <= group <= 256 and group & (group - 1) == 0 and parameter.shape[1] % group == 0):
+            reason = (
+                f"group_size {group} is no power of two from 8 to 256 that divides its {parameter.shape[1]} columns"
+            )
+            return Backend("reference", reason)
     return backend

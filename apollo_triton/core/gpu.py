@@ -16,7 +16,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
 
 @functools.cache
-def is_roomy(device: torch.device) -> bool:
+def has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may have 160 KiB of shared memory: on data centers' GPUs of NVIDIA's, which have 163 KiB and
     more; others have 99, AMD's 64."""
     if device.type != "cuda" or torch.version.hip is not None:

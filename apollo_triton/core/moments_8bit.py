@@ -46,15 +46,15 @@ def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
     """Decade e, from 1e-6 to 1, holds the middles of 2^e equal parts of [0.1, 1], without a sign twice as many."""
     if device.type != "cpu":
         return _dynamic_code(signed, torch.device("cpu")).to(device)
-    pieces = [torch.tensor([0.0, 1.0], device="cpu")]
+    entries = [torch.tensor([0.0, 1.0], device="cpu")]
     for decade in range(_DECADES):
         parts = 2**decade if signed else 2 ** (decade + 1)
         # In float32 and by linspace, since the bits of bitsandbytes' tables come from there: float64 rounds a third
         # of the entries otherwise.
         edges = torch.linspace(0.1, 1.0, parts + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - _DECADES + 1)
-        pieces += [middles, -middles] if signed else [middles]
-    return torch.cat(pieces).sort().values
+        entries += [middles, -middles] if signed else [middles]
+    return torch.cat(entries).sort().values
 
 
 @cache

@@ -109,8 +109,8 @@ class Settings:
 
 FIELD_NAMES = tuple(field.name for field in fields(Settings))
 # What schedulers change, OneCycleLR the betas too: each launch is given them anew, and nothing is made again.
-CHANGING = ("lr", "weight_decay", "betas", "eps")
-LASTING = tuple(name for name in FIELD_NAMES if name not in CHANGING)
+PER_STEP = ("lr", "weight_decay", "betas", "eps")
+STRUCTURAL = tuple(name for name in FIELD_NAMES if name not in PER_STEP)
 
 
 def complete_group(group: dict[str, Any]) -> None:

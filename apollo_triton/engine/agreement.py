@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.settings import CHANGING, LASTING, Settings
-from ..params.member import Label
-from ..params.sharding import Piece
-from .collectives import _gathered, _ordered_axes
+from ..core.settings import PER_STEP, STRUCTURAL, Settings
+from ..params.member import Param
+from ..params.sharding import LocalShard
+from .collectives import gathered, ordered_axes
 
 
 class Agreement:
@@ -26,33 +26,36 @@ class Agreement:
 
     def check(
         self,
-        found: Sequence[tuple[Label, int]],
-        pieces: Sequence[Piece],
-        settings: Sequence[Settings],
+        found: Sequence[tuple[Param, LocalShard]],
+        settings: Mapping[int, Settings],
         states: Mapping[Tensor, dict[str, Any]],
     ) -> None:
-        """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes."""
-        axes = _ordered_axes(pieces)
+        """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes.
+
+        ``settings`` are by the index of the group.
+        """
+        axes = ordered_axes([shard for _, shard in found])
         if not axes:
             return
-        lasting = [_lasting(label, settings[number]) for label, number in found]
+        params = [param for param, _ in found]
+        lasting = [_lasting(param, settings[param.group]) for param in params]
         known = hashlib.sha256("\n".join(lasting).encode()).hexdigest()
         if known == self._known:
             return
-        mine = [
-            f"{each}, {_changing(label, settings[number], states.get(label.parameter, {}))}"
-            for each, (label, number) in zip(lasting, found, strict=True)
+        own = [
+            f"{text}, {_per_step(param, settings[param.group], states.get(param.tensor, {}))}"
+            for text, param in zip(lasting, params, strict=True)
         ]
-        digest = int.from_bytes(hashlib.sha256("\n".join(mine).encode()).digest()[:7], "big")
-        device = found[0][0].parameter.device
+        digest = int.from_bytes(hashlib.sha256("\n".join(own).encode()).digest()[:7], "big")
+        device = params[0].tensor.device
         differs = torch.zeros((), dtype=torch.int64, device=device)
         for axis in axes:  # the flag travels along, so that every rank learns of it
-            told = _gathered(torch.stack((torch.tensor(digest, device=device), differs)), axis)
+            told = gathered(torch.stack((torch.tensor(digest, device=device), differs)), axis)
             differs = (told[:, 1].any() | (told[:, 0] != digest).any()).to(torch.int64)
         if not differs.item():
             self._known = known
             return
-        lists: dict[int, list[str]] = {torch.distributed.get_rank(): mine}
+        lists: dict[int, list[str]] = {torch.distributed.get_rank(): own}
         for axis in axes:
             received: list[Any] = [None] * axis.size
             torch.distributed.all_gather_object(received, lists, group=axis.group)
@@ -60,18 +63,18 @@ class Agreement:
         raise ValueError(_difference(lists))
 
 
-def _lasting(label: Label, settings: Settings) -> str:
+def _lasting(param: Param, settings: Settings) -> str:
     """A parameter and its settings, to be the same on all ranks at every step."""
-    values = [f"{name}={getattr(settings, name)!r}" for name in LASTING]
-    placements = getattr(label.parameter, "placements", "whole")
-    return f"{label} {label.parameter.dtype} {placements}: {', '.join(values)}"
+    values = [f"{name}={getattr(settings, name)!r}" for name in STRUCTURAL]
+    placements = getattr(param.tensor, "placements", "whole")
+    return f"{param} {param.tensor.dtype} {placements}: {', '.join(values)}"
 
 
-def _changing(label: Label, settings: Settings, state: Mapping[str, Any]) -> str:
+def _per_step(param: Param, settings: Settings, state: Mapping[str, Any]) -> str:
     """What may change from step to step, and must then change on all ranks alike: compared when ranks compare, and
     never a reason to."""
-    values = {name: getattr(settings, name) for name in CHANGING}
-    values["placements of its gradient"] = getattr(label.parameter.grad, "placements", "whole")
+    values = {name: getattr(settings, name) for name in PER_STEP}
+    values["placements of its gradient"] = getattr(param.tensor.grad, "placements", "whole")
     if "step" in state:
         values |= {"step": state["step"], "seed of its state": state["seed"]}
     read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}

@@ -1,11 +1,12 @@
-"""The two reductions between the verbs, for weights that several ranks hold pieces of, and the check that ranks agree.
+"""The two reductions between the verbs, for weights of which several ranks hold shards.
 
-    scatter    after ``sketch``: sums R over the axes that cut the projected dimension; each rank keeps its channels
-    gather     after ``rescale``: brings the factors of all channels together, and adds up the sums of every matrix
+    sum_sketches      after ``sketch``: sums R over the axes that cut the projected dimension; each rank keeps its
+    channels gather_factors    after ``rescale``: collects the factors of all channels, and adds up the sums of every
+    matrix
 
-Each is one collective an axis (a mesh dimension) for the whole model. Both add in the order of the ranks on every rank,
-so that ranks agree bit for bit whatever the library's algorithm: ``scatter`` is an all-to-all and an ordered sum, which
-sends what a reduce-scatter sends. Neither knows which engine runs.
+Each is one collective for each axis (mesh dimension) for the whole model. Both add in the order of the ranks, so that
+all ranks have the same bits whatever the library's algorithm is: ``sum_sketches`` is an all-to-all and an ordered sum,
+which sends as much as a reduce-scatter. Neither depends on the backend.
 """
 
 from __future__ import annotations
@@ -16,53 +17,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.settings import Settings
+from ..backends.interface import ByMember
 from ..params.member import Member
-from ..params.sharding import Axis, Piece, is_dtensor, local
+from ..params.sharding import LocalShard, MeshAxis, is_dtensor, local
 
 
-class Exchange:
-    """The reductions of one plan. All dictionaries are by the index of the member, which
-    all ranks count alike, while their batches may come in another order."""
+class Collectives:
+    """The reductions of one plan. All dictionaries are by the index of the member, which all ranks count alike, while
+    their batches may come in another order."""
 
-    def __init__(self, members: Sequence[Member], settings: Sequence[Settings]) -> None:
-        self._members = list(members)
-        self.axes = _ordered_axes([member.piece for member in members])
-        self.clips = bool(settings) and settings[0].max_grad_norm is not None
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._shards = [member.shard for member in members]
+        self.axes = ordered_axes(self._shards)
 
-    def scatter(
-        self, sketches: dict[int, Tensor], norms: dict[int, Tensor]
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Sums of ``sketches`` ``[matrices, channels, numbers]`` over the axes that cut their width, of the channels
-        whose moments are here; and of ``norms`` ``[all matrices of the whole weight]`` over every axis."""
+    def sum_sketches(self, sketches: ByMember, norms: ByMember) -> tuple[ByMember, ByMember]:
+        """Sums of ``sketches`` and ``norms`` over ranks.
+
+        ``sketches`` ``[matrices, channels, columns]`` are summed over the axes that cut the projected dimension, and
+        those of the channels whose moments are on this rank are returned. ``norms`` ``[all matrices of the whole
+        weight]`` are summed over every axis that cuts the weight.
+        """
         sketches, norms = dict(sketches), dict(norms)
         for axis in self.axes:
-            cut = [i for i in sorted(sketches) if axis in self._members[i].piece.scattered]
-            split = [i for i in sorted(norms) if axis in self._members[i].piece.spread]
+            cut = [i for i in sorted(sketches) if axis in self._shards[i].width_axes]
+            split = [i for i in sorted(norms) if axis in self._shards[i].shard_axes]
             if not cut and not split:
                 continue
-            parts = [_padded(sketches[i], axis.size).flatten(1) for i in cut]
+            parts = [_dealt_out(sketches[i], axis.size).flatten(1) for i in cut]
             parts += [norms[i].expand(axis.size, -1) for i in split]
-            sums = _exchanged(torch.cat(parts, 1), axis)
-            pieces = iter(sums.split([part.shape[1] for part in parts]))
+            sums = iter(_exchanged(torch.cat(parts, 1), axis).split([part.shape[1] for part in parts]))
             for i in cut:
-                matrices, channels, numbers = sketches[i].shape
+                matrices, channels, columns = sketches[i].shape
                 size = -(-channels // axis.size)
-                mine = min(size, max(0, channels - axis.rank * size))
-                sketches[i] = next(pieces).view(matrices, size, numbers)[:, :mine]
+                here = min(size, max(0, channels - axis.rank * size))
+                sketches[i] = next(sums).view(matrices, size, columns)[:, :here]
             for i in split:
-                norms[i] = next(pieces)
+                norms[i] = next(sums)
         return sketches, norms
 
-    def gather(
-        self, factors: dict[int, Tensor], sums: dict[int, Tensor]
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """``factors`` ``[matrices, channels]`` of all channels of the piece from those of the ranks that share it; and
-        ``sums`` ``[matrices, numbers]`` over the axes that split them."""
+    def gather_factors(self, factors: ByMember, sums: ByMember) -> tuple[ByMember, ByMember]:
+        """``factors`` and ``sums`` of all ranks together.
+
+        ``factors`` ``[matrices, channels]`` of the channels whose moments are here become those of all channels of the
+        shard. ``sums`` ``[matrices, columns]`` are added up over the axes that split them.
+        """
         factors, sums = dict(factors), dict(sums)
         for axis in reversed(self.axes):
-            cut = [i for i in sorted(factors) if axis in self._members[i].piece.scattered]
-            split = [i for i in sorted(sums) if axis in self._members[i].piece.summed]
+            cut = [i for i in sorted(factors) if axis in self._shards[i].width_axes]
+            split = [i for i in sorted(sums) if axis in self._shards[i].sum_axes]
             if not cut and not split:
                 continue
             parts = [sums[i].reshape(-1) for i in split]
@@ -70,49 +72,49 @@ class Exchange:
                 size = -(-self._channels_before(i, axis) // axis.size)
                 parts.append(_pad(factors[i], size - factors[i].shape[1]).reshape(-1))
             lengths = [part.numel() for part in parts]
-            gathered = _gathered(torch.cat(parts), axis)
+            received = gathered(torch.cat(parts), axis)
             count = sum(lengths[: len(split)])
-            for i, total in zip(split, _added(gathered[:, :count]).split(lengths[: len(split)]), strict=True):
+            for i, total in zip(split, _added(received[:, :count]).split(lengths[: len(split)]), strict=True):
                 sums[i] = total.view_as(sums[i])
-            for i, piece in zip(cut, gathered[:, count:].split(lengths[len(split) :], 1), strict=True):
+            for i, part in zip(cut, received[:, count:].split(lengths[len(split) :], 1), strict=True):
                 matrices = factors[i].shape[0]
-                whole = piece.reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
+                whole = part.reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
                 factors[i] = whole[:, : self._channels_before(i, axis)]
         return factors, sums
 
-    def _channels_before(self, index: int, axis: Axis) -> int:
+    def _channels_before(self, index: int, axis: MeshAxis) -> int:
         """How many channels of a member are left when ``axis`` deals them out."""
-        piece = self._members[index].piece
-        assert piece.geometry is not None
-        channels = piece.geometry.channels
-        for other in piece.scattered[: piece.scattered.index(axis)]:
+        shard = self._shards[index]
+        assert shard.geometry is not None
+        channels = shard.geometry.channels
+        for other in shard.width_axes[: shard.width_axes.index(axis)]:
             size = -(-channels // other.size)
             channels = min(size, max(0, channels - other.rank * size))
         return channels
 
 
-def _padded(sketch: Tensor, ranks: int) -> Tensor:
-    """``[matrices, channels, numbers]`` dealt out as ``torch.chunk`` does, zeros behind: ``[ranks, matrices, size,
-    numbers]``."""
-    matrices, channels, numbers = sketch.shape
+def _dealt_out(sketch: Tensor, ranks: int) -> Tensor:
+    """The channels of ``[matrices, channels, columns]`` dealt out as ``torch.chunk`` does, with zeros at the end:
+    ``[ranks, matrices, size, columns]``."""
+    matrices, channels, columns = sketch.shape
     size = -(-channels // ranks)
     sketch = _pad(sketch, 0, ranks * size - channels)
-    return sketch.view(matrices, ranks, size, numbers).transpose(0, 1)
+    return sketch.view(matrices, ranks, size, columns).transpose(0, 1)
 
 
 def _pad(values: Tensor, *behind: int) -> Tensor:
-    """Zeros behind the last dimensions, the last one first; where there are none to add, no copy either."""
-    return torch.nn.functional.pad(values, [n for each in behind for n in (0, each)]) if any(behind) else values
+    """Zeros at the end of the last dimensions, the last one first. Without zeros to add there is no copy."""
+    return torch.nn.functional.pad(values, [n for count in behind for n in (0, count)]) if any(behind) else values
 
 
-def _exchanged(rows: Tensor, axis: Axis) -> Tensor:
+def _exchanged(rows: Tensor, axis: MeshAxis) -> Tensor:
     """Row ``r`` of ``rows [ranks, length]`` of every rank at rank ``r``, added up."""
     received = torch.empty_like(rows)
     torch.distributed.all_to_all_single(received, rows.contiguous(), group=axis.group)
     return _added(received)
 
 
-def _gathered(values: Tensor, axis: Axis) -> Tensor:
+def gathered(values: Tensor, axis: MeshAxis) -> Tensor:
     """The ``values`` of all ranks, ``[ranks, length]``."""
     received = values.new_empty(axis.size * values.numel())
     # What torch 2.13 calls all_gather_single; its old name warns there.
@@ -131,16 +133,16 @@ def _added(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def _ordered_axes(pieces: Sequence[Piece]) -> list[Axis]:
+def ordered_axes(shards: Sequence[LocalShard]) -> list[MeshAxis]:
     """Every axis once, in the order of the mesh dimensions; the largest mesh leads.
 
     Raises ValueError if two meshes order the same axes differently.
     """
-    axes: list[Axis] = []
-    for piece in sorted(pieces, key=lambda each: -len(each.mesh_axes)):
-        axes += [axis for axis in piece.mesh_axes if axis not in axes]
-    for piece in pieces:
-        places = [axes.index(axis) for axis in piece.mesh_axes]
+    axes: list[MeshAxis] = []
+    for shard in sorted(shards, key=lambda shard: -len(shard.mesh_axes)):
+        axes += [axis for axis in shard.mesh_axes if axis not in axes]
+    for shard in shards:
+        places = [axes.index(axis) for axis in shard.mesh_axes]
         if places != sorted(places):
             raise ValueError(
                 "two device meshes have the same dimensions in different order; take all submeshes from one mesh"
@@ -154,8 +156,8 @@ def finish_gradients(parameters: Iterable[Tensor]) -> None:
     Backward may leave partial sums, as those of norms between sequence-parallel activations: they are added up in one
     all-reduce an axis for the whole model. Anything else is left to ``DTensor.redistribute``.
     """
-    sharded: list[Any] = [each for each in parameters if is_dtensor(each) and each.grad is not None]
-    unlike = [each for each in sharded if each.grad.placements != each.placements]
+    sharded: list[Any] = [weight for weight in parameters if is_dtensor(weight) and weight.grad is not None]
+    unlike = [weight for weight in sharded if weight.grad.placements != weight.placements]
     if not unlike:
         return
     from torch.distributed.tensor import DTensor, Replicate

@@ -1,46 +1,49 @@
-"""The plan of a step: which parameters take part, checked, and the tables that the kernels will go through.
+"""The plan of a step: which parameters take part, checked, and the tables that the kernels go through.
 
-Making a plan takes milliseconds, so it is kept for as long as parameters, their state and their groups stay what they
-are. Finding that out takes about a microsecond a parameter. A plan holds no gradient between steps.
+A plan takes milliseconds to make, so it is kept while parameters, their state and their groups stay what they are. To
+find out that nothing has moved takes about a microsecond a parameter. A plan holds no gradient between steps.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..backends.selection import engine_of
-from ..core.settings import FIELD_NAMES, LASTING, Settings
+from ..backends.interface import ByMember, Update
+from ..backends.reference import updates as reference
+from ..backends.selection import backend_of
+from ..core.implicit_gradient import ImplicitGradient
+from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
 from ..params.checks import check_gradient, check_parameter
-from ..params.member import Label, Member, find_piece, labels
-from ..params.sharding import Piece, is_dtensor, local
-from ..params.state import check_device, check_state, make_state
+from ..params.member import Member, Param, find_shard, gradient_of, params_of
+from ..params.sharding import LocalShard, is_dtensor, local
+from ..params.state import ABSMAXES, check_device, check_state, make_state
 from .agreement import Agreement
-from .collectives import Exchange, finish_gradients
+from .caches import Caches
+from .collectives import Collectives, finish_gradients
 
 if TYPE_CHECKING:
-    from ..backends.triton.projections import Projection
-    from ..backends.triton.table import Table
-
+    from ..backends.triton.matrices import Table
 
 Groups = list[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
+Given = Mapping[Tensor, ImplicitGradient]
 
 
 class Plan:
     """Who is updated by what in a step.
 
-    ``members``: every parameter with a gradient; ``counts`` and ``steps``: how many steps each has taken, on the host
-    and in its state. ``reference``: indices of the members that the reference path updates. ``tables``: for the
-    kernels; ``low_rank`` and ``dense`` share them out. ``captured``: whether
-    a CUDA graph reads them. ``devices``: where members are. ``exchange`` adds up what several ranks hold pieces of.
+    ``members``: every parameter with a gradient. ``counts`` and ``steps``: how many steps each has taken, on the host
+    and in its state. ``tables``: what the kernels update, low-rank ones first. ``captured``: whether a CUDA graph reads
+    the tables. ``devices``: where members are. ``collectives`` adds up what is sharded. ``clips``: whether all
+    gradients are clipped together, to ``max_grad_norm``.
 
-    ``projections`` that are in memory already serve on; ``first_number`` is the first parameter's in the optimizer.
+    ``first_group`` and ``first_index`` are the indices of the first group and parameter among all of the optimizer's.
     """
 
     def __init__(
@@ -48,28 +51,33 @@ class Plan:
         groups: Groups,
         states: States,
         settings: list[Settings],
+        given: Given,
         on_device: bool,
         agreement: Agreement,
-        projections: Iterable[Projection] = (),
-        first_number: int = 0,
+        caches: Caches,
+        first_group: int = 0,
+        first_index: int = 0,
     ) -> None:
-        found = _checked(groups, states, settings, on_device, first_number)  # raises before anything changes
-        pieces = [piece for _, _, piece, _ in found]
-        agreement.check([(label, number) for label, number, _, _ in found], pieces, settings, states)
-        finish_gradients(label.parameter for label, _, _, _ in found)
+        self._first_group = first_group
+        self._settings = dict(enumerate(settings, first_group))
+        self._given = dict(given)  # of the current step; ``updates`` empties it
+        found = self._checked(groups, states, on_device, first_index)  # raises before anything changes
+        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
+        finish_gradients(param.tensor for param, _, _ in found)
+        self.members = [
+            Member(param, states[param.tensor], shard, backend, self._given) for param, shard, backend in found
+        ]
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
-        self.members: list[Member] = []
-        self.engines: list[str] = []
-        for label, number, piece, engine in found:
-            state, own = states[label.parameter], settings[number]
-            if "step" not in state:
-                state.update(make_state(label, own, piece))
-            self.members.append(Member(label, label.parameter, state, number, piece))
-            self.engines.append(engine)
+        for member in self.members:
+            if "step" not in member.state:
+                made = make_state(member.param, self._settings[member.param.group], member.shard)
+                member.state.update(made)
         self.devices = {member.parameter.device for member in self.members}
-        self.exchange = Exchange(self.members, settings)
+        self.collectives = Collectives(self.members)
+        self.max_grad_norm = settings[0].max_grad_norm if settings else None
+        self.clips = self.max_grad_norm is not None
         # Read where they are, and not what the host has counted: that holds updates which a scaler had skipped on the
         # device and none that a graph has replayed, and a launch is for parameters of one count.
         self.counts = _values([member.state["step"] for member in self.members])
@@ -80,44 +88,42 @@ class Plan:
             member.state["step"] = step
         # The same memory as plain C floats: an addition through torch takes 1.8 us a tensor, half a step of 290.
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
-        self.reference = [i for i, engine in enumerate(self.engines) if engine == "reference"]
-        self.low_rank: list[Table] = []
-        self.dense: list[Table] = []
-        if "triton" in self.engines:
-            self._make_tables(settings, list(projections))
-        self._places, self._gradients = _addresses(groups, states)
+        self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
+        self.tables = self._make_tables(caches)
+        self._places, self._gradients = _addresses(groups, states, given)
 
-    def holds(self, groups: Groups, states: States, settings: list[Settings], on_device: bool, capturing: bool) -> bool:
-        """Whether the plan is still right; gradients may have moved, of which the tables are told."""
-        if self.exchange.axes:
+    def holds(
+        self,
+        groups: Groups,
+        states: States,
+        settings: list[Settings],
+        given: Given,
+        on_device: bool,
+        capturing: bool,
+    ) -> bool:
+        """Whether the plan is still right. Gradients may have moved; the tables are then told."""
+        if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
-        places, gradients = _addresses(groups, states)
+        places, gradients = _addresses(groups, states, given)
         if (
             places is None
             or places != self._places
             or on_device != self.on_device
             or _structure(settings) != self._structure
-            or not (on_device or [each.value for each in self._host_steps] == self.counts)
+            or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
             return False
+        self._settings = dict(enumerate(settings, self._first_group))
+        self._given.update(given)
         if capturing:
             self.captured = True
             for table in self.tables:
-                table.move_gradients_in_capture()
+                table.update_gradient_addresses_in_capture()
         elif gradients != self._gradients or self.captured:
             self._gradients = gradients
             for table in self.tables:
-                table.move_gradients()
+                table.update_gradient_addresses()
         return True
-
-    @property
-    def tables(self) -> list[Table]:
-        """All tables, low-rank ones first."""
-        return self.low_rank + self.dense
-
-    def moment_of(self, table: Table) -> tuple[int, Tensor | None]:
-        """t of a table's members: on the host, or 0 and where it is on the device."""
-        return (0, self.steps[table.first]) if self.on_device else (int(self.counts[table.first]), None)
 
     def advance(self) -> None:
         """Count one step of every member."""
@@ -128,105 +134,142 @@ class Plan:
         elif self.steps:
             torch._foreach_add_(self.steps, 1)
 
-    def projections(self) -> list[Projection]:
-        """The materialised projections of all tables, each once."""
-        unique = {id(each): each for table in self.low_rank for each in table.projections}
-        return list(unique.values())
+    def take_back(self, found_inf: Tensor) -> None:
+        """Count the step back on the device, if ``found_inf`` is above 0: it was none."""
+        for device in {step.device for step in self.steps}:
+            steps = [step for step in self.steps if step.device == device]
+            torch._foreach_sub_(steps, [found_inf.to(device, torch.float32).clamp(max=1).reshape(())] * len(steps))
 
-    def _make_tables(self, settings: list[Settings], old: list[Projection]) -> None:
-        from ..backends.triton.layout import is_aligned, settle
-        from ..backends.triton.table import Int8, Table
+    def updates(self, caches: Caches) -> list[Update]:
+        """What is to be done in this step, by either backend."""
+        settings, cache = self._settings, caches.projections
+        updates: list[Update] = []
+        if self._reference:
+            updates += reference.updates_of(self._reference, settings, self.counts, cache, caches.scratch)
+        if self.tables:
+            from ..backends.triton.updates import updates_of  # imports triton
 
-        identities = _identities(settings)
-        launches: dict[tuple[Any, ...], list[int]] = {}
-        for index, (member, engine) in enumerate(zip(self.members, self.engines, strict=True)):
-            if engine != "triton":
+            for table in self.tables:
+                table.gather_strided()
+            steps = self.steps if self.on_device else None
+            updates += updates_of(self.tables, settings, self.counts, steps, cache)
+        self._given.clear()  # a plan keeps no gradient alive
+        return updates
+
+    def squared_norms(self, updates: Sequence[Update]) -> ByMember:
+        """|G|_F^2 of this rank's part of every matrix of every member: ``[all matrices]``, 0 where an expert is not
+        here.
+
+        The order is that of the members, which all ranks count alike.
+        """
+        norms = {index: value for update in updates for index, value in update.squared_norms().items()}
+        for index, member in self._reference.items():
+            if index not in norms:  # a rank that has no experts of this weight
+                norms[index] = torch.zeros(0, dtype=torch.float32, device=member.parameter.device)
+        for index, here in norms.items():
+            shard = self.members[index].shard
+            if shard.whole is not None and len(here) < shard.whole.matrices:
+                norms[index] = here.new_zeros(shard.whole.matrices)
+                norms[index][shard.first_matrix : shard.first_matrix + len(here)] = here
+        return dict(sorted(norms.items()))
+
+    def _checked(
+        self, groups: Groups, states: States, on_device: bool, first_index: int
+    ) -> list[tuple[Param, LocalShard, str]]:
+        """Every parameter with a gradient, what of it is here, and its backend.
+
+        Raises what is wrong with any of them, and changes nothing.
+        """
+        if len({settings.max_grad_norm for settings in self._settings.values()}) > 1:
+            raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
+        found = []
+        for param in params_of(groups, self._first_group, first_index):
+            parameter, settings = param.tensor, self._settings[param.group]
+            gradient = gradient_of(parameter, self._given)
+            if gradient is None:
                 continue
-            settle(member)
-            geometry, piece = member.geometry, member.piece
+            check_parameter(param, settings)
+            if isinstance(gradient, Tensor):
+                check_gradient(param, gradient)
+            state = states.get(parameter, {})
+            if "step" in state:
+                check_state(param, state, settings)
+                check_device(param, state)
+            try:
+                backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
+            except ValueError as error:
+                raise ValueError(f"{param}: {error}") from None
+            if on_device and backend.name != "triton":
+                raise ValueError(
+                    f"{param}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); "
+                    "use capturable=False"
+                )
+            if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
+                raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
+            shard, name = find_shard(param, settings), backend.name
+            if not local(parameter).numel():
+                # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the
+                # bit as the other ranks do: on their backend.
+                is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
+                name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
+            found.append((param, shard, name))
+        return found
+
+    def _make_tables(self, caches: Caches) -> list[Table]:
+        """The tables of the members that the kernels update: low-rank ones first."""
+        members = {index: member for index, member in enumerate(self.members) if member.backend == "triton"}
+        if not members:
+            return []
+        from ..backends.triton.layout import is_aligned, make_moments_contiguous
+        from ..backends.triton.matrices import Int8Format, Table
+
+        identities = dict(enumerate(_identities([*self._settings.values()]), self._first_group))
+        launches: dict[tuple[Any, ...], dict[int, Member]] = {}
+        for index, member in members.items():
+            make_moments_contiguous(member)
+            geometry, shard, gradient = member.geometry, member.shard, member.gradient
             key = (
                 geometry is None,
                 geometry is not None and geometry.keeps_rows,
-                bool(piece.summed),
-                bool(piece.scattered),
-                identities[member.group],
+                bool(shard.sum_axes),
+                bool(shard.width_axes),
+                identities[member.param.group],
                 self.counts[index],
                 member.parameter.device,
                 member.parameter.dtype,
-                Int8.of(member.parameter),
-                member.gradient.dtype,
+                Int8Format.of(member.parameter),
+                None if isinstance(gradient, Tensor) else index,  # each by itself
+                gradient.dtype,
                 member.state["exp_avg"].dtype,
                 is_aligned(member),
             )
-            launches.setdefault(key, []).append(index)
-        for key, indices in launches.items():
-            members = {index: self.members[index] for index in indices}
-            table = Table(members, settings[self.members[indices[0]].group], aligned=key[-1])
-            (self.dense if key[0] else self.low_rank).append(table)
-        self._place_projections(settings, old)
+            launches.setdefault(key, {})[index] = member
+        made = [
+            Table(members, self._settings[next(iter(members.values())).param.group], aligned=key[-1])
+            for key, members in launches.items()
+        ]
+        tables = [table for table in made if not table.is_dense] + [table for table in made if table.is_dense]
+        self._assign_projections(tables, caches)
+        return tables
 
-    def _place_projections(self, settings: list[Settings], old: list[Projection]) -> None:
-        """Give the tables whose P is in memory theirs: one a seed and width, shared by all at the same step."""
-        from ..backends.triton.projections import Projection, projection_kind
-        from ..kernels.sketch import MATERIALISED
+    def _assign_projections(self, tables: list[Table], caches: Caches) -> None:
+        """Give the tables whose P is in memory theirs: one for each seed and width, shared by all at the same step."""
+        from ..backends.triton.projections import MATERIALISED, ProjectionBuffer, buffer_for, projection_kind
 
-        made: dict[tuple[Any, ...], Projection] = {}
-        for table in self.low_rank:
-            own, count = settings[table.group], self.counts[table.first]
-            if projection_kind(own, table.is_scattered) is not MATERIALISED:
+        made: dict[tuple[Any, ...], ProjectionBuffer] = {}
+        for table in tables:
+            settings, count = self._settings[table.group], self.counts[table.first]
+            if table.is_dense or projection_kind(settings, table.is_width_sharded) is not MATERIALISED:
                 continue
-            for seed, start, width in sorted(set(table.slices_of_P)):
-                kind = own.distribution, seed, table.rank, start, width, table.device
-                key = kind, own.update_proj_gap, count
+            epoch = None if self.on_device else settings.epoch(int(count) + 1)
+            for seed, start, width in sorted(set(table.projection_keys)):
+                kind = settings.distribution, seed, table.rank, start, width, table.device
+                key = kind, settings.update_proj_gap, count
                 if key not in made:
-                    # What another plan has made of this epoch serves on; with t on the device it cannot be known.
-                    holds = kind, own.epoch(int(count) + 1)
-                    made[key] = next(
-                        (each for each in old if not self.on_device and (each.kind, each.epoch) == holds),
-                        None,
-                    ) or Projection.empty(*kind)
+                    made[key] = buffer_for(kind, epoch, caches.projection_buffers)
                 table.projections.append(made[key])
-            at = {(each.seed, each.start, each.width): each.buffer for each in table.projections}
-            table.point_at([at[each] for each in table.slices_of_P])
-
-
-def _checked(
-    groups: Groups, states: States, settings: list[Settings], on_device: bool, first_number: int
-) -> list[tuple[Label, int, Piece, str]]:
-    """Every parameter with a gradient, its group, the piece of it that is here and its engine; raises what is wrong
-    with any, and changes nothing."""
-    if len({each.max_grad_norm for each in settings}) > 1:
-        raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
-    found = []
-    for number, label in labels(groups, first_number):
-        parameter, own = label.parameter, settings[number]
-        if parameter.grad is None:
-            continue
-        check_parameter(label, own)
-        check_gradient(label, parameter.grad)
-        state = states.get(parameter, {})
-        if "step" in state:
-            check_state(label, state, own)
-            check_device(label, state)
-        try:
-            backend = engine_of(parameter, own, state)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from None
-        if on_device and backend.name != "triton":
-            raise ValueError(
-                f"{label}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); "
-                "use capturable=False"
-            )
-        if own.capturable and own.proj == "svd" and label.parameter.dim() > 1:
-            raise ValueError(f"{label}: proj='svd' reads the step count on the host; use capturable=False")
-        piece, name = find_piece(label, own), backend.name
-        if not local(parameter).numel():
-            # Nothing to update. But an empty piece has a part in the sums, and in low rank a u_prev to keep, to the
-            # bit as the other ranks do: on their engine.
-            is_matrix = piece.geometry is not None and piece.geometry.matrices > 0
-            name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
-        found.append((label, number, piece, name))
-    return found
+            at = {(P.seed, P.start, P.width): P.buffer for P in table.projections}
+            table.set_projections([at[key] for key in table.projection_keys])
 
 
 def _values(steps: list[Tensor]) -> list[float]:
@@ -251,20 +294,23 @@ def _identities(settings: list[Settings]) -> list[int]:
 
 
 def _structure(settings: list[Settings]) -> list[Any]:
-    """What a plan was made for, but for the numbers that may change."""
-    return [_identities(settings), *(tuple(getattr(each, name) for name in LASTING) for each in settings)]
+    """What a plan was made for, without the numbers that may change from step to step."""
+    return [_identities(settings), *(tuple(getattr(each, name) for name in STRUCTURAL) for each in settings)]
 
 
-def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
-    """Where every parameter with a gradient and its state are, and where the gradients are; None where a tensor has no
-    address or there is no state yet. Runs at every step, over every parameter."""
+def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
+    """Where every parameter with a gradient and its state are, and where the gradients are.
+
+    None where a tensor has no address or there is no state yet. Runs at every step, over every parameter.
+    """
     places: list[tuple[Any, ...]] = []
     gradients: list[int] = []
     try:
         for group in groups:
             for parameter in group["params"]:
+                implicit = given.get(parameter) if given else None
                 gradient = parameter.grad
-                if gradient is None:
+                if gradient is None and implicit is None:
                     continue
                 state = states.get(parameter)
                 if not state:
@@ -273,14 +319,19 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 absmax = absmax_sq = 0
                 if exp_avg.dtype is torch.uint8:
-                    absmax, absmax_sq = (state[name].data_ptr() for name in ("exp_avg_absmax", "exp_avg_sq_absmax"))
+                    absmax, absmax_sq = (state[name].data_ptr() for name in ABSMAXES)
                 if type(parameter) is Int8Weight:
                     parameter = parameter.q
                 elif is_dtensor(parameter):
                     parameter, gradient = local(parameter), local(gradient)
                     exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
                     norm = None if norm is None else local(norm)
-                address = gradient.data_ptr()
+                layout: tuple[Any, ...]
+                if implicit is None:
+                    address = gradient.data_ptr()
+                    layout = address & 15, gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg()
+                else:
+                    address, layout = 0, (implicit.dtype,)
                 places.append(
                     (
                         identity,
@@ -291,14 +342,10 @@ def _addresses(groups: Groups, states: States) -> tuple[list[tuple[Any, ...]] | 
                         None if norm is None else norm.data_ptr(),
                         absmax,
                         absmax_sq,
-                        address & 15,
                         parameter.shape,
                         parameter.stride(),
                         parameter.dtype,
-                        gradient.shape,
-                        gradient.stride(),
-                        gradient.dtype,
-                        gradient.is_neg(),
+                        layout,
                     )
                 )
                 gradients.append(address)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.backend import choose
+from ..core.device_backend import device_backend
 from .weight import FUNCTIONS, Int8Weight
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,10 +24,10 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
         raise RuntimeError(
             f"the input has dtype {x.dtype}, and the int8 weight stands for {weight.dtype}: model.to(...)"
         )
-    return _Linear.apply(x, weight, bias)
+    return _Int8Linear.apply(x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
+class _Int8Linear(torch.autograd.Function):
     """Weights are dequantised a tile at a time in the kernels, a block of rows at a time by PyTorch; their gradient is
     a float tensor like any other."""
 
@@ -77,7 +77,7 @@ def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
 
 def _has_kernels(activations: Tensor, weight: Int8Weight) -> bool:
     kernels_take_it = activations.dtype in _KERNEL_DTYPES and activations.device == weight.device
-    return kernels_take_it and choose(weight, "auto").name == "triton"
+    return kernels_take_it and device_backend(weight, "auto").name == "triton"
 
 
 def _blocks(weight: Int8Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

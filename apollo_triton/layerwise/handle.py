@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.operands import LIMITER_NORMS, Operands, pays
+from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..engine.engine import Engine
-from ..engine.operand_steps import OperandSteps
 from ..optimizer import APOLLOAdamW
 from ..params.checks import is_flattened
-from ..params.member import Label, labels
+from ..params.member import Param, params_of
 from ..params.sharding import is_dtensor
 from .linear import LinearForward, layers_of, owners_of
 
@@ -98,8 +97,9 @@ class Layerwise:
         self.gradients, self._limiter_norm = gradients, limiter_norm
         self._layers = layers  # that can do without their weight's gradient
         self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._places: dict[Tensor, tuple[int, Label]] = {}  # so that no hook looks through all parameters
-        self._updated: set[Tensor] = set()
+        self._params: dict[Tensor, Param] = {}  # so that no hook looks through all parameters
+        self._engines: dict[Tensor, Engine] = {}
+        self._updated: set[Tensor] = set()  # since the last step()
         self._accumulating = False
         self._lock = threading.Lock()  # autograd has a thread a device, and the caches are shared
 
@@ -129,12 +129,9 @@ class Layerwise:
         for layer in self._layers.values():
             if self._has(layer):
                 del layer.__dict__["forward"]
-        for engine in self._optimizer._layer_engines.values():
+        for engine in self._engines.values():
             self._optimizer._engine.take_over(engine)
-        for steps in self._optimizer._operand_steps.values():
-            self._optimizer._engine.take_over(steps)
-        self._optimizer._layer_engines.clear()
-        self._optimizer._operand_steps.clear()
+        self._engines.clear()
         self._optimizer._layerwise = None
 
     def __enter__(self) -> Layerwise:
@@ -154,23 +151,26 @@ class Layerwise:
             "unscale them; train in bfloat16, or with GradScaler(enabled=False), or call remove() on the handle"
         )
 
+    def skipped(self) -> list[Tensor]:
+        """How many updates the hooks have skipped: int64 scalars to be added up."""
+        return [count for engine in self._engines.values() for count in engine.skipped()]
+
     def end_step(self) -> None:
         """Start over with all of the optimizer's parameters as they are now: a hook for each that wants a gradient."""
         self._updated.clear()
-        places = {label.parameter: (number, label) for number, label in labels(self._optimizer.param_groups)}
-        trained = [label for _, label in places.values() if label.parameter.requires_grad]
-        new = [label for label in trained if label.parameter not in self._hooks]
-        for label in new:
-            _check_parameter(label)
+        params = {param.tensor: param for param in params_of(self._optimizer.param_groups)}
+        new = [param for param in params.values() if param.tensor.requires_grad and param.tensor not in self._hooks]
+        for param in new:
+            _check_parameter(param)
         this = weakref.ref(self)  # a hook lives in C++, where the garbage collector would not see a cycle
 
         def update(parameter: Tensor) -> None:
             if (handle := this()) is not None:
-                handle._update(parameter)
+                handle._update_from_gradient(parameter)
 
-        for label in new:
-            self._hooks[label.parameter] = label.parameter.register_post_accumulate_grad_hook(update)
-        self._places = places
+        for param in new:
+            self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
+        self._params = params
         for parameter, layer in self._layers.items():
             if self._is_low_rank(parameter) and not self._has(layer):
                 layer.__dict__["forward"] = LinearForward(layer, self)
@@ -183,7 +183,7 @@ class Layerwise:
     @property
     def without_gradient(self) -> list[str]:
         """The parameters that are updated without a gradient."""
-        return [str(label) for parameter, (_, label) in self._places.items() if self.takes(parameter)]
+        return [str(param) for parameter, param in self._params.items() if self.takes(parameter)]
 
     def takes(self, weight: Tensor) -> bool:
         """Whether ``weight`` is updated from its operands: for ``LinearForward``."""
@@ -200,64 +200,57 @@ class Layerwise:
         return isinstance(forward, LinearForward) and forward.updater is self
 
     def _is_low_rank(self, parameter: Tensor) -> bool:
-        place = self._places.get(parameter)
-        return place is not None and self._optimizer.param_groups[place[0]].get("rank") is not None
+        param = self._params.get(parameter)
+        return param is not None and self._optimizer.param_groups[param.group].get("rank") is not None
 
     def check(self, weight: Tensor, ran_once: bool) -> None:
         """Raise RuntimeError or ValueError unless ``weight`` may be updated now: for ``LinearForward``."""
-        number, label = self._places[weight]
+        param = self._params[weight]
         if weight.grad is not None:
             raise RuntimeError(
-                f"{label} has a gradient of an earlier backward, which this one would be added to, and with "
+                f"{param} has a gradient of an earlier backward, which this one would be added to, and with "
                 f'gradients="{self.gradients}" there is none to add; call optimizer.zero_grad() before backward()'
             )
         if weight in self._updated:
-            raise RuntimeError(_twice(label, self.gradients))
+            raise RuntimeError(_twice(param, self.gradients))
         if not ran_once:
             raise RuntimeError(
-                f"{label}: its layer ran forward more than once, and each backward would move it by a part of its "
+                f"{param}: its layer ran forward more than once, and each backward would move it by a part of its "
                 'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
                 "still there, belongs into torch.no_grad()"
             )
-        _check_group(self._optimizer.param_groups[number], number, self.gradients)
+        _check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
 
-    @torch.no_grad()
-    def update(self, weight: Tensor, operands: Operands) -> None:
+    def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         """One step of ``weight`` without its gradient: for ``LinearForward``."""
-        optimizer, (number, label) = self._optimizer, self._places[weight]
         with self._lock:
-            steps = optimizer._operand_steps.get(weight)
-            if steps is None:
-                steps = OperandSteps(optimizer._caches, label, number, self._limiter_norm)
-                optimizer._operand_steps[weight] = steps
-            with _naming(label):
-                steps.run(optimizer.param_groups[number], optimizer.state[weight], operands)
-            # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
-            torch.autograd.graph.increment_version(weight)
-            self._updated.add(weight)
+            self._step(self._params[weight], {weight: gradient._replace(limiter_norm=self._limiter_norm)})
 
-    @torch.no_grad()
-    def _update(self, parameter: Tensor) -> None:
+    def _update_from_gradient(self, parameter: Tensor) -> None:
         """The hook: one step of ``parameter``, whose gradient is complete, and then has none."""
-        if self._accumulating or parameter not in self._places or parameter.grad is None:
+        if self._accumulating or parameter not in self._params or parameter.grad is None:
             return
-        optimizer, (number, label) = self._optimizer, self._places[parameter]
+        param = self._params[parameter]
         with self._lock:
             if parameter in self._updated:
-                raise RuntimeError(_twice(label, self.gradients))
-            group = optimizer.param_groups[number]
-            _check_group(group, number, self.gradients)
-            engine = optimizer._layer_engines.get(parameter)
-            if engine is None:
-                engine = Engine(optimizer._caches, number, label.number)
-                optimizer._layer_engines[parameter] = engine
-            own = {**group, "params": [parameter], "param_names": [label.name]}
-            with _naming(label):
-                engine.run([own], optimizer.state, None, None)
-            # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
-            torch.autograd.graph.increment_version(parameter)
-            self._updated.add(parameter)
+                raise RuntimeError(_twice(param, self.gradients))
+            _check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
+            self._step(param, {})
             parameter.grad = None
+
+    @torch.no_grad()
+    def _step(self, param: Param, given: dict[Tensor, ImplicitGradient]) -> None:
+        """One step of a parameter by an engine of its own."""
+        optimizer, parameter = self._optimizer, param.tensor
+        engine = self._engines.get(parameter)
+        if engine is None:
+            engine = self._engines[parameter] = Engine(optimizer._caches, param.group, param.index)
+        group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
+        with _naming(param):
+            engine.run([group], optimizer.state, given=given)
+        # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
+        torch.autograd.graph.increment_version(parameter)
+        self._updated.add(parameter)
 
 
 def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
@@ -268,7 +261,7 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
             "would drift apart; use plain optimizer.step() with it"
         )
     own = set(model.parameters())
-    foreign = [str(label) for _, label in labels(optimizer.param_groups) if label.parameter not in own]
+    foreign = [str(param) for param in params_of(optimizer.param_groups) if param.tensor not in own]
     if foreign:
         raise ValueError(
             f"not in the model: {', '.join(foreign)}; give attach_layerwise the whole model that the optimizer trains"
@@ -277,17 +270,17 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
 
 def _check_others(optimizer: APOLLOAdamW) -> None:
     """Raise ValueError if hooks of another optimizer update one of this one's parameters: they would come first."""
-    own = [label for _, label in labels(optimizer.param_groups)]
+    own = [*params_of(optimizer.param_groups)]
 
-    def updated_by_others() -> list[Label]:
+    def updated_by_others() -> list[Param]:
         hooks = [handle.updates for handle in _attached]
-        return [label for label in own if any(label.parameter in each for each in hooks)]
+        return [param for param in own if any(param.tensor in updates for updates in hooks)]
 
     if updated_by_others():
         gc.collect()  # an optimizer and its handle hold each other, and outlive their last name
-        for label in updated_by_others():
+        for param in updated_by_others():
             raise ValueError(
-                f"{label} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
+                f"{param} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
                 "on the handle that attach_layerwise returned for it"
             )
 
@@ -299,33 +292,34 @@ def _check_layers(model: nn.Module, optimizer: APOLLOAdamW, handle: Layerwise) -
             f'gradients="{handle.gradients}" would update the weights from each part of a batch that nn.DataParallel '
             'cuts; use one device, or gradients="freed"'
         )
-    low_rank = [label for number, label in labels(optimizer.param_groups) if optimizer.param_groups[number].get("rank")]
-    for label in low_rank:
-        names = owners_of(model, label.parameter)
+    groups = optimizer.param_groups
+    low_rank = [param for param in params_of(groups) if groups[param.group].get("rank")]
+    for param in low_rank:
+        names = owners_of(model, param.tensor)
         if len(names) > 1:
             raise ValueError(
-                f"{label} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
+                f"{param} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
                 f'gradients="{handle.gradients}" would move it by each; untie them, put it into a group without '
                 "'rank', or use gradients=\"freed\""
             )
-    if not any(label.parameter in handle._layers for label in low_rank):
+    if not any(param.tensor in handle._layers for param in low_rank):
         raise ValueError(
             f"gradients=\"{handle.gradients}\": no weight of a group with a 'rank' is that of a plain nn.Linear or "
             'Int8Linear, so nothing would be gained; use gradients="freed"'
         )
 
 
-def _check_parameter(label: Label) -> None:
+def _check_parameter(param: Param) -> None:
     """Raise ValueError for a shard, whose gradient is not whole in its hook."""
-    parameter = label.parameter
+    parameter = param.tensor
     if is_dtensor(parameter):
         raise ValueError(
-            f"{label} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
+            f"{param} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
             "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
         )
     if is_flattened(parameter):
         raise ValueError(
-            f"{label} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
+            f"{param} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
             "use plain optimizer.step()"
         )
 
@@ -355,25 +349,25 @@ def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
 
 
 @contextmanager
-def _naming(label: Label) -> Iterator[None]:
+def _naming(param: Param) -> Iterator[None]:
     """Errors begin with the parameter, unless they name it already."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if str(label) in str(error):
+        if str(param) in str(error):
             raise
-        raise type(error)(f"{label}: {error}") from error
+        raise type(error)(f"{param}: {error}") from error
 
 
-def _twice(label: Label, gradients: str) -> str:
+def _twice(param: Param, gradients: str) -> str:
     if gradients != "freed":
         return (
-            f"{label}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
+            f"{param}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
             f'already. Gradients do not accumulate with gradients="{gradients}": call optimizer.step() after each '
             'backward(), or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
         )
     return (
-        f"{label}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "
+        f"{param}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "
         "already. If it is shared between parts that torch.utils.checkpoint runs, use use_reentrant=False; if "
         "gradients accumulate over several backward(), run all but the last inside `with handle.accumulate():`; "
         "else call optimizer.step() after each backward()"

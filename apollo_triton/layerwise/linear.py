@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.operands import Operands
+from ..core.implicit_gradient import ImplicitGradient
 from ..int8.layers import Int8Linear
 from ..int8.linear import input_gradient
 from ..int8.weight import Int8Weight
@@ -27,7 +27,7 @@ class Updater(Protocol):
 
     def check(self, weight: Tensor, ran_once: bool) -> None: ...
 
-    def update(self, weight: Tensor, operands: Operands) -> None: ...
+    def update(self, weight: Tensor, gradient: ImplicitGradient) -> None: ...
 
 
 def layers_of(model: nn.Module) -> dict[Tensor, nn.Linear]:
@@ -66,7 +66,7 @@ class LinearForward:
     def __init__(self, module: nn.Linear, updater: Updater) -> None:
         self._module = module
         self._updater = weakref.ref(updater)  # an optimizer that is gone must not live on in its model
-        self._waiting: weakref.WeakSet[Use] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[ForwardUse] = weakref.WeakSet()
 
     @property
     def updater(self) -> Updater | None:
@@ -91,20 +91,20 @@ class LinearForward:
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         elif x.dtype != weight.dtype:
             return type(module).forward(module, x)  # which refuses it
-        use = Use(self._waiting, updater, weight)
+        use = ForwardUse(self._waiting, updater, weight)
         # Whatever runs within a backward is a recomputation, whose graph may never be used.
         if torch._C._current_graph_task_id() == -1:
             self._waiting.add(use)
-        return _Linear.apply(x, weight, bias, use)
+        return _UpdatingLinear.apply(x, weight, bias, use)
 
     def __reduce__(self) -> Any:
         return getattr, (self._module, "forward")
 
 
-class Use:
+class ForwardUse:
     """One forward of a layer whose backward is to come; it lives as long as the graph does."""
 
-    def __init__(self, waiting: weakref.WeakSet[Use], updater: Updater, weight: Tensor) -> None:
+    def __init__(self, waiting: weakref.WeakSet[ForwardUse], updater: Updater, weight: Tensor) -> None:
         self._waiting, self.updater, self.weight = waiting, updater, weight
 
     def ends(self) -> bool:
@@ -113,9 +113,9 @@ class Use:
         return not self._waiting
 
 
-class _Linear(torch.autograd.Function):
+class _UpdatingLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: Use) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: ForwardUse) -> Tensor:
         ctx.use = use
         if isinstance(weight, Int8Weight) or weight.dtype == x.dtype:
             ctx.save_for_backward(x, weight)
@@ -146,8 +146,7 @@ class _Linear(torch.autograd.Function):
         ran_once = ctx.use.ends()
         if is_updated:
             updater.check(parameter, ran_once)
-        operands = Operands(*(each.reshape(-1, each.shape[-1]).contiguous() for each in (x, gradient)))
-        X, dY = operands
+        X, dY = (factor.reshape(-1, factor.shape[-1]).contiguous() for factor in (x, gradient))
         of_x = of_weight = None
         # Autocast, which does not know the meta device, would round P and the moments.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
@@ -157,7 +156,7 @@ class _Linear(torch.autograd.Function):
                 of_x = (dY @ (rounded[0] if rounded else weight)).view(x.shape)
             of_bias = dY.sum(0) if needs_bias else None
             if is_updated:
-                updater.update(parameter, operands)
+                updater.update(parameter, ImplicitGradient(X, dY))
             elif is_wanted:
                 of_weight = dY.mT @ X
         return of_x, of_weight, of_bias, None

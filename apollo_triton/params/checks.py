@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
-from .member import Label, find_piece, geometry_of
+from .member import Param, find_shard, geometry_of
 from .sharding import is_dtensor
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,88 +50,88 @@ def check_groups(groups: list[dict[str, Any]], had_matrix: list[bool]) -> None:
         first += len(group["params"])
 
 
-def check_parameter(label: Label, settings: Settings) -> None:
+def check_parameter(param: Param, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
-    parameter = label.parameter
+    parameter = param.tensor
     trained = parameter.requires_grad or parameter.grad is not None
     if trained and parameter.dtype not in WEIGHT_DTYPES:  # frozen ones, quantised say, may be anything
         raise ValueError(
-            f"{label} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
+            f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
-            f"{label} is int8 and its group has no 'rank': AdamW's updates are not made for it; put it into a low-rank "
+            f"{param} is int8 and its group has no 'rank': AdamW's updates are not made for it; put it into a low-rank "
             "group, or leave it out of quantize_model's target_modules"
         )
-    piece = find_piece(label, settings)
+    shard = find_shard(param, settings)
     if settings.capturable and is_dtensor(parameter):
-        raise ValueError(f"{label} is a DTensor, whose step communicates and is not captured; use capturable=False")
+        raise ValueError(f"{param} is a DTensor, whose step communicates and is not captured; use capturable=False")
     if settings.state_bits == 8 and is_dtensor(parameter):
-        raise ValueError(f"{label}: {SHARDED_8BIT}")
+        raise ValueError(f"{param}: {SHARDED_8BIT}")
     if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
         raise ValueError(
-            f"{label} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
+            f"{param} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
             "shard with FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps them, or wrap with "
             "FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
             "or put it into a group without 'rank'"
         )
     whole_shape = tuple(getattr(parameter, "ds_shape", ()))
     if settings.rank is not None and len(whole_shape) > 1 and parameter.dim() < 2:
-        raise ValueError(f"{label} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")
+        raise ValueError(f"{param} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")
     geometry = geometry_of(parameter, settings)
     if geometry is None or settings.rank is None:
         return
     if settings.rank > geometry.width and not settings.rank_above_width:
         raise ValueError(
-            f"{label}: rank {settings.rank} is above its projected width {geometry.width}, which would inflate the "
+            f"{param}: rank {settings.rank} is above its projected width {geometry.width}, which would inflate the "
             f"state; use a rank of at most {geometry.width}, put it into a group without 'rank', or allow it by "
             "'rank_above_width': True in the group"
         )
-    if settings.proj == "svd" and piece.summed:
+    if settings.proj == "svd" and shard.sum_axes:
         raise ValueError(
-            f"{label} is sharded ({parameter.placements}), and proj='svd' needs the singular vectors of the whole "  # type: ignore[attr-defined]
+            f"{param} is sharded ({parameter.placements}), and proj='svd' needs the singular vectors of the whole "  # type: ignore[attr-defined]
             "gradient; use proj='random'"
         )
     if settings.proj == "svd" and settings.rank > min(geometry.rows, geometry.columns):
         raise ValueError(
-            f"{label}: rank {settings.rank} is above its {min(geometry.rows, geometry.columns)} singular vectors; "
+            f"{param}: rank {settings.rank} is above its {min(geometry.rows, geometry.columns)} singular vectors; "
             "use a smaller rank or proj='random'"
         )
 
 
-def check_gradient(label: Label, gradient: Tensor) -> None:
+def check_gradient(param: Param, gradient: Tensor) -> None:
     """Raise RuntimeError or ValueError unless the gradient is a dense real one like its parameter."""
-    parameter = label.parameter
+    parameter = param.tensor
     if is_dtensor(gradient) != is_dtensor(parameter):
         raise ValueError(
-            f"{label} and its gradient must both be DTensors, or neither: the parameter is a "
+            f"{param} and its gradient must both be DTensors, or neither: the parameter is a "
             f"{type(parameter).__name__}, the gradient a {type(gradient).__name__}"
         )
     if is_dtensor(parameter) and gradient.device_mesh != parameter.device_mesh:  # type: ignore[attr-defined]
         raise ValueError(
-            f"{label}: its gradient is a DTensor of another device mesh ({gradient.device_mesh}) than "  # type: ignore[attr-defined]
+            f"{param}: its gradient is a DTensor of another device mesh ({gradient.device_mesh}) than "  # type: ignore[attr-defined]
             f"its own ({parameter.device_mesh}); redistribute it to the weight's"  # type: ignore[attr-defined]
         )
     if gradient.layout != torch.strided:
         raise RuntimeError(
-            f"{label}: APOLLOAdamW does not support sparse gradients; use sparse=False in the embedding, "
+            f"{param}: APOLLOAdamW does not support sparse gradients; use sparse=False in the embedding, "
             "or torch.optim.SparseAdam for it"
         )
     if not gradient.is_floating_point():
-        raise RuntimeError(f"{label}: its gradient has dtype {gradient.dtype}, which is not a real floating-point type")
+        raise RuntimeError(f"{param}: its gradient has dtype {gradient.dtype}, which is not a real floating-point type")
     if gradient.dtype not in WEIGHT_DTYPES:
         raise ValueError(
-            f"{label}: its gradient has dtype {gradient.dtype}; gradients may be float32, bfloat16 or float16: convert "
+            f"{param}: its gradient has dtype {gradient.dtype}; gradients may be float32, bfloat16 or float16: convert "
             "it, e.g. parameter.grad.float()"
         )
     if gradient.is_neg():
         raise ValueError(
-            f"{label}: its gradient is negated where it is read, not in memory (a view of a complex conjugate); "
+            f"{param}: its gradient is negated where it is read, not in memory (a view of a complex conjugate); "
             "use parameter.grad = parameter.grad.resolve_neg()"
         )
     if gradient.shape != parameter.shape or gradient.device != parameter.device:
         raise ValueError(
-            f"{label} on {parameter.device}: its gradient has shape {tuple(gradient.shape)} on {gradient.device}; "
+            f"{param} on {parameter.device}: its gradient has shape {tuple(gradient.shape)} on {gradient.device}; "
             "both must agree (was the parameter resized or moved after its gradient was made?)"
         )

@@ -35,7 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Axis:
+class MeshAxis:
     """One mesh dimension: the ranks that hold pieces along it, known by the name of their process group."""
 
     name: str
@@ -45,7 +45,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalShard:
     """What a rank holds of a weight: a whole weight is a piece without axes.
 
     ``geometry`` is that of the piece's matrices and ``whole`` the weight's, both None for dense AdamW.
@@ -62,15 +62,15 @@ class Piece:
     first_channel: int = 0
     first_width: int = 0
     first_element: int = 0
-    spread: tuple[Axis, ...] = ()
-    summed: tuple[Axis, ...] = ()
-    scattered: tuple[Axis, ...] = ()
-    mesh_axes: tuple[Axis, ...] = ()
+    shard_axes: tuple[MeshAxis, ...] = ()
+    sum_axes: tuple[MeshAxis, ...] = ()
+    width_axes: tuple[MeshAxis, ...] = ()
+    mesh_axes: tuple[MeshAxis, ...] = ()
     first_moment: int = 0
     moments: int = 0
 
     @property
-    def numbers(self) -> list[int]:
+    def rounding_offsets(self) -> list[int]:
         """For each matrix the number of its first channel: element i of the matrix is then element ``number * width +
         i`` for stochastic rounding. Pieces of whole channels count as the unsharded weight does."""
         if self.geometry is None:
@@ -83,7 +83,7 @@ class Piece:
         return [before + number for number in self._counted(self.first_channel)]
 
     @property
-    def moment_numbers(self) -> list[int]:
+    def moment_rounding_offsets(self) -> list[int]:
         """For each matrix the number of the first channel whose moments are here, counted through the whole weight."""
         return self._counted(self.first_moment)
 
@@ -94,14 +94,14 @@ class Piece:
         return [matrix * self.whole.channels + first for matrix in matrices]
 
 
-def piece_of(parameter: Tensor, geometry: Geometry | None) -> Piece:
+def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
     """Which piece of ``parameter``, whose whole ``geometry`` is given, this rank holds.
 
     Raises ValueError for placements that leave no matrices to work on.
     """
     channels = 0 if geometry is None else geometry.channels
     if not is_dtensor(parameter):
-        return Piece(geometry, geometry, moments=channels)
+        return LocalShard(geometry, geometry, moments=channels)
     cuts = _cuts(parameter)
     shape, offset = _place(parameter, cuts)
     mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
@@ -109,10 +109,12 @@ def piece_of(parameter: Tensor, geometry: Geometry | None) -> Piece:
     first_element = sum(
         offset[d] * math.prod(shape[:d]) * math.prod(parameter.shape[d + 1 :]) for d in range(parameter.dim())
     )
-    spread = tuple(axis for _, axis, _ in cuts)
+    shard_axes = tuple(axis for _, axis, _ in cuts)
     if geometry is None:
         first_element = -(-first_element // 8) * 8  # kernels draw rounding bits by eights
-        return Piece(None, None, first_element=first_element, spread=spread, summed=spread, mesh_axes=mesh_axes)
+        return LocalShard(
+            None, None, first_element=first_element, shard_axes=shard_axes, sum_axes=shard_axes, mesh_axes=mesh_axes
+        )
     if any(dim >= 2 for dim, _, _ in cuts) and parameter.dim() != 3:
         raise ValueError(
             "is cut along a dimension of its kernel, so its pieces are no matrices; use Shard(0) or Shard(1)"
@@ -124,35 +126,35 @@ def piece_of(parameter: Tensor, geometry: Geometry | None) -> Piece:
     kept = rows if geometry.keeps_rows else columns
     # Elements of a matrix for each step along dimension ``columns``: the kernel of a convolution.
     inner = math.prod(parameter.shape[columns + 1 :])
-    piece = Geometry(shape[0] if experts else 1, shape[rows], math.prod(shape[columns:]), geometry.keeps_rows)
+    shard = Geometry(shape[0] if experts else 1, shape[rows], math.prod(shape[columns:]), geometry.keeps_rows)
     first_row, first_column = offset[rows], offset[columns] * inner
     projected = sorted(
         ((index, axis) for dim, axis, index in cuts if dim not in ((0, kept) if experts else (kept,))),
         key=lambda cut: cut[0],
     )
-    scattered = tuple(axis for _, axis in projected)
+    width_axes = tuple(axis for _, axis in projected)
     first_channel = first_row if geometry.keeps_rows else first_column
-    first_moment, moments = first_channel, piece.channels
-    for axis in scattered:
+    first_moment, moments = first_channel, shard.channels
+    for axis in width_axes:
         first, moments = _chunk(moments, axis)
         first_moment += first
-    return Piece(
-        piece,
+    return LocalShard(
+        shard,
         geometry,
         first_matrix=offset[0] if experts else 0,
         first_channel=first_channel,
         first_width=first_column if geometry.keeps_rows else first_row,
         first_element=first_element,
-        spread=spread,
-        summed=tuple(axis for dim, axis, _ in cuts if not (experts and dim == 0)),
-        scattered=scattered,
+        shard_axes=shard_axes,
+        sum_axes=tuple(axis for dim, axis, _ in cuts if not (experts and dim == 0)),
+        width_axes=width_axes,
         mesh_axes=mesh_axes,
         first_moment=first_moment,
         moments=moments,
     )
 
 
-def _cuts(parameter: Any) -> list[tuple[int, Axis, int]]:
+def _cuts(parameter: Any) -> list[tuple[int, MeshAxis, int]]:
     """The cuts of a ``DTensor`` in the order in which they were made: dimension, axis and mesh dimension."""
     mesh = parameter.device_mesh
     order: list[int] = []
@@ -163,28 +165,28 @@ def _cuts(parameter: Any) -> list[tuple[int, Axis, int]]:
         if placement.is_replicate():
             continue
         # A strided shard was cut after mesh dimensions to its right, into as many pieces as split_factor says.
-        strides, at, pieces = getattr(placement, "split_factor", 1), 0, 1
-        while pieces < strides and at < len(order):
+        strides, at, shards = getattr(placement, "split_factor", 1), 0, 1
+        while shards < strides and at < len(order):
             if parameter.placements[order[at]].dim == placement.dim:
-                pieces *= mesh.size(order[at])
+                shards *= mesh.size(order[at])
             at += 1
         order.insert(at, index)
     return [(parameter.placements[i].dim % parameter.dim(), _axis(mesh, i), i) for i in order]
 
 
-def _axis(mesh: Any, index: int) -> Axis:
+def _axis(mesh: Any, index: int) -> MeshAxis:
     group = mesh.get_group(index)
-    return Axis(group.group_name, mesh.size(index), mesh.get_local_rank(index), group)
+    return MeshAxis(group.group_name, mesh.size(index), mesh.get_local_rank(index), group)
 
 
-def _chunk(length: int, axis: Axis) -> tuple[int, int]:
+def _chunk(length: int, axis: MeshAxis) -> tuple[int, int]:
     """Where this rank's part of ``length`` begins, and its length: ``torch.chunk``'s partition, as ``DTensor``'s."""
     size = -(-length // axis.size)
     first = min(axis.rank * size, length)
     return first, min(size, length - first)
 
 
-def _place(parameter: Any, cuts: list[tuple[int, Axis, int]]) -> tuple[list[int], list[int]]:
+def _place(parameter: Any, cuts: list[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
     """Shape of the piece and where it begins in each dimension."""
     shape, offset = list(parameter.shape), [0] * parameter.dim()
     for dim, axis, _ in cuts:
@@ -199,7 +201,7 @@ def _place(parameter: Any, cuts: list[tuple[int, Axis, int]]) -> tuple[list[int]
     return shape, offset
 
 
-class Layout(NamedTuple):
+class StatePlacement(NamedTuple):
     """Where a state tensor lies: ``DTensor`` placements, and the local piece's first indices and shape."""
 
     placements: tuple[Any, ...]
@@ -207,7 +209,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
 
 
-def state_layout(name: str, parameter: Any, piece: Piece, shape: Sequence[int]) -> Layout:
+def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int]) -> StatePlacement:
     """The layout of the state tensor ``name``, of this whole ``shape``, of a ``DTensor`` weight.
 
     Dense moments lie as the weight. Those of low rank are cut along their channels, first by what cuts the kept
@@ -217,38 +219,38 @@ def state_layout(name: str, parameter: Any, piece: Piece, shape: Sequence[int]) 
     from torch.distributed.tensor.placement_types import _StridedShard
 
     cuts, mesh = _cuts(parameter), parameter.device_mesh
-    if piece.geometry is None:
+    if shard.geometry is None:
         local_shape, first = _place(parameter, cuts)
-        return Layout(tuple(parameter.placements), tuple(first), tuple(local_shape))
+        return StatePlacement(tuple(parameter.placements), tuple(first), tuple(local_shape))
     experts = len(shape) == (1 if name == "update_norm" else 3)
     is_moment = name in ("exp_avg", "exp_avg_sq")
-    dealt = [index for dim, axis, index in cuts if axis not in piece.summed]
-    kept = [index for _, axis, index in cuts if axis in piece.summed and axis not in piece.scattered]
-    scattered = sorted(index for _, axis, index in cuts if axis in piece.scattered)
+    dealt = [index for dim, axis, index in cuts if axis not in shard.sum_axes]
+    kept = [index for _, axis, index in cuts if axis in shard.sum_axes and axis not in shard.width_axes]
+    width_axes = sorted(index for _, axis, index in cuts if axis in shard.width_axes)
     placements: list[Any] = [Replicate()] * mesh.ndim
-    for order, dim in ((dealt, 0), (kept + scattered if is_moment else [], int(experts))):
+    for order, dim in ((dealt, 0), (kept + width_axes if is_moment else [], int(experts))):
         for position, index in enumerate(order):
             if mesh.size(index) == 1:
                 continue
             # A mesh dimension to the right that has cut before makes this cut a strided one.
             factor = math.prod(mesh.size(i) for i in order[:position] if i > index)
             placements[index] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
-    first = [piece.first_matrix] if experts else []
-    local_shape = [piece.geometry.matrices] if experts else []
+    first = [shard.first_matrix] if experts else []
+    local_shape = [shard.geometry.matrices] if experts else []
     if is_moment:
-        first.append(piece.first_moment)
-        local_shape.append(piece.moments)
+        first.append(shard.first_moment)
+        local_shape.append(shard.moments)
     rest = shape[len(local_shape) :]
-    return Layout(tuple(placements), (*first, *[0] * len(rest)), (*local_shape, *rest))
+    return StatePlacement(tuple(placements), (*first, *[0] * len(rest)), (*local_shape, *rest))
 
 
-def sharded_zeros(name: str, parameter: Any, piece: Piece, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def sharded_zeros(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros for the state tensor ``name`` of a ``DTensor`` weight."""
-    layout = state_layout(name, parameter, piece, shape)
+    layout = state_placement(name, parameter, shard, shape)
     return _as_dtensor(torch.zeros(layout.shape, dtype=dtype, device=parameter.device), parameter, layout, shape)
 
 
-def resharded(name: str, value: Tensor, parameter: Tensor, piece: Piece) -> Tensor:
+def resharded(name: str, value: Tensor, parameter: Tensor, shard: LocalShard) -> Tensor:
     """A saved state tensor, whole or a ``DTensor`` of any placement, as ``parameter`` needs it: a copy.
 
     Whole ones are cut without communication; another placement costs gathering that tensor.
@@ -256,19 +258,19 @@ def resharded(name: str, value: Tensor, parameter: Tensor, piece: Piece) -> Tens
     value = value.detach()
     if is_dtensor(value):
         if is_dtensor(parameter):
-            layout = state_layout(name, parameter, piece, value.shape)
+            layout = state_placement(name, parameter, shard, value.shape)
             if (value.device_mesh, tuple(value.placements)) == (parameter.device_mesh, layout.placements):  # type: ignore[attr-defined]
                 return value.to(parameter.device, copy=True)
         value = value.full_tensor()  # type: ignore[attr-defined]
     if not is_dtensor(parameter):
         return value.to(parameter.device, copy=True)
-    layout = state_layout(name, parameter, piece, value.shape)
+    layout = state_placement(name, parameter, shard, value.shape)
     cut = tuple(slice(first, first + length) for first, length in zip(layout.first, layout.shape, strict=True))
     mine = value[cut].to(parameter.device, copy=True, memory_format=torch.contiguous_format)
     return _as_dtensor(mine, parameter, layout, value.shape)
 
 
-def _as_dtensor(mine: Tensor, parameter: Any, layout: Layout, shape: Sequence[int]) -> Tensor:
+def _as_dtensor(mine: Tensor, parameter: Any, layout: StatePlacement, shape: Sequence[int]) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

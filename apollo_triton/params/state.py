@@ -16,15 +16,17 @@ from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
 from .checks import SHARDED_8BIT
-from .member import Label, geometry_of
-from .sharding import Piece, is_dtensor, resharded, sharded_zeros
+from .member import Param, geometry_of
+from .sharding import LocalShard, is_dtensor, resharded, sharded_zeros
 
+# The names of the state's tensors. ``step`` is the one more, on the host.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_TENSORS = (*MOMENTS, "update_norm", "projection")
+ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # where moments are 8-bit
+SHARDED = (*MOMENTS, "update_norm", "projection")  # those that a DTensor weight has as DTensors
 
 
 def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
-    """The shape of each state tensor of a parameter but ``step``."""
+    """The shape of each state tensor of a parameter, except ``step`` and the absmax of 8-bit moments."""
     geometry = geometry_of(parameter, settings)
     if geometry is None:
         return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
@@ -56,19 +58,18 @@ def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> 
     return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= settings.min_8bit_size
 
 
-def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]:
+def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str, Any]:
     """Zeros of the right shapes: float32 ``step`` on the host, ``seed``, the moments, and u_prev for low rank.
 
     Moments of a dense weight keep its memory layout; those of a ``DTensor`` are ``DTensor``s of the same mesh. 8-bit
     ones are row-major, with an ``exp_avg_absmax`` and an ``exp_avg_sq_absmax``. svd's projection comes with the first
     gradient.
     """
-    own = settings.seed_per_param
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        "seed": parameter_seed(settings.seed, label.number) if own else settings.seed,
+        "seed": parameter_seed(settings.seed, param.index) if settings.seed_per_param else settings.seed,
     }
-    parameter = label.parameter
+    parameter = param.tensor
     bits8 = is_8bit(parameter, settings, state)
     for name, shape in state_shapes(parameter, settings).items():
         if bits8 and name in MOMENTS:
@@ -80,36 +81,36 @@ def make_state(label: Label, settings: Settings, piece: Piece) -> dict[str, Any]
         elif name != "projection":
             dtype = torch.float32 if name == "update_norm" else settings.state_dtype
             if is_dtensor(parameter):
-                state[name] = sharded_zeros(name, parameter, piece, shape, dtype)
+                state[name] = sharded_zeros(name, parameter, shard, shape, dtype)
             else:
                 state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
     return state
 
 
-def check_state(label: Label, state: Mapping[str, Any], settings: Settings) -> None:
+def check_state(param: Param, state: Mapping[str, Any], settings: Settings) -> None:
     """Raise ValueError unless the state fits the parameter's shape and settings. Foreign keys are left alone."""
-    for name, shape in state_shapes(label.parameter, settings).items():
+    for name, shape in state_shapes(param.tensor, settings).items():
         value = state.get(name)
         if isinstance(value, Tensor):
             if tuple(value.shape) != shape:
-                raise ValueError(_complaint(label, name, f"has shape {tuple(value.shape)}, not {shape}"))
+                raise ValueError(_complaint(param, name, f"has shape {tuple(value.shape)}, not {shape}"))
         elif name != "projection":  # made at the next step: a group may turn to svd at any time
-            raise ValueError(_complaint(label, name, "is missing"))
+            raise ValueError(_complaint(param, name, "is missing"))
     for name in ("step", "seed"):
         if name not in state:
-            raise ValueError(_complaint(label, name, "is missing"))
-    if is_8bit(label.parameter, settings, state):
-        if is_dtensor(label.parameter):
-            raise ValueError(f"{label}: {SHARDED_8BIT}")
-        expected = _absmax_shape(label.parameter, settings)
-        for name in (f"{moment}_absmax" for moment in MOMENTS):
+            raise ValueError(_complaint(param, name, "is missing"))
+    if is_8bit(param.tensor, settings, state):
+        if is_dtensor(param.tensor):
+            raise ValueError(f"{param}: {SHARDED_8BIT}")
+        expected = _absmax_shape(param.tensor, settings)
+        for name in ABSMAXES:
             if name not in state:
-                raise ValueError(_complaint(label, name, "is missing"))
+                raise ValueError(_complaint(param, name, "is missing"))
             if tuple(state[name].shape) != expected:
-                raise ValueError(_complaint(label, name, f"has shape {tuple(state[name].shape)}, not {expected}"))
+                raise ValueError(_complaint(param, name, f"has shape {tuple(state[name].shape)}, not {expected}"))
 
 
-def check_numbers(label: Label, state: Mapping[str, Any]) -> None:
+def check_numbers(param: Param, state: Mapping[str, Any]) -> None:
     """Raise ValueError unless a saved state's ``step`` and ``seed`` can be counted on with."""
     limits = {"step": (2**53, "a whole number"), "seed": (2**32, "an integer below 2**32")}
     for name, (limit, allowed) in limits.items():
@@ -117,29 +118,29 @@ def check_numbers(label: Label, state: Mapping[str, Any]) -> None:
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
         if not (is_number and 0 <= number < limit and number == int(number)):
-            raise ValueError(f"{label}: its state {name!r} is {value!r} (allowed: {allowed}, 0 or more)")
+            raise ValueError(f"{param}: its state {name!r} is {value!r} (allowed: {allowed}, 0 or more)")
 
 
-def check_device(label: Label, state: Mapping[str, Any]) -> None:
+def check_device(param: Param, state: Mapping[str, Any]) -> None:
     """Raise ValueError unless the state is where the parameter is: kernels take addresses as they are."""
-    device = label.parameter.device
-    for name in (*STATE_TENSORS, *(f"{moment}_absmax" for moment in MOMENTS)):
+    device = param.tensor.device
+    for name in (*SHARDED, *ABSMAXES):
         value = state.get(name)
         if isinstance(value, Tensor) and value.device != device:
             raise ValueError(
-                f"{label}: its state {name!r} is on {value.device}, and the parameter on {device}; move the model "
+                f"{param}: its state {name!r} is on {value.device}, and the parameter on {device}; move the model "
                 "before the first step, or bring the state along: optimizer.load_state_dict(optimizer.state_dict())"
             )
 
 
-def _complaint(label: Label, name: str, problem: str) -> str:
+def _complaint(param: Param, name: str, problem: str) -> str:
     return (
-        f"{label}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
+        f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
         "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
     )
 
 
-def restored(name: str, value: Any, parameter: Tensor, piece: Piece) -> Any:
+def restored(name: str, value: Any, parameter: Tensor, shard: LocalShard) -> Any:
     """A saved value as a copy where and as the parameter is: on its device, sharded like it or whole.
 
     ``step`` stays float32 on the host; ``torch.optim`` itself would cast moments to the parameter's dtype.
@@ -148,6 +149,6 @@ def restored(name: str, value: Any, parameter: Tensor, piece: Piece) -> Any:
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
     if not isinstance(value, Tensor):
         return value
-    if name in STATE_TENSORS and (is_dtensor(parameter) or is_dtensor(value)):
-        return resharded(name, value, parameter, piece)
+    if name in SHARDED and (is_dtensor(parameter) or is_dtensor(value)):
+        return resharded(name, value, parameter, shard)
     return value.detach().to(parameter.device, copy=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..core.backend import choose
+from ..core.device_backend import device_backend
 from ..version import __version__
 
 # What trains with this package, or is trained by it; others change nothing here.
@@ -135,7 +135,7 @@ def _devices() -> list[torch.device]:
 
 
 def _about(device: torch.device) -> str:
-    backend = choose(torch.empty(0, device=device), "auto")
+    backend = device_backend(torch.empty(0, device=device), "auto")
     engine = f'backend="auto" is {backend.name}: {backend.reason}'
     if device.type == "cpu":
         return engine

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.core import gpu
-from apollo_triton.core.backend import Backend
+from apollo_triton.core.device_backend import Backend
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
@@ -377,7 +377,7 @@ def test_engines_can_be_mixed_in_one_optimizer():
 
 
 def test_asking_for_kernels_where_there_are_none_says_why(monkeypatch):
-    monkeypatch.setattr("apollo_triton.core.backend.interpreting", lambda: False)
+    monkeypatch.setattr("apollo_triton.core.device_backend.interpreting", lambda: False)
     (weight,) = [nn.Parameter(torch.ones(8, 8, device="cpu"))]
     weight.grad = torch.ones(8, 8, device="cpu")
     optimizer = APOLLOAdamW([{"params": [weight], "rank": 1}], backend="triton")

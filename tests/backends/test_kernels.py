@@ -15,11 +15,12 @@ if torch.cuda.is_available():
 from apollo_triton.kernels import table as fields
 from sanitizer import Recorder
 
-from apollo_triton.backends.interface import Moment
-from apollo_triton.backends.triton import table as tables
+from apollo_triton.backends.interface import Factors, StepScalars
+from apollo_triton.backends.triton import matrices as tables
 from apollo_triton.backends.triton import verbs as fused
 from apollo_triton.core import gpu
 from apollo_triton.core.projection import TENSOR_CORE_RANK
+from apollo_triton.core.settings import Settings
 
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 SIDES = [(512, 384), (384, 512)]
@@ -273,7 +274,7 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
     optimizer = optimizer_of([weight], **MINI, proj_type="right" if keeps_rows else "left")
     optimizer.step()
     table, *_ = optimizer._engine._plan.tables
-    settings = fused.Settings.of(optimizer.param_groups[0])
+    settings = Settings.of(optimizer.param_groups[0])
     channels = rows if keeps_rows else columns
     table.aligned = aligned
     for field, value in (
@@ -292,17 +293,18 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
     table.tile_programs = torch.zeros(-(-rows // table.tile_blocks["BLOCK_ROWS"]) * across, dtype=torch.int32)
     block = table.channel_blocks["BLOCK_CHANNELS"]
     table.channel_programs = torch.zeros(-(-channels // block), dtype=torch.int32)
-    moment = Moment(2, None, None)
+    scalars = StepScalars(2)
     phantom = [(weight_at, size), (gradient_at, size), (moments_at, 8 * channels)]
 
     first_row = (rows - 1) // table.tile_blocks["BLOCK_ROWS"] * table.tile_blocks["BLOCK_ROWS"]
     first_column = (columns - 1) // table.tile_blocks["BLOCK_COLUMNS"] * table.tile_blocks["BLOCK_COLUMNS"]
     tile = (torch.arange(first_row, rows)[:, None] * columns + torch.arange(first_column, columns)).flatten() * nbytes
-    factors = fused.Factors(None, torch.ones(len(table.channel_programs), 3), torch.ones(1))
+    factors = Factors(None, torch.ones(len(table.channel_programs), 3))
+    table.previous.fill_(1)
     # That every program adds all partial sums up is tested elsewhere; here it would take 5,000 turns.
     table.channel_blocks = table.channel_blocks | {"BLOCK_CHANNELS": 1 << 20}
     with Recorder(phantom=phantom, only=[(len(table.tile_programs) - 1, 0, 0)]) as recorder:
-        fused.apply(table, settings, moment, factors)
+        fused.apply(table, settings, scalars, factors)
     assert not recorder.launches[0].strays
     loaded, stored = recorder.launches[0].addresses(weight_at, size)
     assert torch.equal(torch.from_numpy(loaded), tile)
@@ -311,7 +313,7 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
 
     table.channel_blocks["BLOCK_CHANNELS"] = block
     with Recorder(phantom=phantom, only=[(len(table.channel_programs) - 1, 0, 0)]) as recorder:
-        fused.factors(table, settings, moment)
+        fused.sketch_and_rescale(table, settings, scalars)
     assert not recorder.launches[0].strays
     loaded = torch.from_numpy(recorder.launches[0].addresses(gradient_at, size)[0])
     first = (channels - 1) // block * block

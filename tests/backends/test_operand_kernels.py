@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn
+from fused_cases import DEVICE, drawn, kernels_everywhere
 from operand_cases import (
     MINI,
     by_channel,
@@ -25,11 +25,15 @@ pytest.importorskip("triton")
 
 from apollo_triton.kernels import operand_sketch
 
-from apollo_triton.backends.interface import Moment
-from apollo_triton.backends.triton import operands as fused_operands
-from apollo_triton.backends.triton.table import OperandTable
+from apollo_triton import APOLLOAdamW
+from apollo_triton.backends.interface import StepScalars
+from apollo_triton.backends.selection import backend_of
+from apollo_triton.backends.triton import implicit as fused_operands
 from apollo_triton.core import gpu
-from apollo_triton.core.operands import Operands
+from apollo_triton.core.implicit_gradient import ImplicitGradient
+from apollo_triton.core.settings import Settings
+from apollo_triton.engine.caches import Caches
+from apollo_triton.engine.engine import Engine
 from apollo_triton.int8.weight import Int8Weight
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -47,7 +51,7 @@ GROUPS = {
 }
 # Every group on the first shape, the narrowest and one of tensor cores on the second, one group on the others.
 CASES = [(SHAPES[0], name) for name in GROUPS] + [(SHAPES[1], "mini"), *((shape, "rank 16") for shape in SHAPES[1:])]
-FIRST = Moment(1, None, None)
+FIRST = StepScalars(1)
 
 
 def relative(found, expected):
@@ -85,7 +89,7 @@ def test_sketch_and_norms(shape, dtype, name, poisoned):
     group, constructor = parted(fitting(GROUPS[name], sides))
     layer = layer_of(sides, dtype, constructor=constructor, **group)
     operands = operands_of(tokens, sides, dtype)
-    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands)
     G = by_channel(layer, gradient_of(operands))
     R = G @ projection_of(layer).T
     assert found.projected.shape == R.shape
@@ -98,11 +102,11 @@ def test_sketch_and_norms(shape, dtype, name, poisoned):
     norms = G.square().sum(1)
     torch.testing.assert_close(fused_operands.tile_norms(layer.table, operands).double(), norms, rtol=2e-6, atol=0)
     by_gram = fused_operands.gram_norms(layer.table, operands)
-    kept, summed = (each.double() for each in layer.table.split(operands))
-    terms = (kept.abs() * ((summed @ summed.T).abs() @ kept.abs())).sum(0)  # of which a norm is the sum
+    kept, contracted = (each.double() for each in layer.table.split(operands))
+    terms = (kept.abs() * ((contracted @ contracted.T).abs() @ kept.abs())).sum(0)  # of which a norm is the sum
     assert ((by_gram - norms).abs() <= 5e-7 * terms).all()
     assert ((found.squared_norms - norms).abs() <= 5e-7 * terms).all()
-    estimate = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "sketch")
+    estimate = fused_operands.sketch(layer.table, layer.settings, FIRST, operands._replace(limiter_norm="sketch"))
     assert torch.equal(estimate.projected, found.projected)
     torch.testing.assert_close(estimate.squared_norms, found.projected.square().sum(1))
 
@@ -113,7 +117,7 @@ def test_long_sums_in_parts(sides, side, dtype, poisoned):
     """Parts of S, K and R, the last of them shorter than the others: left out, or read beyond the end."""
     layer, operands = layer_of(sides, dtype, rank=16, proj_type=side), operands_of(300, sides, dtype)
     assert operand_sketch.parts(5, 1100, 128) == (3, 384)
-    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands)
     G = by_channel(layer, gradient_of(operands))
     assert relative(found.projected, G @ projection_of(layer).T) <= (5e-5 if dtype == torch.bfloat16 else 2e-6)
     assert relative(fused_operands.gram_norms(layer.table, operands), G.square().sum(1)) <= 5e-6
@@ -126,10 +130,10 @@ def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
     layer = layer_of(sides, torch.bfloat16, rank=rank)
     operands = operands_of(300, sides, torch.bfloat16, cancelling=True)
     G = by_channel(layer, gradient_of(operands))
-    terms = by_channel(layer, gradient_of(Operands(*(each.abs() for each in operands))))
+    terms = by_channel(layer, gradient_of(ImplicitGradient(*(each.abs() for each in operands))))
     assert terms.norm() > 20 * G.norm()
     R = G @ projection_of(layer).T
-    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands)
     assert relative(found.projected, R) <= relative(G.bfloat16().double() @ projection_of(layer).T, R)
     norms = G.square().sum(1)
     assert (fused_operands.tile_norms(layer.table, operands) / norms - 1).abs().max() <= 1e-5
@@ -164,7 +168,7 @@ def assert_as_close_as(found, expected, before, share=0.01):
 def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poisoned, monkeypatch):
     """Factors of the wrong side, the limiter or decay left out, u_prev and random bits of other elements."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(gpu, "is_roomy", lambda device: dtypes[-1] in "cy")
+        monkeypatch.setattr(gpu, "has_large_shared_memory", lambda device: dtypes[-1] in "cy")
     tokens, *sides = shape
     first, second = {"bf16": (torch.bfloat16,) * 2, "fp16": (torch.float16,) * 2}.get(
         dtypes[:4], (torch.float32, torch.bfloat16 if "/" in dtypes else torch.float32)
@@ -176,7 +180,9 @@ def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poison
     for number in (1, 2, 3):
         before = mine.weight.detach().clone()
         operands = operands_of(tokens, sides, second, seed=number)
-        operands = Operands(operands.inputs, operands.output_gradient * 2**number)  # which the limiter cuts down
+        operands = ImplicitGradient(
+            operands.inputs, operands.output_gradient * 2**number
+        )  # which the limiter cuts down
         step(mine, operands, number)
         reference_step(theirs, gradient_of(operands, torch.float32), number)
         assert_as_close_as(mine.weight, theirs.weight, before)
@@ -199,7 +205,7 @@ def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poison
 def test_int8_weights(shape, group_size, rounding, poisoned, monkeypatch):
     """Scales of a neighbour, groups that two tiles own, random bits of other elements."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(gpu, "is_roomy", lambda device: rounding)
+        monkeypatch.setattr(gpu, "has_large_shared_memory", lambda device: rounding)
     tokens, *sides = shape
     for group in (MINI, {"rank": 4, "weight_decay": 0.1, "proj_type": "left"}):
         layer = layer_of(sides, torch.bfloat16, group_size, {"stochastic_rounding": rounding}, **group)
@@ -235,15 +241,21 @@ def test_int8_groups_that_do_not_change_keep_their_bits():
     assert (layer.weight.scale[120 * 2 :] != before.scale[120 * 2 :]).all()
 
 
-def test_int8_weights_whose_groups_cross_tiles_are_the_reference_paths():
-    def weight(outputs, inputs, group_size):
+def test_int8_weights_whose_groups_cross_tiles_are_the_reference_paths(monkeypatch):
+    def chosen(weight):
+        settings = Settings.of(APOLLOAdamW([{"params": [torch.nn.Parameter(weight)], "rank": 2}]).param_groups[0])
+        return backend_of(weight, settings, {}, is_implicit=True)
+
+    def int8(outputs, inputs, group_size):
         return Int8Weight.of(torch.zeros(outputs, inputs), group_size)
 
-    for fits in ((4, 256, 128), (4, 256, 256), (4, 11008, 128), (4, 24, 8)):
-        assert fused_operands.obstacle(weight(*fits)) is None
-    for crosses in ((4, 96, 64), (4, 96, 48), (4, 512, 512), (4, 24, 4)):
-        assert str(crosses[2]) in fused_operands.obstacle(weight(*crosses))
-    assert fused_operands.obstacle(torch.zeros(3, 5)) is None
+    with kernels_everywhere(monkeypatch):
+        for fits in ((4, 256, 128), (4, 256, 256), (4, 11008, 128), (4, 24, 8)):
+            assert chosen(int8(*fits)).name == "triton"
+        for crosses in ((4, 96, 64), (4, 96, 48), (4, 512, 512), (4, 24, 4)):
+            assert chosen(int8(*crosses)).name == "reference"
+            assert str(crosses[2]) in chosen(int8(*crosses)).reason
+        assert chosen(torch.zeros(3, 5)).name == "triton"
 
 
 @pytest.mark.parametrize("limiter_norm", ["exact", "sketch"])
@@ -284,8 +296,8 @@ def test_singular_vectors_in_memory(group):
     layer = layer_of((130, 70), torch.bfloat16, **group)
     operands = operands_of(50, (130, 70), torch.bfloat16)
     P = drawn((group["rank"], layer.member.geometry.width), 3)
-    layer.table.point_at(P)
-    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    layer.table.set_projections(P)
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands)
     assert relative(found.projected, by_channel(layer, gradient_of(operands)) @ P.double().T) <= 5e-5
 
 
@@ -352,21 +364,27 @@ def test_parts_cover_a_sum_once(length, programs):
     assert part >= length or count > 1
 
 
-def test_tables_share_a_projection_and_write_their_own_epoch():
-    shared = set()
-    layers = [layer_of((96, 64), rank=16, update_proj_gap=gap) for gap in (200, 1)]
-    tables = [OperandTable(each.member, each.settings, shared) for each in layers]
-    assert len(shared) == 1
-    assert tables[0].projections[0] is tables[1].projections[0]
-    for count, other in enumerate(
-        (layer_of((64, 32), rank=16), layer_of((96, 64), rank=16, distribution="rademacher"))
-    ):
-        OperandTable(other.member, other.settings, shared)
-        assert len(shared) == 2 + count
-    operands = operands_of(20, (96, 64))
-    for layer, own in zip(layers, tables, strict=True):
-        found = fused_operands.sketch(own, layer.settings, Moment(3, None, None), operands, "sketch")
-        assert relative(found.projected, gradient_of(operands) @ projection_of(layer, 3).T) <= 1e-6
+def test_layers_share_a_projection_and_write_their_own_epoch():
+    """Layer-wise updates run an engine for each weight: one P a width, and never the P of another epoch."""
+    caches = Caches()
+    shape, operands = (96, 64), operands_of(20, (96, 64))
+    groups = [{"rank": 16}, {"rank": 16, "distribution": "rademacher"}, {"rank": 16}, {"rank": 16, "seed": 3}]
+    weights = [torch.nn.Parameter(drawn(shape, seed)) for seed in range(len(groups))]
+    optimizer = APOLLOAdamW([{"params": [w], **g} for w, g in zip(weights, groups, strict=True)], backend="triton")
+    engines = [Engine(caches, index, index) for index in range(len(groups))]
+
+    def run(index):
+        engines[index].run([optimizer.param_groups[index]], optimizer.state, given={weights[index]: operands})
+        (table,) = engines[index]._plan.tables
+        return table.projections[0]
+
+    first, *others = [run(index) for index in range(len(groups))]
+    assert [other is first for other in others] == [False, True, False]
+    assert len(caches.projection_buffers) == 3
+    optimizer.param_groups[2]["update_proj_gap"] = 1
+    assert run(2).epoch == 1  # a buffer of its own, or the other weight would read this epoch
+    assert run(0) is first
+    assert first.epoch == 0
 
 
 def test_norms_by_the_gram_matrix_do_not_end_below_zero():
@@ -377,7 +395,7 @@ def test_norms_by_the_gram_matrix_do_not_end_below_zero():
         X = torch.randn(1, 128, generator=generator) + 1e-5 * torch.randn(3, 128, generator=generator)
         dY = torch.randn(3, 128, generator=generator)
         dY[2] = -(dY[0] + dY[1])
-        norms = fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE)))
+        norms = fused_operands.gram_norms(layer.table, ImplicitGradient(X.to(DEVICE), dY.to(DEVICE)))
         assert torch.all(norms >= 0)
     dY[0, 0] = float("nan")
-    assert fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE))).isnan().any()
+    assert fused_operands.gram_norms(layer.table, ImplicitGradient(X.to(DEVICE), dY.to(DEVICE))).isnan().any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fused_cases import drawn
@@ -14,13 +16,12 @@ if torch.cuda.is_available():
 from apollo_triton.kernels import table
 from sanitizer import Recorder
 
-from apollo_triton.backends.interface import Moment
-from apollo_triton.backends.triton import operands as fused_operands
-from apollo_triton.backends.triton import verbs as fused
+from apollo_triton.backends.interface import Factors, StepScalars
+from apollo_triton.backends.triton import implicit as fused_operands
 from apollo_triton.core import gpu
-from apollo_triton.core.operands import Operands
+from apollo_triton.core.implicit_gradient import ImplicitGradient
 
-FIRST = Moment(1, None, None)
+FIRST = StepScalars(1)
 ODD = [(127, 130, 200), (130, 200, 127), (1, 40, 24), (33, 5, 20)]  # tokens, out, in
 LAUNCHES = {  # of a step that is not the first
     "exact": ["project_kernel", "collect_kernel", "tile_norms_kernel", "rescale_kernel", "apply_operands_kernel"],
@@ -63,7 +64,7 @@ def test_a_step_reads_and_writes_the_weight_once(sides, how, tokens):
 @pytest.mark.parametrize("shape", ODD, ids=str)
 @pytest.mark.parametrize("int8", [0, 8])
 def test_odd_shapes_are_clean_and_the_same_in_any_order(shape, dtype, int8, monkeypatch):
-    monkeypatch.setattr(gpu, "is_roomy", lambda device: dtype == torch.bfloat16)
+    monkeypatch.setattr(gpu, "has_large_shared_memory", lambda device: dtype == torch.bfloat16)
     tokens, *sides = shape
     if int8 and sides[1] % int8:
         sides[1] = 200
@@ -125,8 +126,11 @@ def test_more_than_two_to_the_31_elements(monkeypatch):
     own.channels = columns
     own.addresses[0, table.ROWS.value], own.addresses[0, table.COLUMNS.value] = rows, columns
     own.channel_blocks["BLOCK_CHANNELS"] = 1 << 30  # one partial sum to add up, not half a million
-    own.parameter = Phantom(W_at, torch.bfloat16, rows, columns)
-    operands = Operands(Phantom(X_at, torch.bfloat16, tokens, columns), drawn((tokens, rows), 1, torch.bfloat16))
+    own.members = [SimpleNamespace(weight=Phantom(W_at, torch.bfloat16, rows, columns))]
+    own.previous.fill_(1)
+    operands = ImplicitGradient(
+        Phantom(X_at, torch.bfloat16, tokens, columns), drawn((tokens, rows), 1, torch.bfloat16)
+    )
     sizes = {X_at: 2 * tokens * columns, W_at: 2 * rows * columns, out_at: 4 * columns * rank}
     scratch = fused_operands._scratch
     monkeypatch.setattr(
@@ -135,7 +139,7 @@ def test_more_than_two_to_the_31_elements(monkeypatch):
         lambda where, *shape: Phantom(out_at, torch.float32, *shape) if columns in shape else scratch(where, *shape),
     )
     monkeypatch.setattr(fused_operands, "_sum", lambda parts: parts)
-    factors = fused.Factors(None, torch.ones(1, 3), torch.ones(1))
+    factors = Factors(None, torch.ones(1, 3))
     last = (-(-columns // 128) - 1, 0, 0)  # of the tiles in a row, and of the blocks of channels
     with Recorder(phantom=list(sizes.items()), only=[last]) as recorder:
         fused_operands.apply(own, layer.settings, FIRST, factors, operands)

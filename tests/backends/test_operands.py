@@ -7,12 +7,12 @@ import torch
 from no_gradient_cases import operands
 
 from apollo_triton import APOLLOAdamW, projection_matrix
-from apollo_triton.backends.interface import Sketch
-from apollo_triton.backends.reference import operands as verbs
-from apollo_triton.backends.reference.batch import Batch
+from apollo_triton.backends.interface import Sketch, StepScalars
+from apollo_triton.backends.reference import implicit, verbs
+from apollo_triton.backends.reference.matrices import Batch
 from apollo_triton.core import scratch
 from apollo_triton.core.geometry import Geometry
-from apollo_triton.core.operands import Operands
+from apollo_triton.core.implicit_gradient import ImplicitGradient
 from apollo_triton.core.scratch import Scratch
 from apollo_triton.core.settings import Settings
 
@@ -26,7 +26,7 @@ def _small_blocks(monkeypatch):
 
 def drawn(tokens, rows, columns, dtype):
     X, dY = operands(1, tokens, rows, columns, dtype)
-    return Operands(X, dY), dY.double().T @ X.double()
+    return ImplicitGradient(X, dY), dY.double().T @ X.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,16 +48,18 @@ def test_rows_of_the_gradient(dtype, tokens):
 def test_the_sketch(dtype, tokens, by_gram, rows, columns):
     """Both ways to the norms, in blocks; R of the wrong operand's projection."""
     factors, G = drawn(tokens, rows, columns, dtype)
-    assert verbs.gram_is_cheaper(tokens, rows, columns) == by_gram
+    assert implicit.gram_is_cheaper(tokens, rows, columns) == by_gram
     geometry = Geometry.of((rows, columns), "std")
     group = APOLLOAdamW([{"params": [torch.nn.Parameter(torch.zeros(rows, columns))], "rank": 6}]).param_groups[0]
-    batch = Batch(geometry, Settings.of(group), 1, 0, Scratch())
+    settings, scalars = Settings.of(group), StepScalars(1)
+    batch = Batch(geometry, 0, Scratch())
     P = projection_matrix(0, 0, 6, geometry.width)
-    batch.gradients, batch.projections, batch.weights = [factors], [P], [torch.zeros(rows, columns)]
+    batch.projections, batch.weights = [P], [torch.zeros(rows, columns)]
     channels = G if geometry.keeps_rows else G.T
     R, norms = channels @ P.double().T, channels.square().sum(1)
     for limiter_norm, expected in (("exact", norms), ("sketch", R.square().sum(1))):
-        found = verbs.sketch(batch, limiter_norm)
+        batch.gradients = [factors._replace(limiter_norm=limiter_norm)]
+        found = verbs.sketch(batch, settings, scalars)
         assert isinstance(found, Sketch)
         torch.testing.assert_close(found.projected[0].double(), R, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.squared_norms[0].double(), expected, rtol=1e-5, atol=1e-4)

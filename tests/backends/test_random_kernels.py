@@ -18,9 +18,9 @@ import triton.language as tl
 from apollo_triton.kernels import philox as kernels
 
 from apollo_triton import projection_matrix
-from apollo_triton.backends.interface import Moment
-from apollo_triton.backends.triton import verbs as fused
-from apollo_triton.backends.triton.projections import Projection, _write
+from apollo_triton.backends.interface import StepScalars
+from apollo_triton.backends.triton.arguments import DTYPES
+from apollo_triton.backends.triton.projections import ProjectionBuffer, _write
 from apollo_triton.core.philox import Stream, philox, round_stochastic
 from apollo_triton.core.projection import TENSOR_CORE_RANK
 from apollo_triton.core.settings import Settings
@@ -96,10 +96,10 @@ def test_the_materialised_projection_is_the_twins_bit_for_bit(rank, start, width
     assert rank >= TENSOR_CORE_RANK
     optimizer = optimizer_of(parameters_of([(width, width)]), rank=rank, update_proj_gap=5)
     own = Settings.of(optimizer.param_groups[0])
-    projection = Projection.empty(distribution, seed, rank, start, width, torch.device(DEVICE))
+    projection = ProjectionBuffer.empty(distribution, seed, rank, start, width, torch.device(DEVICE))
     projection.buffer.fill_(float("nan"))
     for step in (1, 5, 6, 23):
-        _write(projection, own, Moment(step, None, None), force=True)
+        _write(projection, own, StepScalars(step), force=True)
         whole = projection_matrix(seed, (step - 1) // 5, rank, start + width, distribution=distribution, device=DEVICE)
         exact = whole[:, start:]
         torch.testing.assert_close(projection.buffer[:, :width].float() / rank**0.5, exact, rtol=2e-7, atol=0)
@@ -143,5 +143,5 @@ def test_rounding_to_nearest_is_torchs(dtype):
     values[:256] = ties
     values[256:259] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     out = torch.empty(1024, dtype=dtype, device=DEVICE)
-    nearest_kernel[(1,)](values, out, fused.DTYPES[dtype], 1024)
+    nearest_kernel[(1,)](values, out, DTYPES[dtype], 1024)
     torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)

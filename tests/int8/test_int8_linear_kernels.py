@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from apollo_triton.kernels.linear import blocks, run_length
 from sanitizer import Recorder
 
-from apollo_triton.core import backend as backends
+from apollo_triton.core import device_backend as backends
 from apollo_triton.core import gpu
 from apollo_triton.int8.linear import linear
 from apollo_triton.int8.weight import Int8Weight

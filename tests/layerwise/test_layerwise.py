@@ -200,10 +200,10 @@ def test_the_kernels_projection_is_one_a_width(engine):
     for _ in range(3):
         model["mlp"](torch.ones(2, 24)).sum().backward()
         optimizer.step()
-    assert len(optimizer._caches.materialised) == (0 if engine == "reference" else 1)
+    assert len(optimizer._caches.projection_buffers) == (0 if engine == "reference" else 1)
     handle.remove()
     gc.collect()
-    assert len(optimizer._caches.materialised) == 0
+    assert len(optimizer._caches.projection_buffers) == 0
 
 
 def test_a_tied_weight_moves_once_by_its_whole_gradient():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 from apollo_triton.backends.reference import verbs as reference
-from apollo_triton.backends.reference.operands import gram_is_cheaper
+from apollo_triton.backends.reference.implicit import gram_is_cheaper
 from apollo_triton.core import gpu, scratch
 from apollo_triton.int8 import weight as int8
 

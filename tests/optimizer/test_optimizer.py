@@ -239,7 +239,7 @@ def test_a_weight_moves_alike_alone_and_in_company():
 
 
 def test_block_and_part_sizes_do_not_show(monkeypatch):
-    from apollo_triton.backends.reference import batch as batches
+    from apollo_triton.backends.reference import matrices as batches
     from apollo_triton.backends.reference import verbs as reference
     from apollo_triton.core import scratch
 

@@ -109,7 +109,7 @@ def test_projections_that_are_over_are_forgotten():
     for _ in range(5):
         weight.grad = torch.ones(12, 8)
         optimizer.step()
-    assert len(optimizer._engine._projections._matrices) == 1
+    assert len(optimizer._caches.projections._matrices) == 1
 
 
 def test_a_group_without_names_can_join_named_ones():

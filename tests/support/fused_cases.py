@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.core import backend as backends
+from apollo_triton.core import device_backend as backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from apollo_triton import __version__, cli
-from apollo_triton.core import backend as backends
+from apollo_triton.core import device_backend as backends
 from apollo_triton.tools import environment
 
 
@@ -64,7 +64,7 @@ def test_what_is_broken_is_a_line_and_not_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The report of a broken driver or triton that ends in a traceback of its own."""
-    monkeypatch.setattr(environment, "choose", fails(RuntimeError("driver\nis gone")))
+    monkeypatch.setattr(environment, "device_backend", fails(RuntimeError("driver\nis gone")))
     monkeypatch.setattr(torch.cuda, "device_count", fails(RuntimeError("no driver")))
     monkeypatch.setattr(subprocess, "run", fails(FileNotFoundError("git")))
     found = json.loads(printed(capsys, "--json"))
@@ -98,7 +98,7 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(environment, "choose", lambda tensor, asked: backends.Backend("reference", "it is old"))
+    monkeypatch.setattr(environment, "device_backend", lambda tensor, asked: backends.Backend("reference", "it is old"))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda size, device: empty(size, device="meta"))
     found = dict(environment.facts())

@@ -93,10 +93,10 @@ def test_ctrl_c_prints_what_was_done_so_far(few, capsys, monkeypatch):
 
 def off_by(amount):
     def plant(fused, monkeypatch):
-        rescale, factors = fused.rescale, fused.factors
+        rescale, both = fused.rescale, fused.sketch_and_rescale
         wrong = lambda found: found._replace(channel=found.channel * (1 + amount))  # noqa: E731
         monkeypatch.setattr(fused, "rescale", lambda *given: wrong(rescale(*given)))
-        monkeypatch.setattr(fused, "factors", lambda *given: wrong(factors(*given)))
+        monkeypatch.setattr(fused, "sketch_and_rescale", lambda *given: wrong(both(*given)))
 
     return plant
 

@@ -8,6 +8,7 @@ cores: 35 ms against 126 ms in plain operations; in bfloat16 with float32 moment
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,42 +17,55 @@ from torch.optim.adamw import adamw as torch_adamw
 from ...core.philox import Stream
 from ...core.scratch import Scratch
 from ...core.settings import Settings
-from .verbs import flattened, shrink, store
+from ...params.member import Member
+from ...params.state import MOMENTS
+from ..interface import StepScalars
+from .rounding import shrink, store
 
 Block = tuple[Tensor, Tensor, Tensor, Tensor]  # of W, G, M and V, float32; W, M and V change in place
 
 
-def adamw(
-    weight: Tensor,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    settings: Settings,
-    step: int,
-    seed: int,
-    gradient_scale: Tensor | None,
-    squared_norm: Tensor,
-    first_element: int,
-    scratch: Scratch,
-) -> Tensor:
-    """One step of a parameter and its state (exp_avg and exp_avg_sq of its shape, ``step`` and seed given apart).
+def squared_norms(matrices: Iterable[Tensor], scratch: Scratch) -> Tensor:
+    """|G|_F^2 of each matrix or vector, float32 ``[matrices]``, in blocks."""
+    return torch.stack([_squared_norm(matrix, scratch) for matrix in matrices])
 
-    ``squared_norm`` is that of the whole gradient, of which this may be a piece, beginning at ``first_element``.
-    Returns 1 if its gradient is not finite and nothing moved, else 0: int64 scalar on the device.
+
+def adamw(member: Member, settings: Settings, scalars: StepScalars, squared_norm: Tensor, scratch: Scratch) -> Tensor:
+    """One step of a parameter and its moments.
+
+    ``squared_norm``: |G|^2 of the whole gradient, of which a shard may be here. Returns 1 if it is not finite and
+    nothing moved, else 0: int64 scalar on the device.
     """
+    seed, first_element = member.state["seed"], member.shard.first_element
+    moments = [member.local_state(name) for name in MOMENTS]
     finite = squared_norm.isfinite().reshape(())
-    tensors = flattened([weight, gradient, state["exp_avg"], state["exp_avg_sq"]])
+    tensors = _flattened([member.weight, member.formed_gradient, *moments])
     update = _kernel_step if _fits_fused_kernel(tensors, settings) else _plain_step
     size = tensors[0].numel() // max(1, len(tensors[0]))
     for rows, W in scratch.blocks(tensors[0]):
         G, M, V = (scratch.floats(x[rows], slot) for slot, x in enumerate(tensors[1:], 1))
-        if gradient_scale is not None:
-            G = G * gradient_scale
-        update((W, G, M, V), settings, step, finite)
+        if scalars.gradient_scale is not None:
+            G = G * scalars.gradient_scale
+        update((W, G, M, V), settings, scalars.step, finite)
         streams = (Stream.WEIGHT, Stream.EXP_AVG, Stream.EXP_AVG_SQ)
         for target, values, stream in zip((tensors[0], *tensors[2:]), (W, M, V), streams, strict=True):
             if target.dtype != torch.float32:
-                store(values, target[rows], settings, seed, step, stream, first_element + rows.start * size)
+                store(values, target[rows], settings, seed, scalars.step, stream, first_element + rows.start * size)
     return (~finite).sum()
+
+
+def _squared_norm(tensor: Tensor, scratch: Scratch) -> Tensor:
+    (tensor,) = _flattened([tensor])
+    total = torch.zeros((), dtype=torch.float32, device=tensor.device)
+    for _, block in scratch.blocks(tensor):
+        values = block.reshape(-1)
+        total += torch.dot(values, values)
+    return total
+
+
+def _flattened(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors as vectors if they all are contiguous, so that blocks of any shape are small; else unchanged."""
+    return [x.view(-1) for x in tensors] if all(x.is_contiguous() for x in tensors) else tensors
 
 
 def _fits_fused_kernel(tensors: list[Tensor], settings: Settings) -> bool:

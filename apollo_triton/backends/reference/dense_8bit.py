@@ -1,8 +1,8 @@
 """The dense rest with 8-bit moments: bitsandbytes' own update, in APOLLO's convention.
 
-bitsandbytes is given zeros in place of the weight, so that it leaves -M / (sqrt(V) + eps) there; learning rate, bias
-correction, decay, the rounding of the weight and the gradients that are not finite are then what they are everywhere
-in this package, whichever of its versions and devices it is, and nothing is read back from a device.
+bitsandbytes updates the moments. We call it on a buffer of zeros instead of the weight, into which it then writes -M /
+(sqrt(V) + eps). Learning rate, bias correction, decay, the rounding of the weight and gradients that are not finite are
+ours, so they are the same for all of its versions and devices. Nothing is read back from a device.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor
 from ...core.extras import require
 from ...core.moments_8bit import BLOCK, absmax_count, dynamic_code
 from ...core.philox import Stream
+from ...core.scratch import Scratch
 from ...core.settings import Settings
-from .verbs import shrink, store
+from ...params.member import Member
+from ..interface import StepScalars
+from .rounding import shrink, store
 
 # Elements at a time, whole blocks. LLaMA-7B's embedding and head are 125 such.
 CHUNK = 1 << 21
@@ -28,40 +31,31 @@ PASSING = 13 * 4 * CHUNK
 _LATE = 1 << 30
 
 
-def adamw(
-    weight: Tensor,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    settings: Settings,
-    step: int,
-    seed: int,
-    gradient_scale: Tensor | None,
-    squared_norm: Tensor,
-) -> Tensor:
-    """One step of a parameter and its state: exp_avg and exp_avg_sq, uint8 of its shape, and the absmax of each.
+def adamw(member: Member, settings: Settings, scalars: StepScalars, squared_norm: Tensor, scratch: Scratch) -> Tensor:
+    """One step of a parameter and its moments: uint8 of its shape, and the absmax of each block.
 
-    ``squared_norm`` is that of the gradient. Returns 1 if that is not finite and nothing moved, else 0: int64 scalar on
-    the device.
+    ``squared_norm``: |G|^2. Returns 1 if it is not finite and nothing moved, else 0: int64 scalar on the device.
     """
+    weight, state = member.weight, member.state
     finite = squared_norm.isfinite().reshape(())
     if finite.device.type == "cpu" and not finite:
         return (~finite).sum()
     moves = finite.to(torch.float32)
-    h = moves * settings.step_size(step)
+    h = moves * settings.step_size(scalars.step)
     decay = moves * (settings.lr * settings.weight_decay) if settings.weight_decay else None
-    W, G = weight.reshape(-1), gradient.reshape(-1)
+    W, G = weight.reshape(-1), member.formed_gradient.reshape(-1)
     for start in range(0, W.numel(), CHUNK):
         cut = slice(start, start + CHUNK)
         part = G[cut].to(torch.float32)
-        if gradient_scale is not None:
-            part = part * gradient_scale
+        if scalars.gradient_scale is not None:
+            part = part * scalars.gradient_scale
         moments = _part_of(state, cut)
         direction = _moved(moments, part, settings.betas, settings.eps, finite)
         values = W[cut].to(torch.float32, copy=True)
         values.addcmul_(torch.where(finite, direction, 0), h)
         if decay is not None:
             shrink(values, decay)
-        store(values, W[cut], settings, seed, step, Stream.WEIGHT, start)
+        store(values, W[cut], settings, state["seed"], scalars.step, Stream.WEIGHT, start)
     if W.data_ptr() != weight.data_ptr():  # not contiguous
         weight.copy_(W.view(weight.shape))
     return (~finite).sum()

@@ -1,9 +1,10 @@
-"""The three verbs in plain PyTorch: the executable specification, and the engine wherever there is no kernel.
+"""The three verbs in plain PyTorch: the specification of a step, and the path for every device without kernels.
 
-    sketch    G -> R, |G_c|^2        rescale    moments in place; s_c        apply    limiter, then W in place
+    sketch    G -> R, |G_c|^2        rescale    moments in place; s        apply    limiter, then W in place
 
-Read from top to bottom it is one APOLLO step (arXiv 2412.05270, algorithm 1); ``dense.py`` has the rest.
-Everything is computed in float32 whatever the dtype of weights and gradients, in blocks of rows, so that no
+Read from top to bottom it is one APOLLO step (arXiv 2412.05270, algorithm 1), of which docs/design.md shows the thirty
+lines for one matrix. ``dense.py`` has AdamW for the rest, ``implicit.py`` the sketch of a gradient that is never
+formed. Everything is computed in float32 whatever the dtype of weights and gradients, in blocks of rows, so that no
 temporary has a weight's size. Nothing here reads a value back from an accelerator.
 """
 
@@ -11,84 +12,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...core.implicit_gradient import ImplicitGradient
 from ...core.moments_8bit import Blockwise, whole_blocks
-from ...core.philox import Stream, round_stochastic
-from ...core.scratch import BLOCK_ELEMENTS, Scratch
+from ...core.philox import Stream
+from ...core.scratch import BLOCK_ELEMENTS
 from ...core.settings import Settings
 from ...int8.weight import Int8Weight
-from ..interface import Sketch
-from .batch import Batch
+from ..interface import Factors, Sketch, StepScalars
+from . import implicit
+from .matrices import Batch
+from .rounding import shrink, store
 
 _NORM_EPS = 1e-8
 _GROWTH_LIMIT = 1.01
 
 
-class Factors(NamedTuple):
-    """s_c ``[matrices, channels]`` (None for ``scale_type="tensor"``), and the sums over channels that the limiter
-    waits for, additive where channels are sharded: u^2 ``[matrices, 1]`` or |N|^2, |R|^2, |G|^2 ``[matrices, 3]``."""
-
-    channel: Tensor | None
-    sums: Tensor
-
-
-def sketch(batch: Batch) -> Sketch:
+def sketch(batch: Batch, settings: Settings, scalars: StepScalars) -> Sketch:
     """R = G P^T (rows kept) or (P G)^T (columns kept), and the squared norms of G as it is, reading G once."""
-    keeps_rows = batch.geometry.keeps_rows
-    per_channel = batch.settings.scale_type == "channel"
     projected, squared_norms = [], []
-    for gradient, projection in zip(batch.gradients, _doubled(batch), strict=True):
-        assert isinstance(gradient, Tensor)  # ``operands.sketch`` has the other
-        R: list[Tensor] = []
-        norms: list[Tensor] = []
-        if not gradient.numel():  # the empty piece of a weight that is cut into more pieces than it has rows
-            channels = batch.geometry.channels
-            projected.append(gradient.new_zeros(channels, batch.settings.rank or 0, dtype=torch.float32))
-            squared_norms.append(gradient.new_zeros(channels if per_channel else 1, dtype=torch.float32))
-            continue
-        for rows, block in batch.scratch.blocks(gradient):
-            if keeps_rows:
-                R.append((block @ projection.mT)[:, : batch.settings.rank])
-            elif not R:
-                R.append(block.mT @ projection[:, rows].mT)
-            else:
-                R[0].addmm_(block.mT, projection[:, rows].mT)
-            if per_channel:
-                norms.append(torch.linalg.vector_norm(block, dim=1 if keeps_rows else 0).square_())
-            else:
-                norms.append(_dot(block))
-        projected.append(_cat(R))
-        squared_norms.append(_cat(norms) if per_channel and keeps_rows else sum(norms[1:], norms[0]).view(-1))
+    for gradient, P in zip(batch.gradients, _projections_for_mkl(batch), strict=True):
+        if isinstance(gradient, ImplicitGradient):
+            R, norms = implicit.sketch(gradient, batch.geometry.keeps_rows, P[: batch.rank], batch.scratch)
+        else:
+            R, norms = _sketch_matrix(batch, settings, gradient, P)
+        projected.append(R)
+        squared_norms.append(norms)
     return Sketch(_stack(projected), _stack(squared_norms))
 
 
-def rescale(batch: Batch, sketch: Sketch) -> Factors:
+def _sketch_matrix(batch: Batch, settings: Settings, gradient: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """R ``[channels, rank]``, and |G_c|^2 ``[channels]`` or |G|_F^2 ``[1]``, of one matrix."""
+    keeps_rows, per_channel = batch.geometry.keeps_rows, settings.scale_type == "channel"
+    R: list[Tensor] = []
+    norms: list[Tensor] = []
+    if not gradient.numel():  # the empty shard of a weight that is cut into more shards than it has rows
+        channels = batch.geometry.channels
+        return (
+            gradient.new_zeros(channels, batch.rank, dtype=torch.float32),
+            gradient.new_zeros(channels if per_channel else 1, dtype=torch.float32),
+        )
+    for rows, block in batch.scratch.blocks(gradient):
+        if keeps_rows:
+            R.append((block @ projection.mT)[:, : batch.rank])
+        elif not R:
+            R.append(block.mT @ projection[:, rows].mT)
+        else:
+            R[0].addmm_(block.mT, projection[:, rows].mT)
+        if per_channel:
+            norms.append(torch.linalg.vector_norm(block, dim=1 if keeps_rows else 0).square_())
+        else:
+            norms.append(_dot(block))
+    return _cat(R), _cat(norms) if per_channel and keeps_rows else sum(norms[1:], norms[0]).view(-1)
+
+
+def rescale(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sketch) -> Factors:
     """Adam's moments of R in place, and the scaling factors s = |N| / (|R| + 1e-8), N = M / (sqrt(V) + eps).
 
     A channel whose R is not finite keeps its moments; the sums then tell ``apply`` not to move the weight.
     """
-    if batch.gradient_scale is not None:
-        sketch.projected.mul_(batch.gradient_scale)
-        sketch.squared_norms.mul_(batch.gradient_scale).mul_(batch.gradient_scale)  # its square might underflow
+    scale = scalars.gradient_scale
+    if scale is not None:
+        sketch.projected.mul_(scale)
+        sketch.squared_norms.mul_(scale).mul_(scale)  # its square might underflow
     matrices, channels, rank = sketch.projected.shape
     whole = whole_blocks(rank)  # 8-bit moments are cut between their blocks
     step = max(1, BLOCK_ELEMENTS // (matrices * rank * whole)) * whole
-    parts = [_rescale_channels(batch, sketch, slice(start, start + step)) for start in range(0, max(1, channels), step)]
+    cuts = [slice(start, start + step) for start in range(0, max(1, channels), step)]
+    parts = [_rescale_channels(batch, settings, scalars, sketch, cut) for cut in cuts]
     squared_N, squared_R = (_cat(list(norms), 1) for norms in zip(*parts, strict=True))
-    if batch.settings.scale_type == "tensor":
+    if settings.scale_type == "tensor":
         sums = [norms.sum(1) for norms in (squared_N, squared_R, sketch.squared_norms)]
         return Factors(None, torch.stack(sums, 1))
     s = squared_N.sqrt() / (squared_R.sqrt() + _NORM_EPS)
     return Factors(s, (s.square() * sketch.squared_norms).sum(1, keepdim=True))
 
 
-def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Tensor, Tensor]:
+def _rescale_channels(
+    batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sketch, channels: slice
+) -> tuple[Tensor, Tensor]:
     """Update the moments of some channels of every matrix; |N_c|^2 and |R_c|^2 ``[matrices, channels]``."""
-    settings = batch.settings
     beta1, beta2 = settings.betas
     R = sketch.projected[:, channels]
     R2 = R * R
@@ -110,8 +117,8 @@ def _rescale_channels(batch: Batch, sketch: Sketch, channels: slice) -> tuple[Te
             if isinstance(state, Blockwise):
                 state.store(channels, value, squared_R[index].isfinite())
             else:
-                start = (batch.moment_numbers[index] + channels.start) * state.shape[1]
-                store(value, state[channels], settings, batch.seed, batch.step, stream, start)
+                start = (batch.moment_rounding_offsets[index] + channels.start) * state.shape[1]
+                store(value, state[channels], settings, batch.seed, scalars.step, stream, start)
     N = torch.div(M, torch.sqrt(V, out=R2).add_(settings.eps), out=R2)
     return torch.linalg.vector_norm(N, dim=-1).square_(), squared_R
 
@@ -121,24 +128,24 @@ def _floats(state: Tensor | Blockwise, channels: slice) -> Tensor:
     return state.floats(channels) if isinstance(state, Blockwise) else state[channels].to(torch.float32)
 
 
-def join(parts: list[Factors]) -> Factors:
-    """The factors of a whole batch from those of its parts, in order."""
+def sketch_and_rescale(batch: Batch, settings: Settings, scalars: StepScalars) -> Factors:
+    """Both verbs with nothing in between, a part of the batch at a time, so that little of R is alive."""
+    parts = [rescale(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()]
     channels = [part.channel for part in parts if part.channel is not None]
     return Factors(_cat(channels) if channels else None, _cat([part.sums for part in parts]))
 
 
-def apply(batch: Batch, factors: Factors) -> Tensor:
+def apply(batch: Batch, settings: Settings, scalars: StepScalars, factors: Factors) -> Tensor:
     """W <- W - h sqrt(scale) (s / l) G, then W <- W - lr wd W, reading G again; u_prev in place.
 
     Returns how many matrices were not moved because their gradient is not finite: int64 scalar on the device.
     """
-    settings = batch.settings
-    multiplier, moved = _limited_step(batch, factors)
+    multiplier, moved = _limited_step(batch, settings, scalars, factors)
     multipliers = multiplier.unsqueeze(-1 if batch.geometry.keeps_rows else 1).unbind()
     decay = settings.lr * settings.weight_decay if settings.weight_decay else None
     known = _on_host(moved)
     if isinstance(batch.weights[0], Int8Weight):
-        _apply_int8(batch, multipliers, moved, decay)
+        _apply_int8(batch, scalars, multipliers, moved, decay)
         return (~moved).sum()
     dtype = batch.weights[0].dtype
     rounds_once = dtype == torch.float32 or (decay is None and not settings.stochastic_rounding)
@@ -163,12 +170,14 @@ def apply(batch: Batch, factors: Factors) -> Tensor:
             if decay is not None:
                 shrink(W, decay if known is not None else moved[index].to(torch.float32) * decay)
             if weight.dtype != torch.float32:
-                start = batch.numbers[index] * batch.geometry.width + rows.start * weight.shape[1]
-                store(W, weight[rows], settings, batch.seed, batch.step, Stream.WEIGHT, start)
+                start = batch.rounding_offsets[index] * batch.geometry.width + rows.start * weight.shape[1]
+                store(W, weight[rows], settings, batch.seed, scalars.step, Stream.WEIGHT, start)
     return (~moved).sum()
 
 
-def _apply_int8(batch: Batch, multipliers: Sequence[Tensor], moved: Tensor, decay: float | Tensor | None) -> None:
+def _apply_int8(
+    batch: Batch, scalars: StepScalars, multipliers: Sequence[Tensor], moved: Tensor, decay: float | Tensor | None
+) -> None:
     """``apply`` on int8 weights: dequantise, update and requantise with fresh scales, a block of rows at a time.
 
     A group that the update does not change in float32 keeps its bits: rounded anew it would wander.
@@ -184,7 +193,7 @@ def _apply_int8(batch: Batch, multipliers: Sequence[Tensor], moved: Tensor, deca
             W = before.addcmul(batch.gradient_rows(index, rows), s[rows] if len(s) > 1 else s, value=-1)
             if decay is not None:
                 shrink(W, decay)
-            noise = weight.noise(rows, batch.seed, batch.step) if weight.stochastic_rounding else None
+            noise = weight.noise(rows, batch.seed, scalars.step) if weight.stochastic_rounding else None
             weight.store(rows, W, noise, (before != W) & moved[index])
 
 
@@ -203,27 +212,17 @@ def _apply_scalars(batch: Batch, multipliers: list[float], moved: list[bool], de
                 shrink(weight, decay)
 
 
-def shrink(W: Tensor, decay: float | Tensor) -> None:
-    """W <- W - decay W. Not W.mul_(1 - decay): rounding 1 - decay errs the same way at every step, by up to 3 % of a
-    decay of 1e-6."""
-    if isinstance(decay, Tensor):
-        W.addcmul_(W, decay, value=-1)
-    else:
-        W.add_(W, alpha=-decay)
-
-
 def _on_host(values: Tensor) -> Any:
     """The values as numbers where they are host memory, and free to read; None where that would wait for a device."""
     return values.tolist() if values.device.type == "cpu" else None
 
 
-def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
+def _limited_step(batch: Batch, settings: Settings, scalars: StepScalars, factors: Factors) -> tuple[Tensor, Tensor]:
     """The factor of G per matrix ``[matrices, channels or 1]``, and whether the matrix moves ``[matrices]``.
 
     The norm-growth limiter (Fira, arXiv 2410.01623, equation 6): l = max(u / (u_prev + 1e-8), 1.01) / 1.01.
     u_prev = 0 says that there is none yet; a u of 0 leaves it as it was.
     """
-    settings = batch.settings
     if factors.channel is None:
         squared_N, squared_R, squared_G = factors.sums.unbind(1)
         s = (squared_N.sqrt() / (squared_R.sqrt() + _NORM_EPS))[:, None]
@@ -242,47 +241,21 @@ def _limited_step(batch: Batch, factors: Factors) -> tuple[Tensor, Tensor]:
         for target, norm in zip(batch.update_norm, norms.unbind(), strict=True):
             target.copy_(norm)
         s = s / limiter[:, None]
-    h = settings.step_size(batch.step)
+    h = settings.step_size(scalars.step)
     s = s * (h if settings.scale_front else h * root_scale)
-    if batch.gradient_scale is not None:
-        s = s * batch.gradient_scale
+    if scalars.gradient_scale is not None:
+        s = s * scalars.gradient_scale
     return torch.where(moved[:, None], s, 0.0), moved
 
 
-def squared_norm(tensor: Tensor, scratch: Scratch) -> Tensor:
-    """|tensor|_F^2 as a float32 scalar, in blocks."""
-    (tensor,) = flattened([tensor])
-    total = torch.zeros((), dtype=torch.float32, device=tensor.device)
-    for _, block in scratch.blocks(tensor):
-        total += _dot(block)
-    return total
+def _projections_for_mkl(batch: Batch) -> list[Tensor]:
+    """The projections. On a CPU at rank 1 the single row is repeated, and the second column of the product is dropped.
 
-
-def flattened(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors as vectors if they all are contiguous, so that blocks of any shape are small; else unchanged."""
-    return [x.view(-1) for x in tensors] if all(x.is_contiguous() for x in tensors) else tensors
-
-
-def store(values: Tensor, target: Tensor, settings: Settings, seed: int, step: int, stream: Stream, start: int) -> None:
-    """Round float32 ``values`` into ``target``, whose first element is number ``start`` of its parameter.
-
-    bfloat16 moments always round stochastically (b2 = 0.999 cannot move them otherwise), bfloat16 weights when
-    asked to.
-    """
-    stochastic = settings.stochastic_rounding or stream != Stream.WEIGHT
-    if stochastic and target.dtype == torch.bfloat16:
-        values = round_stochastic(values, seed, step, stream, start)
-    target.copy_(values)
-
-
-def _doubled(batch: Batch) -> list[Tensor]:
-    """The projections; on a CPU at rank 1 with their row twice, whose second product nobody reads.
-
-    MKL's sgemv leaves the second core idle where rows are kept: LLaMA-60M's tall matrices take 9.3 ms on 2 cores,
-    the product with two rows 4.8 ms.
+    MKL's product with one row (``sgemv``) uses one thread where rows are kept, a product with two rows uses both:
+    LLaMA-60M's tall matrices take 9.3 ms on 2 cores with one row, 4.8 ms with two.
     """
     first = batch.projections[0]
-    if batch.settings.rank != 1 or not batch.geometry.keeps_rows or first.device.type != "cpu":
+    if batch.rank != 1 or not batch.geometry.keeps_rows or first.device.type != "cpu":
         return batch.projections
     if all(projection is first for projection in batch.projections):
         return [first.repeat(2, 1)] * len(batch)

@@ -9,11 +9,12 @@ from torch import Tensor
 from ...core.geometry import Geometry
 from ...int8.weight import Int8Weight
 from ...params.member import Member
+from ...params.state import ABSMAXES, MOMENTS
 
 _ALIGNMENT = 16  # bytes: the widest load
 
 
-class Layout(NamedTuple):
+class MatrixStrides(NamedTuple):
     """A weight or gradient as ``matrices`` of rows x columns: address of the first, and strides in elements."""
 
     address: int
@@ -31,52 +32,55 @@ class Layout(NamedTuple):
         )
 
 
-def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
+NO_STRIDES = MatrixStrides(0, 0, 0, 0)  # of a gradient that is never formed
+
+
+def matrix_strides(tensor: Tensor, geometry: Geometry) -> MatrixStrides | None:
     """How a tensor's matrices lie in its memory; None where rows and columns have no strides (``channels_last``)."""
     try:
         matrices = tensor.view(geometry.matrices, geometry.rows, geometry.columns)
     except RuntimeError:
         return None
-    return Layout(tensor.data_ptr(), *matrices.stride())
+    return MatrixStrides(tensor.data_ptr(), *matrices.stride())
 
 
-def weight_layout_of(weight: Tensor, geometry: Geometry) -> Layout | None:
+def weight_strides(weight: Tensor, geometry: Geometry) -> MatrixStrides | None:
     """The same of a weight; of an int8 one, where scales and zero points are instead of strides."""
     if isinstance(weight, Int8Weight):
-        return Layout(weight.q.data_ptr(), 0, weight.scale.data_ptr(), weight.zero.data_ptr())
-    return layout_of(weight, geometry)
+        return MatrixStrides(weight.q.data_ptr(), 0, weight.scale.data_ptr(), weight.zero.data_ptr())
+    return matrix_strides(weight, geometry)
 
 
-def flat_geometry(parameter: Tensor, gradient: Tensor) -> Geometry:
+def flat_geometry(member: Member) -> Geometry:
     """A dense parameter as one matrix: a row if it and its gradient are contiguous, else rows of its last dimension."""
+    parameter, gradient = member.weight, member.formed_gradient
     if parameter.dim() < 2 or (parameter.is_contiguous() and gradient.is_contiguous()):
         return Geometry(1, 1, parameter.numel(), keeps_rows=True)
     return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
 
 
-def settle(member: Member) -> None:
-    """Lay moments out as the kernels read them, should a checkpoint have brought them otherwise."""
+def make_moments_contiguous(member: Member) -> None:
+    """Lay moments out as the kernels read them, where a checkpoint has brought them in another layout."""
     state = member.state
-    moments = [member.local_state("exp_avg"), member.local_state("exp_avg_sq")]
+    moments = [member.local_state(name) for name in MOMENTS]
     if member.geometry is None:
-        geometry = flat_geometry(member.weight, member.gradient)
-        layouts = [layout_of(each, geometry) for each in moments]
-        fits = None not in layouts and moments[0].stride() == moments[1].stride()
+        strides = [matrix_strides(moment, flat_geometry(member)) for moment in moments]
+        fits = None not in strides and moments[0].stride() == moments[1].stride()
     else:
-        fits = all(each.is_contiguous() for each in moments)
+        fits = all(moment.is_contiguous() for moment in moments)
     if not fits:
-        state.update(exp_avg=state["exp_avg"].contiguous(), exp_avg_sq=state["exp_avg_sq"].contiguous())
-    for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
-        if name in state:
-            state[name] = state[name].contiguous()
+        state.update({name: state[name].contiguous() for name in MOMENTS})
+    state.update({name: state[name].contiguous() for name in ABSMAXES if name in state})
 
 
 def is_aligned(member: Member) -> bool:
     """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
     parameter, gradient = member.weight, member.gradient
-    exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+    exp_avg, exp_avg_sq = (member.local_state(name) for name in MOMENTS)
     if (exp_avg.data_ptr() | exp_avg_sq.data_ptr()) % _ALIGNMENT:
         return False
+    if not isinstance(gradient, Tensor):  # its kernels look at W, X and dY themselves
+        return True
     if member.geometry is None:
         tensors = parameter, gradient, exp_avg, exp_avg_sq
         addresses = parameter.data_ptr() | gradient.data_ptr()
@@ -88,12 +92,12 @@ def is_aligned(member: Member) -> bool:
     geometry = member.geometry
     if geometry.matrices > 1 and exp_avg[0].numel() * exp_avg.element_size() % _ALIGNMENT:
         return False
-    if any(number * geometry.width % 8 for number in member.piece.numbers):  # rounding bits come by eights
+    if any(offset * geometry.width % 8 for offset in member.shard.rounding_offsets):  # rounding bits come by eights
         return False
     if isinstance(parameter, Int8Weight):
         group = parameter.group_size  # a power of two that divides a row
         if group % 8 or group & (group - 1) or geometry.columns % group or parameter.q.data_ptr() % _ALIGNMENT:
             return False
-    strided = [each for each in (parameter, gradient) if not isinstance(each, Int8Weight)]
-    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in strided]
-    return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)
+    strided = [tensor for tensor in (parameter, gradient) if not isinstance(tensor, Int8Weight)]
+    found = [(matrix_strides(tensor, geometry), tensor.element_size()) for tensor in strided]
+    return all(strides and strides.aligned(geometry.columns, geometry.rows, size) for strides, size in found)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ...core.operands import Operands
+from ...core.implicit_gradient import ImplicitGradient
 from ...layerwise.linear import LinearForward
 
 ALLOCATION = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
@@ -96,7 +96,7 @@ def training_peak(
         with Allocations(model, layerwise) as allocations:
             tokens = torch.zeros(batch, sequence, dtype=torch.long)
             with _AsOnCuda():
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss = model(input_ids=tokens, params_of=tokens, use_cache=False).loss
             allocations.end_forward()
             loss.backward()
     except RuntimeError as error:
@@ -117,7 +117,7 @@ class _Nothing:
     def check(self, weight: Tensor, ran_once: bool) -> None:
         pass
 
-    def update(self, weight: Tensor, operands: Operands) -> None:
+    def update(self, weight: Tensor, operands: ImplicitGradient) -> None:
         pass
 
 

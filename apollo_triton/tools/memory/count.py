@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.moments_8bit import BLOCK
 from ...core.settings import Settings
 from ...optimizer import APOLLOAdamW
-from ...params.member import Label, find_piece
+from ...params.member import Param, find_shard
 from ...params.state import MOMENTS, make_state, state_shapes
 
 FLOAT32_BYTES = 4
@@ -94,8 +94,8 @@ def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
         for parameter in group["params"]:
             if not parameter.requires_grad:
                 continue
-            label = Label(0, "", parameter.to("meta"))
-            state = make_state(label, settings, find_piece(label, settings))
+            param = Param(0, 0, "", parameter.to("meta"))
+            state = make_state(param, settings, find_shard(param, settings))
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             moments += sum(tensor.nbytes for name, tensor in tensors.items() if name in MOMENTS)
             other += sum(tensor.nbytes for name, tensor in tensors.items() if name not in MOMENTS)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...core.backend import choose
+from ...core.device_backend import device_backend
 from ...core.extras import require
 from ...version import __version__
 from .cases import DTYPES, Case, default_cases, full_cases
@@ -97,7 +97,7 @@ def _ready(asked: str | None) -> torch.device:
         triton = require("triton", "triton")
         if device.type == "cpu" and isinstance(triton.language.zeros, triton.runtime.JITFunction):
             raise ValueError("triton was imported before, to compile: set TRITON_INTERPRET=1 before that, or use a GPU")
-        choose(torch.empty(1, device=device), "triton")
+        device_backend(torch.empty(1, device=device), "triton")
     except (ValueError, ModuleNotFoundError):
         if not interpreting:
             os.environ.pop("TRITON_INTERPRET", None)
@@ -109,7 +109,10 @@ def _default_device() -> torch.device:
     """The current GPU if the kernels can be compiled for it, else the CPU."""
     if os.environ.get("TRITON_INTERPRET", "0") != "1":
         for name in ("cuda", "xpu"):
-            if getattr(torch, name).is_available() and choose(torch.empty(1, device=name), "auto").name == "triton":
+            if (
+                getattr(torch, name).is_available()
+                and device_backend(torch.empty(1, device=name), "auto").name == "triton"
+            ):
                 return torch.device(name)
     return torch.device("cpu")
 

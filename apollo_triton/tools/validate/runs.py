@@ -11,21 +11,22 @@ import math
 import torch
 from torch import Tensor
 
-from ...backends.interface import Moment
+from ...backends.interface import StepScalars
 from ...backends.reference import verbs as reference
-from ...backends.reference.batch import Batch
+from ...backends.reference.matrices import Batch
 from ...backends.triton import projections
 from ...backends.triton import verbs as fused
+from ...backends.triton.matrices import Table
 from ...backends.triton.projections import projection_kind
-from ...backends.triton.table import Table
 from ...core.philox import Stream
 from ...core.projection import TENSOR_CORE_RANK
 from ...core.scratch import Scratch
 from ...engine.agreement import Agreement
+from ...engine.caches import Caches
 from ...engine.plan import Plan
 from ...kernels.sketch import GAUSSIAN
-from ...params.sharding import piece_of
-from . import operands as validate_operands
+from . import implicit as validate_operands
+from .backend_run import PATHS, BackendRun, Errors
 from .cases import GAP, Case
 from .float64 import (
     CUT_OFF,
@@ -49,7 +50,6 @@ from .float64 import (
     rescale,
     size_of,
 )
-from .paths import PATHS, Errors, Path
 
 
 def measured(case: Case, device: torch.device, seed: int) -> Errors:
@@ -58,7 +58,7 @@ def measured(case: Case, device: torch.device, seed: int) -> Errors:
     kinds = {"projection": _projection, "verbs": _verbs, "steps": _steps, "operands": validate_operands.run}
     for name in PATHS:
         with torch.no_grad():
-            kinds[case.kind](Path(case, name, device, seed), errors)
+            kinds[case.kind](BackendRun(case, name, device, seed), errors)
     return errors
 
 
@@ -71,7 +71,7 @@ def _ratio(values: Tensor, by: Tensor) -> Tensor:
     return torch.where(values == 0, 0.0, values / by)
 
 
-def _steps(path: Path, errors: Errors) -> None:
+def _steps(path: BackendRun, errors: Errors) -> None:
     """Whole steps by the optimizer itself."""
     weight_dtype, state_dtype = path.parameters[0].dtype, path.settings.state_dtype
     # 16-bit numbers go apart by their units in the last place, so only float32 trajectories can be left to themselves.
@@ -111,7 +111,7 @@ def _steps(path: Path, errors: Errors) -> None:
     errors.add(path.name, "skipped", abs(int(path.optimizer.skipped_updates) - skipped), EXACTLY)
 
 
-def _clip(path: Path) -> float:
+def _clip(path: BackendRun) -> float:
     """What all gradients are multiplied by: as ``torch.nn.utils.clip_grad_norm_``."""
     limit = path.settings.max_grad_norm
     if limit is None:
@@ -120,12 +120,12 @@ def _clip(path: Path) -> float:
     return min(1.0, limit / (float(torch.stack([norm for norm in norms if norm.isfinite()]).norm()) + 1e-6))
 
 
-def _update_limit(path: Path, index: int) -> float:
+def _update_limit(path: BackendRun, index: int) -> float:
     """Clipping multiplies G twice, in s and in the update, by what has half the error of a sum of squares; so has u."""
     return UPDATE + (SQUARES if path.settings.max_grad_norm is not None else 0.0) + _cut_off(path, index) / 2
 
 
-def _cut_off(path: Path, index: int) -> float:
+def _cut_off(path: BackendRun, index: int) -> float:
     """What tensor cores may cut off |G_c|^2: of half precision, from the rank on that has them."""
     rank = path.settings.rank or 0
     if path.name != "kernels" or path.gradient_dtype == torch.float32 or rank < TENSOR_CORE_RANK:
@@ -134,7 +134,7 @@ def _cut_off(path: Path, index: int) -> float:
 
 
 def _weight_errors(
-    path: Path, errors: Errors, index: int, position: int, before: Matrix, got: Matrix, exact: Step
+    path: BackendRun, errors: Errors, index: int, position: int, before: Matrix, got: Matrix, exact: Step
 ) -> float:
     """Note the errors of W and u_prev; returns UPDATE of the update, and all else that float32 may round."""
     spread = exact.spread.norm()
@@ -163,7 +163,7 @@ def _weight_errors(
 
 
 def _moment_errors(
-    path: Path, errors: Errors, index: int, position: int, G: Tensor, P: Tensor | None, got: Matrix, exact: Step
+    path: BackendRun, errors: Errors, index: int, position: int, G: Tensor, P: Tensor | None, got: Matrix, exact: Step
 ) -> None:
     """Note the errors of M and V: of R's rounding, as far as it enters them, and of their own."""
     state = path.optimizer.state[path.parameters[index]]
@@ -191,14 +191,14 @@ def _moment_errors(
             errors.add_rounded(path.name, name, mine.to(torch.bfloat16), expected, limit * scale)
 
 
-def _svd_errors(path: Path, errors: Errors, G: Tensor, P: Tensor) -> None:
+def _svd_errors(path: BackendRun, errors: Errors, G: Tensor, P: Tensor) -> None:
     """Note how far P's rows are from orthonormal, and from catching all that as many directions can."""
     away = (P @ P.T - torch.eye(len(P), dtype=P.dtype, device=P.device)).abs().amax()
     most = torch.linalg.svdvals(G)[: len(P)].square().sum()
     errors.add(path.name, "P", torch.maximum(away, ((G @ P.T).square().sum() / most - 1).abs()), ORTHONORMAL)
 
 
-def _verbs(path: Path, errors: Errors) -> None:
+def _verbs(path: BackendRun, errors: Errors) -> None:
     """The last step of a few, verb by verb: each is compared with float64's on what the one before it made of the same
     step, so that it shows its own errors alone."""
     for _ in range(path.case.steps - 1):
@@ -218,7 +218,7 @@ def _verbs(path: Path, errors: Errors) -> None:
         _apply_errors(path, errors, position, known, got, G, s, u)
 
 
-def _sketch_errors(path: Path, errors: Errors, G: Tensor, P: Tensor, R: Tensor, squared_G: Tensor) -> None:
+def _sketch_errors(path: BackendRun, errors: Errors, G: Tensor, P: Tensor, R: Tensor, squared_G: Tensor) -> None:
     norms = G.norm(dim=1)
     errors.add(
         path.name, "R", _largest((R - G @ P.T).norm(dim=1), norms * size_of(P, path.settings)), projected(G.shape[1])
@@ -230,7 +230,7 @@ def _sketch_errors(path: Path, errors: Errors, G: Tensor, P: Tensor, R: Tensor, 
 
 
 def _rescale_errors(
-    path: Path,
+    path: BackendRun,
     errors: Errors,
     position: int,
     before: Matrix,
@@ -269,7 +269,7 @@ def _rescale_errors(
 
 
 def _apply_errors(
-    path: Path, errors: Errors, position: int, before: Matrix, got: Matrix, G: Tensor, s: Tensor, u: Tensor
+    path: BackendRun, errors: Errors, position: int, before: Matrix, got: Matrix, G: Tensor, s: Tensor, u: Tensor
 ) -> None:
     o, parameter = path.settings, path.parameters[0]
     W, previous, update = apply(before.W, G, s, u, before.previous, path.t, o)
@@ -286,50 +286,52 @@ def _apply_errors(
         errors.add_rounded(path.name, "W", stored, expected, ELEMENTWISE * scale)
 
 
-def _table(path: Path) -> Table:
+def _plan(path: BackendRun) -> Plan:
+    """The plan of a case's step, which makes the state if there is none."""
+    groups, states = path.optimizer.param_groups, path.optimizer.state
+    return Plan(groups, states, [path.settings], {}, False, Agreement(), Caches())
+
+
+def _table(path: BackendRun) -> Table:
     """The kernels' table for all of a case's matrices."""
-    plan = Plan(path.optimizer.param_groups, path.optimizer.state, [path.settings], False, Agreement())
-    table = plan.low_rank[0]
+    table = _plan(path).tables[0]
     if path.settings.proj == "svd":
-        table.point_at(path.projections(0))
+        table.set_projections(path.projections(0))
     return table
 
 
-def _kernel_stages(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kernel_stages(path: BackendRun) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """R, |G_c|^2, s_c and the sums, of all matrices one after another, from the kernels; W then is the next one."""
-    table, o, moment = _table(path), path.settings, Moment(path.t, None, None)
-    projections.refresh(table, o, moment)
-    sketch = fused.sketch(table, o, moment)
-    factors = fused.rescale(table, o, moment, sketch)
+    table, o, scalars = _table(path), path.settings, StepScalars(path.t)
+    projections.refresh(table, o, scalars)
+    sketch = fused.sketch(table, o, scalars)
+    factors = fused.rescale(table, o, scalars, sketch)
     sums = torch.zeros(table.matrices, factors.sums.shape[1], dtype=torch.float64, device=path.device)
     sums.index_add_(0, table.channel_programs, factors.sums.double())
-    fused.apply(table, o, moment, factors)
+    fused.apply(table, o, scalars, factors)
     return sketch.projected, sketch.squared_norms, sums if factors.channel is None else factors.channel, sums
 
 
-def _batch(path: Path) -> Batch:
+def _batch(path: BackendRun) -> Batch:
     """The reference path's view of the same."""
     parameter = path.parameters[0]
-    assert parameter.grad is not None
-    batch = Batch(path.geometry(parameter), path.settings, path.t, path.settings.seed, Scratch())
+    batch = Batch(path.geometry(parameter), path.settings.seed, Scratch())
     projections = path.projections(0)
-    P = torch.stack(projections) if len(projections) > 1 else projections[0]
-    piece = piece_of(parameter, path.geometry(parameter))
-    batch.add(parameter, parameter.grad, path.optimizer.state[parameter], P, piece)
+    batch.add(_plan(path).members[0], torch.stack(projections) if len(projections) > 1 else projections[0])
     return batch
 
 
-def _reference_stages(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reference_stages(path: BackendRun) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same from the reference path."""
-    batch = _batch(path)
-    sketch = reference.sketch(batch)
-    factors = reference.rescale(batch, sketch)
-    reference.apply(batch, factors)
+    batch, o, scalars = _batch(path), path.settings, StepScalars(path.t)
+    sketch = reference.sketch(batch, o, scalars)
+    factors = reference.rescale(batch, o, scalars, sketch)
+    reference.apply(batch, o, scalars, factors)
     s = factors.sums if factors.channel is None else factors.channel
     return sketch.projected.flatten(0, 1), sketch.squared_norms.flatten(), s.flatten(), factors.sums
 
 
-def _projection(path: Path, errors: Errors) -> None:
+def _projection(path: BackendRun, errors: Errors) -> None:
     """P as ``sketch`` sees it, which an identity gives away, at the first two epochs; and as it lies in memory."""
     o, parameter = path.settings, path.parameters[0]
     assert o.rank is not None
@@ -338,16 +340,16 @@ def _projection(path: Path, errors: Errors) -> None:
     for path.t in (1, GAP + 1):
         P = path.projections(0)[0]
         if path.name == "kernels":
-            table, moment = _table(path), Moment(path.t, None, None)
-            projections.refresh(table, o, moment)
-            R = fused.sketch(table, o, moment).projected
+            table, scalars = _table(path), StepScalars(path.t)
+            projections.refresh(table, o, scalars)
+            R = fused.sketch(table, o, scalars).projected
             for projection in table.projections:
                 expected = torch.zeros_like(projection.buffer, dtype=torch.float32)
                 expected[:, : P.shape[1]] = P
                 inside = (projection.buffer.double() / math.sqrt(o.rank)).float()
                 errors.add(path.name, "P", (inside - expected).abs().amax(), EXACTLY)
         else:
-            R = reference.sketch(_batch(path)).projected[0]
+            R = reference.sketch(_batch(path), o, StepScalars(path.t)).projected[0]
         normals = P.double() * math.sqrt(o.rank)
         error = R.T.double() * math.sqrt(o.rank) - normals
         limit = NORMAL if projection_kind(o) is GAUSSIAN else SCALED

@@ -20,7 +20,7 @@ class Backend(NamedTuple):
     reason: str
 
 
-def choose(parameter: Tensor, asked: str) -> Backend:
+def device_backend(parameter: Tensor, asked: str) -> Backend:
     """The engine for ``parameter`` in a group with ``backend=asked``.
 
     Raises ValueError where "triton" is asked for and cannot be had, with the reason.

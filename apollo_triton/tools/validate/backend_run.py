@@ -65,7 +65,7 @@ class Errors:
         return sorted(self.found, key=self.share, reverse=True)
 
 
-class Path:
+class BackendRun:
     """One engine with parameters of its own, which both paths draw alike."""
 
     def __init__(self, case: Case, name: str, device: torch.device, seed: int) -> None:
@@ -104,11 +104,14 @@ class Path:
             gradient = self.common[index] + self.drawn(tuple(parameter.shape), GRADIENT_SCALE)
             if self.case.spike and self.t == SPIKE and index == 0:
                 gradient.view(-1)[gradient.numel() // 3] = math.inf
-            gradient = _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout)
-            parameter.grad = None
-            if gradient.dtype != parameter.dtype:
-                parameter.grad_dtype = gradient.dtype
-            parameter.grad = gradient
+            self.set_gradient(parameter, _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout))
+
+    def set_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Also of another dtype than the parameter's."""
+        parameter.grad = None
+        if gradient.dtype != parameter.dtype:
+            parameter.grad_dtype = gradient.dtype
+        parameter.grad = gradient
 
     def matrices(self, index: int, tensor: Tensor) -> list[Tensor]:
         """Those of a weight or gradient, channels first; a dense one as it is."""

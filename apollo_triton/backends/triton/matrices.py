@@ -7,7 +7,7 @@ one vector of addresses is copied, and nothing otherwise. It holds no gradient, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, MutableSet, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,105 +15,132 @@ from torch import Tensor
 
 from ...core.geometry import Geometry
 from ...core.moments_8bit import whole_blocks
-from ...core.operands import Operands
 from ...core.settings import Settings
 from ...int8.weight import Int8Weight
 from ...kernels import apply, dense, int8, sketch, table
-from ...kernels import sketch as sketch_kernels
 from ...params.member import Member
+from ...params.state import ABSMAXES
 from ..interface import WARM_UP
-from .layout import Layout, flat_geometry, layout_of, weight_layout_of
-from .projections import Projection, projection_kind
+from .layout import NO_STRIDES, MatrixStrides, flat_geometry, matrix_strides, weight_strides
+from .projections import ProjectionBuffer
 
 
-class Copy(NamedTuple):
-    """A parameter whose matrices have no strides (a ``channels_last`` convolution), and stand-ins that have."""
+class StridedCopy(NamedTuple):
+    """A parameter whose rows and columns have no strides (a ``channels_last`` convolution), and copies that have."""
 
     member: Member
     weight: Tensor
     gradient: Tensor
 
 
-class Int8(NamedTuple):
+class Int8Format(NamedTuple):
     """What int8 weights of one launch have in common."""
 
     group_size: int
     stochastic_rounding: bool
 
     @classmethod
-    def of(cls, parameter: Tensor) -> Int8 | None:
+    def of(cls, parameter: Tensor) -> Int8Format | None:
         """None for a weight that is not int8."""
         if not isinstance(parameter, Int8Weight):
             return None
         return cls(parameter.group_size, parameter.stochastic_rounding)
 
 
-class MomentTable:
-    """The channels of a table's matrices whose moments are on this rank, for ``rescale`` after a sketch that was summed
-    over ranks. Fields as in ``Table``."""
+class Channels:
+    """What ``rescale`` reads of a table.
+
+    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py). ``channels``: how many all matrices have together.
+    ``channel_programs`` int32: the index of the matrix of each program of ``sketch`` and ``rescale``, of which
+    ``program_counts`` int64 ``[matrices]`` says how many a matrix has. ``channel_blocks``: their tile sizes.
+    ``absmaxes`` int64 ``[matrices, 2]``: addresses, where moments are 8-bit, None otherwise. ``previous`` float32
+    ``[matrices]``: where ``rescale`` puts u_prev aside, because ``apply`` reads the old one while it writes the new
+    one.
+    """
+
+    device: torch.device
+    matrices: int
+    rank: int
+    keeps_rows: bool
+    aligned: bool
+    state_dtype: torch.dtype
+    addresses: Tensor
+    channels: int
+    channel_programs: Tensor
+    program_counts: Tensor
+    channel_blocks: dict[str, int]
+    absmaxes: Tensor | None
+    previous: Tensor
+
+
+class MomentTable(Channels):
+    """The channels of a table's matrices whose moments are on this rank, where sketches are summed over ranks."""
 
     def __init__(self, whole: Table) -> None:
         self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
         self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
-        self.matrices = whole.matrices
+        self.matrices, self.previous = whole.matrices, whole.previous
         self.absmaxes = whole.absmaxes  # None: 8-bit moments are not sharded
-        addresses = whole.addresses.tolist()
-        counts = [each.piece.moments for each in whole.members for _ in each.piece.moment_numbers]
-        numbers = [number for each in whole.members for number in each.piece.moment_numbers]
-        own_programs = [_programs(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
-        self.channels = program = 0
-        for row, count, number, programs in zip(addresses, counts, numbers, own_programs, strict=True):
+        rows = whole.addresses.tolist()
+        counts = [member.shard.moments for member in whole.members for _ in member.shard.moment_rounding_offsets]
+        offsets = [offset for member in whole.members for offset in member.shard.moment_rounding_offsets]
+        programs = [_programs(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
+        self.channels = first_program = 0
+        for row, count, offset, own_programs in zip(rows, counts, offsets, programs, strict=True):
             row[(table.ROWS if self.keeps_rows else table.COLUMNS).value] = count
-            row[table.NUMBER.value] = number
-            row[table.FIRST_CHANNEL.value], row[table.FIRST_CHANNEL_PROGRAM.value] = self.channels, program
+            row[table.ROUNDING_OFFSET.value] = offset
+            row[table.FIRST_CHANNEL.value], row[table.FIRST_CHANNEL_PROGRAM.value] = self.channels, first_program
             self.channels += count
-            program += programs
-        self.addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(self.device)
-        self.program_counts = torch.tensor(own_programs, dtype=torch.int64, device="cpu").to(self.device)
-        self.channel_programs = _owners(own_programs).to(self.device)
+            first_program += own_programs
+        self.addresses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
+        self.program_counts = torch.tensor(programs, dtype=torch.int64, device="cpu").to(self.device)
+        self.channel_programs = _owners(programs).to(self.device)
 
 
-class Table:
+class Table(Channels):
     """The matrices of one launch of each kernel: same dtypes, orientation, alignment, settings and step count.
 
-    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py); ``gradients`` int64 ``[matrices]``;
-    ``channel_programs`` and ``tile_programs`` int32, the matrix of each program; ``norm_programs`` int32
-    ``[programs, 2]``, matrix and share; ``matrices_of``: which matrices are whose, by the member's index in the plan,
-    and ``first`` the first index; ``absmaxes`` int64 ``[matrices, 2]`` where moments are 8-bit, None otherwise, and
-    ``split`` how many programs of ``sketch`` share the channels of one of ``rescale`` there; ``skipped`` int32
-    ``[matrices]``, updates that gradients which were not finite have cost.
+    A weight whose gradient is implicit has a table of its own, since its kernels are given X and dY as tensors.
+
+    ``members``: whose matrices they are; ``matrices_of``: which of them are whose, by the member's index in the plan,
+    and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``tile_programs`` int32:
+    the index of the matrix of each program of ``apply``. ``norm_programs`` int32 ``[programs, 2]``: matrix and part.
+    ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
+    channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
+    updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
         self.members = list(members.values())
         self.first = next(iter(members))
         first = members[self.first]
-        self.group = first.group
+        self.group = first.param.group
         self.device = first.parameter.device
         self.weight_dtype = first.parameter.dtype
+        self.is_implicit = not isinstance(first.gradient, Tensor)
         self.gradient_dtype = first.gradient.dtype
         self.state_dtype = first.state["exp_avg"].dtype
-        self.int8 = Int8.of(first.parameter)
-        self.is_split = bool(first.piece.summed)
-        self.is_scattered = bool(first.piece.scattered)
+        self.int8 = Int8Format.of(first.parameter)
+        self.is_sum_sharded = bool(first.shard.sum_axes)
+        self.is_width_sharded = bool(first.shard.width_axes)
         self.aligned = aligned
         self.is_dense = first.geometry is None
         self.keeps_rows = first.geometry is None or first.geometry.keeps_rows
         self.rank = 0 if settings.rank is None or self.is_dense else settings.rank
-        self.copies: list[Copy] = []
-        self.projections: list[Projection] = []
+        self.copies: list[StridedCopy] = []
+        self.projections: list[ProjectionBuffer] = []
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.split = 1
         if self.state_dtype == torch.uint8:
-            own = self.channel_blocks["BLOCK_CHANNELS"]
-            self.channel_blocks["BLOCK_CHANNELS"] = max(own, whole_blocks(self.rank))
-            self.split = self.channel_blocks["BLOCK_CHANNELS"] // own
-        self.geometries = [member.geometry or flat_geometry(member.weight, member.gradient) for member in self.members]
+            block = self.channel_blocks["BLOCK_CHANNELS"]
+            self.channel_blocks["BLOCK_CHANNELS"] = max(block, whole_blocks(self.rank))
+            self.split = self.channel_blocks["BLOCK_CHANNELS"] // block
+        self.geometries = [member.geometry or flat_geometry(member) for member in self.members]
         self.tile_blocks = {}
         if self.int8 is not None:
             self.tile_blocks = int8.blocks(self.int8.group_size)
         elif not self.is_dense:
-            self.tile_blocks = apply.blocks(max(each.columns for each in self.geometries))
+            self.tile_blocks = apply.blocks(max(geometry.columns for geometry in self.geometries))
         counts = [geometry.matrices for geometry in self.geometries]
         self.matrices_of = {
             index: slice(end - count, end)
@@ -124,20 +151,20 @@ class Table:
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
-        self.moments = MomentTable(self) if self.is_scattered else None
-        self.move_gradients()
+        self.moments = MomentTable(self) if self.is_width_sharded else None
+        self.update_gradient_addresses()
 
     def _build(self) -> None:
         rows: list[list[int]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
         for member, geometry in zip(self.members, self.geometries, strict=True):
-            weight, gradient = self._layouts(member, geometry)
+            weight, gradient = self._strides(member, geometry)
             size = member.parameter.element_size()
             exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
             norm = 0 if self.is_dense else member.local_state("update_norm").data_ptr()
-            moments = 1 if self.is_dense else member.piece.moments * self.rank
-            numbers = [member.piece.first_element] if self.is_dense else member.piece.numbers
+            moments = 1 if self.is_dense else member.shard.moments * self.rank
+            rounding_offsets = [member.shard.first_element] if self.is_dense else member.shard.rounding_offsets
             for position in range(geometry.matrices):
                 state_offset = position * moments * exp_avg.element_size()
                 rows.append(
@@ -154,29 +181,29 @@ class Table:
                         weight.column_stride,
                         gradient.row_stride,
                         gradient.column_stride,
-                        numbers[position],
+                        rounding_offsets[position],
                         channel,
                         channel_program,
                         tile_program,
                     ]
                 )
                 if self.is_dense:
-                    moments_layout = layout_of(exp_avg, geometry)
-                    assert moments_layout is not None
-                    rows[-1][table.STATE_ROW_STRIDE.value] = moments_layout.row_stride
-                    rows[-1][table.STATE_COLUMN_STRIDE.value] = moments_layout.column_stride
+                    moment = matrix_strides(exp_avg, geometry)
+                    assert moment is not None
+                    rows[-1][table.STATE_ROW_STRIDE.value] = moment.row_stride
+                    rows[-1][table.STATE_COLUMN_STRIDE.value] = moment.column_stride
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
                     channel_programs.append(_programs(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
-                shares = _programs(geometry.rows * geometry.columns, dense.BLOCK)
-                norm_programs.append(min(shares, dense.NORM_PROGRAMS))
+                parts = _programs(geometry.rows * geometry.columns, dense.BLOCK)
+                norm_programs.append(min(parts, dense.NORM_PROGRAMS))
                 tile_program += tile_programs[-1]
                 channel += geometry.channels
         self.channels = channel
-        self.slices_of_P = [
-            (member.state["seed"], member.piece.first_width, geometry.width)
+        self.projection_keys = [
+            (member.state["seed"], member.shard.first_width, geometry.width)
             for member, geometry in zip(self.members, self.geometries, strict=True)
             for _ in range(geometry.matrices)
         ]
@@ -188,23 +215,24 @@ class Table:
         self.addresses = self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
+        self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
-        if self.is_split:  # what sums over ranks are made of
+        if self.is_sum_sharded:  # lengths of the sums that ranks add up
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
             self.program_counts = self._on_device(torch.tensor(channel_programs, dtype=torch.int64, device="cpu"))
         self.tile_programs = self._on_device(_owners(tile_programs))
-        of_each = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
-        self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(of_each)), 1).contiguous())
+        parts_of = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
+        self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(parts_of)), 1).contiguous())
 
     def _absmax_addresses(self) -> Tensor:
         """Of each matrix's 8-bit M and V."""
         rows = []
         for member, geometry in zip(self.members, self.geometries, strict=True):
             for position in range(geometry.matrices):
-                both = (member.state[f"{name}_absmax"] for name in ("exp_avg", "exp_avg_sq"))
-                rows.append([each.data_ptr() + 4 * position * each.shape[-1] for each in both])
+                absmaxes = (member.state[name] for name in ABSMAXES)
+                rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
     def _tiles(self, geometry: Geometry) -> int:
@@ -214,17 +242,21 @@ class Table:
         in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
         return max(1, _blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row)
 
-    def _layouts(self, member: Member, geometry: Geometry) -> tuple[Layout, Layout]:
-        """Of weight and gradient; of contiguous stand-ins where either has no strides."""
+    def _strides(self, member: Member, geometry: Geometry) -> tuple[MatrixStrides, MatrixStrides]:
+        """Of weight and gradient, or of contiguous copies where either has no strides for rows and columns."""
         parameter, gradient = member.weight, member.gradient
-        weight_layout, gradient_layout = weight_layout_of(parameter, geometry), layout_of(gradient, geometry)
-        if weight_layout is None or gradient_layout is None:
+        of_weight = weight_strides(parameter, geometry)
+        if not isinstance(gradient, Tensor):
+            assert of_weight is not None
+            return of_weight, NO_STRIDES
+        of_gradient = matrix_strides(gradient, geometry)
+        if of_weight is None or of_gradient is None:
             shape = (geometry.rows, geometry.columns)
             weight = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-            self.copies.append(Copy(member, weight, torch.empty_like(weight, dtype=gradient.dtype)))
-            weight_layout = Layout(weight.data_ptr(), 0, *weight.stride())
-            gradient_layout = Layout(self.copies[-1].gradient.data_ptr(), 0, *weight.stride())
-        return weight_layout, gradient_layout
+            self.copies.append(StridedCopy(member, weight, torch.empty_like(weight, dtype=gradient.dtype)))
+            of_weight = MatrixStrides(weight.data_ptr(), 0, *weight.stride())
+            of_gradient = MatrixStrides(self.copies[-1].gradient.data_ptr(), 0, *weight.stride())
+        return of_weight, of_gradient
 
     def _on_device(self, values: Tensor) -> Tensor:
         """Copied without waiting: from pinned memory, which the caching host allocator keeps until the copy is done."""
@@ -232,7 +264,7 @@ class Table:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def point_at(self, matrices: Sequence[Tensor]) -> None:
+    def set_projections(self, matrices: Sequence[Tensor]) -> None:
         """Tell the kernels where P of each matrix is."""
         addresses = [matrix.data_ptr() for matrix in matrices]
         if addresses != self._projection_addresses:
@@ -240,8 +272,10 @@ class Table:
             column = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             self.addresses[:, table.PROJECTION.value].copy_(self._on_device(column))
 
-    def move_gradients(self) -> None:
+    def update_gradient_addresses(self) -> None:
         """Copy the gradients' addresses if one of them has changed."""
+        if self.is_implicit:
+            return
         addresses = self._find_gradients()
         # A replayed graph leaves its own addresses there, of which the host learns nothing.
         if addresses != self._gradient_addresses or self._kept:
@@ -252,7 +286,7 @@ class Table:
                 self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
             )
 
-    def move_gradients_in_capture(self) -> None:
+    def update_gradient_addresses_in_capture(self) -> None:
         """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since
         no host memory can be pinned during a capture."""
         if self._staging is None:
@@ -264,11 +298,11 @@ class Table:
 
     def _find_gradients(self) -> list[int]:
         addresses: list[int] = []
-        stand_ins = {id(copy.member): copy.gradient for copy in self.copies}
+        copies = {id(copy.member): copy.gradient for copy in self.copies}
         for member, geometry in zip(self.members, self.geometries, strict=True):
-            gradient = stand_ins.get(id(member))
+            gradient = copies.get(id(member))
             if gradient is None:
-                gradient = member.gradient
+                gradient = member.formed_gradient
             address = gradient.data_ptr()
             if geometry.matrices == 1:
                 addresses.append(address)
@@ -277,15 +311,15 @@ class Table:
                 addresses += [address + position * stride for position in range(geometry.matrices)]
         return addresses
 
-    def copy_in(self) -> None:
-        """Bring weights and gradients that need a stand-in there."""
+    def gather_strided(self) -> None:
+        """Copy weights and gradients without strides for rows and columns to where the kernels find them."""
         for member, weight, gradient in self.copies:
             parameter = member.weight
             weight.view(parameter.shape).copy_(parameter)
-            gradient.view(parameter.shape).copy_(member.gradient)
+            gradient.view(parameter.shape).copy_(member.formed_gradient)
 
-    def copy_out(self) -> None:
-        """Bring the updated stand-ins back."""
+    def scatter_strided(self) -> None:
+        """Copy the updated weights back."""
         for member, weight, _ in self.copies:
             member.weight.copy_(weight.view(member.weight.shape))
 
@@ -295,81 +329,11 @@ def _blocks(length: int, block: int) -> int:
 
 
 def _programs(length: int, block: int) -> int:
-    """How many programs share ``length``: one where it is 0, so that an empty piece's matrix keeps its u_prev."""
+    """How many programs share ``length``: one where it is 0, so that the matrix of an empty shard keeps its u_prev."""
     return max(1, _blocks(length, block))
 
 
 def _owners(programs: list[int]) -> Tensor:
-    """The number of the matrix of each program, int32."""
+    """The index of the matrix of each program, int32."""
     counts = torch.tensor(programs, dtype=torch.int64, device="cpu")
     return torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32, device="cpu"), counts)
-
-
-class OperandTable:
-    """A table of one matrix, which knows no gradient; fields as in ``tables.Table``. It keeps the ``member`` alive.
-
-    It lives as long as the parameter and its state stay where they are. ``shared`` holds the projections in memory that
-    other tables use, and takes this one's.
-    """
-
-    matrices = 1
-
-    def __init__(self, member: Member, settings: Settings, shared: MutableSet[Projection]) -> None:
-        parameter, state, geometry = member.parameter, member.state, member.geometry
-        assert geometry is not None
-        assert settings.rank is not None
-        self.member, self.parameter, self.device, self.geometry = member, parameter, parameter.device, geometry
-        self.rank, self.keeps_rows, self.channels = settings.rank, geometry.keeps_rows, geometry.channels
-        self.state_dtype = state["exp_avg"].dtype
-        moments = [state[name].data_ptr() for name in ("exp_avg", "exp_avg_sq")]
-        self.aligned = all(address % 16 == 0 for address in moments)
-        self.channel_blocks = sketch_kernels.blocks(self.rank)
-        self.absmaxes = None
-        if self.state_dtype == torch.uint8:
-            own = self.channel_blocks["BLOCK_CHANNELS"]
-            self.channel_blocks["BLOCK_CHANNELS"] = max(own, whole_blocks(self.rank))
-            both = [state[f"{name}_absmax"].data_ptr() for name in ("exp_avg", "exp_avg_sq")]
-            self.absmaxes = self._on_device(both, torch.int64)
-        programs = -(-self.channels // self.channel_blocks["BLOCK_CHANNELS"])
-        self.channel_programs = torch.zeros(programs, dtype=torch.int32, device=self.device)
-        self.skipped = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.projections = list[Projection]()
-        if projection_kind(settings) is sketch_kernels.MATERIALISED:
-            self.projections.append(self._projection(shared, settings.distribution, state["seed"]))
-        row = [0] * table.FIELDS
-        for field, value in (
-            (table.EXP_AVG, moments[0]),
-            (table.EXP_AVG_SQ, moments[1]),
-            (table.UPDATE_NORM, state["update_norm"].data_ptr()),
-            (table.PROJECTION, self.projections[0].buffer.data_ptr() if self.projections else 0),
-            (table.SEED, state["seed"]),
-            (table.ROWS, geometry.rows),
-            (table.COLUMNS, geometry.columns),
-        ):
-            row[field.value] = value
-        self.addresses = self._on_device(row, torch.int64)
-
-    def _projection(self, shared: MutableSet[Projection], distribution: str, seed: int) -> Projection:
-        """One of the ``shared`` of this weight's kind, or a new one. Each table writes its own epoch before it reads,
-        so they may differ."""
-        kind = distribution, seed, self.rank, 0, self.geometry.width, self.device
-        for each in shared:
-            if each.kind == kind:
-                return each
-        made = Projection.empty(*kind)
-        shared.add(made)
-        return made
-
-    def point_at(self, projection: Tensor) -> None:
-        """Tell the kernels where svd's P is."""
-        self.addresses[0, table.PROJECTION.value].copy_(self._on_device([projection.data_ptr()], torch.int64)[0, 0])
-
-    def _on_device(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        """A row, copied without waiting."""
-        row = torch.tensor([values], dtype=dtype, device="cpu")
-        return row if self.device.type == "cpu" else row.pin_memory().to(self.device, non_blocking=True)
-
-    def split(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        """The operand whose features are the channels, and the one whose features are summed over."""
-        X, dY = operands
-        return (dY, X) if self.keeps_rows else (X, dY)

@@ -1,0 +1,149 @@
+"""What one step does on the PyTorch path: an update for each batch of matrices, and one for each dense parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.projection import ProjectionCache
+from ...core.scratch import Scratch
+from ...core.settings import Settings
+from ...params.member import Member
+from ..interface import ByMember, Factors, Sketch, StepScalars, Update
+from ..projection import projection_of
+from . import dense, dense_8bit, verbs
+from .matrices import Batch
+
+
+def updates_of(
+    members: Mapping[int, Member],
+    settings: Mapping[int, Settings],
+    counts: Sequence[float],
+    projections: ProjectionCache,
+    scratch: Scratch,
+) -> list[Update]:
+    """The updates of this backend's ``members``, by their index in the plan.
+
+    ``settings`` are by the index of the group and ``counts`` (t) by that of the member. Members of one geometry, group,
+    step count, dtype and sharding share a batch.
+    """
+    updates: list[Update] = []
+    batches: dict[tuple[Any, ...], BatchUpdate] = {}
+    for index, member in members.items():
+        group, step, geometry = settings[member.param.group], int(counts[index]), member.geometry
+        if geometry is None:
+            updates.append(DenseUpdate(index, member, group, step, scratch))
+            continue
+        if not geometry.matrices:
+            continue
+        weight, gradient, shard = member.parameter, member.gradient, member.shard
+        key = (
+            geometry,
+            (shard.sum_axes, shard.width_axes, shard.moments),
+            id(group),
+            step,
+            member.state["seed"],
+            weight.device,
+            (type(weight), weight.dtype),
+            (isinstance(gradient, Tensor), gradient.dtype),
+        )
+        if key not in batches:
+            batch = Batch(geometry, member.state["seed"], scratch)
+            batches[key] = BatchUpdate(batch, member, group, step)
+            updates.append(batches[key])
+        batches[key].add(index, member, projection_of(member, group, step, projections))
+    return updates
+
+
+class BatchUpdate:
+    """One step of the matrices of a batch."""
+
+    def __init__(self, batch: Batch, first: Member, settings: Settings, step: int) -> None:
+        self.device = first.parameter.device
+        self.is_sum_sharded, self.is_width_sharded = bool(first.shard.sum_axes), bool(first.shard.width_axes)
+        self._batch, self._settings, self._scalars = batch, settings, StepScalars(step)
+        self._matrices: dict[int, slice] = {}  # of each member
+        self._squared_norms: Tensor | None = None
+
+    def add(self, index: int, member: Member, projection: Tensor) -> None:
+        """Add a parameter of the batch's geometry."""
+        first = len(self._batch)
+        self._batch.add(member, projection)
+        self._matrices[index] = slice(first, len(self._batch))
+
+    def squared_norms(self) -> ByMember:
+        gradients = [gradient for gradient in self._batch.gradients if isinstance(gradient, Tensor)]
+        squares = dense.squared_norms(gradients, self._batch.scratch)
+        return {index: squares[matrices] for index, matrices in self._matrices.items()}
+
+    def sketch(self) -> ByMember:
+        parts = [verbs.sketch(part, self._settings, self._scalars) for part in self._batch.parts()]
+        projected, norms = (torch.cat(values) for values in zip(*parts, strict=True))
+        if self._settings.scale_type == "channel":
+            projected = torch.cat((projected, norms.unsqueeze(-1)), -1)
+        else:
+            self._squared_norms = norms  # |G|^2 of the local shard, which the limiter's sums add up over ranks
+        return {index: projected[matrices] for index, matrices in self._matrices.items()}
+
+    def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
+        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        if not self.is_width_sharded:
+            self._factors = verbs.sketch_and_rescale(self._batch, self._settings, self._scalars)
+            return
+        projected = torch.cat([sketches[index] for index in self._matrices])
+        if self._squared_norms is None:
+            sketch = Sketch(projected[..., :-1].contiguous(), projected[..., -1])
+        else:
+            sketch = Sketch(projected, self._squared_norms)
+        self._factors = verbs.rescale(self._batch, self._settings, self._scalars, sketch)
+
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        channel, sums = self._factors
+        factors: ByMember = {}
+        if channel is not None and self.is_width_sharded:
+            factors = {index: channel[matrices] for index, matrices in self._matrices.items()}
+        return factors, {index: sums[matrices] for index, matrices in self._matrices.items()}
+
+    def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
+        channel = self._factors.channel
+        if channel is not None and self.is_width_sharded:
+            channel = torch.cat([factors[index] for index in self._matrices])
+        total = torch.cat([sums[index] for index in self._matrices]) if self.is_sum_sharded else self._factors.sums
+        skipped = verbs.apply(self._batch, self._settings, self._scalars, Factors(channel, total))
+        self._batch.write_back()
+        return skipped
+
+
+class DenseUpdate:
+    """One step of a dense parameter. It has no sketch: it needs the squared norm of the whole gradient."""
+
+    is_width_sharded = False
+
+    def __init__(self, index: int, member: Member, settings: Settings, step: int, scratch: Scratch) -> None:
+        self.device, self.is_sum_sharded = member.parameter.device, bool(member.shard.sum_axes)
+        self._index, self._member, self._settings, self._scratch = index, member, settings, scratch
+        self._scalars = StepScalars(step)
+        self._squared_norm: Tensor | None = None
+
+    def squared_norms(self) -> ByMember:
+        if self._squared_norm is None:
+            self._squared_norm = dense.squared_norms([self._member.formed_gradient], self._scratch)
+        return {self._index: self._squared_norm}
+
+    def sketch(self) -> ByMember:
+        return {}
+
+    def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
+        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        return {}, {index: norm.view(1, 1) for index, norm in self.squared_norms().items()}
+
+    def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
+        member = self._member
+        adamw = dense_8bit.adamw if member.state["exp_avg"].dtype == torch.uint8 else dense.adamw
+        squared_norm = (sums if self.is_sum_sharded else self.squared_norms())[self._index]
+        return adamw(member, self._settings, self._scalars, squared_norm, self._scratch)
