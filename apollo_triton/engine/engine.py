@@ -69,9 +69,8 @@ class Engine:
             for update in updates:
                 update.rescale(sketches, scales.get(update.device))  # R -> M, V, s
             results = [update.sharded_results() for update in updates if update.is_sum_sharded]
-            factors, sums = (
-                plan.collectives.gather_factors(*map(_joined, zip(*results, strict=True))) if results else ({}, {})
-            )
+            factors, sums = _joined(found for found, _ in results), _joined(found for _, found in results)
+            factors, sums = plan.collectives.gather_factors(factors, sums)
             for update in updates:
                 self._count_skipped(update.apply(factors, sums))  # s, G -> W
         if scaling.found_inf is not None:
