@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed-$(1)
 
 # Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
-TOOLS := $(patsubst tests/tools/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/tools/*.txt))
+TOOLS := $(patsubst tests/integration/programs/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/integration/programs/*.txt))
 
 .PHONY: demo test lint types tests smoke docs bench bench-gpu clean
 ARGS ?=
@@ -47,7 +47,7 @@ $(VENV)/.installed-%: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
-$(VENV)/tools/%/.installed: tests/tools/%.txt | $(VENV)/bin/python
+$(VENV)/tools/%/.installed: tests/integration/programs/%.txt | $(VENV)/bin/python
 	rm -rf $(@D)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	touch $@

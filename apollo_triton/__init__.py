@@ -4,11 +4,11 @@
 >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
 """
 
-from .int8_layers import dequantize_model, quantize_model
-from .layerwise import attach_layerwise
+from .core.param_groups import apollo_param_groups
+from .core.projection import projection_matrix
+from .int8.layers import dequantize_model, quantize_model
+from .layerwise.handle import attach_layerwise
 from .optimizer import APOLLOAdamW
-from .param_groups import apollo_param_groups
-from .projection import projection_matrix
 from .qapollo import QAPOLLOAdamW
 from .version import __version__
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
+from .core.geometry import Geometry
 
 INSTEAD = "; load the weights alone, and begin with a fresh optimizer"
 
@@ -61,7 +61,7 @@ def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any
     >>> optimizer = APOLLOAdamW(groups, lr=1e-2)  # doctest: +SKIP
     >>> optimizer.load_state_dict(from_apollo_torch("checkpoint-500/optimizer.pt"))  # doctest: +SKIP
 
-    Source: the states of apollo-torch 1.0.3, seen by running it (``tests/test_checkpoint.py``).
+    Source: the states of apollo-torch 1.0.3, seen by running it (``tests/optimizer/test_checkpoint.py``).
     """
     where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the file"
     saved = _state_dict_in(_read(path, where), where)

@@ -6,7 +6,10 @@ import argparse
 import os
 import sys
 
-from . import demo, environment, memory, validate
+from .tools import environment
+from .tools.demo import command as demo
+from .tools.memory import command as memory
+from .tools.validate import command as validate
 from .version import __version__
 
 

@@ -6,24 +6,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends import Backend
-from .caches import Caches
-from .checks import Label, check_groups, check_parameter, find_piece, holds_matrix, labels
-from .engine import Engine
-from .param_groups import apollo_param_groups
-from .settings import LOW_RANK_DEFAULTS, Settings, complete_group
-from .sharding import is_dtensor
-from .state import check_numbers, check_state, engine_of, restored
+from .backends.selection import engine_of
+from .core.backend import Backend
+from .core.param_groups import apollo_param_groups
+from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
+from .engine.caches import Caches
+from .engine.engine import Engine
+from .params.checks import check_groups, check_parameter, holds_matrix
+from .params.member import Label, find_piece, labels
+from .params.sharding import is_dtensor
+from .params.state import check_numbers, check_state, restored
 
 if TYPE_CHECKING:
-    from .layerwise import Layerwise
-    from .operand_steps import OperandSteps
+    from .engine.operand_steps import OperandSteps
+
+
+class StepHooks(Protocol):
+    """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
+
+    def check_settings(self) -> None: ...
+
+    def refuse_grad_scaler(self) -> None: ...
+
+    def end_step(self) -> None: ...
 
 
 class APOLLOAdamW(Optimizer):
@@ -81,7 +92,7 @@ class APOLLOAdamW(Optimizer):
     torch.Size([256, 16])
     """
 
-    _layerwise: Layerwise | None = None  # neither copied nor pickled, as hooks are not
+    _layerwise: StepHooks | None = None  # neither copied nor pickled, as hooks are not
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from apollo_triton.llama import named_sizes
+from apollo_triton.tools.llama import named_sizes
 
 from .results_file import ROOT
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from apollo_triton.int8 import Int8Weight
+from apollo_triton.int8.weight import Int8Weight
 
 # A tile of 128 rows, one that is padded, float32 without TF32, and groups that lie otherwise in every row: those CI
 # compiles for every target. Then TF32, small groups, and rows at no alignment.
@@ -31,7 +31,7 @@ def forward_and_backward(
     precision: str = "highest",
 ) -> None:
     """Both directions, on the CPU: something must stand in for ``fused.launch``."""
-    from apollo_triton import int8_matmul
+    from apollo_triton.int8 import matmul as int8_matmul
 
     weight = Int8Weight.of(torch.zeros(outputs, inputs), group_size)
     before = torch.get_float32_matmul_precision()

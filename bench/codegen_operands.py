@@ -7,7 +7,10 @@ from unittest import mock
 
 import torch
 
-from apollo_triton.int8 import Int8Weight
+from apollo_triton.backends.interface import Moment
+from apollo_triton.backends.triton.table import OperandTable
+from apollo_triton.core import gpu
+from apollo_triton.int8.weight import Int8Weight
 
 _MINI = {"rank": 1, "scale_type": "tensor"}
 # Mini and rank 256 in bfloat16, int8, and float32 without TF32: those CI compiles for every target. Then TF32, float16
@@ -42,12 +45,14 @@ def step(
     **options: Any,
 ) -> None:
     """One step of a weight ``[1024, columns]`` from operands of 512 tokens, norms both ways, on the CPU: something must
-    stand in for ``fused.launch``. ``roomy``: with the tiles of GPUs that have much shared memory."""
-    from apollo_triton import APOLLOAdamW, fused, fused_operands
-    from apollo_triton.checks import Label, Member, find_piece
-    from apollo_triton.operands import Operands
-    from apollo_triton.settings import Settings
-    from apollo_triton.state import make_state
+    stand in for ``gpu.launch``. ``roomy``: with the tiles of GPUs that have much shared memory."""
+    from apollo_triton import APOLLOAdamW
+    from apollo_triton.backends.triton import operands as fused_operands
+    from apollo_triton.backends.triton import verbs as fused
+    from apollo_triton.core.operands import Operands
+    from apollo_triton.core.settings import Settings
+    from apollo_triton.params.member import Label, Member, find_piece
+    from apollo_triton.params.state import make_state
 
     parameter = torch.nn.Parameter(torch.zeros(1024, columns, dtype=weight or dtype))
     if int8:
@@ -59,8 +64,8 @@ def step(
     operands = Operands(torch.zeros(512, columns, dtype=dtype), torch.zeros(512, 1024, dtype=dtype))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    with mock.patch.object(fused, "is_roomy", return_value=roomy):
-        table, moment = fused_operands.OperandTable(member, settings, set()), fused.Moment(1, None, None)
+    with mock.patch.object(gpu, "is_roomy", return_value=roomy):
+        table, moment = OperandTable(member, settings, set()), Moment(1, None, None)
         sketch = fused_operands.sketch(table, settings, moment, operands, "sketch")
         for norms in (fused_operands.tile_norms, fused_operands.gram_norms):
             norms(table, operands)

@@ -1,6 +1,6 @@
 """The launches that ``bench.codegen`` compiles: the optimizer's and the int8 layer's own, as Triton specialises them.
 
-The optimizer steps on CPU tensors while a recorder stands in for ``fused.launch``.
+The optimizer steps on CPU tensors while a recorder stands in for ``gpu.launch``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.int8 import Int8Weight
+from apollo_triton.core import gpu
+from apollo_triton.int8.weight import Int8Weight
 
 from . import codegen_linear, codegen_operands
 from .fake_mesh import fake_mesh
@@ -108,7 +109,7 @@ def launches(
     wide, ``int8`` those of one in groups of so many, ``roomy``
     those of a GPU with much shared memory; dense without a ``group``. ``linear``: those of a layer's two
     directions instead; ``operands``: those of a step from operands."""
-    from apollo_triton import backends, fused
+    from apollo_triton.core import backend as backends
 
     found: list[Kernel] = []
 
@@ -122,9 +123,9 @@ def launches(
         weight = torch.nn.Parameter(Int8Weight.of(weight.detach(), int8))
         weight.grad = torch.randn(1024, 1024).to(dtype)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(fused, "launch", record))
+        stack.enter_context(mock.patch.object(gpu, "launch", record))
         stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
-        stack.enter_context(mock.patch.object(fused, "is_roomy", return_value=roomy))
+        stack.enter_context(mock.patch.object(gpu, "is_roomy", return_value=roomy))
         if linear is not None:
             codegen_linear.forward_and_backward(**linear)
             return found

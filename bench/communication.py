@@ -22,13 +22,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.llama import meta_model
+from apollo_triton.tools.llama import meta_model
 
 from .fake_mesh import fake_mesh
 from .report_tables import table
 from .results_file import ROOT, Results, Row, write_whole
 
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 from distributed_cases import Collectives
 
 DOCUMENT = ROOT / "docs" / "distributed.md"
@@ -89,8 +89,8 @@ def counted(size: str, gpus: tuple[int, int], method: str) -> Row:
     with (
         fake_mesh(data=gpus[0], tensor=gpus[1]) as mesh,
         # What needs values, of which there are none: whether ranks agree, and autocast, which meta does not have.
-        patch("apollo_triton.distributed.Agreement.check"),
-        patch("apollo_triton.engine._no_autocast", lambda plan: contextlib.nullcontext()),
+        patch("apollo_triton.engine.agreement.Agreement.check"),
+        patch("apollo_triton.engine.engine._no_autocast", lambda plan: contextlib.nullcontext()),
     ):
         model = llama(size)
         shard(model, mesh)

@@ -14,7 +14,9 @@ from unittest import mock
 
 import torch
 
-from apollo_triton import APOLLOAdamW, backends, fused
+from apollo_triton import APOLLOAdamW
+from apollo_triton.core import backend as backends
+from apollo_triton.core import gpu
 
 from .contenders import MINI
 from .results_file import Results
@@ -56,12 +58,12 @@ def measured(group: dict[str, object], dense: bool, rounds: int) -> dict[str, fl
         kept[:] = old
 
     move()
-    with mock.patch.object(fused, "launch") as launch:
+    with mock.patch.object(gpu, "launch") as launch:
         optimizer.step()
         launch.reset_mock()
         optimizer.step()
         launches = launch.call_count
-    with mock.patch.object(fused, "launch", _no_launch):
+    with mock.patch.object(gpu, "launch", _no_launch):
         stable = milliseconds(optimizer.step, lambda: None, rounds)
         moved = milliseconds(optimizer.step, move, rounds)
     return {"stable": stable, "moved": moved, "launches": launches}

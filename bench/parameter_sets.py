@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from apollo_triton.llama import paper_figures
+from apollo_triton.tools.llama import paper_figures
 
 
 class Shapes(NamedTuple):

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, quantize_model
-from apollo_triton.demo_data import Corpus
-from apollo_triton.demo_training import SIZES, OptimizerMaker, Plan, Run
+from apollo_triton.tools.demo.corpus import Corpus
+from apollo_triton.tools.demo.training import SIZES, OptimizerMaker, Plan, Run
 
 from .contenders import apollo_torch, state_bytes
 from .parameter_sets import Weights

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from apollo_triton.demo_data import TEXT_SUFFIXES, Corpus, split
-from apollo_triton.extras import require
+from apollo_triton.core.extras import require
+from apollo_triton.tools.demo.corpus import TEXT_SUFFIXES, Corpus, split
 
 # A file larger than this is a generated table more often than code.
 LARGEST_FILE = 2**20

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apollo_triton.extras import require
+from apollo_triton.core.extras import require
 
 from .report_data import Machine, by_variant, curve, differences, mean_and_margin, of_tallest_matrices, pretrainings
 

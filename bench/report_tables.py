@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from apollo_triton.demo_report import as_bytes
+from apollo_triton.tools.demo.report import as_bytes
 
 from .report_data import (
     Machine,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apollo_triton.demo_report import as_bytes
-from apollo_triton.llama import paper_figures
+from apollo_triton.tools.demo.report import as_bytes
+from apollo_triton.tools.llama import paper_figures
 
 from .contenders import OURS
 from .report_data import Machine, by_variant, cases, paper, pretrainings

@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 
-from apollo_triton.llama import named_sizes
+from apollo_triton.tools.llama import named_sizes
 
 from .clock import Stopwatch, copy_bandwidth, flush, head_start
 from .parameter_sets import layer_shapes

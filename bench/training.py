@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apollo_triton import APOLLOAdamW, attach_layerwise, memory
-from apollo_triton.extras import require
-from apollo_triton.llama import default_rank, meta_model, named_sizes
+from apollo_triton import APOLLOAdamW, attach_layerwise
+from apollo_triton.core.extras import require
+from apollo_triton.tools.llama import default_rank, meta_model, named_sizes
+from apollo_triton.tools.memory.count import adamw, apollo, apollo_mini
 
 from .clock import rounded, wait
 from .parameter_sets import llama_shapes
@@ -51,13 +52,13 @@ def make_optimizer(method: str, model: nn.Module, size: str) -> torch.optim.Opti
 
 
 def counted(method: str, size: str, dtype: torch.dtype) -> int:
-    """Bytes of weights, gradients (layer-wise: the largest one) and state, by ``apollo_triton.memory``."""
+    """Bytes of weights, gradients (layer-wise: the largest one) and state, by ``apollo_triton.tools.memory``."""
     model = meta_model(size, dtype)
     if method == "AdamW":
-        return memory.adamw(model).total
+        return adamw(model).total
     if method == "APOLLO":
-        return memory.apollo(model, default_rank(size)).total
-    mini = memory.apollo_mini(model)
+        return apollo(model, default_rank(size)).total
+    mini = apollo_mini(model)
     if method == "APOLLO-Mini":
         return mini.total
     return mini.total - mini.gradients + max(parameter.nbytes for parameter in model.parameters())

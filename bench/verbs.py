@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.settings import Settings
+from apollo_triton.backends.interface import Moment
+from apollo_triton.core.settings import Settings
 
 from .contenders import MINI
 from .parameter_sets import Shapes, make_weights
@@ -54,12 +55,12 @@ def verbs(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: str, ba
 
 def _fused(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
     """The launches, and the bytes of P that a sketch reads."""
-    from apollo_triton import fused
+    from apollo_triton.backends.triton import verbs as fused
 
     plan = optimizer._engine._plan
     assert plan is not None
     (table,) = plan.low_rank
-    moment = fused.Moment(2, None, None)
+    moment = Moment(2, None, None)
     sketch = fused.sketch(table, settings, moment)
     factors = fused.factors(table, settings, moment)
     runs: dict[str, Callable[[], object]] = {
@@ -73,8 +74,8 @@ def _fused(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callab
 
 def _reference(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
     """The same in plain PyTorch, which reads P in float32."""
-    from apollo_triton import reference
-    from apollo_triton.batches import Batch
+    from apollo_triton.backends.reference import verbs as reference
+    from apollo_triton.backends.reference.batch import Batch
 
     plan = optimizer._engine._plan
     assert plan is not None

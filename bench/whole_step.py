@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from apollo_triton.llama import default_rank
+from apollo_triton.tools.llama import default_rank
 
 from .clock import RunFailed, Times, copy_bandwidth, interleaved, median_ratio, quartiles, rounded, seconds
 from .contenders import CONTENDERS, OURS, Contender, bytes_to_move, state_bytes

@@ -24,7 +24,7 @@ from pretraining.model import Trained, llama_config
 from pretraining.options import parse_options
 from pretraining.reports import Reports
 
-from apollo_triton import single_card
+from apollo_triton.tools.memory import single_card
 
 GB = 1e9
 

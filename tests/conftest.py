@@ -5,6 +5,7 @@ ones. Without a GPU Triton's interpreter runs the kernels.
 The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -17,16 +18,19 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from apollo_triton import dense_8bit
-from apollo_triton.backends import Backend
+from apollo_triton.backends.reference import dense_8bit
+from apollo_triton.core.backend import Backend
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    # The kernels become the interpreter's when they are imported: now, and not in a test that changes the environment.
+    importlib.import_module("apollo_triton.backends.triton.verbs")
 ENGINES = [
     "reference",
     pytest.param("interpreter", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
@@ -41,7 +45,9 @@ def engine(request):
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apollo_triton.state.choose", lambda parameter, asked: Backend(name, "the test asks so"))
+        patch.setattr(
+            "apollo_triton.backends.selection.choose", lambda parameter, asked: Backend(name, "the test asks so")
+        )
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)

@@ -24,7 +24,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch, apollo_triton
 from apollo_triton.compat import as_apollo_torch
 assert apollo_triton.__file__.startswith(sys.prefix), apollo_triton.__file__
-assert all((files("apollo_triton") / name).is_file() for name in ("py.typed", "paper.json"))
+assert all((files("apollo_triton") / name).is_file() for name in ("py.typed", "tools/paper.json"))
 torch.manual_seed(0)
 start = torch.nn.Linear(24, 40).weight.detach()
 moved = {}

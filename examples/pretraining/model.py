@@ -18,8 +18,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
-from apollo_triton.int8 import Int8Weight
-from apollo_triton.llama import meta_model, paper_figures
+from apollo_triton.int8.weight import Int8Weight
+from apollo_triton.tools.llama import meta_model, paper_figures
 
 
 def llama_config(options: argparse.Namespace) -> LlamaConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from apollo_triton.llama import named_sizes, paper_figures
+from apollo_triton.tools.llama import named_sizes, paper_figures
 
 CONFIGS = Path(__file__).parent / "configs"
 METHODS = ("apollo", "mini", "q-apollo", "q-mini", "adamw")

@@ -1,0 +1,99 @@
+"""How the tensors of a parameter lie in memory, as the kernels address it: addresses, strides and alignment."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...core.geometry import Geometry
+from ...int8.weight import Int8Weight
+from ...params.member import Member
+
+_ALIGNMENT = 16  # bytes: the widest load
+
+
+class Layout(NamedTuple):
+    """A weight or gradient as ``matrices`` of rows x columns: address of the first, and strides in elements."""
+
+    address: int
+    matrix_stride: int
+    row_stride: int
+    column_stride: int
+
+    def aligned(self, columns: int, rows: int, itemsize: int) -> bool:
+        """Whether rows are contiguous, start at multiples of 16 bytes, and hold multiples of 8 elements."""
+        return (
+            self.column_stride == 1
+            and (self.address | self.matrix_stride * itemsize | self.row_stride * itemsize) % _ALIGNMENT == 0
+            and columns % 8 == 0
+            and (self.row_stride % 8 == 0 or rows == 1)
+        )
+
+
+def layout_of(tensor: Tensor, geometry: Geometry) -> Layout | None:
+    """How a tensor's matrices lie in its memory; None where rows and columns have no strides (``channels_last``)."""
+    try:
+        matrices = tensor.view(geometry.matrices, geometry.rows, geometry.columns)
+    except RuntimeError:
+        return None
+    return Layout(tensor.data_ptr(), *matrices.stride())
+
+
+def weight_layout_of(weight: Tensor, geometry: Geometry) -> Layout | None:
+    """The same of a weight; of an int8 one, where scales and zero points are instead of strides."""
+    if isinstance(weight, Int8Weight):
+        return Layout(weight.q.data_ptr(), 0, weight.scale.data_ptr(), weight.zero.data_ptr())
+    return layout_of(weight, geometry)
+
+
+def flat_geometry(parameter: Tensor, gradient: Tensor) -> Geometry:
+    """A dense parameter as one matrix: a row if it and its gradient are contiguous, else rows of its last dimension."""
+    if parameter.dim() < 2 or (parameter.is_contiguous() and gradient.is_contiguous()):
+        return Geometry(1, 1, parameter.numel(), keeps_rows=True)
+    return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
+
+
+def settle(member: Member) -> None:
+    """Lay moments out as the kernels read them, should a checkpoint have brought them otherwise."""
+    state = member.state
+    moments = [member.local_state("exp_avg"), member.local_state("exp_avg_sq")]
+    if member.geometry is None:
+        geometry = flat_geometry(member.weight, member.gradient)
+        layouts = [layout_of(each, geometry) for each in moments]
+        fits = None not in layouts and moments[0].stride() == moments[1].stride()
+    else:
+        fits = all(each.is_contiguous() for each in moments)
+    if not fits:
+        state.update(exp_avg=state["exp_avg"].contiguous(), exp_avg_sq=state["exp_avg_sq"].contiguous())
+    for name in ("exp_avg_absmax", "exp_avg_sq_absmax"):
+        if name in state:
+            state[name] = state[name].contiguous()
+
+
+def is_aligned(member: Member) -> bool:
+    """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
+    parameter, gradient = member.weight, member.gradient
+    exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+    if (exp_avg.data_ptr() | exp_avg_sq.data_ptr()) % _ALIGNMENT:
+        return False
+    if member.geometry is None:
+        tensors = parameter, gradient, exp_avg, exp_avg_sq
+        addresses = parameter.data_ptr() | gradient.data_ptr()
+        return (
+            all(tensor.is_contiguous() for tensor in tensors)
+            and addresses % _ALIGNMENT == 0
+            and parameter.numel() % 8 == 0
+        )
+    geometry = member.geometry
+    if geometry.matrices > 1 and exp_avg[0].numel() * exp_avg.element_size() % _ALIGNMENT:
+        return False
+    if any(number * geometry.width % 8 for number in member.piece.numbers):  # rounding bits come by eights
+        return False
+    if isinstance(parameter, Int8Weight):
+        group = parameter.group_size  # a power of two that divides a row
+        if group % 8 or group & (group - 1) or geometry.columns % group or parameter.q.data_ptr() % _ALIGNMENT:
+            return False
+    strided = [each for each in (parameter, gradient) if not isinstance(each, Int8Weight)]
+    layouts = [(layout_of(tensor, geometry), tensor.element_size()) for tensor in strided]
+    return all(each and each.aligned(geometry.columns, geometry.rows, size) for each, size in layouts)

@@ -1,0 +1,5 @@
+import sys
+
+from .redirect import main
+
+main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Layer 5: one step from end to end, on either backend."""

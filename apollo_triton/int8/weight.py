@@ -1,0 +1,283 @@
+"""Int8 weights: uint8 with a scale and a zero point per group, and the tensor that a model holds of them.
+
+    w = (q - zero) * scale        groups are consecutive elements of the row-major flattened weight
+
+The format is Q-APOLLO's (arXiv 2412.05270), except that a group's range always reaches to 0: there the zero point is
+clamped to 0 to 255, which saturates a group of one sign. Groups of both signs are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.philox import Stream, random_halves
+
+_LEAST_RANGE = 1e-5
+# Elements that are dequantised at a time: 4 MB in float32, whatever the weight's size.
+BLOCK_ELEMENTS = 1 << 20
+
+
+def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, uint8 ``[groups, group_size]``, scale, float32 ``[groups]``, and zero, uint8 ``[groups]``, of float32 values.
+
+    To the nearest, or with ``noise`` in [0, 1) of the values' shape up with a probability of the fraction.
+
+    >>> q, scale, zero = quantized(torch.tensor([[-1.0, 0.0, 1.55]]))
+    >>> q.tolist(), zero.tolist()
+    ([[0, 100, 255]], [100])
+    """
+    low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+    span = high - low
+    scale = torch.where(span.isfinite(), span.clamp(min=_LEAST_RANGE) / 255, high / 255 - low / 255)
+    zero = (-torch.round(low / scale)).clamp(0, 255)
+    steps = groups / scale[:, None]
+    if noise is None:
+        steps = steps.round_()
+    else:
+        down = steps.floor()
+        steps = down + (steps - down > noise)
+    q = steps.add_(zero[:, None]).clamp_(0, 255)
+    return q.to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Float32 values ``[groups, group_size]`` of q with the scales and zero points of its groups."""
+    return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
+
+
+# Functions of torch that take an int8 weight as it is: ``linear.py`` enters its own.
+FUNCTIONS: dict[Any, Any] = {}
+
+
+class Int8Weight(Tensor):
+    """A weight ``[out, in]`` that lies in memory as int8, and is for the rest of PyTorch a float tensor of its shape.
+
+    ``q`` uint8 ``[out, in]``, ``scale`` float32 and ``zero`` uint8 ``[out * in / group_size]``. ``dtype`` is that of
+    activations and gradients. A tensor subclass, so that it is a parameter like any other: with a true ``.grad``,
+    hooks and a name, moved and copied by ``to``, ``deepcopy`` and ``swap_tensors``. What would make a float copy of it
+    without being asked is refused; ``dequantize()`` is how to ask.
+
+    ``stochastic_rounding``: how the optimizer stores its updates.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero: Tensor
+    group_size: int
+    stochastic_rounding: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        stochastic_rounding: bool = True,
+        requires_grad: bool = False,
+    ) -> Int8Weight:
+        return Tensor._make_wrapper_subclass(
+            cls, q.shape, strides=q.stride(), dtype=dtype, device=q.device, requires_grad=requires_grad
+        )
+
+    def __init__(
+        self,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        stochastic_rounding: bool = True,
+        requires_grad: bool = False,
+    ) -> None:
+        self.q, self.scale, self.zero = q, scale, zero
+        self.group_size, self.stochastic_rounding = group_size, stochastic_rounding
+
+    @classmethod
+    def of(cls, weight: Tensor, group_size: int = 128, stochastic_rounding: bool = True) -> Int8Weight:
+        """``weight``, float ``[out, in]``, rounded to the nearest; blocks at a time, so that no float copy is made.
+
+        Raises ValueError if ``group_size`` does not divide the number of its elements.
+        """
+        check_group_size(weight, group_size)
+        result = cls(
+            torch.empty(weight.shape, dtype=torch.uint8, device=weight.device),
+            torch.empty(weight.numel() // group_size, dtype=torch.float32, device=weight.device),
+            torch.empty(weight.numel() // group_size, dtype=torch.uint8, device=weight.device),
+            group_size,
+            weight.dtype,
+            stochastic_rounding,
+        )
+        if not weight.is_meta:
+            result.assign(weight)
+        return result
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """What it takes in memory, scales and zero points included."""
+        return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
+
+    def blocks(self, elements: int | None = None) -> Iterator[slice]:
+        """Slices of rows that hold whole groups, of about so many ``elements``."""
+        rows, columns = self.shape
+        whole = self.group_size // math.gcd(columns, self.group_size)
+        step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def floats(self, rows: slice) -> Tensor:
+        """The rows, which hold whole groups, in float32 ``[rows, in]``."""
+        groups = self._groups(rows)
+        q = self.q[rows]
+        return dequantized(q.reshape(-1, self.group_size), self.scale[groups], self.zero[groups]).view(q.shape)
+
+    def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changed: Tensor | None = None) -> None:
+        """Write float32 ``values [rows, in]`` with fresh scales and zero points, rounded as ``quantized`` does; only
+        groups of which a value is ``changed``, a boolean of their shape, if it is given."""
+        shape = (-1, self.group_size)
+        new = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
+        groups = self._groups(rows)
+        old = self.q[rows].view(shape), self.scale[groups], self.zero[groups]
+        keep = None if changed is None else ~changed.view(shape).any(1)
+        for target, value in zip(old, new, strict=True):
+            mask = keep[:, None] if keep is not None and value.dim() > 1 else keep
+            target.copy_(value if mask is None else torch.where(mask, target, value))
+
+    def noise(self, rows: slice, seed: int, step: int) -> Tensor:
+        """What stochastic rounding of the rows at ``step`` compares fractions with: float32 multiples of 2**-16, by
+        the counter of the optimizer's other roundings."""
+        columns = self.shape[1]
+        first, count = rows.start * columns, (rows.stop - rows.start) * columns
+        halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
+        return halves.to(torch.float32).mul_(2.0**-16).view(-1, columns)
+
+    def _groups(self, rows: slice) -> slice:
+        columns = self.shape[1]
+        return slice(rows.start * columns // self.group_size, rows.stop * columns // self.group_size)
+
+    def assign(self, weight: Tensor) -> None:
+        """Take the values of a float tensor of the same shape, rounded to the nearest."""
+        for rows in self.blocks():
+            self.store(rows, weight[rows].detach().to(self.q.device, torch.float32))
+
+    def dequantize(self) -> Tensor:
+        """A float copy in ``dtype``."""
+        result = torch.empty(self.shape, dtype=self.dtype, device=self.q.device)
+        for rows in self.blocks():
+            result[rows] = self.floats(rows)
+        return result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"group_size={self.group_size})"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["q", "scale", "zero"], (self.group_size, self.dtype, self.stochastic_rounding)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Int8Weight:
+        return cls(inner["q"], inner["scale"], inner["zero"], *meta)
+
+    def _with(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
+        q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
+        return Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = FUNCTIONS.get(function)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        handler = _OPERATIONS.get(function)
+        if handler is None:
+            raise _refusal(function)
+        return handler(*args, **(kwargs or {}))
+
+
+def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> None:
+    """Raise ValueError unless ``weight`` is a float matrix that ``group_size`` divides."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of float matrices")
+    if not isinstance(group_size, int) or group_size < 1 or weight.numel() % group_size:
+        raise ValueError(
+            f"group_size={group_size!r} does not divide the {weight.numel()} elements of {name}, of shape "
+            f"{tuple(weight.shape)}; use one that does, such as {math.gcd(weight.numel(), 128)}"
+        )
+
+
+def _refusal(function: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
+        "weight.dequantize() first. FSDP2 and tensor parallel shard no int8 weights: train float ones there; "
+        "DistributedDataParallel needs init_sync=False, and the same weights on every rank"
+    )
+
+
+def _view(weight: Int8Weight, size: Sequence[int]) -> Int8Weight:
+    """Of its own shape, as ``swap_tensors`` makes one to find the gradient's node."""
+    if tuple(size) != tuple(weight.shape):
+        raise _refusal(_aten.view.default)
+    return weight._with(lambda part: part)
+
+
+def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Int8Weight:
+    """To another device; another dtype is that of activations and gradients, and costs nothing."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise NotImplementedError(f"an int8 weight stands for floats, and cannot be {dtype}; take its q instead")
+    place = {name: value for name, value in options.items() if name in ("device", "non_blocking")}
+    return weight._with(lambda part: part.to(copy=True, **place), dtype)
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(target, Int8Weight):
+        return target.copy_(source.dequantize(), non_blocking)
+    if not isinstance(source, Int8Weight) or source.group_size != target.group_size:
+        target.assign(source.dequantize() if isinstance(source, Int8Weight) else source.expand(target.shape))
+        return target
+    for name in ("q", "scale", "zero"):
+        getattr(target, name).copy_(getattr(source, name), non_blocking)
+    return target
+
+
+def _like(make: Any) -> Any:
+    """``zeros_like`` and its kin make float tensors: gradients and moments."""
+
+    def make_like(weight: Int8Weight, *values: Any, memory_format: Any = None, **options: Any) -> Tensor:
+        given = {name: value for name, value in options.items() if value is not None}
+        place = {"dtype": weight.dtype, "device": weight.device} | given
+        return make(weight.shape, *values, **place)
+
+    return make_like
+
+
+def _empty_like(weight: Int8Weight, *, device: torch.device | None = None, **options: Any) -> Int8Weight:
+    """As ``nn.Module.to_empty`` wants it."""
+    return weight._with(lambda part: torch.empty_like(part, device=device))
+
+
+_aten = torch.ops.aten
+_OPERATIONS: dict[Any, Any] = {
+    _aten.detach.default: lambda weight: weight._with(lambda part: part.detach()),
+    _aten.alias.default: lambda weight: weight._with(lambda part: part),
+    _aten.view.default: _view,
+    _aten.clone.default: lambda weight, memory_format=None: weight._with(lambda part: part.clone()),
+    _aten._to_copy.default: _to_copy,
+    _aten.copy_.default: _copy,
+    _aten.empty_like.default: _empty_like,
+    _aten.zeros_like.default: _like(torch.zeros),
+    _aten.ones_like.default: _like(torch.ones),
+    _aten.full_like.default: _like(torch.full),
+}

@@ -1,0 +1,163 @@
+"""Linear layers that update their weight in the backward pass, once the input's gradient is made with the old one.
+
+``LinearForward`` takes the place of a module's ``forward`` and hands X and dY to a handle. ``weight.grad`` stays None.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.operands import Operands
+from ..int8.layers import Int8Linear
+from ..int8.linear import input_gradient
+from ..int8.weight import Int8Weight
+
+
+class Updater(Protocol):
+    """Who updates weights from their operands. ``check`` raises before anything has changed, also if the layer has run
+    forward more than once."""
+
+    def takes(self, weight: Tensor) -> bool: ...
+
+    def pays(self, weight: Tensor, tokens: int) -> bool: ...
+
+    def check(self, weight: Tensor, ran_once: bool) -> None: ...
+
+    def update(self, weight: Tensor, operands: Operands) -> None: ...
+
+
+def layers_of(model: nn.Module) -> dict[Tensor, nn.Linear]:
+    """The layers whose forward we know, by their weight: ``nn.Linear`` and ``Int8Linear`` with their own parameter.
+
+    Not among them: other classes' forwards, forwards that something has replaced, weights that are computed from others
+    (``torch.nn.utils.parametrize``, ``weight_norm``). Their weights get gradients, and are updated by hooks.
+    """
+    found: dict[Tensor, nn.Linear] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and "weight" in module._parameters and _is_plain(module):
+            found[module.weight] = module
+    return found
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    known = nn.Linear.forward, Int8Linear.forward
+    forward: Any = module.forward  # of the instance, if it has one: copies of layers have their class's there
+    if isinstance(forward, LinearForward):
+        return forward.updater is None  # left behind
+    return getattr(forward, "__func__", None) in known and forward.__self__ is module
+
+
+def owners_of(model: nn.Module, weight: Tensor) -> list[str]:
+    """The names under which modules of the model hold ``weight``."""
+    return [name for name, each in model.named_parameters(remove_duplicate=False) if each is weight]
+
+
+class LinearForward:
+    """The ``forward`` of one linear layer, for as long as the updater takes its weight; else the layer's own.
+
+    An attribute of the instance, so that hooks, names and ``state_dict`` are as they were; copies and pickles of the
+    module get the forward of its class.
+    """
+
+    def __init__(self, module: nn.Linear, updater: Updater) -> None:
+        self._module = module
+        self._updater = weakref.ref(updater)  # an optimizer that is gone must not live on in its model
+        self._waiting: weakref.WeakSet[Use] = weakref.WeakSet()
+
+    @property
+    def updater(self) -> Updater | None:
+        """None once it is gone."""
+        return self._updater()
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self._forward(input)
+
+    @torch._disable_dynamo  # a graph break: the backward has side effects
+    def _forward(self, x: Tensor) -> Tensor:
+        module, updater = self._module, self._updater()
+        weight: Tensor = module.weight
+        bias: Tensor | None = module.bias
+        is_trained = torch.is_grad_enabled() and weight.requires_grad
+        if updater is None or not is_trained or not updater.takes(weight):
+            return type(module).forward(module, x)
+        if not updater.pays(weight, x.shape[:-1].numel()):
+            return type(module).forward(module, x)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        elif x.dtype != weight.dtype:
+            return type(module).forward(module, x)  # which refuses it
+        use = Use(self._waiting, updater, weight)
+        # Whatever runs within a backward is a recomputation, whose graph may never be used.
+        if torch._C._current_graph_task_id() == -1:
+            self._waiting.add(use)
+        return _Linear.apply(x, weight, bias, use)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self._module, "forward")
+
+
+class Use:
+    """One forward of a layer whose backward is to come; it lives as long as the graph does."""
+
+    def __init__(self, waiting: weakref.WeakSet[Use], updater: Updater, weight: Tensor) -> None:
+        self._waiting, self.updater, self.weight = waiting, updater, weight
+
+    def ends(self) -> bool:
+        """Wait no longer; whether no other forward of the layer does."""
+        self._waiting.discard(self)
+        return not self._waiting
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: Use) -> Tensor:
+        ctx.use = use
+        if isinstance(weight, Int8Weight) or weight.dtype == x.dtype:
+            ctx.save_for_backward(x, weight)
+            return nn.functional.linear(x, weight, bias)
+        rounded = weight.to(x.dtype)  # by autocast; kept, as autocast's own is
+        ctx.save_for_backward(x, weight, rounded)
+        return nn.functional.linear(x, rounded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, *rounded = ctx.saved_tensors
+        needs_x, _, needs_bias, _ = ctx.needs_input_grad
+        # The parameter itself: what was saved is another tensor of its memory where a checkpoint recomputed it.
+        updater, parameter = ctx.use.updater, ctx.use.weight
+        accumulate, _ = ctx.next_functions[1]
+        # torch.autograd.grad comes by here, and moves nothing: for other tensors the weight is not wanted, and for the
+        # weight itself the question is an error.
+        try:
+            is_wanted = torch._C._will_engine_execute_node(accumulate)
+            is_updated = is_wanted and updater.takes(parameter)  # it may have been removed since the forward
+        except RuntimeError:
+            is_wanted, is_updated = True, False
+        if is_wanted and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True through a weight that the backward pass updates, so that the old one is gone; use "
+                'attach_layerwise(..., gradients="freed"), or plain optimizer.step()'
+            )
+        ran_once = ctx.use.ends()
+        if is_updated:
+            updater.check(parameter, ran_once)
+        operands = Operands(*(each.reshape(-1, each.shape[-1]).contiguous() for each in (x, gradient)))
+        X, dY = operands
+        of_x = of_weight = None
+        # Autocast, which does not know the meta device, would round P and the moments.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            if needs_x and isinstance(weight, Int8Weight):
+                of_x = input_gradient(dY, weight).view(x.shape)
+            elif needs_x:
+                of_x = (dY @ (rounded[0] if rounded else weight)).view(x.shape)
+            of_bias = dY.sum(0) if needs_bias else None
+            if is_updated:
+                updater.update(parameter, operands)
+            elif is_wanted:
+                of_weight = dY.mT @ X
+        return of_x, of_weight, of_bias, None

@@ -1,0 +1,216 @@
+"""Train a small LLaMA with AdamW, APOLLO and APOLLO-Mini and compare them: three minutes on two free CPU cores.
+
+All three start from the same weights and see the same batches, each at the learning rate that the sweep in
+docs/demo.md chose for it. The text is the source of Python's standard library, which is on every machine; a byte is a
+token. Checkpoints in the output folder let ``--resume`` continue an interrupted demo to the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.extras import require
+from .corpus import Corpus, load_corpus
+from .report import Result, table, write_results
+from .training import GRADIENTS, LABELS, SIZES, Plan, Run, read_checkpoint
+
+# Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
+LEARNING_RATES = {"adamw": 3e-3, "apollo": 2e-2, "mini": 1e-2}
+MINI_SCALE = 128.0
+STEPS, BATCH, SEQUENCE = 600, 8, 128
+# An interrupted demo loses at most this much work.
+SECONDS_BETWEEN_CHECKPOINTS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``apollo-triton demo``."""
+    parser.add_argument("--data", type=Path, metavar="PATH", help="a file, or a folder of text files, to train on")
+    parser.add_argument("--model", default="1M", metavar="SIZE", help=f"{', '.join(SIZES)} (1M)")
+    parser.add_argument("--methods", default=",".join(LABELS), metavar="NAMES", help="which, and in what order (all)")
+    parser.add_argument("--lr", default="", metavar="NAME=LR,...", help="learning rates, e.g. adamw=3e-3,mini=1e-2")
+    parser.add_argument("--mini-scale", type=float, default=MINI_SCALE, metavar="X", help="Mini's scale (%(default)g)")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of each method (%(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="sequences a step (%(default)s)")
+    parser.add_argument("--sequence", type=int, default=SEQUENCE, metavar="N", help="bytes in each (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and projections")
+    parser.add_argument(
+        "--gradients",
+        default="stored",
+        metavar="KIND",
+        help="of APOLLO and Mini: stored, freed or none, in backward (%(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (%(default)s)")
+    parser.add_argument("--out", type=Path, default="runs/demo", metavar="FOLDER", help="for results (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, report, and return the exit status; 130 after Ctrl-C."""
+    started = time.perf_counter()
+    console = require("rich.console", "demo").Console(highlight=False)
+    for module in ("transformers", "matplotlib"):  # better missed now than after the training
+        with console.status(f"loading {module}"):
+            require(module, "demo")
+    corpus = load_corpus(options.data, _at_least("sequence", options.sequence, 1) + 1)
+    plans = make_plans(options, corpus)
+    checkpoints = _prepare(options.out, plans, options.resume)
+    first = plans[0]
+    console.print(
+        f"{corpus.name}: {len(corpus.train) / 1e6:.2f} MB to train on, {len(corpus.held_out) / 1e6:.2f} MB held out\n"
+        f"LLaMA {first.model}, float32 on {first.device}, {first.steps} steps of {first.batch} x {first.sequence} bytes"
+    )
+    results: list[Result] = []
+    try:
+        for plan in plans:
+            results.append(train(plan, corpus, checkpoints[plan.method], options.resume, console))
+    except KeyboardInterrupt:
+        if any(path.exists() for path in checkpoints.values()):
+            advice = "Nothing is lost: give the same command again with [bold]--resume[/bold] added."
+        else:
+            advice = "No checkpoint was saved yet: give the same command again to begin anew."
+        console.print(f"\nInterrupted. {advice}")
+        return 130
+    paths = write_results(results, corpus.name, options.out)
+    console.print(table(results))
+    console.print(f"{time.perf_counter() - started:.0f} s; see {options.out}: {', '.join(path.name for path in paths)}")
+    return 0
+
+
+def train(plan: Plan, corpus: Corpus, checkpoint: Path, resume: bool, console: Any) -> Result:
+    """Train ``plan`` to its end, from ``checkpoint`` if it is there and to be resumed, saving as it goes."""
+    run = Run(plan, corpus)
+    if resume and checkpoint.exists():
+        run.load(checkpoint)
+    saved = time.monotonic()
+    with _progress(run, console) as show:
+        while True:
+            evaluated = run.evaluation_due
+            if evaluated:
+                run.evaluate()
+            if evaluated or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                run.save(checkpoint)
+                saved = time.monotonic()
+            show(evaluated)
+            if run.finished:
+                return Result.of(run)
+            run.advance()
+
+
+def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
+    """One plan a method, from the command line.
+
+    Raises ValueError naming the option, its value and what is allowed.
+    """
+    if options.model not in SIZES:
+        raise ValueError(f"--model {options.model}: not a size I know (allowed: {', '.join(SIZES)})")
+    methods = list(dict.fromkeys(options.methods.split(",")))
+    learning_rates = LEARNING_RATES | _parse_learning_rates(options.lr)
+    if not 0 < options.mini_scale < float("inf"):
+        raise ValueError(f"--mini-scale {options.mini_scale}: it must be a number above 0")
+    if not 0 <= options.seed < 2**31:
+        raise ValueError(f"--seed {options.seed}: it must be an integer from 0 to 2**31 - 1")
+    if options.gradients not in GRADIENTS:
+        raise ValueError(f"--gradients {options.gradients}: allowed are {', '.join(GRADIENTS)}")
+    for method in methods:
+        _check_method("methods", method)
+    return [
+        Plan(
+            method=method,
+            learning_rate=learning_rates[method],
+            scale=options.mini_scale if method == "mini" else None,
+            model=options.model,
+            steps=_at_least("steps", options.steps, 1),
+            batch=_at_least("batch", options.batch, 1),
+            sequence=options.sequence,
+            seed=options.seed,
+            device=_device(options.device),
+            data=corpus.fingerprint,
+            gradients=options.gradients,
+        )
+        for method in methods
+    ]
+
+
+@contextmanager
+def _progress(run: Run, console: Any) -> Iterator[Any]:
+    """Yields a function to call after every step: a moving bar on a terminal, a line per evaluation elsewhere."""
+    plan, history, label = run.plan, run.history, LABELS[run.plan.method]
+
+    def loss() -> str:
+        return f"held-out loss {next(reversed(history.held_out_loss.values())):.3f}"
+
+    if not console.is_terminal:
+        yield lambda evaluated: evaluated and print(f"{label:<12} step {run.step}/{plan.steps}  {loss()}", flush=True)
+        return
+    progress = require("rich.progress", "demo")
+    columns = (
+        progress.TextColumn(f"{label:<12}"),
+        progress.BarColumn(bar_width=None),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[loss]}"),
+    )
+    with progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=plan.steps, completed=run.step, loss="")
+        yield lambda evaluated: bar.update(task, completed=run.step, loss=loss())
+
+
+def _prepare(folder: Path, plans: list[Plan], resume: bool) -> dict[str, Path]:
+    """Make the output folder ready: each method's checkpoint, of this very plan or gone."""
+    paths = {plan.method: folder / f"{plan.method}.checkpoint" for plan in plans}
+    existing = [plan for plan in plans if paths[plan.method].exists()]
+    if resume and not existing:
+        raise ValueError(f"--resume: {folder} holds no run of {', '.join(paths)} to continue")
+    for plan in existing:
+        if resume:
+            read_checkpoint(paths[plan.method], plan)
+        else:
+            paths[plan.method].unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: the folder cannot be made ({error.strerror}); choose another") from error
+    return paths
+
+
+def _parse_learning_rates(text: str) -> dict[str, float]:
+    rates = {}
+    for item in filter(None, text.split(",")):
+        method, _, number = item.partition("=")
+        _check_method("lr", method)
+        try:
+            rates[method] = float(number)
+        except ValueError:
+            raise ValueError(f"--lr {item}: give it as {method}=NUMBER") from None
+        if not 0 <= rates[method] < float("inf"):
+            raise ValueError(f"--lr {item}: a learning rate is a finite number, 0 or more")
+    return rates
+
+
+def _check_method(option: str, method: str) -> None:
+    if method not in LABELS:
+        raise ValueError(f"--{option}: {method!r} is not a method (allowed: {', '.join(LABELS)})")
+
+
+def _at_least(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise ValueError(f"--{option} {value}: it must be an integer of {least} or more")
+    return value
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda", "auto"):
+        raise ValueError(f"--device {name}: allowed are cpu, cuda and auto")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    if name == "auto":
+        return "cuda" if available else "cpu"
+    return name

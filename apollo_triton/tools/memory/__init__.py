@@ -1,0 +1,5 @@
+"""Memory of training, counted without allocating it."""
+
+from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
+
+__all__ = ["Memory", "adamw", "adamw_8bit", "apollo", "apollo_mini"]

@@ -1,0 +1,283 @@
+"""Activation memory of a training step, measured without a GPU and without allocating it.
+
+Forward and backward of the real model run on the meta device while a dispatch mode watches storages come and go, so
+that the count holds for any Hugging Face model and follows what its code and autograd do, not a formula.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ...core.operands import Operands
+from ...layerwise.linear import LinearForward
+
+ALLOCATION = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
+FLASH_HEAD = 256  # the widest attention head that the flash kernel takes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes alive at the worst moment of a step beyond weights, buffers and optimizer state.
+
+    ``saved`` was made by the forward pass: the inputs of checkpointed layers, the logits, what the loss keeps;
+    ``working`` by the backward: a layer's recomputed activations and gradients of activations; ``gradients`` are those
+    of weights. Each storage is in one part, at its size rounded up to 512 bytes.
+    """
+
+    saved: int
+    working: int
+    gradients: int
+
+    @property
+    def activations(self) -> int:
+        """All but the gradients of weights."""
+        return self.saved + self.working
+
+    @property
+    def total(self) -> int:
+        """All three parts."""
+        return self.activations + self.gradients
+
+
+def training_peak(
+    model: nn.Module,
+    batch: int,
+    sequence: int,
+    checkpointing: bool = True,
+    layerwise: bool = True,
+    without_gradient: Iterable[str] = (),
+) -> Peak:
+    """What forward and backward of one training step allocate at most on a CUDA device.
+
+    Args:
+        model: a Hugging Face language model on the meta device, as ``meta_model`` makes it; it stays as it is. Trace
+            before ``quantize_model``: the kernels of int8 weights allocate what those of plain layers do.
+        batch, sequence: the shape of the tokens, which are the labels too.
+        checkpointing: keep of each decoder layer its input alone, and compute the rest again in backward.
+        layerwise: free each weight's gradient once it is complete, as ``attach_layerwise`` does; otherwise all are
+            kept.
+        without_gradient: names of the linear layers whose weights have no gradient, as with
+            ``attach_layerwise(..., gradients="none")``; what their updates take in passing is not counted.
+
+    Attention is what CUDA takes: the flash kernel for 16-bit floats without a mask, else the memory-efficient one,
+    neither of which has the matrix of scores. Not counted: what lives within one kernel (cuBLAS' workspaces of 8 to 32
+    MB) or outside the allocator (the CUDA context).
+
+    Raises ValueError for a shape below 1, a model that is not on the meta device or takes no tokens and labels, and
+    one whose computation depends on values, as that of a mixture of experts may.
+
+    >>> from apollo_triton.llama import meta_model  # doctest: +SKIP
+    >>> training_peak(meta_model("7B"), batch=1, sequence=256)  # doctest: +SKIP
+    Peak(saved=75634176, working=18481664, gradients=262144000)
+    """
+    _check(model, batch, sequence)
+    model = copy.deepcopy(model).train()  # of tensors without memory
+    _set_checkpointing(model, checkpointing)
+    updater = _Nothing()  # which forwards do not keep alive
+    for name in without_gradient:
+        layer: Any = model.get_submodule(name)
+        layer.forward = LinearForward(layer, updater)
+    try:
+        with Allocations(model, layerwise) as allocations:
+            tokens = torch.zeros(batch, sequence, dtype=torch.long)
+            with _AsOnCuda():
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            allocations.end_forward()
+            loss.backward()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"a {type(model).__name__} cannot be traced without its values: {reason}") from error
+    return allocations.peak()
+
+
+class _Nothing:
+    """Takes every weight and leaves it as it is."""
+
+    def takes(self, weight: Tensor) -> bool:
+        return True
+
+    def pays(self, weight: Tensor, tokens: int) -> bool:
+        return True
+
+    def check(self, weight: Tensor, ran_once: bool) -> None:
+        pass
+
+    def update(self, weight: Tensor, operands: Operands) -> None:
+        pass
+
+
+def _set_checkpointing(model: Any, on: bool) -> None:
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers before 5.2x
+    if not on:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        return
+    # The check would compare devices, which _AsOnCuda hides from the model but not from autograd.
+    options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), _AsOnCuda())}
+    getattr(model, f"{kind}_checkpointing_enable")(options)
+
+
+def _check(model: nn.Module, batch: int, sequence: int) -> None:
+    for name, value in (("batch", batch), ("sequence", sequence)):
+        if value < 1:
+            raise ValueError(f"{name}={value} (allowed: 1 or more)")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            raise ValueError(f"{name} is on {parameter.device}: give a model on the meta device, as meta_model makes")
+        if type(parameter) is not nn.Parameter:
+            raise ValueError(f"{name} is a {type(parameter).__name__}: trace the model before quantize_model")
+    takes = inspect.signature(model.forward).parameters.keys()
+    if not (hasattr(model, "gradient_checkpointing_enable") and takes >= {"input_ids", "labels"}):
+        raise ValueError(f"a {type(model).__name__} takes no input_ids and labels: give a language model with its head")
+
+
+@dataclass(eq=False)
+class _Allocation:
+    size: int
+    part: str
+
+
+class Allocations(TorchDispatchMode):
+    """Follows every storage that is made while the mode is on, but for the weights and buffers of ``model``.
+
+    ``torch.distributed._tools.mem_tracker`` finds the same total. Here the storages alive at the peak are kept, so
+    that one which turns out to be a weight's gradient only later, when it reaches ``.grad``, is still told apart.
+
+    >>> layer = nn.Linear(256, 256, bias=False)
+    >>> with Allocations(layer, layerwise=False) as allocations:
+    ...     loss = layer(torch.ones(1, 256)).sum()
+    ...     allocations.end_forward()
+    ...     loss.backward()
+    >>> allocations.peak().gradients == 4 * 256 * 256
+    True
+    """
+
+    def __init__(self, model: nn.Module, layerwise: bool) -> None:
+        super().__init__()
+        self._model, self._layerwise = model, layerwise
+        self._made_by = "saved"
+        self._alive: dict[int, _Allocation] = {}  # by address, which a storage keeps until it is freed
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._at_peak: list[_Allocation] = []
+        self._size = self._peak_size = 0
+        self._hooks: list[Any] = []
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __enter__(self) -> Allocations:
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._gradient_is_complete))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for hook in self._hooks:
+            hook.remove()
+
+    def end_forward(self) -> None:
+        """From here on, what is made is made by the backward."""
+        self._made_by = "working"
+
+    def peak(self) -> Peak:
+        """The parts of the largest total so far."""
+        sizes = dict.fromkeys(("saved", "working", "gradients"), 0)
+        for allocation in self._at_peak:
+            sizes[allocation.part] += allocation.size
+        return Peak(**sizes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _call(func, args, kwargs or {})
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                self._watch(each.untyped_storage())
+        if self._size > self._peak_size:
+            self._peak_size, self._at_peak = self._size, list(self._alive.values())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._own or address in self._alive:
+            return
+        size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
+        self._alive[address] = _Allocation(size, self._made_by)
+        self._size += size
+        self._watched[address] = weakref.ref(storage, lambda _: self._freed(address))
+
+    def _freed(self, address: int) -> None:
+        del self._watched[address]
+        self._size -= self._alive.pop(address).size
+
+    def _gradient_is_complete(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        self._alive[parameter.grad.untyped_storage()._cdata].part = "gradients"
+        if self._layerwise:
+            parameter.grad = None
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``func`` on the meta device if any of its tensors is there, and else as it is.
+
+    So integers that depend on no weight, as positions and masks made of them, keep their values: models look at them
+    to leave out a mask.
+    """
+    if not any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": torch.device("meta")}
+        if func is aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
+            return aten.alias.default(*args)  # a move from the device to itself
+    args, kwargs = tree_map_only(Tensor, lambda each: each.to("meta"), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Takes CUDA's attention kernels, and hides the meta device, which autocast does not know and which would take
+    the values of positions and masks away: to the model, all is on one device, and ``_call`` brings it together."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.device.__get__:
+            return torch.device("cpu")
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The kernel that ``scaled_dot_product_attention`` takes on a CUDA device."""
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= FLASH_HEAD:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]

@@ -1,0 +1,205 @@
+"""Count the bytes of weights, gradients and optimizer state, exactly, with AdamW, AdamW-8bit and APOLLO.
+
+Nothing is allocated: models live on the meta device, and the shapes are those that the optimizer itself uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from textwrap import fill
+from typing import Any
+
+import torch
+
+from ..llama import default_rank, meta_model, named_sizes
+from ..text import COLUMNS, table
+from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
+from .paper import GB, GIB, Cell, pretraining_cells, state_cells
+
+OWN = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison alone
+
+
+@dataclass(frozen=True)
+class Report:
+    """The four methods' memory for one model: ``kind`` is its class, ``state_dtype`` that of APOLLO's moments."""
+
+    model: str
+    kind: str
+    parameters: int
+    dtype: str
+    state_dtype: str
+    rank: int
+    methods: dict[str, Memory]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``apollo-triton memory``."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(named_sizes())} (the paper's LLaMA), a config.json, a directory that holds one, or a Hugging "
+        "Face hub id: exact bytes of each (default: the totals of the named sizes)",
+    )
+    what.add_argument("--paper", action="store_true", help="the paper's memory column beside exact counts")
+    parser.add_argument(
+        "--rank", type=int, help="of APOLLO (default: hidden / 4 for 60M to 1B, as the paper; else 256)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16)"
+    )
+    parser.add_argument("--state-dtype", choices=["float32", "bfloat16"], help="of APOLLO's moments (default: float32)")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
+    )
+    parser.add_argument(
+        "--single-card",
+        action="store_true",
+        help="activations included, part by part, what the recipe 7b_one_card takes (default model: 7B)",
+    )
+    parser.add_argument("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
+    parser.add_argument("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")
+    parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what the options ask for; 0. Raises ValueError or OSError for a model or rank that cannot be."""
+    if not options.single_card:
+        _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
+    if options.paper:
+        _refuse(options, *OWN, "single_card", reason="--paper has the paper's own settings")
+        print(_paper_json() if options.json else _paper_text())
+        return 0
+    if options.single_card:
+        _refuse(options, *OWN, reason="--single-card has the recipe's own settings")
+        return _run_single_card(options)
+    with _notes():
+        reports = [_report(model, options) for model in options.model or named_sizes()]
+    if options.json:
+        print(json.dumps([_as_dict(report) for report in reports], indent=2))
+    elif options.model:
+        print("\n\n".join(_details(report) for report in reports))
+    else:
+        print(_summary(reports))
+    return 0
+
+
+def _run_single_card(options: argparse.Namespace) -> int:
+    from . import single_card
+
+    shape = {name: getattr(options, name) for name in ("batch", "sequence") if getattr(options, name) is not None}
+    with _notes():
+        counted = [single_card.count(model, **shape) for model in options.model or ["7B"]]
+    if options.json:
+        print(json.dumps([single_card.as_dict(each) for each in counted], indent=2))
+    else:
+        print("\n\n".join(single_card.text(each) for each in counted))
+    return 0
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Warnings go to standard error, each once and without its line of code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"note: {message}", file=sys.stderr)
+
+
+def _refuse(options: argparse.Namespace, *names: str, reason: str) -> None:
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{reason}: leave out --{name.replace('_', '-')}")
+
+
+def _report(name: str, options: argparse.Namespace) -> Report:
+    dtype, state_dtype = options.dtype or "bfloat16", options.state_dtype or "float32"
+    rank = default_rank(name) if options.rank is None else options.rank
+    own: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
+    if options.target_modules:
+        targets = options.target_modules
+        own["target_modules"] = targets[0] if targets == ["all-linear"] else targets
+    model = meta_model(name, getattr(torch, dtype))
+    methods = {
+        "AdamW": adamw(model),
+        "AdamW-8bit": adamw_8bit(model),
+        "APOLLO": apollo(model, rank, **own),
+        "APOLLO-Mini": apollo_mini(model, **own),
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, methods)
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    methods = {name: asdict(memory) | {"total": memory.total} for name, memory in report.methods.items()}
+    return asdict(report) | {"methods": methods}
+
+
+def _details(report: Report) -> str:
+    """Exact bytes, one method a column."""
+    names = [f"APOLLO r={report.rank}" if name == "APOLLO" else name for name in report.methods]
+    memories = list(report.methods.values())
+    rows = [["bytes", *names]]
+    for part in ("weights", "gradients", "moments", "other", "total"):
+        rows.append([part, *(f"{getattr(memory, part):,}" for memory in memories)])
+    rows.append(["total, GB", *(f"{memory.total / GB:.3f}" for memory in memories)])
+    sentence = (
+        f"GB = 1e9 bytes. State alone: {memories[0].state / GB:.3f} GB with AdamW, whose moments are {report.dtype} "
+        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, nearly all "
+        "of it for what is not projected (embeddings, head)."
+    )
+    title = f"{report.model}: {report.kind}, {report.parameters:,} parameters in {report.dtype}"
+    return "\n".join([title, "", table(rows), "", fill(sentence, COLUMNS)])
+
+
+def _summary(reports: Sequence[Report]) -> str:
+    """One line a model: the totals in GB."""
+    rows = [["GB", "weights", "rank", *reports[0].methods]]
+    for report in reports:
+        totals = [f"{memory.total / GB:.2f}" for memory in report.methods.values()]
+        rows.append([report.model, f"{report.methods['AdamW'].weights / GB:.2f}", str(report.rank), *totals])
+    sentence = (
+        f"Weights, gradients and optimizer state in GB (1e9 bytes): weights and AdamW's moments in {reports[0].dtype}, "
+        f"APOLLO's moments in {reports[0].state_dtype}. Activations come on top. Exact bytes: --model 7B; the paper's "
+        "figures: --paper."
+    )
+    return "\n".join([table(rows), "", fill(sentence, COLUMNS)])
+
+
+def _paper_text() -> str:
+    parts = pretraining_cells(), state_cells()
+    tables = []
+    for cells in parts:
+        rows = [["", "size", "paper", "GB", "GiB", ""]]
+        rows += [[c.method, c.size, c.printed, c.digits(GB), c.digits(GIB), _verdict(c)] for c in cells]
+        tables.append(table(rows, left=(0, 5)))
+    everything = [cell for cells in parts for cell in cells]
+    reproduced = sum(bool(cell.reproduced) for cell in everything)
+    sentence = (
+        f"{reproduced} of {len(everything)} figures have the printed digits, in the unit given (GB = 1e9 bytes, GiB = "
+        "2**30). Counted: all weights, and the moments of the projected matrices, but not those of embeddings, head "
+        "and norms. For the other figures, the last column says how many weights they stand for, or what they leave "
+        "for the states beside the exact GB without and with those dense moments. Why: docs/memory.md."
+    )
+    titles = "Weights and optimizer state in bfloat16 (arXiv 2412.05270, table 2)", "Optimizer state alone (table 3)"
+    return "\n".join([titles[0], "", tables[0], "", titles[1], "", tables[1], "", fill(sentence, COLUMNS)])
+
+
+def _verdict(cell: Cell) -> str:
+    return f"= {cell.reproduced}" if cell.reproduced else cell.note
+
+
+def _paper_json() -> str:
+    cells = [*pretraining_cells(), *state_cells()]
+    return json.dumps([asdict(cell) | {"reproduced": cell.reproduced} for cell in cells], indent=2)

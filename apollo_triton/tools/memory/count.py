@@ -1,0 +1,115 @@
+"""Bytes of weights, gradients and optimizer state, exactly, with AdamW, AdamW-8bit and APOLLO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.moments_8bit import BLOCK
+from ...core.settings import Settings
+from ...optimizer import APOLLOAdamW
+from ...params.member import Label, find_piece
+from ...params.state import MOMENTS, make_state, state_shapes
+
+FLOAT32_BYTES = 4
+# bitsandbytes: what is smaller keeps float32 moments.
+SMALLEST_8BIT = 4096
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model in training, without activations and what lives only during a step.
+
+    ``moments`` are the first and second moments; ``other`` is the rest of the optimizer's state: per parameter a
+    float32 ``step`` (on the host) and APOLLO's ``update_norm``, a stored svd projection, 8-bit scales and maps.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    other: int
+
+    @property
+    def state(self) -> int:
+        """What the optimizer keeps."""
+        return self.moments + self.other
+
+    @property
+    def total(self) -> int:
+        """Weights, gradients and state."""
+        return self.weights + self.gradients + self.state
+
+
+def adamw(model: nn.Module) -> Memory:
+    """With ``torch.optim.AdamW``, whose moments have the dtype of the weights.
+
+    >>> adamw(nn.Linear(4, 2, bias=False))
+    Memory(weights=32, gradients=32, moments=64, other=4)
+    """
+    parameters = _trained(model)
+    return _with_state(model, 2 * sum(p.nbytes for p in parameters), FLOAT32_BYTES * len(parameters))
+
+
+def adamw_8bit(model: nn.Module) -> Memory:
+    """With ``bitsandbytes.optim.AdamW8bit`` (0.44 or newer): a byte per moment, a float32 scale per 256 of them.
+
+    Tensors of fewer than 4096 elements keep float32 moments; the two maps of 256 float32 values are shared by all.
+
+    >>> adamw_8bit(nn.Linear(64, 64, bias=False)).other == 4 * (2 * 16 + 2 * 256)
+    True
+    """
+    sizes = [p.numel() for p in _trained(model)]
+    large = [size for size in sizes if size >= SMALLEST_8BIT]
+    moments = 2 * (sum(large) + FLOAT32_BYTES * (sum(sizes) - sum(large)))
+    scales = 2 * sum(-(-size // BLOCK) for size in large)
+    return _with_state(model, moments, FLOAT32_BYTES * (scales + (2 * 256 if large else 0)))
+
+
+def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
+    """With ``APOLLOAdamW.apollo(model, rank, **options)``: ``[channels, rank]`` moments for attention and MLP weights.
+
+    >>> apollo(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)}), rank=4)
+    Memory(weights=8192, gradients=8192, moments=2048, other=8)
+    """
+    return _with_state(model, *_state_bytes(APOLLOAdamW.apollo(model, rank, **options)))
+
+
+def apollo_mini(model: nn.Module, **options: Any) -> Memory:
+    """With ``APOLLOAdamW.mini(model, **options)``: moments of rank 1.
+
+    >>> apollo_mini(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)})).moments == 4 * 2 * 64
+    True
+    """
+    return _with_state(model, *_state_bytes(APOLLOAdamW.mini(model, **options)))
+
+
+def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
+    """Bytes of the moments and of all other state that the optimizer will make at its first step."""
+    moments = other = 0
+    for group in optimizer.param_groups:
+        settings = Settings.of(group)
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            label = Label(0, "", parameter.to("meta"))
+            state = make_state(label, settings, find_piece(label, settings))
+            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            moments += sum(tensor.nbytes for name, tensor in tensors.items() if name in MOMENTS)
+            other += sum(tensor.nbytes for name, tensor in tensors.items() if name not in MOMENTS)
+            # svd's projection comes with the first gradient
+            other += FLOAT32_BYTES * prod(state_shapes(parameter, settings).get("projection", (0,)))
+    return moments, other
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _with_state(model: nn.Module, moments: int, other: int) -> Memory:
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    # An int8 weight has a float gradient.
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in _trained(model))
+    return Memory(weights, gradients, moments, other)

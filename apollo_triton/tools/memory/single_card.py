@@ -1,0 +1,116 @@
+"""The memory of the recipe that trains on one small card, part by part, before anything is allocated.
+
+The recipe is ``examples/pretrain_c4.py --config 7b_one_card``: int8 weights without gradients, APOLLO-Mini, layer-wise
+updates of the others and checkpointed decoder layers. ``apollo-triton memory --single-card`` prints it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import torch
+
+from ...backends.reference import dense_8bit
+from ...core.param_groups import is_target
+from ...int8.layers import quantize_model
+from ...int8.weight import Int8Weight
+from ..llama import meta_model
+from ..text import COLUMNS, table
+from .activations import training_peak
+from .count import apollo_mini
+from .paper import GB
+
+TARGETS = "attn", "mlp"  # whose weights are int8, and have no gradient
+OPTIONS: dict[str, Any] = {"state_bits": 8}  # the recipe's, of APOLLOAdamW.mini
+CARDS = 11, 12  # GB, of the small cards that it is for
+
+
+@dataclass(frozen=True)
+class SingleCard:
+    """Bytes at the worst moment of a step, each in one of ``parts``, for tokens of shape ``[batch, sequence]``."""
+
+    model: str
+    batch: int
+    sequence: int
+    dtype: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+def count(
+    model: str, batch: int = 1, sequence: int = 256, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> SingleCard:
+    """Predict the peak of the recipe on a CUDA device.
+
+    Args:
+        model: as in ``meta_model``.
+        batch, sequence: the shape of the tokens of a step.
+        dtype: of the weights that are not int8, of activations and gradients.
+        options: of ``APOLLOAdamW.mini``, instead of ``OPTIONS``.
+
+    Raises what ``meta_model``, ``training_peak`` and ``quantize_model`` raise for a model or shape that cannot be.
+
+    >>> count("7B", batch=1, sequence=256).total  # doctest: +SKIP
+    8255340940
+    """
+    traced = meta_model(model, dtype)
+    names = [name for name, module in traced.named_modules() if is_target(list(TARGETS), name, module)]
+    layers = [name for name in names if isinstance(traced.get_submodule(name), torch.nn.Linear)]
+    peak = training_peak(traced, batch, sequence, without_gradient=layers)
+    trained = quantize_model(traced, TARGETS)
+    int8 = [weight for weight in trained.parameters() if isinstance(weight, Int8Weight)]
+    others = [weight for weight in trained.parameters() if not isinstance(weight, Int8Weight)]
+    state = apollo_mini(trained, **(options or OPTIONS)).state
+    for weight in int8:
+        weight.requires_grad_(False)
+    dense_state = apollo_mini(trained, **(options or OPTIONS)).state
+    parts = {
+        "int8 weights": sum(weight.q.nbytes for weight in int8),
+        "their scales and zero points": sum(weight.scale.nbytes + weight.zero.nbytes for weight in int8),
+        "other weights": sum(weight.nbytes for weight in others),
+        "optimizer state of int8 weights": state - dense_state,
+        "optimizer state of the others": dense_state,
+        "gradients of weights at the peak": peak.gradients,
+        "activations kept by the forward": peak.saved,
+        "activations of the backward": peak.working,
+        "in passing, by an update": dense_8bit.PASSING,
+    }
+    return SingleCard(model, batch, sequence, str(dtype).removeprefix("torch."), parts)
+
+
+def rows(counted: SingleCard) -> list[list[str]]:
+    """Name, bytes and GB (1e9 bytes) of each part and of the total."""
+    sizes = counted.parts | {"total": counted.total}
+    return [[name, f"{size:,}", f"{size / GB:.3f}"] for name, size in sizes.items()]
+
+
+def text(counted: SingleCard) -> str:
+    """The table of ``apollo-triton memory --single-card``, and which cards it fits."""
+    title = (
+        f"{counted.model}: a step of {counted.batch} x {counted.sequence} tokens in {counted.dtype}, int8 weights "
+        "without gradients, APOLLO-Mini, layer-wise updates, checkpointed layers"
+    )
+    verdicts = [_verdict(counted.total, card) for card in CARDS]
+    sentence = (
+        f"GB = 1e9 bytes. {' '.join(verdicts)} What is left is for the CUDA context, cuBLAS' workspaces and gaps "
+        "between allocations, which are not counted."
+    )
+    shown = table([["", "bytes", "GB"], *rows(counted)])
+    return "\n".join([fill(title, COLUMNS), "", shown, "", fill(sentence, COLUMNS)])
+
+
+def as_dict(counted: SingleCard) -> dict[str, Any]:
+    """What ``--json`` prints, all sizes in bytes."""
+    shape = {"model": counted.model, "batch": counted.batch, "sequence": counted.sequence, "dtype": counted.dtype}
+    return shape | {"parts": counted.parts, "total": counted.total}
+
+
+def _verdict(total: int, card: int) -> str:
+    left = card * GB - total
+    return f"Leaves {left / GB:.2f} of {card} GB." if left >= 0 else f"Does not fit {card} GB."

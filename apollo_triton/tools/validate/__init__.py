@@ -1,0 +1,1 @@
+"""``apollo-triton validate``: the kernels against the reference path, and both against float64."""

@@ -1,0 +1,209 @@
+"""Check the Triton kernels and the reference path against float64, on the GPU here or in Triton's interpreter.
+
+What is run: ``validate_cases.py``; how: ``validate_runs.py``; the algorithm in float64, and the limits with the reason
+for each: ``validate_float64.py``. Triton is imported by ``run`` alone, which has it interpret where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+import warnings
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...core.backend import choose
+from ...core.extras import require
+from ...version import __version__
+from .cases import DTYPES, Case, default_cases, full_cases
+
+if TYPE_CHECKING:
+    from .runs import Errors
+
+
+COLUMNS = 79  # of a small terminal
+_LABEL = 40
+_LINE = f"{{:<{_LABEL}}} {{:<8}}{{:>8}}{{:>10}}{{:>8}} {{}}"
+HEADINGS = {
+    "projection": "P, made in the kernel or in memory, against projection_matrix: the largest error",
+    "verbs": "Verb by verb, each from what the one before it made",
+    "steps": "Trajectories of 8 steps with two refreshes of P, each from the path's own state",
+    "operands": "Steps from X and dY without a gradient; the reference path is given G",
+}
+# What a line shows: of these measures the one nearest its limit. All others count as well, and are shown if they miss.
+STAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    "projection": {"": ("P", "R")},
+    "verbs": {
+        "sketch": ("R", "|G|^2", "|G_c|^2"),
+        "rescale": ("M", "V", "s_c", "sums"),
+        "apply": ("W", "u_prev"),
+    },
+    "steps": {"": ("W", "W at end", "u_prev")},
+    "operands": {"sketch": ("R", "|G_c|^2", "by K"), "apply": ("W", "u_prev")},
+}
+_PROGRESS_SECONDS = 30  # between the lines that --full shows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``apollo-triton validate``."""
+    parser.add_argument(
+        "--full", action="store_true", help="the product of shapes, dtypes, ranks and options: hours in the interpreter"
+    )
+    parser.add_argument(
+        "--device", help="cuda, cuda:1, xpu, ..., or cpu for Triton's interpreter (default: a GPU if there is one)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, gradients and projections (default: 0)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the cases and print a line for each; 0 if every error is within its limit, else 1.
+
+    Raises ValueError or ModuleNotFoundError where the kernels cannot run.
+    """
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed {options.seed}: a seed is 0 to 2**32 - 1")
+    device = _ready(options.device)
+    cases = full_cases(device.type != "cpu") if options.full else default_cases(device.type != "cpu")
+    print(_heading(device, options.seed))
+    report = Report(len(cases), device, options)
+    try:
+        for case in cases:
+            report.add(case)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted\n{report.summary()}")
+        raise
+    print(f"\n{report.summary()}")
+    return 1 if report.missed else 0
+
+
+def _ready(asked: str | None) -> torch.device:
+    """The device to run on, with Triton imported to compile for it, or to interpret on a CPU."""
+    require("torch", "triton")
+    device = _default_device() if asked is None else _device(asked)
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton defines its functions, and ours
+    elif interpreting and device.type in ("cuda", "xpu"):
+        raise ValueError(
+            f"--device {device}: TRITON_INTERPRET=1 is set, with which kernels run on a CPU alone; unset it"
+        )
+    try:
+        if device.type == "cpu":
+            require("numpy", "triton")  # Triton's interpreter imports it, and triton does not bring it
+        triton = require("triton", "triton")
+        if device.type == "cpu" and isinstance(triton.language.zeros, triton.runtime.JITFunction):
+            raise ValueError("triton was imported before, to compile: set TRITON_INTERPRET=1 before that, or use a GPU")
+        choose(torch.empty(1, device=device), "triton")
+    except (ValueError, ModuleNotFoundError):
+        if not interpreting:
+            os.environ.pop("TRITON_INTERPRET", None)
+        raise
+    return device
+
+
+def _default_device() -> torch.device:
+    """The current GPU if the kernels can be compiled for it, else the CPU."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        for name in ("cuda", "xpu"):
+            if getattr(torch, name).is_available() and choose(torch.empty(1, device=name), "auto").name == "triton":
+                return torch.device(name)
+    return torch.device("cpu")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.device(name)
+    except RuntimeError:  # torch's text lists all kinds of devices there are
+        raise ValueError(f"--device {name}: not a device; allowed are cpu, cuda, cuda:1, xpu and the like") from None
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has all of them for what is not there
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: {reason}") from None
+
+
+def _heading(device: torch.device, seed: int) -> str:
+    """What is run, and on what."""
+    triton = require("triton", "triton")
+    if device.type == "cpu":
+        where = f"{platform.machine()} CPU, in Triton's interpreter"
+    else:
+        where = f"{torch.get_device_module(device).get_device_name(device)} ({device}), compiled"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    explained = (
+        "Errors are against float64, as shares of what float32 arithmetic rounds; of W in 16 bits, and of 16-bit M and "
+        "V, the share of entries that are not float64's rounded once. Of all that a case measures, the line shows what "
+        "is nearest its limit. Why each limit is what it is: apollo_triton/validate_float64.py."
+    )
+    title = f"apollo-triton {__version__} on {where}; {versions}; seed {seed}"
+    return f"{fill(title, COLUMNS)}\n\n{fill(explained, COLUMNS)}"
+
+
+class Report:
+    """Runs cases and prints lines for each; with ``full`` for those that miss, and the progress. Keeps count."""
+
+    def __init__(self, total: int, device: torch.device, options: argparse.Namespace) -> None:
+        self.total, self.device, self.options = total, device, options
+        self.done, self.missed = 0, 0
+        self._largest = (0.0, "")
+        self._left_out: dict[str, int] = {}
+        self._kind = ""
+        self._start = self._shown = time.monotonic()
+
+    def add(self, case: Case) -> None:
+        """Run a case and print what came out."""
+        from .runs import measured
+
+        weight, gradient = DTYPES[case.dtypes]
+        if weight != gradient and not hasattr(torch.Tensor, "grad_dtype"):
+            self._left_out[case.dtypes] = self._left_out.get(case.dtypes, 0) + 1
+            return
+        if case.kind != self._kind:
+            self._kind = case.kind
+            columns = ("kernels", "reference", "limit")
+            print(f"\n{HEADINGS[case.kind]}")
+            print(_LINE.format("", "", *columns, "").rstrip())
+        with warnings.catch_warnings():  # the interpreter's numpy warns of infinities
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+            errors = measured(case, self.device, self.options.seed)
+        worst = errors.worst()
+        missed = [measure for measure in worst if errors.share(measure) > 1]
+        self.done += 1
+        self.missed += bool(missed)
+        self._largest = max(self._largest, (errors.share(worst[0]), f"{worst[0]}, {case.name}"))
+        self._print(case, errors, worst, missed)
+
+    def _print(self, case: Case, errors: Errors, worst: list[str], missed: list[str]) -> None:
+        """A line for each stage, of what is nearest its limit there, and for each miss."""
+        lines = [("", measure) for measure in missed]
+        if not missed and not self.options.full:
+            stages = STAGES[case.kind].items()
+            lines = [(stage, next(each for each in worst if each in measures)) for stage, measures in stages]
+        for number, (stage, measure) in enumerate(lines):
+            found = (f"{error:.1e}" for error in errors.found[measure].values())
+            label = f"{case.name if missed or not number else '':<32} {stage}".rstrip()
+            if len(label) > _LABEL:  # of --full alone
+                print(label)
+                label = ""
+            verdict = "MISS" if missed else "ok"
+            print(_LINE.format(label, measure, *found, f"{errors.limits[measure]:.1e}", verdict), flush=True)
+        now = time.monotonic()
+        if self.options.full and now - self._shown > _PROGRESS_SECONDS:
+            self._shown, left = now, (now - self._start) / self.done * (self.total - self.done) / 60
+            print(f"{self.done} of {self.total}, {self.missed} missed; {left:.0f} minutes to go", flush=True)
+
+    def summary(self) -> str:
+        """Counts, the largest share, and the time."""
+        share, where = self._largest
+        left_out = ", ".join(f"{count} {dtypes}" for dtypes, count in self._left_out.items())
+        parts = [
+            f"{self.done} of {self.total} cases: {self.done - self.missed} ok, {self.missed} missed.",
+            f"Largest share of a limit: {share:.0%} ({where}).",
+            f"{time.monotonic() - self._start:.0f} s.",
+            f"Left out: {left_out}; this torch has no gradients of another dtype." if left_out else "",
+        ]
+        return fill(" ".join(filter(None, parts)), COLUMNS)

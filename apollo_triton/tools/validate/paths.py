@@ -1,0 +1,174 @@
+"""The two paths that ``apollo-triton validate`` compares, on parameters that both draw alike, and their errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.geometry import Geometry
+from ...core.philox import Stream, round_stochastic
+from ...core.projection import projection_matrix
+from ...core.settings import LOW_RANK_DEFAULTS, Settings
+from ...optimizer import APOLLOAdamW
+from .cases import DTYPES, GAP, Case
+from .float64 import STRADDLING, STRAGGLERS, Matrix
+
+PATHS = {"kernels": "triton", "reference": "reference"}
+# As in a language model. A step's update is then half the weight, and the weight's own rounding hides little of it.
+LEARNING_RATE, WEIGHT_SCALE, GRADIENT_SCALE = 1e-2, 0.02, 1e-2
+SPIKE = 4  # the step whose gradient holds an infinity
+
+
+class Errors:
+    """Of one case: each measure's limit and the largest error of each path; a NaN counts as infinite."""
+
+    def __init__(self) -> None:
+        self.limits: dict[str, float] = {}
+        self.found: dict[str, dict[str, float]] = {}
+        self._counts: dict[tuple[str, str], list[float]] = {}
+
+    def add(self, path: str, measure: str, error: Tensor | float, limit: float) -> None:
+        """Note an error."""
+        value = float(error)
+        found = self.found.setdefault(measure, dict.fromkeys(PATHS, 0.0))
+        found[path] = max(found[path], math.inf if math.isnan(value) else value)
+        self.limits[measure] = max(limit, self.limits.get(measure, 0.0))
+
+    def add_rounded(
+        self, path: str, measure: str, got: Tensor, expected: Tensor, slack: Tensor, apt: Tensor | None = None
+    ) -> None:
+        """Note how many 16-bit numbers are not those expected, as a share of all of the case. Infinite if one is off by
+        more than a unit in the last place and ``slack``, which is float32's own error where numbers cancel. ``apt`` is
+        the error that a badly conditioned R excuses."""
+        numbers = torch.finfo(got.dtype)
+        unit = numbers.eps * expected.double().abs() + numbers.smallest_normal * numbers.eps
+        near = (got.double() - expected.double()).abs() <= unit + slack
+        counts = self._counts.setdefault((path, measure), [0, 0, STRAGGLERS])
+        counts[0] += int((got != expected).sum()) if bool(near.all()) else math.inf
+        counts[1] += got.numel()
+        if apt is not None:
+            counts[2] += float((apt / (unit / 2)).clamp(max=1).sum())  # a unit is ``unit`` or half of it
+        self.found.setdefault(measure, dict.fromkeys(PATHS, 0.0))[path] = counts[0] / counts[1]
+        limits = [STRADDLING + few / size for (_, name), (_, size, few) in self._counts.items() if name == measure]
+        self.limits[measure] = max(limits)
+
+    def share(self, measure: str) -> float:
+        """The larger error as a share of the limit."""
+        error, limit = max(self.found[measure].values()), self.limits[measure]
+        return error / limit if limit else math.inf if error else 0.0
+
+    def worst(self) -> list[str]:
+        """The measures, nearest to its limit first."""
+        return sorted(self.found, key=self.share, reverse=True)
+
+
+class Path:
+    """One engine with parameters of its own, which both paths draw alike."""
+
+    def __init__(self, case: Case, name: str, device: torch.device, seed: int) -> None:
+        self.case, self.name, self.device, self.t = case, name, device, 0
+        self.generator = torch.Generator().manual_seed(seed)
+        dtype, self.gradient_dtype = DTYPES[case.dtypes]
+        weights = [_laid_out(self.drawn(shape, WEIGHT_SCALE).to(device, dtype), case.layout) for shape in case.shapes]
+        self.parameters = [nn.Parameter(weight) for weight in weights]
+        # A common part makes the moments point somewhere.
+        self.common = [self.drawn(shape, GRADIENT_SCALE) for shape in case.shapes]
+        options: dict[str, Any] = {"lr": LEARNING_RATE, **case.options}
+        if options.get("capturable"):  # the kernels' alone; the learning rate is a tensor then
+            options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
+        own = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
+        group = {"params": self.parameters, **({"update_proj_gap": GAP} | own if own else {})}
+        self.optimizer = APOLLOAdamW([group], backend=PATHS[name], seed=seed, **options)
+        self.settings = Settings.of(self.optimizer.param_groups[0])
+        self.keeps_rows = [self.geometry(parameter).keeps_rows for parameter in self.parameters]
+
+    def drawn(self, shape: tuple[int, ...], scale: float) -> Tensor:
+        """Normals, the same on both paths."""
+        return torch.randn(shape, generator=self.generator) * scale
+
+    def geometry(self, parameter: Tensor) -> Geometry:
+        """How it is cut up; a vector, as if it were one number."""
+        return Geometry.of(parameter.shape if parameter.dim() > 1 else (1, 1), self.settings.proj_type)
+
+    def is_low_rank(self, index: int) -> bool:
+        """Whether a parameter is projected."""
+        return self.settings.rank is not None and self.parameters[index].dim() > 1
+
+    def new_gradients(self) -> None:
+        """Those of the next step, in place of the last."""
+        self.t += 1
+        for index, parameter in enumerate(self.parameters):
+            gradient = self.common[index] + self.drawn(tuple(parameter.shape), GRADIENT_SCALE)
+            if self.case.spike and self.t == SPIKE and index == 0:
+                gradient.view(-1)[gradient.numel() // 3] = math.inf
+            gradient = _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout)
+            parameter.grad = None
+            if gradient.dtype != parameter.dtype:
+                parameter.grad_dtype = gradient.dtype
+            parameter.grad = gradient
+
+    def matrices(self, index: int, tensor: Tensor) -> list[Tensor]:
+        """Those of a weight or gradient, channels first; a dense one as it is."""
+        if not self.is_low_rank(index):
+            return [tensor]
+        matrices = list(tensor) if tensor.dim() == 3 else [tensor.reshape(len(tensor), -1)]
+        return [each if self.keeps_rows[index] else each.T for each in matrices]
+
+    def snapshot(self) -> list[list[Matrix]]:
+        """Copies of the matrices of each parameter, with their state, in float64."""
+        result = []
+        for index, parameter in enumerate(self.parameters):
+            state, found = self.optimizer.state.get(parameter, {}), []
+            weights = self.matrices(index, parameter.detach())
+            for position, weight in enumerate(weights):
+                shape = (len(weight), self.settings.rank or 0) if self.is_low_rank(index) else tuple(weight.shape)
+                values = []
+                for name, size in (("exp_avg", shape), ("exp_avg_sq", shape), ("update_norm", ())):
+                    value = state.get(name, torch.zeros(len(weights), *size, device=self.device))
+                    values.append(value.reshape(len(weights), *size)[position].double().clone())
+                found.append(Matrix(weight.double().clone(), *values))
+            result.append(found)
+        return result
+
+    def projections(self, index: int) -> list[Tensor]:
+        """P of this step for each matrix of a parameter, which svd has made by now."""
+        settings = self.settings
+        assert settings.rank is not None
+        parameter = self.parameters[index]
+        if settings.proj == "svd":
+            kept = self.optimizer.state[parameter]["projection"]
+            return list(kept) if kept.dim() == 3 else [kept]
+        geometry, epoch = self.geometry(parameter), (self.t - 1) // settings.update_proj_gap
+        P = projection_matrix(
+            settings.seed, epoch, settings.rank, geometry.width, distribution=settings.distribution, device=self.device
+        )
+        return [P] * geometry.matrices
+
+    def rounded(self, values: Tensor, dtype: torch.dtype, stream: Stream, position: int, transposed: bool) -> Tensor:
+        """float64 values as a step stores them: rounded once, to nearest or by the random bits of their places."""
+        values = values.T if transposed else values
+        stochastic = stream != Stream.WEIGHT or self.settings.stochastic_rounding
+        if stochastic and dtype == torch.bfloat16:
+            start = position * values.numel()
+            result = round_stochastic(values.float().contiguous(), self.settings.seed, self.t, stream, start)
+        else:
+            result = values.to(dtype)
+        return result.T if transposed else result
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same values, elsewhere in memory."""
+    if layout == "transposed":
+        return values.mT.contiguous().mT if values.dim() > 1 else values
+    if layout == "gaps":
+        return values.repeat_interleave(2, dim=-1)[..., ::2] if values.dim() else values
+    if layout == "misaligned":
+        return (
+            torch.empty(values.numel() + 1, dtype=values.dtype, device=values.device)[1:].view_as(values).copy_(values)
+        )
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    return values

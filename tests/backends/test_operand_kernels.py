@@ -1,0 +1,383 @@
+"""The kernels of a step from operands: against float64, and against the reference path given G.
+
+On a machine with a GPU the numbers are those of the compiled kernels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fused_cases import DEVICE, drawn
+from operand_cases import (
+    MINI,
+    by_channel,
+    copy_of,
+    gradient_of,
+    layer_of,
+    operands_of,
+    projection_of,
+    reference_step,
+    step,
+)
+
+pytest.importorskip("triton")
+
+from apollo_triton.kernels import operand_sketch
+
+from apollo_triton.backends.interface import Moment
+from apollo_triton.backends.triton import operands as fused_operands
+from apollo_triton.backends.triton.table import OperandTable
+from apollo_triton.core import gpu
+from apollo_triton.core.operands import Operands
+from apollo_triton.int8.weight import Int8Weight
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# tokens, out, in: no side a multiple of a tile's, tiles that are cut, filled and alone, both orientations.
+SHAPES = [(127, 130, 200), (200, 130, 127), (130, 200, 127), (1, 40, 24), (33, 1, 20), (40, 128, 256)]
+GROUPS = {
+    "mini": MINI,
+    "rank 4": {"rank": 4},
+    "rank 16": {"rank": 16, "weight_decay": 0.1},
+    "rank 64, one factor": {"rank": 64, "scale_type": "tensor"},
+    "rademacher 1": {"rank": 1, "scale_type": "tensor", "distribution": "rademacher"},
+    "rademacher 24": {"rank": 24, "distribution": "rademacher", "disable_nl": True},
+    "front": {"rank": 3, "scale_front": True, "scale": 4.0},
+}
+# Every group on the first shape, the narrowest and one of tensor cores on the second, one group on the others.
+CASES = [(SHAPES[0], name) for name in GROUPS] + [(SHAPES[1], "mini"), *((shape, "rank 16") for shape in SHAPES[1:])]
+FIRST = Moment(1, None, None)
+
+
+def relative(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def fitting(group, shape):
+    """The group, with no rank above the width."""
+    return group | {"rank": min(group["rank"], *shape)}
+
+
+def parted(group):
+    """Keys of a group, and arguments of the constructor."""
+    constructor = {key: group[key] for key in ("scale_front", "disable_nl") if key in group}
+    return {key: value for key, value in group.items() if key not in constructor}, constructor
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What the launches allocate is NaN until it is written."""
+    empty = torch.empty
+
+    def nans(*arguments, **named):
+        values = empty(*arguments, **named)
+        return values.fill_(math.nan) if values.is_floating_point() else values
+
+    monkeypatch.setattr(torch, "empty", nans)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "name"), CASES, ids=str)
+def test_sketch_and_norms(shape, dtype, name, poisoned):
+    """Wrong tiles at the ends, a wrong P, the other operand's projection, sums of parts that are left out."""
+    tokens, *sides = shape
+    group, constructor = parted(fitting(GROUPS[name], sides))
+    layer = layer_of(sides, dtype, constructor=constructor, **group)
+    operands = operands_of(tokens, sides, dtype)
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    G = by_channel(layer, gradient_of(operands))
+    R = G @ projection_of(layer).T
+    assert found.projected.shape == R.shape
+    # Two bfloat16 parts are 16 bits, cut off in the interpreter. Few numbers scatter.
+    assert relative(found.projected, R) <= (5e-5 if dtype == torch.bfloat16 else 2e-6)
+    if R.numel() > 100:
+        assert relative(found.projected, R) <= relative(G.to(dtype).double() @ projection_of(layer).T, R) * (
+            1 / 10 if dtype == torch.bfloat16 else 40  # tensor cores cut three products off: 24 on an H100
+        )
+    norms = G.square().sum(1)
+    torch.testing.assert_close(fused_operands.tile_norms(layer.table, operands).double(), norms, rtol=2e-6, atol=0)
+    by_gram = fused_operands.gram_norms(layer.table, operands)
+    kept, summed = (each.double() for each in layer.table.split(operands))
+    terms = (kept.abs() * ((summed @ summed.T).abs() @ kept.abs())).sum(0)  # of which a norm is the sum
+    assert ((by_gram - norms).abs() <= 5e-7 * terms).all()
+    assert ((found.squared_norms - norms).abs() <= 5e-7 * terms).all()
+    estimate = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "sketch")
+    assert torch.equal(estimate.projected, found.projected)
+    torch.testing.assert_close(estimate.squared_norms, found.projected.square().sum(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("sides", "side"), [((24, 1100), "right"), ((1100, 24), "left")])
+def test_long_sums_in_parts(sides, side, dtype, poisoned):
+    """Parts of S, K and R, the last of them shorter than the others: left out, or read beyond the end."""
+    layer, operands = layer_of(sides, dtype, rank=16, proj_type=side), operands_of(300, sides, dtype)
+    assert operand_sketch.parts(5, 1100, 128) == (3, 384)
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    G = by_channel(layer, gradient_of(operands))
+    assert relative(found.projected, G @ projection_of(layer).T) <= (5e-5 if dtype == torch.bfloat16 else 2e-6)
+    assert relative(fused_operands.gram_norms(layer.table, operands), G.square().sum(1)) <= 5e-6
+
+
+@pytest.mark.parametrize("sides", [(192, 160), (160, 192)], ids=str)
+@pytest.mark.parametrize("rank", [1, 16])
+def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
+    """S or K rounded to one bfloat16: errors of 2**-9 of the terms, which are 100 times the sum here."""
+    layer = layer_of(sides, torch.bfloat16, rank=rank)
+    operands = operands_of(300, sides, torch.bfloat16, cancelling=True)
+    G = by_channel(layer, gradient_of(operands))
+    terms = by_channel(layer, gradient_of(Operands(*(each.abs() for each in operands))))
+    assert terms.norm() > 20 * G.norm()
+    R = G @ projection_of(layer).T
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    assert relative(found.projected, R) <= relative(G.bfloat16().double() @ projection_of(layer).T, R)
+    norms = G.square().sum(1)
+    assert (fused_operands.tile_norms(layer.table, operands) / norms - 1).abs().max() <= 1e-5
+    assert (fused_operands.gram_norms(layer.table, operands) / norms - 1).abs().max() <= 1e-3
+
+
+def assert_as_close_as(found, expected, before, share=0.01):
+    """Two float32 results that are rounded to the weight's dtype: few entries fall to different sides."""
+    found, expected, before = found.detach(), expected.detach(), before.detach()
+    assert not torch.equal(found, before)
+    if found.dtype == torch.float32:
+        moved = (expected - before).double().norm()
+        # Of float32 operands; those of 16 bits have an R of 16 bits.
+        assert (found - expected).double().norm() <= 2e-4 * moved + 2**-23 * expected.double().norm()
+    else:
+        differ = found != expected
+        assert differ.double().mean() <= share + 2 / differ.numel()
+        ulp = torch.finfo(found.dtype).eps * expected.float().abs().clamp(min=1e-3)
+        assert ((found.float() - expected.float()).abs() <= 2 * ulp).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "dtypes"),
+    [
+        *((SHAPES[0], name, "bf16, stochastic") for name in GROUPS),
+        *((SHAPES[0], name, dtypes) for name in ("mini", "rank 16") for dtypes in ("fp32", "bf16", "fp16")),
+        *((SHAPES[0], name, "fp32/bf16, roomy") for name in ("mini", "rank 16")),
+        *((shape, "rank 16", dtypes) for shape in SHAPES[1:] for dtypes in ("fp32", "bf16, stochastic")),
+    ],
+    ids=str,
+)
+def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poisoned, monkeypatch):
+    """Factors of the wrong side, the limiter or decay left out, u_prev and random bits of other elements."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(gpu, "is_roomy", lambda device: dtypes[-1] in "cy")
+    tokens, *sides = shape
+    first, second = {"bf16": (torch.bfloat16,) * 2, "fp16": (torch.float16,) * 2}.get(
+        dtypes[:4], (torch.float32, torch.bfloat16 if "/" in dtypes else torch.float32)
+    )
+    group, constructor = parted(fitting(GROUPS[name], sides))
+    constructor["stochastic_rounding"] = "stochastic" in dtypes
+    mine = layer_of(sides, first, constructor=constructor, **group)
+    theirs = copy_of(mine)
+    for number in (1, 2, 3):
+        before = mine.weight.detach().clone()
+        operands = operands_of(tokens, sides, second, seed=number)
+        operands = Operands(operands.inputs, operands.output_gradient * 2**number)  # which the limiter cuts down
+        step(mine, operands, number)
+        reference_step(theirs, gradient_of(operands, torch.float32), number)
+        assert_as_close_as(mine.weight, theirs.weight, before)
+        with torch.no_grad():
+            theirs.weight.copy_(mine.weight)
+        for key in ("exp_avg", "exp_avg_sq", "update_norm"):
+            torch.testing.assert_close(
+                mine.state[key], theirs.state[key], rtol=1e-3, atol=1e-4 * theirs.state[key].abs().max().item()
+            )
+    assert (mine.state["update_norm"] > 0) == (not constructor.get("disable_nl"))
+    assert mine.table.skipped.tolist() == [0]
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((127, 130, 256), 128), ((127, 200, 256), 256), ((64, 130, 96), 32), ((40, 70, 48), 16), ((40, 256, 96), 8)],
+    ids=str,
+)
+def test_int8_weights(shape, group_size, rounding, poisoned, monkeypatch):
+    """Scales of a neighbour, groups that two tiles own, random bits of other elements."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(gpu, "is_roomy", lambda device: rounding)
+    tokens, *sides = shape
+    for group in (MINI, {"rank": 4, "weight_decay": 0.1, "proj_type": "left"}):
+        layer = layer_of(sides, torch.bfloat16, group_size, {"stochastic_rounding": rounding}, **group)
+        theirs = copy_of(layer)
+        old = layer.weight.floats(slice(0, sides[0])).clone()
+        operands = operands_of(tokens, sides, torch.bfloat16)
+        step(layer, operands)
+        reference_step(theirs, gradient_of(operands, torch.float32))
+        assert not torch.equal(layer.weight.q, theirs.weight.q.new_zeros(sides))
+        assert (layer.weight.floats(slice(0, sides[0])) != old).double().mean() > 0.3
+        torch.testing.assert_close(layer.weight.scale, theirs.weight.scale, rtol=1e-4, atol=0)
+        assert (layer.weight.zero != theirs.weight.zero).double().mean() <= 0.02
+        differ = layer.weight.q != theirs.weight.q
+        assert differ.double().mean() <= 0.02
+        assert (layer.weight.q.int() - theirs.weight.q.int()).abs().max() <= 1
+
+
+def test_int8_groups_that_do_not_change_keep_their_bits():
+    """Rounded anew they would wander. Of rows of which no token has a gradient, and where lr is 0."""
+    sides, group_size = (130, 256), 128
+    layer = layer_of(sides, torch.bfloat16, group_size, {"stochastic_rounding": True}, **MINI)
+    # Scales and zero points that rounding anew would not find.
+    layer.weight.scale.mul_(1.3)
+    before = layer.weight.detach().clone()
+    operands = operands_of(40, sides, torch.bfloat16)
+    operands.output_gradient[:, 3:120] = 0
+    step(layer, operands)
+    still = slice(3 * 2, 120 * 2)
+    assert torch.equal(layer.weight.q[3:120], before.q[3:120])
+    assert torch.equal(layer.weight.scale[still], before.scale[still])
+    assert torch.equal(layer.weight.zero[still], before.zero[still])
+    assert (layer.weight.scale[: 3 * 2] != before.scale[: 3 * 2]).all()
+    assert (layer.weight.scale[120 * 2 :] != before.scale[120 * 2 :]).all()
+
+
+def test_int8_weights_whose_groups_cross_tiles_are_the_reference_paths():
+    def weight(outputs, inputs, group_size):
+        return Int8Weight.of(torch.zeros(outputs, inputs), group_size)
+
+    for fits in ((4, 256, 128), (4, 256, 256), (4, 11008, 128), (4, 24, 8)):
+        assert fused_operands.obstacle(weight(*fits)) is None
+    for crosses in ((4, 96, 64), (4, 96, 48), (4, 512, 512), (4, 24, 4)):
+        assert str(crosses[2]) in fused_operands.obstacle(weight(*crosses))
+    assert fused_operands.obstacle(torch.zeros(3, 5)) is None
+
+
+@pytest.mark.parametrize("limiter_norm", ["exact", "sketch"])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("group", [MINI, {"rank": 4}, {"rank": 16, "disable_nl": True}], ids=str)
+def test_operands_that_are_not_finite_move_nothing(group, bad, limiter_norm):
+    group, constructor = parted(group)
+    for which, tokens, int8 in ((0, 40, 0), (1, 40, 0), (0, 150, 0), (1, 40, 32)):
+        layer = layer_of((72, 96), torch.bfloat16, int8, constructor, **group, weight_decay=0.1)
+        operands = operands_of(tokens, (72, 96), torch.bfloat16)
+        step(layer, operands, 1, limiter_norm)
+        before = copy_of(layer)
+        operands[which][7, 5] = bad
+        step(layer, operands, 2, limiter_norm)
+        for mine, theirs in ((layer.weight, before.weight),) if not int8 else ():
+            assert torch.equal(mine, theirs)
+        if int8:
+            assert all(torch.equal(getattr(layer.weight, x), getattr(before.weight, x)) for x in ("q", "scale", "zero"))
+        assert torch.equal(layer.state["update_norm"], before.state["update_norm"])
+        assert all(layer.state[name].isfinite().all() for name in ("exp_avg", "exp_avg_sq"))
+        assert layer.table.skipped.tolist() == [1]
+
+
+def test_no_tokens_are_a_gradient_of_zero():
+    """As of a layer of experts to which no token went: moments shrink and the weight decays."""
+    layer = layer_of((40, 24), rank=4, weight_decay=0.1)
+    step(layer, operands_of(30, (40, 24)))
+    theirs = copy_of(layer)
+    step(layer, operands_of(0, (40, 24)), 2)
+    reference_step(theirs, torch.zeros(40, 24, device=DEVICE), 2)
+    torch.testing.assert_close(layer.weight, theirs.weight, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(layer.state["exp_avg"], theirs.state["exp_avg"])
+    assert torch.equal(layer.state["update_norm"], theirs.state["update_norm"])
+
+
+@pytest.mark.parametrize("group", [{"rank": 5, "proj": "svd"}, {"rank": 17, "proj": "svd", "proj_type": "left"}])
+def test_singular_vectors_in_memory(group):
+    layer = layer_of((130, 70), torch.bfloat16, **group)
+    operands = operands_of(50, (130, 70), torch.bfloat16)
+    P = drawn((group["rank"], layer.member.geometry.width), 3)
+    layer.table.point_at(P)
+    found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands, "exact")
+    assert relative(found.projected, by_channel(layer, gradient_of(operands)) @ P.double().T) <= 5e-5
+
+
+def test_8bit_and_bfloat16_moments():
+    """``rescale`` from this table: its blocks of channels, and the addresses of moments and of their absmax."""
+    for options in ({"state_bits": 8, "min_8bit_size": 0}, {"state_dtype": torch.bfloat16}):
+        layer = layer_of((300, 70), torch.bfloat16, constructor=options, rank=3)
+        theirs = copy_of(layer)
+        before = layer.weight.detach().clone()
+        operands = operands_of(50, (300, 70), torch.bfloat16)
+        step(layer, operands)
+        reference_step(theirs, gradient_of(operands, torch.float32))
+        assert_as_close_as(layer.weight, theirs.weight, before)
+        assert layer.state["exp_avg"].dtype == theirs.state["exp_avg"].dtype
+        assert (layer.state["exp_avg"] != theirs.state["exp_avg"]).double().mean() <= 0.05
+        assert layer.state["exp_avg"].any()
+
+
+def test_float32_operands_follow_the_precision_that_pytorch_is_told(monkeypatch):
+    launched = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **constants: launched.append((kernel.__name__, constants)))
+    monkeypatch.setattr(torch.version, "hip", None)
+    layer, operands = layer_of((64, 48), rank=16), operands_of(40, (64, 48))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for name, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(name)
+            step(layer, operands)
+            fused_operands.tile_norms(layer.table, operands)
+            found = {kernel: constants["PRECISION"] for kernel, constants in launched if "PRECISION" in constants}
+            assert set(found.values()) == {expected}
+            assert found.keys() >= {"collect_kernel", "tile_norms_kernel", "apply_operands_kernel"}
+            launched.clear()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_cheaper_way_to_the_norms_is_taken(monkeypatch):
+    """By multiplications, of which the Gram matrix may have a quarter: at 4096 x 4096 up to 292 tokens."""
+    assert operand_sketch.gram_is_cheaper(292, 4096, 4096, in_parts=True)
+    assert not operand_sketch.gram_is_cheaper(293, 4096, 4096, in_parts=True)
+    launched = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **constants: launched.append(kernel.__name__))
+    for tokens, dtype, expected in (
+        (4, torch.bfloat16, ["gram_kernel", "gram_norms_kernel"]),
+        (200, torch.bfloat16, ["tile_norms_kernel"]),
+        (4, torch.float16, ["tile_norms_kernel"]),
+        (0, torch.float32, ["tile_norms_kernel"]),
+    ):
+        layer = layer_of((96, 64), dtype, **MINI)
+        fused_operands.squared_norms(layer.table, operands_of(tokens, (96, 64), dtype))
+        assert launched == expected
+        launched.clear()
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 500, 4096, 11008])
+@pytest.mark.parametrize("programs", [0, 1, 30, 300])
+def test_parts_cover_a_sum_once(length, programs):
+    count, part = operand_sketch.parts(programs, length, 128)
+    assert 1 <= count <= 8
+    assert part % 128 == 0
+    assert count == 1 or (count - 1) * part < length <= count * part
+    assert count == 1 or part >= 512 - 128
+    assert part >= length or count > 1
+
+
+def test_tables_share_a_projection_and_write_their_own_epoch():
+    shared = set()
+    layers = [layer_of((96, 64), rank=16, update_proj_gap=gap) for gap in (200, 1)]
+    tables = [OperandTable(each.member, each.settings, shared) for each in layers]
+    assert len(shared) == 1
+    assert tables[0].projections[0] is tables[1].projections[0]
+    for count, other in enumerate(
+        (layer_of((64, 32), rank=16), layer_of((96, 64), rank=16, distribution="rademacher"))
+    ):
+        OperandTable(other.member, other.settings, shared)
+        assert len(shared) == 2 + count
+    operands = operands_of(20, (96, 64))
+    for layer, own in zip(layers, tables, strict=True):
+        found = fused_operands.sketch(own, layer.settings, Moment(3, None, None), operands, "sketch")
+        assert relative(found.projected, gradient_of(operands) @ projection_of(layer, 3).T) <= 1e-6
+
+
+def test_norms_by_the_gram_matrix_do_not_end_below_zero():
+    """Tokens that cancel: the square root of what rounding leaves would be NaN, and the update skipped."""
+    layer = layer_of((128, 128), **MINI)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        X = torch.randn(1, 128, generator=generator) + 1e-5 * torch.randn(3, 128, generator=generator)
+        dY = torch.randn(3, 128, generator=generator)
+        dY[2] = -(dY[0] + dY[1])
+        norms = fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE)))
+        assert torch.all(norms >= 0)
+    dY[0, 0] = float("nan")
+    assert fused_operands.gram_norms(layer.table, Operands(X.to(DEVICE), dY.to(DEVICE))).isnan().any()

@@ -1,0 +1,401 @@
+"""What the benchmarks promise: nothing measured is lost or mixed up, and no peer stops the others."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from apollo_triton import APOLLOAdamW
+from apollo_triton.tools.llama import meta_model, named_sizes
+from bench import __main__ as stages
+from bench import (
+    clock,
+    contenders,
+    kernels,
+    parameter_sets,
+    pretrain_data,
+    report_data,
+    report_tables,
+    results_file,
+    step_measures,
+    training,
+    verbs,
+    whole_step,
+)
+from bench.contenders import CONTENDERS, MINI, Contender, bytes_to_move, state_bytes
+from bench.parameter_sets import Shapes, llama_shapes, make_weights
+from bench.results_file import Results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def results(tmp_path):
+    return lambda **options: Results("figures", folder=tmp_path, **options)
+
+
+def test_rows_are_on_disk_at_once_and_a_second_run_has_them(results):
+    first = results(settings={"rounds": 3})
+    first.add("one", ms=1.5)
+    first.add("two", ms=2.5)
+    first.add("two", ms=3.5)
+    saved = json.loads(first.path.read_text())
+    assert saved["rows"] == [{"id": "one", "ms": 1.5}, {"id": "two", "ms": 3.5}]
+    assert saved["machine"]["name"] in results_file.describe("cpu").values()
+    assert {"commit", "source", "versions"} <= saved.keys()
+    again = results(settings={"rounds": 3})
+    assert "one" in again
+    assert list(again.rows) == ["one", "two"]
+
+
+def test_skipped_rows_are_tried_again(results):
+    first = results()
+    first.add("one", ms=1.0)
+    first.add("two", skipped="no such device")
+    assert list(results().rows) == ["one"]
+
+
+@pytest.mark.parametrize("changed", ["settings", "versions", "source", "machine", "fresh"])
+def test_rows_of_other_circumstances_do_not_count(results, changed, monkeypatch):
+    results(settings={"rounds": 3}).add("one", ms=1.0)
+    settings = {"rounds": 4 if changed == "settings" else 3}
+    if changed == "versions":
+        monkeypatch.setattr(results_file, "versions", lambda: {"torch": "0.0"})
+    if changed == "source":
+        monkeypatch.setattr(results_file, "source", lambda: "another")
+    if changed == "machine":  # of the same name, so in the same file
+        described = results_file.describe("cpu") | {"memory_GiB": 1}
+        monkeypatch.setattr(results_file, "describe", lambda device: described)
+    assert "one" not in results(settings=settings, fresh=changed == "fresh")
+
+
+def test_an_interrupted_write_leaves_the_file_as_it_was(results, monkeypatch):
+    first = results()
+    first.add("one", ms=1.0)
+    before = first.path.read_text()
+
+    def interrupted(self, text, **options):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            first.add("two", ms=2.0)
+    assert first.path.read_text() == before
+    first.path.write_text(before[:40])  # and one that is not whole is measured again
+    assert not results().rows
+
+
+def test_the_source_s_fingerprint_follows_the_kernels(tmp_path, monkeypatch):
+    for folder in ("apollo_triton", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("1")
+    monkeypatch.setattr(results_file, "ROOT", tmp_path)
+    before = results_file.source()
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert results_file.source() != before
+
+
+def test_every_contender_takes_every_place_of_a_round():
+    order = []
+    times = clock.interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3, "cpu")
+    assert sorted(order[:3]) == ["a", "b", "c"]  # the host's time
+    assert order[3:] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [len(each) for each in times.device.values()] == [3, 3, 3]
+    assert times.host.keys() == set("abc")
+
+
+def test_a_gpu_starts_when_the_host_has_enqueued_the_step(monkeypatch):
+    log = []
+    monkeypatch.setattr(clock, "head_start", lambda device, seconds: log.append(round(seconds, 4)))
+    monkeypatch.setattr(clock, "flush", lambda device: log.append("flush"))
+    clock.seconds(lambda: log.append("run"), "cpu", ahead=0.01)
+    clock.seconds(lambda: log.append("run"), "cpu", ahead=10.0)
+    assert log == [0.0205, "flush", "run", clock.LONGEST_HEAD_START, "flush", "run"]
+
+
+def test_a_gpu_s_stopwatch_waits_at_its_second_reading_only(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, later):
+            assert later is not self
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stopwatch = clock.Stopwatch("cuda")
+    assert stopwatch() == 0.0
+    assert log == ["record"]
+    assert stopwatch() == 0.25
+    assert log == ["record", "record", "wait"]
+    assert stopwatch() == 0.0  # it starts anew
+    stopwatch.reset()  # what was measured failed
+    assert [stopwatch(), stopwatch()] == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("size", named_sizes())
+def test_the_parameter_sets_are_those_of_the_models(size):
+    shapes = llama_shapes(size)
+    model = meta_model(size)
+    assert sorted(shapes.matrices + shapes.rest) == sorted(tuple(each.shape) for each in model.parameters())
+    low_rank = APOLLOAdamW.mini(model).param_groups[0]["params"]
+    assert sorted(shapes.matrices) == sorted(tuple(each.shape) for each in low_rank)
+
+
+SMALL = Shapes([(64, 32), (32, 64)], [(32,)])
+
+
+def test_state_bytes_of_ours_and_of_the_official_optimizer():
+    weights = make_weights(SMALL, torch.bfloat16, "cpu")
+    ours = CONTENDERS["APOLLO"].make(weights, 4, {})
+    ours.step()
+    moments, steps, norms = 4 * 2 * (2 * 64 * 4 + 32), 4 * 3, 4 * 2
+    assert state_bytes(ours) == (moments + steps + norms, 0)
+    weight, gradient = 2 * (2 * 64 * 32 + 32), 2 * (2 * 64 * 32 + 32)
+    expected = 2 * weight + 2 * gradient + 2 * (moments + steps + norms)
+    assert bytes_to_move(CONTENDERS["APOLLO"], weights, ours) == expected
+    official = CONTENDERS["apollo-torch"].make(weights, 4, {})
+    official.step()
+    projections = 2 * 2 * 4 * 32  # kept in its projectors, in the gradient's dtype, and only read
+    total, fixed = state_bytes(official)
+    assert fixed == projections
+    assert total >= projections + 2 * 2 * (2 * 64 * 4 + 32)
+
+
+def test_a_tensor_subclass_counts_what_is_inside():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight], lr=1)
+    shared, codes, scales = torch.zeros(8), torch.zeros(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
+    packed = TwoTensor(codes, scales)
+    optimizer.state[weight] = {"a": [shared, (shared, torch.zeros(2))], "b": packed, "projection": torch.zeros(3)}
+    assert state_bytes(optimizer) == (8 * 4 + 2 * 4 + 16 + 16 + 3 * 4, 3 * 4)
+
+
+class Peer(torch.optim.SGD):
+    """Keeps 4 MB beside its state and takes 2 MB, of them 1 MB at a time twice, in a step."""
+
+    def __init__(self, parameters, fails_at=None):
+        super().__init__(parameters, lr=1e-3)
+        self.kept, self.steps, self.fails_at = torch.zeros(1 << 20), 0, fails_at
+
+    def step(self):
+        self.steps += 1
+        if self.steps == self.fails_at:
+            raise RuntimeError("first line\nsecond line")
+        first = torch.zeros(1 << 18)
+        second = torch.zeros(1 << 18)
+        del first, second
+        torch.zeros(1 << 18)
+
+
+def contender(name, **options):
+    return Contender(name, "torch", lambda weights, rank, more: Peer(weights.all, **options))
+
+
+def test_extra_memory_is_the_peak_of_a_step_and_what_is_kept():
+    extra = step_measures.Extra("cpu")
+    with extra.profiled():
+        peer = Peer([nn.Parameter(torch.zeros(4))])
+        peer.step()
+        with extra.measured():
+            peer.step()
+    assert (4 << 20) + (2 << 20) <= extra.peak <= (4 << 20) + (2 << 20) + 4096
+
+
+def out_of_memory(weights, rank, more):
+    raise torch.OutOfMemoryError("Tried to allocate 80 GiB")
+
+
+@pytest.fixture
+def case(monkeypatch, results):
+    """A small case of three peers, one of which fails."""
+    peers = {name: CONTENDERS[name] for name in contenders.OURS}
+    peers |= {
+        each.name: each for each in (contender("good"), contender("bad", fails_at=2), contender("late", fails_at=5))
+    }
+    peers["large"] = Contender("large", "torch", out_of_memory)
+    peers["absent"] = Contender("absent", "no-such-package", CONTENDERS["APOLLO"].make)
+    monkeypatch.setattr(whole_step, "CONTENDERS", peers)
+    monkeypatch.setattr(whole_step, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(whole_step.Case, "shapes", SMALL)
+    monkeypatch.setattr(clock, "FLUSHED_BYTES", 1 << 10)
+    whole_step.bandwidth.cache_clear()
+    yield whole_step.Case("60M", torch.float32, 3, tuple(peers), rank=4)
+    whole_step.bandwidth.cache_clear()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_peer_that_fails_does_not_stop_the_others(case, results, together, monkeypatch):
+    if not together:
+        monkeypatch.setattr(whole_step, "available_memory", lambda: 0)
+    whole_step.measure(case, "cpu", results())
+    saved = json.loads(results().path.read_text())["rows"]
+    rows = {row["contender"]: row for row in saved}
+    assert set(rows) == {*contenders.OURS, "good", "bad", "late", "large", "absent"}
+    assert rows["late"]["skipped"] == rows["bad"]["skipped"]  # at its first step that counts
+    assert rows["large"]["skipped"] == "it does not fit into the memory of this device"
+    assert rows["bad"]["skipped"] == "it failed: RuntimeError: first line"
+    assert rows["absent"]["skipped"] == "no-such-package is not installed"
+    for name in (*contenders.OURS, "good"):
+        row = rows[name]
+        assert 0 < row["ms"][0] <= row["ms"][1] <= row["ms"][2]
+        assert row["copy_bandwidth"] == 1e9
+    assert rows["APOLLO-Mini"]["times APOLLO-Mini"] == 1
+    assert rows["APOLLO"]["refresh_ms"] > 0
+    assert rows["good"]["refresh_ms"] is None
+    assert rows["good"]["extra_bytes"] >= 6 << 20
+
+
+def test_a_case_goes_on_where_it_was_left(case, results, monkeypatch):
+    whole_step.measure(case, "cpu", results())
+    kept = results()
+    stepped = []
+    inner = whole_step.Stepper
+    monkeypatch.setattr(
+        whole_step, "Stepper", lambda contender, *more: stepped.append(contender.name) or inner(contender, *more)
+    )
+    ours = kept.rows[f"{case.name}: APOLLO"]
+    whole_step.measure(case, "cpu", kept)
+    assert stepped == [*contenders.OURS, "bad", "late", "large"]  # ours for their ratio, and those without a figure
+    assert kept.rows[f"{case.name}: APOLLO"] == ours
+
+
+def test_all_cases_have_names_of_their_own_and_contenders_that_exist():
+    for device in ("cpu", "cuda"):
+        every = whole_step.cases(device)
+        assert len({each.name for each in every}) == len(every)
+        assert all(set(each.contenders) <= set(CONTENDERS) for each in every)
+    for stage in stages.GPU:
+        if stage.module == "whole_step":
+            pattern = stage.arguments[-1]
+            chosen = [each.name for each in whole_step.cases("cuda") if re.fullmatch(pattern, each.name)]
+            assert chosen, stage
+    left = {each.name for each in whole_step.cases("cuda")}
+    for stage in stages.GPU:
+        if stage.module == "whole_step":
+            left -= {name for name in left if re.fullmatch(stage.arguments[-1], name)}
+    assert not left
+    files = [stage.arguments[1] for stage in stages.GPU]
+    assert len(set(files)) == len(files)  # none can overwrite another's
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 100, 255, 256, 1000])
+def test_the_largest_batch_is_found(limit, monkeypatch):
+    run = training.Training.__new__(training.Training)
+    tried = []
+    monkeypatch.setattr(run, "_fits", lambda batch: tried.append(batch) or batch <= limit, raising=False)
+    assert run.largest_batch() == min(limit, training.MOST_BATCHES)
+    assert len(tried) <= 18
+    assert len(set(tried)) == len(tried)
+
+
+def test_training_steps_of_a_model_are_measured(monkeypatch):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.device("meta"):
+        small = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape))
+    monkeypatch.setattr(training, "meta_model", lambda size, *dtype: small)
+    monkeypatch.setattr(training, "default_rank", lambda size: 8)
+    tokens = torch.arange(200) % 64
+    for method in ("AdamW", "APOLLO", "APOLLO-Mini"):
+        row = training.run("60M", method, 2, 16, torch.float32, "cpu", tokens)
+        assert row["batch"] == 2
+        milliseconds = row["backward_ms"] + row["optimizer_ms"]
+        assert row["tokens_per_second"] == pytest.approx(2 * 16e3 / milliseconds, rel=1e-2)
+        assert training.counted(method, "60M", torch.float32) > 0
+
+
+def test_known_kernels_are_left_out_and_each_is_put_down_as_it_ends(results):
+    kept = results()
+    kept.add("60M-512x512-rank1-apply", us=[1, 1, 1])
+    keeper = kernels.Keeper(kept)
+    items = [SimpleNamespace(name=f"test_verb[60M-512x512-rank{rank}-apply]") for rank in (1, 4)]
+    gone = []
+    keeper.pytest_collection_modifyitems(
+        SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))), items
+    )
+    assert [item.name for item in items] == ["test_verb[60M-512x512-rank4-apply]"]
+    assert len(gone) == 1
+    stats = SimpleNamespace(stats=SimpleNamespace(q1=1e-6, median=2e-6, q3=4e-6))
+    items[0].funcargs = {"benchmark": SimpleNamespace(stats=stats, extra_info={"bytes": 8, "share_of_copy": 1 / 3})}
+    keeper.pytest_runtest_teardown(items[0])
+    row = results().rows["60M-512x512-rank4-apply"]
+    assert row["us"] == [1.0, 2.0, 4.0]
+    assert row["share_of_copy"] == 0.3333
+
+
+def test_the_microbenchmarks_run(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={out}", "-q"]
+    command += ["-k", "60M-512x512 and float32 and rank4-"]
+    # Under a worker of pytest-xdist pytest-benchmark would turn itself off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    figures = {each["extra_info"]["verb"]: each for each in json.loads(out.read_text())["benchmarks"]}
+    assert set(figures) == {"sketch", "rescale", "sketch + rescale", "apply"}
+    for each in figures.values():
+        rate = each["extra_info"]["bytes"] / each["stats"]["median"]
+        assert each["extra_info"]["GB_per_s"] == pytest.approx(rate / 1e9)
+        assert each["stats"]["rounds"] >= 5
+
+
+def test_a_stage_that_fails_or_hangs_is_told_and_the_next_one_starts(monkeypatch, capfd):
+    listed = [
+        stages.Stage("absent", "no_such_benchmark"),
+        stages.Stage("slow", "import_time", ("--rounds", "1000"), seconds=1, resumes=False),
+        stages.Stage("quick", "whole_step", ("--list",), resumes=False),
+    ]
+    monkeypatch.setattr(stages, "CPU", listed)
+    monkeypatch.setattr(stages, "COUNTED", listed)
+    monkeypatch.setattr(stages, "SHORT_GPU", [])
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    real = stages.run
+    monkeypatch.setattr(stages, "run", lambda stage, fresh: stage.name == "report" or real(stage, fresh))
+    assert stages.main() == 1
+    said = capfd.readouterr().out
+    assert "absent: it failed" in said
+    assert "No module named bench.no_such_benchmark" in said
+    assert "slow: it was stopped" in said
+    assert "60M matrices float32" in said
+    assert "Not all went well: absent, slow" in said
+
+
+MODULES = (clock, parameter_sets, pretrain_data, report_data, report_tables, results_file, verbs)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_examples_of_the_docstrings_hold(module):
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_the_kernels_are_found_in_a_checkout_that_is_not_installed(tmp_path):
+    code = "import bench, apollo_triton; print(apollo_triton.__path__[-1])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (Path(done.stdout.strip()) / "kernels" / "table.py").is_file()
+    assert MINI["rank"] == 1

@@ -1,0 +1,49 @@
+"""Hugging Face's Trainer as it is: by the string apollo_adamw, and given the optimizer itself (trainer_program.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from distributed_cases import needs_fsdp_on_a_cpu
+from programs import ended_well, run_program
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "by_its_string",
+        "resumed",
+        "layer_by_layer",
+        "directly",
+        "accumulated_in_bfloat16",
+        "compiled",
+        "as_transformers_tests_it",
+    ],
+)
+def test_a_trainer_that_nothing_patches(program: str, tmp_path: Path) -> None:
+    found = run_program("-m", "apollo_triton.compat", "tests/support/trainer_program.py", program, str(tmp_path))
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+def two_processes(program: str, folder: Path) -> str:
+    torchrun = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    found = run_program(
+        "-m", "apollo_triton.compat", *torchrun, "tests/support/trainer_program.py", program, str(folder)
+    )
+    assert ended_well(found), found.stderr[-4000:]
+    return found.stdout
+
+
+def test_two_processes_of_torchrun_inherit_the_stand_in(tmp_path: Path) -> None:
+    """DDP: torchrun starts the processes, which no call of ours prepares."""
+    assert two_processes("by_its_string", tmp_path).count("'train_loss'") == 1  # the first of two speaks
+
+
+@needs_fsdp_on_a_cpu
+def test_fsdp2_through_accelerate(tmp_path: Path) -> None:
+    """The optimizer is made of whole weights, and Accelerate puts the sharded ones into its groups."""
+    assert "sharded and resumed" in two_processes("sharded", tmp_path)

@@ -1,0 +1,34 @@
+"""Programs in processes of their own: on this checkout, on the CPU, on one thread."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_program(
+    *arguments: str, cwd: Path = ROOT, before: Sequence[str] = (), timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with ``arguments``; ``before`` are folders in front of the checkout on the path."""
+    paths = os.pathsep.join([*before, str(ROOT), *(path for path in sys.path if path)])
+    alone = {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | alone | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def ended_well(found: subprocess.CompletedProcess[str]) -> bool:
+    """Whether ranks over gloo ended well. PyTorch's gloo now and then aborts a process that has come to its end
+    (pytorch/pytorch issue 190489); what it was to do is done by then, and is for the test to look at."""
+    return found.returncode == 0 or "terminate called without an active exception" in found.stderr

@@ -1,0 +1,398 @@
+"""The demo: its text, its runs, what it writes, and what it says of a wrong input."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_triton import cli
+from apollo_triton.tools.demo import command as demo
+from apollo_triton.tools.demo import training as demo_training
+from apollo_triton.tools.demo.corpus import Corpus, load_corpus, split
+from apollo_triton.tools.demo.report import Result, table
+from apollo_triton.tools.demo.training import History, Plan, Run
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+METHODS = ("adamw", "apollo", "mini")
+STEPS, BATCH, SEQUENCE = 12, 2, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A small file to train on."""
+    path = tmp_path_factory.mktemp("text") / "argparse.py"
+    path.write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_bytes()[:20_000])
+    return path
+
+
+def arguments(text: Path, out: Path, *more: str) -> list[str]:
+    small = ["--model", "tiny", "--steps", str(STEPS), "--batch", str(BATCH), "--sequence", str(SEQUENCE)]
+    return ["demo", "--data", str(text), "--out", str(out), *small, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted demo."""
+    out = tmp_path_factory.mktemp("finished")
+    assert cli.main(arguments(text, out)) == 0
+    return out
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "losses.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plan(corpus: Corpus, method: str = "apollo", **changes) -> Plan:
+    made = Plan(method, 1e-2, 4.0 if method == "mini" else None, "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
+    return dataclasses.replace(made, data=corpus.fingerprint, **changes)
+
+
+def test_split_keeps_each_text_whole_on_one_side_whatever_the_order():
+    texts = [bytes([65 + i]) * (20 + i) for i in range(40)]
+    train, held_out = split([*texts, texts[3], b""])
+    assert split(texts[::-1]) == (train, held_out)
+    assert len(train) + len(held_out) == sum(map(len, texts))
+    for one in texts:
+        assert (one in train) != (one in held_out)
+    assert 0.05 < len(held_out) / sum(map(len, texts)) <= 0.1
+
+
+def test_split_holds_out_the_smaller_of_two_texts_and_the_end_of_one():
+    assert split([b"a" * 90, b"b" * 80]) == (b"a" * 90, b"b" * 80)
+    assert split([b"a" * 90 + b"b" * 10]) == (b"a" * 90, b"b" * 10)
+
+
+def test_standard_library_is_there_and_the_same_twice():
+    corpus = load_corpus(None, 129)
+    assert corpus.fingerprint == load_corpus(None, 129).fingerprint
+    assert len(corpus.train) > 3e6
+    assert len(corpus.held_out) > 3e5
+
+
+def test_batches_depend_on_seed_and_step_alone(text):
+    corpus = load_corpus(text, 17)
+    first = corpus.batch(0, 3, 4, 17)
+    torch.rand(5)
+    assert torch.equal(first, corpus.batch(0, 3, 4, 17))
+    assert not torch.equal(first, corpus.batch(0, 4, 4, 17))
+    assert not torch.equal(first, corpus.batch(1, 3, 4, 17))
+    train = bytes(corpus.train.tolist())
+    assert all(bytes(window.tolist()) in train for window in first)
+
+
+def test_held_out_windows_reach_from_end_to_end(text):
+    corpus = load_corpus(text, 17)
+    windows = corpus.held_out_windows(17)
+    assert torch.equal(windows[0], corpus.held_out[:17].long())
+    assert torch.equal(windows[-1], corpus.held_out[-17:].long())
+
+
+def test_without_gradients_the_curve_is_the_same(text):
+    """50 steps of Mini, `make demo ARGS="--gradients none"`: within a few bits of float32, 6e-8 each (seen: 1.6e-7)."""
+    corpus = load_corpus(text, 65)
+    curves = []
+    for gradients in demo_training.GRADIENTS:
+        run = Run(plan(corpus, "mini", gradients=gradients, scale=128.0, batch=8, sequence=64, steps=600), corpus)
+        for _ in range(50):
+            run.advance()
+            assert gradients == "stored" or all(p.grad is None for p in run.model.parameters())
+        curves.append(run.history.training_loss)
+    stored, freed, none = curves
+    assert freed == stored
+    assert none == pytest.approx(stored, rel=1e-6, abs=0)
+    assert stored[-1] < 0.8 * stored[0]
+
+
+def test_methods_share_initial_weights_and_batches(text, tmp_path, monkeypatch):
+    seen: dict[str, list[torch.Tensor]] = {}
+    advance, batch = Run.advance, Corpus.batch
+
+    def record_batch(corpus, *inputs):
+        windows = batch(corpus, *inputs)
+        seen[current[-1]].append(windows)
+        return windows
+
+    def record_advance(run):
+        current.append(run.plan.method)
+        if run.step == 0:
+            seen[run.plan.method] = [p.detach().clone() for p in run.model.parameters()]
+        advance(run)
+
+    current: list[str] = []
+    monkeypatch.setattr(Corpus, "batch", record_batch)
+    monkeypatch.setattr(Run, "advance", record_advance)
+    assert cli.main(arguments(text, tmp_path)) == 0
+    first = seen["adamw"]
+    assert tuple(seen) == METHODS
+    for method in METHODS:
+        assert len(seen[method]) == len(first)
+        assert all(torch.equal(a, b) for a, b in zip(first, seen[method], strict=True))
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    def weights(seed: int) -> torch.Tensor:
+        return demo_training.make_model("tiny", SEQUENCE, seed).lm_head.weight
+
+    first = weights(0)
+    torch.rand(5)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+@pytest.mark.parametrize("seconds_between_checkpoints", [0, 1000])
+@pytest.mark.parametrize(("method", "steps_done"), [("adamw", 1), ("apollo", 7), ("mini", 11)])
+def test_resume_equals_an_uninterrupted_run(
+    text, finished, tmp_path, monkeypatch, capsys, method, steps_done, seconds_between_checkpoints
+):
+    monkeypatch.setattr(demo, "SECONDS_BETWEEN_CHECKPOINTS", seconds_between_checkpoints)
+    monkeypatch.setattr(demo_training, "EVALUATIONS", 4)
+    assert cli.main(arguments(text, tmp_path / "whole")) == 0
+    advance = Run.advance
+
+    def interrupted(run):
+        advance(run)
+        if run.plan.method == method and run.step == steps_done:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", interrupted)
+        assert cli.main(arguments(text, out)) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert not (out / "losses.csv").exists()
+    steps_after = 0
+
+    def counted(run):
+        nonlocal steps_after
+        steps_after += 1
+        advance(run)
+
+    monkeypatch.setattr(Run, "advance", counted)
+    assert cli.main(arguments(text, out, "--resume")) == 0
+    methods_left = len(METHODS) - METHODS.index(method)
+    assert steps_after < methods_left * STEPS or steps_done < 3
+    assert (out / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
+    for name in METHODS:
+        one, other = (torch.load(folder / f"{name}.checkpoint") for folder in (out, tmp_path / "whole"))
+        assert one["step"] == STEPS
+        assert all(torch.equal(one["model"][key], other["model"][key]) for key in other["model"])
+        for state, expected in zip(
+            one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True
+        ):
+            assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(expected[key])) for key in expected)
+
+
+def test_an_interrupted_demo_without_a_checkpoint_does_not_offer_to_resume(text, tmp_path, monkeypatch, capsys):
+    """Ctrl-C before the first evaluation has ended: --resume would be refused."""
+
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "evaluate", interrupted)
+    assert cli.main(arguments(text, tmp_path)) == 130
+    found = capsys.readouterr().out
+    assert "No checkpoint was saved yet" in found
+    assert "--resume" not in found
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(arguments(text, tmp_path / "file" / "out")) == 2
+    assert f"--out {tmp_path / 'file' / 'out'}: the folder cannot be made" in capsys.readouterr().err
+
+
+def test_outputs_agree_with_each_other(finished):
+    rows = rows_of(finished)
+    assert [(row["method"], int(row["step"])) for row in rows] == [(m, s) for m in METHODS for s in range(STEPS + 1)]
+    assert all(int(row["tokens"]) == int(row["step"]) * BATCH * SEQUENCE for row in rows)
+    assert all((row["training_loss"] == "") == (row["step"] == "0") for row in rows)
+    summary = json.loads((finished / "results.json").read_text())["methods"]
+    for method in METHODS:
+        held_out = [float(row["held_out_loss"]) for row in rows if row["method"] == method and row["held_out_loss"]]
+        assert held_out[-1] == summary[method]["held_out_loss"] < held_out[0] - 0.3
+    picture = (finished / "losses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width, height = int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")
+    assert (width, height) == (900, 500)
+    assert len(picture) < 150_000
+
+
+def test_state_bytes_are_those_of_the_real_tensors(finished):
+    summary = json.loads((finished / "results.json").read_text())
+    for method in METHODS:
+        state = torch.load(finished / f"{method}.checkpoint")["optimizer"]["state"]
+        tensors = [value for entry in state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+        expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert summary["methods"][method]["state_bytes"] == expected
+    # Two float32 moments a parameter, and a step count each for 2 layers of 9 tensors, two embeddings and a norm.
+    assert summary["methods"]["adamw"]["state_bytes"] == 8 * summary["parameters"] + 4 * (2 * 9 + 3)
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth(text):
+    rates = [plan(load_corpus(text, 17), steps=100).learning_rate_at(step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(1e-3)
+    assert max(rates) == rates[9] == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-3)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_paper_settings_reach_the_optimizer(text):
+    corpus = load_corpus(text, 17)
+    apollo = Run(plan(corpus), corpus).optimizer.param_groups[0]
+    assert (apollo["rank"], apollo["scale_type"], apollo["scale"], apollo["update_proj_gap"]) == (
+        8,
+        "channel",
+        1.0,
+        200,
+    )
+    mini = Run(plan(corpus, "mini"), corpus).optimizer.param_groups[0]
+    assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", 4.0, False)
+    assert Run(plan(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
+
+
+def test_held_out_loss_is_that_of_the_next_byte(text):
+    corpus = load_corpus(text, 17)
+    run = Run(plan(corpus), corpus)
+    run.evaluate()
+    windows = corpus.held_out_windows(17)
+    expected = run.model(input_ids=windows, labels=windows).loss
+    assert run.history.held_out_loss[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
+    corpus = load_corpus(text, 17)
+    run = Run(plan(corpus), corpus)
+    run.save(tmp_path / "a.checkpoint")
+
+    def half_written(saved, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    run.advance()
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(OSError, match="disk full"):
+        run.save(tmp_path / "a.checkpoint")
+    run.load(tmp_path / "a.checkpoint")
+    assert run.step == 0
+
+
+def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
+    inner = tmp_path / "text" / "inner"
+    inner.mkdir(parents=True)
+    for index in range(20):
+        (inner / f"{index}.md").write_text(f"{index} is a number. " * 20)
+    (inner / "picture.png").write_bytes(b"\x89" * 10**6)
+    out = tmp_path / "out"
+    assert cli.main(arguments(tmp_path / "text", out, "--methods", "mini", "--lr", "mini=2e-3")) == 0
+    corpus = load_corpus(tmp_path / "text", 17)
+    assert 137 not in corpus.train
+    assert len(rows_of(out)) == STEPS + 1
+    settings = json.loads((out / "results.json").read_text())["methods"]["mini"]["settings"]
+    assert settings["learning_rate"] == 2e-3
+    assert "APOLLO-Mini" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "nowhere: there is no such file"),
+        (["--sequence", "5000"], "argparse.py: too little text"),
+        (["--data", os.devnull], f"--data {os.devnull}: too little text"),
+        (["--sequence", "0"], "--sequence 0"),
+        (["--model", "2M"], "allowed: tiny, 1M, 60M"),
+        (["--methods", "adamw,sgd"], "'sgd' is not a method (allowed: adamw, apollo, mini)"),
+        (["--lr", "sgd=1"], "'sgd' is not a method"),
+        (["--lr", "mini"], "mini=NUMBER"),
+        (["--lr", "mini=-1"], "0 or more"),
+        (["--lr", "mini=nan"], "0 or more"),
+        (["--mini-scale", "0"], "--mini-scale 0"),
+        (["--gradients", "some"], "--gradients some: allowed are stored, freed, none"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--steps", "0"], "--steps 0"),
+        (["--batch", "0"], "--batch 0"),
+        (["--device", "tpu"], "cpu, cuda and auto"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_a_wrong_input_is_one_line_and_status_2(text, tmp_path, capsys, more, message):
+    assert cli.main(arguments(text, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", "13"], "steps 12, not 13"),
+        (["--lr", "mini=0.5"], "learning rate"),
+        (["--mini-scale", "3"], "scale"),
+        (["--seed", "1"], "seed 0, not 1"),
+    ],
+)
+def test_resume_with_other_settings_names_them_and_changes_nothing(text, finished, capsys, more, message):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert cli.main(arguments(text, finished, "--resume", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_resume_looks_at_all_checkpoints_before_it_trains(text, finished, tmp_path, capsys):
+    (tmp_path / "mini.checkpoint").write_bytes((finished / "mini.checkpoint").read_bytes())
+    assert cli.main(arguments(text, tmp_path, "--resume", "--seed", "1")) == 2
+    assert "mini.checkpoint was made with seed 0" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mini.checkpoint"]
+
+
+@pytest.mark.parametrize("kept", [0, 1000, -1000])
+def test_resume_of_a_damaged_checkpoint_says_so(text, finished, tmp_path, capsys, kept):
+    whole = (finished / "adamw.checkpoint").read_bytes()
+    (tmp_path / "adamw.checkpoint").write_bytes(whole[:kept] if kept else b"half")
+    assert cli.main(arguments(text, tmp_path, "--resume")) == 2
+    assert "adamw.checkpoint is not a whole checkpoint" in capsys.readouterr().err
+
+
+def test_table_fits_into_80_columns():
+    from rich.console import Console
+
+    history = History([2.0], {1: 2.0}, [12.3456], [1e-3])
+    results = [
+        Result(Plan(method, 1.25e-05, None, "1M", 1, 64, 1024, 0, "cpu", ""), history, 10**9, 10**9 - 1)
+        for method in METHODS
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(results))
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed
+    assert "12345.6 ms" in printed
+    assert "65,536,000" in printed
+
+
+def test_importing_the_demo_needs_torch_alone():
+    names = "{'transformers', 'rich', 'matplotlib'}"
+    code = f"import sys, apollo_triton.tools.demo.command; print(sorted({names} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
