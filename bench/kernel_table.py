@@ -1,6 +1,6 @@
 """What each launch of a step reads and writes, counted by the recorder of the tests in Triton's interpreter.
 
-``python -m bench.kernel_table`` prints the table of the README, and ``--write`` puts it there.
+``python -m bench.kernel_table`` prints the table of docs/kernels.md, and ``--write`` puts it there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ METHODS = {
     "APOLLO, rank 64": {"rank": 64},
 }
 LAYERS = 4
+PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernel table: python -m bench.kernel_table --write -->", "<!-- end of the kernel table -->"
 
 
@@ -76,14 +77,14 @@ def measured() -> list[Row]:
     return rows
 
 
-def in_readme(readme: str) -> str:
-    """The table between the marks of the README."""
-    return readme.partition(BEGIN)[2].partition(END)[0].strip()
+def written(page: str) -> str:
+    """The table between the marks of docs/kernels.md."""
+    return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
     options = parser.parse_args()
     results = Results("launches", device=None, fresh=True)
     rows = measured()
@@ -92,11 +93,10 @@ def main() -> None:
     made = launches(rows)
     print(made)
     if options.write:
-        path = ROOT / "README.md"
-        before, begin, rest = path.read_text().partition(BEGIN)
+        before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         if not begin:
-            raise SystemExit(f"{path} has no line {BEGIN}")
-        path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}")
+            raise SystemExit(f"{PAGE} has no line {BEGIN}")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

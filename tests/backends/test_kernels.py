@@ -367,8 +367,8 @@ def test_nothing_that_changes_between_steps_is_compiled_in(rank, monkeypatch):
     assert len(seen[0]) == (5 if rank == 20 else 4)
 
 
-def test_the_table_of_the_readme_is_what_the_recorder_counts():
+def test_the_table_of_the_documentation_is_what_the_recorder_counts():
     from bench import kernel_table, report_text
 
-    readme = (kernel_table.ROOT / "README.md").read_text()
-    assert kernel_table.in_readme(readme) == report_text.launches(kernel_table.measured())
+    page = kernel_table.PAGE.read_text(encoding="utf-8")
+    assert kernel_table.written(page) == report_text.launches(kernel_table.measured())

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from apollo_triton import cli
 from bench import report, report_data
 from bench.report_data import load, mean_and_margin
 from bench.results_file import RESULTS, ROOT, Results
@@ -197,21 +198,25 @@ def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     assert (report.BENCH / "REPORT.md").read_text() == text
 
 
-def test_the_first_table_of_the_readme_is_what_was_measured():
-    """A figure of another run, or one that nobody measured."""
+def test_the_first_table_of_the_readme_is_what_was_counted_and_measured(capsys):
+    """A figure of another run or another model, or one that nobody counted."""
+    pytest.importorskip("transformers")
+    cli.main(["memory", "--model", "7B", "--json"])
+    (counted,) = json.loads(capsys.readouterr().out)
     file = RESULTS / "nvidia-h100-80gb-hbm3" / "whole_step-7B-matrices.json"
-    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"] if "ms" in row}
-    readme = (ROOT / "README.md").read_text()
-    labels = {"APOLLO": "APOLLO, rank 256", "PyTorch SGD, fused": "PyTorch SGD, fused (no momentum)"}
-    labels["PyTorch AdamW, fused"] = "PyTorch AdamW, fused, bfloat16 moments"
-    for name in ("APOLLO-Mini", *labels):
-        row = rows[name]
-        state = f"{row['state_bytes'] / 1e9:.2f} GB" if row["state_bytes"] else "0"
-        ratio = row["times APOLLO-Mini"]
-        assert f"| {labels.get(name, name)} | {row['ms'][1]:.1f} | {ratio:.2f} | {state} |" in readme
-    pair = [rows[name] for name in ("apollo-torch, Mini", "apollo-torch")]
-    ms, ratios = (
-        " / ".join(each)
-        for each in zip(*((f"{r['ms'][1]:.1f}", f"{r['times APOLLO-Mini']:.2f}") for r in pair), strict=True)
-    )
-    assert f"| {ms} | {ratios} |" in readme
+    timed = {row["contender"]: row for row in json.loads(file.read_text())["rows"] if "ms" in row}
+    labels = {
+        "PyTorch AdamW, fused": ("AdamW", "PyTorch AdamW, fused"),
+        "APOLLO": ("APOLLO", "**APOLLO**, rank 256"),
+        "APOLLO-Mini": ("APOLLO-Mini", "**APOLLO-Mini**, rank 1"),
+    }
+    expected = []
+    for contender, (method, label) in labels.items():
+        sizes = counted["methods"][method]
+        total, state = (f"{size / 1e9:.1f} GB" for size in (sizes["total"], sizes["moments"] + sizes["other"]))
+        expected.append(f"| {label} | {total} | {state} | {timed[contender]['ms'][1]:.1f} ms |")
+    sgd = counted["methods"]["AdamW"]["weights"] + counted["methods"]["AdamW"]["gradients"]
+    ms = timed["PyTorch SGD, fused"]["ms"][1]
+    expected.append(f"| PyTorch SGD, fused, no momentum | {sgd / 1e9:.1f} GB | 0 | {ms:.1f} ms |")
+    table = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert table[2 : 2 + len(expected)] == expected

@@ -227,6 +227,34 @@ def test_every_block_of_a_page(page: Path, alone: Path, monkeypatch: pytest.Monk
     Reading(page, alone, monkeypatch).read_page(page.read_text(encoding="utf-8"))
 
 
+def prose_of(text: str) -> str:
+    """A page without its code blocks, tables, comments and the targets of links."""
+    text = re.sub(r"(?ms)^(```+).*?^\1$|<!--.*?-->", "", text)
+    return re.sub(r"\]\([^)]*\)", "]", re.sub(r"(?m)^\|.*", "", text))
+
+
+def test_the_readme_stays_short() -> None:
+    """A README that grows until nobody reads it: what is more than a first look needs is a page of docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert len(prose_of(text).split()) <= 1000
+
+
+def test_prose_is_what_a_reader_reads_in_sentences() -> None:
+    """A count of words that leaves text out, or counts code."""
+    text = "# A b\n\nc `d` [e f](g.md)\n```sh\nh\n```\ni\n| j |\n|---|\n| k |\n<!-- l -->\n"
+    assert prose_of(text).split() == ["#", "A", "b", "c", "`d`", "[e", "f]", "i"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_line_is_wider_than_a_terminal(page: Path) -> None:
+    """Paragraphs in one line, which diffs show whole and terminals break. A row of a table and a link cannot be cut."""
+    cannot_be_cut = re.compile(r"\|.*|!?\[[^\]]*\]\([^)]*\)")
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    wide = [number for number, line in lines if len(line) > 120 and not cannot_be_cut.fullmatch(line)]
+    assert not wide, f"{page.name}: lines {wide} have more than 120 characters"
+
+
 def test_the_tables_of_options_have_every_option_and_its_default() -> None:
     """An option that was added, renamed or given another default, and the tables were left as they are."""
     section = (ROOT / "docs" / "options.md").read_text(encoding="utf-8").partition("## All of them")[2]

@@ -32,11 +32,18 @@ Words = list[str]
 
 
 def check(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Check one line, comment included; what it printed, if it was run."""
+    """Check the commands of one line, comment included; what they printed, if they were run."""
     words = shlex.split(line, comments=True)
+    if "&&" in words:
+        first = words.index("&&")
+        return _check(words[:first], monkeypatch) + check(shlex.join(words[first + 1 :]), monkeypatch)
+    return _check(words, monkeypatch)
+
+
+def _check(words: Words, monkeypatch: pytest.MonkeyPatch) -> str:
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # environment variables
         words.pop(0)
-    assert words, f"nothing to run in {line!r}"
+    assert words, "nothing to run"
     assert words[0] in PROGRAMS, f"{words[0]}: tests/support/docs_commands.py does not know how to check it"
     return PROGRAMS[words[0]](words[1:], monkeypatch) or ""
 
@@ -151,6 +158,15 @@ def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert not extra or extra in extras, f"pyproject.toml has no extra {extra!r}"
 
 
+def _git(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project has no address to clone from that a page could name; the folder's name is what ``cd`` then needs."""
+    assert arguments == ["clone", "URL", "apollo-triton"], arguments
+
+
+def _cd(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arguments == ["apollo-triton"], arguments
+
+
 def _make(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """``make`` itself says what it would run; of that our own programs' command lines are checked in turn."""
     command = ["make", "--dry-run", "--always-make", *arguments]
@@ -175,6 +191,8 @@ def _mkdocs(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAMS: dict[str, Callable[[Words, pytest.MonkeyPatch], str | None]] = {
     "accelerate": _accelerate,
     "apollo-triton": _apollo_triton,
+    "cd": _cd,
+    "git": _git,
     "make": _make,
     "mkdocs": _mkdocs,
     "pip": _pip,

@@ -66,22 +66,30 @@ def training(folder: Path) -> Names:
 
 
 def readme(folder: Path) -> Names:
-    """Besides, an optimizer, a step count, and a checkpoint that apollo-torch saved."""
+    """Besides, an optimizer."""
     names = training(folder)
-    model = names["model"]
-    groups = apollo_param_groups(model, rank=128, target_modules=["q_proj", "v_proj", "mlp"])
+    return names | {"optimizer": APOLLOAdamW.mini(names["model"], lr=1e-2), "torch": torch}
+
+
+def migration(folder: Path) -> Names:
+    """Nothing but a checkpoint that apollo-torch saved, of the model that the page makes."""
     if not (folder / "checkpoint-500").exists():
-        _save_official(folder / "checkpoint-500", groups)
-    return names | {"groups": groups, "optimizer": APOLLOAdamW(groups, lr=1e-2), "t": 401, "torch": torch}
+        shapes = {"embed": nn.Embedding(100, 256), "attn": nn.Linear(256, 256), "mlp": nn.Linear(256, 1024)}
+        model = nn.ModuleDict(shapes)
+        low_rank, dense = apollo_param_groups(model, rank=64)
+        _save_official(folder / "checkpoint-500", [dense, low_rank])
+    return {}
 
 
 def _save_official(folder: Path, groups: list[Names]) -> None:
     import apollo_torch
 
     keys = {"proj": "random", "proj_type": "std", "scale_type": "channel", "scale": 1, "update_proj_gap": 200}
-    low_rank, dense = ({"params": group["params"]} for group in groups)
-    official = apollo_torch.APOLLOAdamW([low_rank | {"rank": 128} | keys, dense], lr=1e-2)
-    for parameter in [*low_rank["params"], *dense["params"]]:
+    official_groups = [
+        {"params": group["params"]} | ({"rank": group["rank"]} | keys if "rank" in group else {}) for group in groups
+    ]
+    official = apollo_torch.APOLLOAdamW(official_groups, lr=1e-2)
+    for parameter in [parameter for group in groups for parameter in group["params"]]:
         parameter.grad = torch.full_like(parameter, 1e-3)
     official.step()
     folder.mkdir()
@@ -132,6 +140,7 @@ PRELUDES: dict[str, Callable[[Path], Names]] = {
     "distributed.md": distributed,
     "int8.md": int8,
     "layerwise.md": training,
+    "migration.md": migration,
     "recipes.md": recipes,
     "no-gradient.md": training,
     "tools.md": tools,
