@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed-$(1)
 # Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
 TOOLS := $(patsubst tests/integration/programs/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/integration/programs/*.txt))
 
-.PHONY: demo test lint types tests smoke docs bench bench-gpu clean
+.PHONY: demo test test-all quick lint types tests smoke docs bench bench-gpu clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
@@ -23,8 +23,17 @@ lint: $(call INSTALLED,test)
 types: $(call INSTALLED,test)
 	$(RUN) -m mypy
 
-tests: $(call INSTALLED,test) $(TOOLS)
-	$(RUN) -m pytest --doctest-modules -n 2 $(ARGS)
+# A case for every bug class. ARGS chooses others: make tests ARGS="tests/core -x"
+tests: $(call INSTALLED,test)
+	$(RUN) -m pytest --doctest-modules -m "not full" -n auto --durations=25 $(ARGS)
+
+# Lint, types, and what takes less than a second a case: for every save.
+quick: lint types
+	$(RUN) -m pytest -m "not full and not slow" -n auto --durations=25 $(ARGS)
+
+# Every repetition, all codegen targets, and foreign programs with stacks of their own.
+test-all: lint types $(call INSTALLED,test) $(TOOLS)
+	$(RUN) -m pytest --doctest-modules -n auto --durations=25 $(ARGS)
 
 # Another Python, and a torch of the registry: make smoke ARGS="--python python3.12 --torch 2.6.0"
 smoke: $(call INSTALLED,test)

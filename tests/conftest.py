@@ -38,6 +38,26 @@ ENGINES = [
 ]
 
 
+# Modules that may have test functions without a case in ``make test``, and why.
+FULL_ALONE: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every test function keeps a case in ``make test``: repetitions are marked ``full``, never the bug class."""
+    if config.args and any("::" in argument for argument in config.args):
+        return
+    in_test = {(item.path, item.originalname) for item in items if not item.get_closest_marker("full")}
+    lost = {
+        f"{item.path.name}::{item.originalname}"
+        for item in items
+        if isinstance(item, pytest.Function)
+        and (item.path, item.originalname) not in in_test
+        and item.path.stem not in FULL_ALONE
+    }
+    if lost:
+        raise pytest.UsageError(f"no case of these is left in make test, all are marked full: {sorted(lost)}")
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request):
     """Which engine updates parameters of groups with ``backend="auto"``, and where tensors are made."""
