@@ -46,13 +46,12 @@ def pytest_collection_modifyitems(config, items):
     """Every test function keeps a case in ``make test``: repetitions are marked ``full``, never the bug class."""
     if config.args and any("::" in argument for argument in config.args):
         return
-    in_test = {(item.path, item.originalname) for item in items if not item.get_closest_marker("full")}
+    functions = [item for item in items if isinstance(item, pytest.Function) and item.path.stem not in FULL_ALONE]
+    in_test = {(item.path, item.originalname) for item in functions if not item.get_closest_marker("full")}
     lost = {
         f"{item.path.name}::{item.originalname}"
-        for item in items
-        if isinstance(item, pytest.Function)
-        and (item.path, item.originalname) not in in_test
-        and item.path.stem not in FULL_ALONE
+        for item in functions
+        if (item.path, item.originalname) not in in_test
     }
     if lost:
         raise pytest.UsageError(f"no case of these is left in make test, all are marked full: {sorted(lost)}")

@@ -96,7 +96,7 @@ def training_peak(
         with Allocations(model, layerwise) as allocations:
             tokens = torch.zeros(batch, sequence, dtype=torch.long)
             with _AsOnCuda():
-                loss = model(input_ids=tokens, params_of=tokens, use_cache=False).loss
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             allocations.end_forward()
             loss.backward()
     except RuntimeError as error:
