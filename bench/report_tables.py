@@ -246,14 +246,21 @@ def pretraining(machine: Machine) -> str:
 
 
 def host(machine: Machine) -> str:
-    """What a step costs in Python, and what the import adds."""
+    """What a step and one layer's update cost in Python, and what the import adds."""
     rows = machine.rows("host_overhead")
     if not rows:
         return ""
-    lines = [[r["id"], f"{r['stable_ms']:.2f}", f"{r['moved_ms']:.2f}", str(r["launches"])] for r in rows]
-    heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
-    text = "### Host\n\n" + table(heads, lines)
+    parts = ["### Host"]
+    if steps := [row for row in rows if "stable_ms" in row]:
+        heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
+        lines = [
+            [row["id"], f"{row['stable_ms']:.2f}", f"{row['moved_ms']:.2f}", str(row["launches"])] for row in steps
+        ]
+        parts.append(table(heads, lines))
+    if layers := [row for row in rows if "us" in row]:
+        heads = ["µs of a layer-wise update on the host, kernels stubbed out", "median", "launches"]
+        parts.append(table(heads, [[row["id"], f"{row['us']:.0f}", str(row["launches"])] for row in layers]))
     found = machine.find("import_time", "import")
     if found:
-        text += f"\n\n`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`."
-    return text
+        parts.append(f"`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`.")
+    return "\n\n".join(parts)

@@ -135,11 +135,11 @@ def version(package: str) -> str | None:
 
 
 def source() -> str:
-    """A fingerprint of the package and its kernels: the same commit or not, this is what was measured."""
+    """A fingerprint of the package and its kernels. It says what was measured, whatever the commit."""
     digest = hashlib.sha256()
     for folder in ("apollo_triton", "kernels"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
