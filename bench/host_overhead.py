@@ -100,7 +100,7 @@ def measured_layer(group: dict[str, object], from_factors: bool, rounds: int) ->
     gradient = torch.zeros_like(weight)
 
     def ready() -> None:
-        """As after ``optimizer.step()`` and before backward comes to the layer. The hook has taken the gradient away."""
+        """Bring back what an update takes away: it marks the weight as updated, and the hook frees the gradient."""
         handle._updated.clear()
         if not from_factors:
             weight.grad = gradient
