@@ -1,11 +1,11 @@
-"""All benchmarks, stage after stage, then the report.
+"""Run all benchmarks, stage after stage, and write the report.
 
     python -m bench                # what suits this machine
     python -m bench --gpu          # everything that needs a CUDA device, in stages of under 8 minutes
     python -m bench --only NAME    # stages whose names match a regular expression; --list names them
 
-A stage that fails or takes too long keeps what it measured, says so, and the next one starts. Started again, a stage
-measures only what is missing: what another version, machine or source has measured does not count.
+If a stage fails or takes too long, its error is printed, its rows so far are kept, and the next stage starts. A stage
+that is started again measures only the missing rows. Rows of another version, machine or source do not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU_SECONDS = 45 * 60
 
 @dataclass(frozen=True)
 class Stage:
-    """``python -m bench.<module> <arguments>``; ``resumes`` if it takes --fresh."""
+    """``python -m bench.<module> <arguments>``. ``resumes``: it keeps rows of an earlier run, unless given --fresh."""
 
     name: str
     module: str
@@ -59,12 +59,12 @@ CPU = [
 
 
 def _gpu(name: str, module: str, *arguments: str) -> Stage:
-    """With a results file of its own, so that no stage can take another's rows along."""
+    """A stage for a GPU, with a separate results file, so that no stage overwrites the rows of another."""
     file = f"{module}-{re.sub('[^A-Za-z0-9]+', '-', name.partition(', ')[2])}"
     return Stage(name, module, ("--name", file, *arguments), GPU_SECONDS)
 
 
-# The paper's learning rate for APOLLO, and a usual one for AdamW; 33 million tokens.
+# The paper's learning rate for APOLLO, and a usual one for AdamW. 33 million tokens.
 PRETRAINING = (
     *("--model", "60M", "--sequence", "256", "--batch", "128", "--steps", "1000", "--dtype", "bfloat16"),
     *("--vocabulary", "32000", "--megabytes", "400", "--seeds", "2"),
@@ -93,12 +93,12 @@ GPU = [
 
 
 def run(stage: Stage, fresh: bool) -> bool:
-    """Run a stage to its end or its limit; whether it ended well."""
+    """Run a stage until it ends or reaches its time limit. Returns whether it succeeded."""
     command = [sys.executable, "-m", f"bench.{stage.module}", *stage.arguments]
     print(f"\n== {stage.name}: python {' '.join(command[1:])}", flush=True)
     command += ["--fresh"] if fresh and stage.resumes else []
     started = time.perf_counter()
-    # Libraries that are measured warn a lot; what they say matters only if the stage fails.
+    # The libraries print many warnings, which matter only if the stage fails.
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(command, cwd=ROOT, stderr=errors, start_new_session=True)
         problem = ""
@@ -108,13 +108,13 @@ def run(stage: Stage, fresh: bool) -> bool:
         except subprocess.TimeoutExpired:
             problem = f"it was stopped after {stage.seconds // 60} minutes"
         finally:
-            if process.poll() is None:  # with its workers, which would go on for a while
+            if process.poll() is None:  # together with its workers, which would keep running
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if problem:
             errors.seek(0)
             print("".join(errors.readlines()[-5:]), end="")
-            print(f"-- {stage.name}: {problem}; what it measured is kept", flush=True)
+            print(f"-- {stage.name}: {problem}; its rows so far are kept", flush=True)
     print(f"-- {time.perf_counter() - started:.0f} s", flush=True)
     return not problem
 
@@ -139,12 +139,12 @@ def main() -> int:
         print("\n".join(stage.name for stage in stages))
         return 0
     if options.gpu and not on_gpu:
-        raise SystemExit("--gpu: PyTorch sees no CUDA device here; python -m bench measures what a CPU can tell")
+        raise SystemExit("--gpu: PyTorch sees no CUDA device here; python -m bench measures what a CPU can measure")
     failed = []
     try:
         failed = [stage.name for stage in stages if not run(stage, options.fresh)]
     except KeyboardInterrupt:
-        print("\nInterrupted. What was measured is kept: the same command goes on from there.")
+        print("\nInterrupted. The rows so far are kept, and the same command continues from there.")
         failed = ["interrupted"]
     if not run(Stage("report", "report", resumes=False), fresh=False):
         failed.append("report")

@@ -1,7 +1,8 @@
-"""Time on a CPU and on a GPU by one set of functions: contenders take turns, and caches are emptied before each.
+"""Timing on a CPU and on a GPU by the same functions. Contenders take turns, and caches are emptied before each run.
 
-A GPU is timed by events on its own clock. It is kept busy while the host enqueues what is measured, so that the host's
-time does not count, as it does not in training, where the host runs ahead. The host's time is taken apart from that.
+A GPU is timed by events on its own clock. It is kept busy while the host enqueues the measured step, so that the host's
+time does not count. Nor does it count in training, where the host runs ahead of the GPU. The host's time is measured
+separately.
 """
 
 from __future__ import annotations
@@ -15,40 +16,42 @@ from typing import NamedTuple
 
 import torch
 
-# More than any last-level cache of the day has: 50 MB an H100's L2, 256 MB a large server processor's.
+# More than last-level caches of today hold: 50 MB the L2 of an H100, 256 MB that of a large server processor.
 FLUSHED_BYTES = 256 * 2**20
-# Of the host's time, which a launch that waits, a collection of garbage or another process can double.
+# How often the host's time is measured: a waiting launch, garbage collection or another process can double it.
 HOST_ROUNDS = {"cpu": 1, "cuda": 5}
-# Of a GPU that waits for the host to enqueue a step, in seconds; 5,000 launches take about 40 ms.
+# The longest time in seconds that a GPU waits for the host to enqueue a step. 5,000 launches take about 40 ms.
 LONGEST_HEAD_START = 0.1
 COPIED_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
 
 def wait(device: str) -> None:
-    """Until the device has done all that it was given."""
+    """Wait until the device has done all of its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 @cache
 def _flush_buffer(device: str) -> torch.Tensor:
-    """And, once, a CPU's allocator as any training leaves it. glibc gives freed memory back to the system at once until
-    a block of up to 32 MB was freed; temporaries then stop costing page faults (apollo-torch's Mini over LLaMA-60M's
-    matrices: 70 ms in a fresh process, 28 ms after)."""
+    """The memory that ``flush`` writes. Making it also brings a CPU's allocator into the state that training leaves.
+
+    glibc returns freed memory to the system at once until a block of up to 32 MB has been freed. After that temporaries
+    cost no page faults (apollo-torch's Mini over LLaMA-60M's matrices: 70 ms in a fresh process, 28 ms after).
+    """
     torch.empty(31 * 2**20, dtype=torch.uint8, device=device)
     return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
 
 
 def flush(device: str) -> None:
-    """Write more bytes than the caches hold; on a GPU this returns before it is done."""
+    """Write more bytes than the caches hold. On a GPU this returns before the writing is done."""
     _flush_buffer(device).zero_()
 
 
 class Stopwatch:
-    """A timer that is read twice: the first reading starts it and is 0.0, the second is the seconds since.
+    """A timer that is read twice: the first reading starts it and is 0.0, the second is the seconds since the first.
 
-    What pytest-benchmark takes as ``timer``. Seconds are the device's: between the readings a GPU does what it was
-    given, and the second reading waits for it.
+    pytest-benchmark takes it as ``timer``. The seconds are the device's. The second reading waits until a GPU has done
+    the work that it was given between the two readings.
     """
 
     def __init__(self, device: str) -> None:
@@ -68,7 +71,7 @@ class Stopwatch:
         return started.elapsed_time(now) / 1e3  # type: ignore[union-attr,arg-type]
 
     def reset(self) -> None:
-        """Forget a first reading that was never followed by a second."""
+        """Forget a first reading that no second reading followed."""
         self._started = None
 
     def _now(self) -> float | torch.cuda.Event:
@@ -80,13 +83,13 @@ class Stopwatch:
 
 
 def head_start(device: str, seconds: float) -> None:
-    """Keep a GPU busy for about so long, and return at once: by then the host has enqueued what comes next."""
+    """Keep a GPU busy for about so many seconds, in which the host enqueues what comes next. Returns at once."""
     if device.startswith("cuda"):
-        torch.cuda._sleep(int(seconds * 2e9))  # cycles, of about 2 GHz on GPUs of the day
+        torch.cuda._sleep(int(seconds * 2e9))  # cycles: GPUs of today run at about 2 GHz
 
 
 def host_seconds(run: Callable[[], object], device: str) -> float:
-    """Until ``run`` returns, started on an idle device."""
+    """The host's time from the start of ``run`` on an idle device until it returns."""
     wait(device)
     started = time.perf_counter()
     run()
@@ -94,7 +97,7 @@ def host_seconds(run: Callable[[], object], device: str) -> float:
 
 
 def seconds(run: Callable[[], object], device: str, ahead: float = 0.0) -> float:
-    """One run with cold caches, on the device's clock; ``ahead`` is the host's time, by which a GPU starts later."""
+    """The device's time of one run with cold caches. ``ahead``: the host's time, by which a GPU starts later."""
     head_start(device, min(2 * ahead + 5e-4, LONGEST_HEAD_START))
     flush(device)
     stopwatch = Stopwatch(device)
@@ -104,7 +107,7 @@ def seconds(run: Callable[[], object], device: str, ahead: float = 0.0) -> float
 
 
 class Times(NamedTuple):
-    """Seconds of every contender: on the device in every round, and on the host the median of HOST_ROUNDS."""
+    """Seconds of every contender: on the device one figure a round, on the host the median of HOST_ROUNDS."""
 
     device: dict[str, list[float]]
     host: dict[str, float]
@@ -119,16 +122,19 @@ class RunFailed(RuntimeError):
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: str) -> Times:
-    """Times of every contender, on the device once a round. The order rotates, so that another user of the machine, and
-    what a neighbour leaves behind, slow all alike. Raises RunFailed."""
+    """Times of every contender, on the device once a round. Raises RunFailed.
+
+    The order rotates, so that another user of the machine slows all contenders alike, and so does the state in which
+    the previous contender leaves the device.
+    """
     times = Times({name: [] for name in runs}, {})
     names = list(runs)
     for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             try:
                 if turn < 0:
-                    each = [host_seconds(runs[name], device) for _ in range(HOST_ROUNDS[device.partition(":")[0]])]
-                    times.host[name] = statistics.median(each)
+                    on_host = [host_seconds(runs[name], device) for _ in range(HOST_ROUNDS[device.partition(":")[0]])]
+                    times.host[name] = statistics.median(on_host)
                 else:
                     times.device[name].append(seconds(runs[name], device, times.host[name]))
             except Exception as error:
@@ -137,7 +143,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: s
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """First quartile, median and third.
+    """The first quartile, the median and the third quartile.
 
     >>> quartiles([3.0, 1.0, 2.0])
     [1.5, 2.0, 2.5]
@@ -146,7 +152,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """The median over rounds of the two times in that round: what slows a whole round cancels.
+    """The median over rounds of the ratio of both times in that round. What slows a whole round cancels.
 
     >>> median_ratio([1.0, 10.0, 3.0], [2.0, 20.0, 3.0])
     0.5
@@ -155,7 +161,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy that is far larger than the caches; on random bits."""
+    """Bytes read and written per second by a copy of random bits that is far larger than the caches."""
     size = COPIED_BYTES[device.partition(":")[0]] // 2
     generator = torch.Generator(device).manual_seed(0)
     source = torch.randint(-(2**31), 2**31, (size // 8,), dtype=torch.int64, device=device, generator=generator)
@@ -165,7 +171,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def rounded(value: float, digits: int = 4) -> float:
-    """To significant digits: a result file is read by people.
+    """The value with few significant digits, because people read the results files.
 
     >>> rounded(0.0123456), rounded(123456.0)
     (0.01235, 123500.0)

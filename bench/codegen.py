@@ -1,7 +1,7 @@
-"""What the kernels become on GPUs that are not here: compiled ahead of time, disassembled, and counted.
+"""The machine code of the kernels for GPUs that are not here: compiled ahead of time, disassembled, and counted.
 
-Figures are of code, not of time: an instruction in a loop counts once. ``python -m bench.codegen`` (two minutes on two
-cores).
+The figures describe code, not time: an instruction in a loop counts once. ``python -m bench.codegen`` takes two minutes
+on two cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TENSOR_MEMORY = 512  # columns that sm_100 has
 
 
 class Instruction(NamedTuple):
-    """An opcode with its modifiers, what it reads and writes, and the line of Python that it is from."""
+    """An opcode with its modifiers, its operands, and the line of Python that it comes from."""
 
     opcode: str
     operands: str
@@ -44,17 +44,17 @@ _LOCATION = re.compile(r'\s*(?://## File "(.+)", line|\.loc\s+(\d+)) (\d+)')
 
 
 def parsed(text: str, instruction: re.Pattern[str]) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in order, and labels with the index of the instruction that follows."""
-    files = {number: "/".join(path).rstrip("/") for number, *path in _FILE.findall(text)}
-    found, labels, line = list[Instruction](), dict[str, int](), ""
-    for each in text.splitlines():
-        if match := _LOCATION.match(each):
+    """The instructions in order, and each label with the index of the instruction that follows it."""
+    files = {index: "/".join(path).rstrip("/") for index, *path in _FILE.findall(text)}
+    found, labels, source = list[Instruction](), dict[str, int](), ""
+    for line in text.splitlines():
+        if match := _LOCATION.match(line):
             if match[3] != "0":
-                line = linecache.getline(match[1] or files.get(match[2], ""), int(match[3])).strip()
-        elif match := re.match(r"(\.L\w+):", each):
+                source = linecache.getline(match[1] or files.get(match[2], ""), int(match[3])).strip()
+        elif match := re.match(r"(\.L\w+):", line):
             labels[match[1]] = len(found)
-        elif (match := instruction.match(each)) and match[1] != "NOP":
-            found.append(Instruction(match[1], match[2], line))
+        elif (match := instruction.match(line)) and match[1] != "NOP":
+            found.append(Instruction(match[1], match[2], source))
     return found, labels
 
 
@@ -69,10 +69,10 @@ def _nvidia_tool(tool: str, compiled: Any, *options: str) -> str:
 
 
 def races(ttgir: str) -> bool:
-    """Whether a Hopper matrix product may read a tile in shared memory while the next copy is written over it.
+    """Whether a matrix product on Hopper may read a tile in shared memory while the next copy overwrites it.
 
-    An asynchronous product is still reading when the loop goes on, so each tile that is copied ahead needs a slot more
-    than copies are ahead. Triton (3.6 and 3.7) forgets that slot for a tile that something else uses as well.
+    An asynchronous product still reads when the loop continues. So a tile that is copied n turns ahead needs n + 1
+    slots. Triton (3.6 and 3.7) forgets the additional slot for a tile that something else uses as well.
     """
     loop = re.search(r"scf\.for.*?^ *scf\.yield", ttgir, re.DOTALL | re.MULTILINE)
     if loop is None or "isAsync = true" not in loop[0] or not re.search(r"pendings = [1-9]", loop[0]):
@@ -84,7 +84,7 @@ def races(ttgir: str) -> bool:
 
 
 def _resources(compiled: Any, target: str) -> Row:
-    """Registers, stack and shared memory. Stack is spills, and what a library function keeps there."""
+    """Registers, stack and shared memory. The stack holds spills and the data of library functions."""
     if target.startswith("sm"):
         text = _nvidia_tool("cuobjdump", compiled, "--dump-resource-usage")
         names = {"registers": "REG:", "stack": "STACK:"}
@@ -99,26 +99,27 @@ _PTX_ACCESS = re.compile(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.\w(\d+)$|(cp)
 _AMD_ACCESS = re.compile(r"(?:global|buffer)_(load|store)_(?:(\w?byte)|(\w*short)|dword(?:x(\d))?)")
 
 
-def _access(each: Instruction) -> tuple[str, int] | None:
-    """What a load from or a store to global memory moves, "load G" or "store W" by its line, and bits a thread."""
-    if match := _PTX_ACCESS.match(each.opcode):
+def _access(instruction: Instruction) -> tuple[str, int] | None:
+    """What a load from or a store to global memory moves, such as "load G" or "store W", and its bits per thread."""
+    if match := _PTX_ACCESS.match(instruction.opcode):
         verb = "store" if match[1] == "st" else "load"
-        size = re.search(r"\], (0x\w+)", each.operands)
+        size = re.search(r"\], (0x\w+)", instruction.operands)
         bits = 8 * int(size[1], 16) if match[4] and size else int(match[2] or 1) * int(match[3])
-    elif match := _AMD_ACCESS.match(each.opcode):
+    elif match := _AMD_ACCESS.match(instruction.opcode):
         verb, bits = match[1], 8 if match[2] else 16 if match[3] else 32 * int(match[4] or 1)
     else:
         return None
-    name = re.search(r"(\w+) = tl\.load\(" if verb == "load" else r"tl\.store\(p_(\w+)", each.line)
+    pattern = r"(\w+) = tl\.load\(" if verb == "load" else r"tl\.store\(p_(\w+)"
+    name = re.search(pattern, instruction.line)
     return (f"{verb} {name[1]}", bits) if name else None
 
 
 def _loop(code: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
-    """The innermost loop that loads G; empty if there is none."""
+    """The innermost loop that loads G. Empty if there is none."""
     loops = []
-    for end, each in enumerate(code):
-        if "BRA" in each.opcode or "branch" in each.opcode:
-            target = re.search(r"\.L\w+", each.operands)
+    for end, instruction in enumerate(code):
+        if "BRA" in instruction.opcode or "branch" in instruction.opcode:
+            target = re.search(r"\.L\w+", instruction.operands)
             if target and labels[target[0]] <= end:
                 loops.append(code[labels[target[0]] : end + 1])
     loads = re.compile(r"LDG|(global|buffer)_load")
@@ -127,19 +128,19 @@ def _loop(code: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
 
 
 def measure(kernel: Kernel, target: str) -> Row:
-    """One row: what the kernel became, or the error that compiling it ended in."""
+    """One row: the figures of the kernel's machine code, or the error of its compilation."""
     row: Row = {"target": target, "kernel": kernel.name.removesuffix("_kernel"), "what": kernel.what}
     try:
         compiled = kernel.compiled(target)
     except Exception as error:
         return row | {"error": str(error).splitlines()[0]}
     if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY:
-        # Triton compiles such a kernel to a trap, and refuses to launch it.
+        # Triton compiles such a kernel to a trap and refuses to launch it.
         return row | {"error": f"needs {columns} columns of tensor memory, of which there are {_TENSOR_MEMORY}"}
     if target.startswith("sm"):
         listing = _nvidia_tool("nvdisasm", compiled, "--print-line-info", "-c", "-ndf")
         code, labels = parsed(listing, _SASS)
-        assembly, _ = parsed(compiled.asm["ptx"], _TEXT)  # its lines are exact, the machine code's are not
+        assembly, _ = parsed(compiled.asm["ptx"], _TEXT)  # unlike the machine code it has exact line numbers
     else:
         assembly, labels = parsed(compiled.asm["amdgcn"].partition(".section\t.rodata")[0], _TEXT)
         code = assembly
@@ -149,11 +150,11 @@ def measure(kernel: Kernel, target: str) -> Row:
     for (name, bits), count in sorted(Counter(filter(None, map(_access, assembly))).items()):
         if re.match(r"(load|store) ([GWMVRPqxXZKS]|dY|kept)$|store projection", name):
             widths[name] = f"{widths[name]} + {count} x {bits}" if name in widths else f"{count} x {bits}"
-    opcodes = " ".join(each.opcode for each in code)
+    opcodes = " ".join(instruction.opcode for instruction in code)
     return row | {
         "warps": compiled.metadata.num_warps,
         **_resources(compiled, target),
-        "spilling": sum(bool(re.match(r"STL|scratch_store", each.opcode)) for each in code),
+        "spilling": sum(bool(re.match(r"STL|scratch_store", instruction.opcode)) for instruction in code),
         "widths": widths,
         "instructions": len(code),
         "loop": len(loop),
@@ -166,12 +167,12 @@ def measure(kernel: Kernel, target: str) -> Row:
 
 
 def measured(targets: Iterable[str], sampled: Iterable[str] = (), workers: int = 2) -> list[Row]:
-    """All variants for ``targets``, and the essential ones for ``sampled``, each kernel once."""
+    """The rows of all variants for ``targets`` and of the essential ones for ``sampled``, each kernel once."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, under which nothing is compiled")
-    kernels = [launches(**each) for each in variants()]
+    kernels = [launches(**variant) for variant in variants()]
     jobs = [(target, kernels) for target in targets] + [(target, kernels[:ESSENTIAL]) for target in sampled]
-    pairs = [(each, target) for target, some in jobs for each in dict.fromkeys(itertools.chain(*some))]
+    pairs = [(kernel, target) for target, some in jobs for kernel in dict.fromkeys(itertools.chain(*some))]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(measure, *zip(*pairs, strict=True)))
 
@@ -180,7 +181,7 @@ _FIGURES = ("warps", "registers", "stack", "shared", "instructions", "loop", "pe
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, a target after the other."""
+    """The rows as text, one target after the other."""
     lines: list[str] = []
     for target, group in itertools.groupby(rows, lambda row: row["target"]):
         lines += ["", f"{target:<75}" + "".join(f"  {name}" for name in _FIGURES) + "  instructions x bits"]
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--sampled", nargs="*", choices=TARGETS, default=[], help="compile the essential variants")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    # Triton's cache may hold the code of other sources, whose lines say nothing about these.
+    # Triton's cache may hold code compiled from other sources, whose line numbers would be wrong here.
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
         rows = measured(arguments.targets, arguments.sampled)
     results = Results("codegen", device=None, fresh=True, folder=arguments.out)

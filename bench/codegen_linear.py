@@ -1,4 +1,4 @@
-"""The kernels of an int8 linear layer for bench.codegen: which variants, and the launches that specialise them."""
+"""The kernels of an int8 linear layer for bench.codegen: the variants and the launches that specialise them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from apollo_triton.int8.weight import Int8Weight
 
-# A tile of 128 rows, one that is padded, float32 without TF32, and groups that lie otherwise in every row: those CI
-# compiles for every target. Then TF32, small groups, and rows at no alignment.
+# CI compiles the first four for every target: a tile of 128 rows, a padded tile, float32 without TF32, and groups that
+# begin at another place in every row. Then come TF32, small groups, and rows that are not aligned.
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"rows": 5},
@@ -30,7 +30,7 @@ def forward_and_backward(
     dtype: torch.dtype = torch.bfloat16,
     precision: str = "highest",
 ) -> None:
-    """Both directions, on the CPU: something must stand in for ``fused.launch``."""
+    """Launch the kernels of both directions on CPU tensors. The caller must have replaced ``gpu.launch``."""
     from apollo_triton.int8 import matmul as int8_matmul
 
     weight = Int8Weight.of(torch.zeros(outputs, inputs), group_size)
@@ -44,7 +44,7 @@ def forward_and_backward(
 
 
 def words(at: dict[str, Any], types: dict[str, str]) -> list[str]:
-    """What tells a variant apart: its tile and the dtype of its activations."""
+    """What distinguishes a variant: its runs, its tile and the dtype of its activations."""
     dtype = (types.get("p_x") or types["p_gradient"])[1:]
     tile = "x".join(str(at[f"BLOCK_{side}"]) for side in ("ROWS", "KEPT", "SUMMED"))
     return [f"runs of {at['RUN']}", tile, dtype, *(["tf32"] if at["PRECISION"] == "tf32" else [])]

@@ -1,4 +1,4 @@
-"""The kernels of a step from operands for bench.codegen: which variants, and the launches that specialise them."""
+"""The kernels of a step from a gradient's two factors for bench.codegen: the variants and their launches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from apollo_triton.core import gpu
 from apollo_triton.int8.weight import Int8Weight
 
 _MINI = {"rank": 1, "scale_type": "tensor"}
-# Mini and rank 256 in bfloat16, int8, and float32 without TF32: those CI compiles for every target. Then TF32, float16
-# and what else the epilogues can be.
+# CI compiles the first four for every target: Mini and rank 256 in bfloat16, int8, and float32 without TF32. Then come
+# TF32, float16 and the other variants of the epilogues.
 VARIANTS: list[dict[str, Any]] = [
     {"group": _MINI},
     {"group": {"rank": 256}, "stochastic_rounding": True, "roomy": True},
@@ -43,8 +43,11 @@ def step(
     roomy: bool = False,
     **options: Any,
 ) -> None:
-    """One step of a weight ``[1024, columns]`` from operands of 512 tokens, norms both ways, on the CPU: something must
-    stand in for ``gpu.launch``. ``roomy``: with the tiles of GPUs that have much shared memory."""
+    """Launch the kernels of one step of a weight ``[1024, columns]`` from the two factors of its gradient, on the CPU.
+
+    The factors have 512 tokens, and the norms are computed in both ways. The caller must have replaced ``gpu.launch``.
+    ``roomy``: with the tiles of GPUs that have much shared memory.
+    """
     from apollo_triton import APOLLOAdamW
     from apollo_triton.backends.triton import implicit
     from apollo_triton.backends.triton import verbs as fused
@@ -76,11 +79,11 @@ def step(
 
 
 def words(at: dict[str, Any], types: dict[str, str], divisible: tuple[int, ...]) -> list[str]:
-    """What tells a variant apart: its tile, the dtypes of the operands and of a float weight, and whether rows of
-    either begin at multiples of 16 bytes; ``divisible`` are the numbers of arguments known to be multiples of 16."""
+    """What distinguishes a variant: its tile, the dtypes of the factors and of a float weight, and whether the rows of
+    either begin at multiples of 16 bytes. ``divisible``: the indices of arguments known to be multiples of 16."""
     names = ("CHANNELS", "ROWS", "COLUMNS", "RANK", "WIDTH", "TOKENS")
     tile = "x".join(str(at[f"BLOCK_{name}"]) for name in names if f"BLOCK_{name}" in at)
     kinds = [types[name][1:] for name in ("p_W", "p_dY", "p_kept", "p_summed") if name in types]
-    numbers = {name: number for number, name in enumerate(types)}
-    unaligned = any(numbers.get(name, divisible[0]) not in divisible for name in ("columns", "width", "channels"))
+    indices = {name: index for index, name in enumerate(types)}
+    unaligned = any(indices.get(name, divisible[0]) not in divisible for name in ("columns", "width", "channels"))
     return [tile, *kinds, *["unaligned"] * unaligned, *["tf32"] * (at.get("PRECISION") == "tf32")]

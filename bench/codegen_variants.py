@@ -1,6 +1,6 @@
-"""The launches that ``bench.codegen`` compiles: the optimizer's and the int8 layer's own, as Triton specialises them.
+"""The launches that ``bench.codegen`` compiles: the optimizer's and the int8 layer's, as Triton specialises them.
 
-The optimizer steps on CPU tensors while a recorder stands in for ``gpu.launch``.
+The optimizer steps on CPU tensors, and a recorder replaces ``gpu.launch``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from apollo_triton.int8.weight import Int8Weight
 from . import codegen_linear, codegen_operands
 from .fake_mesh import fake_mesh
 
-TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
-ESSENTIAL = (
-    5 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
-)  # the first so many variants are those that CI compiles for every target
+TARGETS = {f"sm_{version}": ("cuda", version, 32) for version in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
+# CI compiles the first so many variants for every target.
+ESSENTIAL = 5 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
@@ -37,11 +36,12 @@ _KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of ke
 
 
 def variants() -> Iterator[dict[str, Any]]:
-    """Arguments of ``launches``: every value of each constexpr argument, and the pairs that meet in one expression of a
-    kernel; not all products. bfloat16 and rows kept unless it says otherwise, as in most trainings."""
-    layers = [{"linear": each} for each in codegen_linear.VARIANTS]
+    """Arguments of ``launches``: every value of each constexpr argument, and all pairs that one expression of a kernel
+    uses together, but not all combinations. The dtype is bfloat16 and rows are kept, as in most trainings, unless a
+    variant says otherwise."""
+    layers = [{"linear": variant} for variant in codegen_linear.VARIANTS]
     yield from layers[: codegen_linear.ESSENTIAL]
-    from_operands = [{"operands": each} for each in codegen_operands.VARIANTS]
+    from_operands = [{"operands": variant} for variant in codegen_operands.VARIANTS]
     yield from from_operands[: codegen_operands.ESSENTIAL]
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     mini, columns = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
@@ -52,11 +52,11 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {}
     yield from layers[codegen_linear.ESSENTIAL :]
     yield from from_operands[codegen_operands.ESSENTIAL :]
-    # Rank 1, where instructions an element decide.
+    # Rank 1, where the number of instructions per element decides the time.
     yield from ({"group": mini | columns}, {"group": {"rank": 1}}, {"group": {"rank": 1} | columns, "dtype": float32})
     yield {"group": mini | {"distribution": "rademacher"}}
     yield from ({"group": {"rank": 4}}, {"group": {"rank": 4, "distribution": "rademacher"}})
-    # The ranks at which the tile changes: in registers up to 256, through memory from there on.
+    # The ranks at which the tile changes. The sketch stays in registers up to rank 256, and goes through memory above.
     for rank in (16, 64, 128, 512):
         yield {"group": {"rank": rank}}
     yield from ({"group": {"rank": 128}, "roomy": True}, {"group": {"rank": 256}})
@@ -65,30 +65,30 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": {"rank": 128}, "dtype": float32, "gradient": bfloat16}
     yield {"group": {"rank": 128}, "dtype": float16}
     yield {"group": {"rank": 4, "proj": "svd"}}
-    # Stochastic rounding of weights and of moments, in one launch and in two.
+    # Stochastic rounding of weights and of moments, with one launch and with two.
     rounding = {"stochastic_rounding": True, "state_dtype": bfloat16}
     yield {"group": mini, **rounding}
     yield {"group": {"rank": 256}, **rounding}
     yield {"group": {"rank": 512}, **rounding}
-    # Step count and learning rate on the device, and a factor on all gradients.
+    # Step count and learning rate on the device, and a common scale of all gradients.
     device = {"capturable": True, "lr": torch.tensor(1e-3), "max_grad_norm": 1.0}
     yield {"group": mini, **device}
     yield {"group": {"rank": 128}, **device}
-    # By strides, an element at a time.
+    # By strides, element by element.
     yield {"group": mini, "aligned": False}
     yield {"group": {"rank": 128}, "aligned": False, **rounding}
     yield from ({"aligned": False}, {"dtype": float32}, rounding | device)
-    # Cut along the width over two ranks: sketch and rescale are two launches at any rank, and P is read.
+    # Sharded along the width over two ranks: sketch and rescale are two launches at any rank, and P is read.
     rows = {"proj_type": "right"}
     yield {"group": mini | rows, "sharded": True}
     yield {"group": {"rank": 128} | rows, "sharded": True}
-    # Int8 weights; groups that are no power of two go element by element.
+    # Int8 weights. Groups whose size is no power of two go element by element.
     yield from (
         {"group": mini, "int8": 128},
         {"group": {"rank": 128}, "int8": 256},
         {"group": mini | columns, "int8": 64},
     )
-    # 8-bit moments: two launches again, and what a program of the second owns the sketch of rank 1 cuts in four.
+    # 8-bit moments: two launches again. At rank 1 the sketch splits the channels of one program of the second in four.
     eight = {"state_bits": 8, "min_8bit_size": 0}
     yield from ({"group": mini, **eight}, {"group": {"rank": 3}, **eight}, {"group": {"rank": 256} | columns, **eight})
 
@@ -105,11 +105,13 @@ def launches(
     operands: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Kernel]:
-    """The kernels that a step of one 1024 x 1024 weight launches, ``sharded`` those of a half of one that is twice as
-    wide, ``int8`` those of one in groups of so many, ``roomy``
-    those of a GPU with much shared memory; dense without a ``group``. ``linear``: those of a layer's two
-    directions instead; ``operands``: those of a step from operands."""
-    from apollo_triton.core import device_backend as backends
+    """The kernels that a step of one 1024 x 1024 weight launches. Without a ``group`` the weight is dense.
+
+    ``sharded``: the weight is half of one that is twice as wide. ``int8``: it is int8, in groups of so many.
+    ``roomy``: the GPU has much shared memory. ``linear``: instead the kernels of an int8 layer's two directions.
+    ``operands``: instead the kernels of a step from the gradient's two factors.
+    """
+    from apollo_triton.core import device_backend
 
     found: list[Kernel] = []
 
@@ -124,7 +126,7 @@ def launches(
         weight.grad = torch.randn(1024, 1024).to(dtype)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(gpu, "launch", record))
-        stack.enter_context(mock.patch.object(backends, "_obstacle", return_value=None))
+        stack.enter_context(mock.patch.object(device_backend, "_obstacle", return_value=None))
         stack.enter_context(mock.patch.object(gpu, "has_large_shared_memory", return_value=roomy))
         if linear is not None:
             codegen_linear.forward_and_backward(**linear)
@@ -142,7 +144,7 @@ def launches(
 
 
 def _half(shard: Tensor, mesh: Any) -> Tensor:
-    """The left half of a tensor twice as wide."""
+    """A tensor twice as wide, of which ``shard`` is the left half."""
     rows, columns = shard.shape
     return DTensor.from_local(
         shard, mesh, [Shard(1)], run_check=False, shape=torch.Size((rows, 2 * columns)), stride=(2 * columns, 1)
@@ -151,7 +153,7 @@ def _half(shard: Tensor, mesh: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as a launch specialises it; ``at`` are its constants."""
+    """A kernel as a launch specialises it. ``at`` has its constants."""
 
     module: str
     name: str
@@ -162,7 +164,7 @@ class Kernel:
 
     @classmethod
     def of(cls, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Kernel:
-        """By Triton's rules: None, constexpr arguments and an int of 1 are constants, an int has 32 or 64 bits."""
+        """By Triton's rules: None, constexpr arguments and an int of 1 are constants, and an int has 32 or 64 bits."""
         values = dict(zip(function.arg_names, arguments, strict=False)) | keywords
         types, constants, divisible = {}, {}, []
         for parameter in function.params:
@@ -171,7 +173,7 @@ class Kernel:
                 types[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 types[name] = f"*{_TYPES[value.dtype]}"
-                divisible.append(parameter.num)  # so it is on a GPU, whose allocators round to 256 bytes
+                divisible.append(parameter.num)  # as on a GPU, whose allocators round addresses to 256 bytes
             elif isinstance(value, int):
                 types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if free and value % 16 == 0:
@@ -179,7 +181,7 @@ class Kernel:
             else:
                 types[name] = "fp32"
         options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
-        frozen = [tuple(each.items()) for each in (types, constants, options)]
+        frozen = [tuple(pairs.items()) for pairs in (types, constants, options)]
         return cls(function.fn.__module__, function.__name__, frozen[0], frozen[1], tuple(divisible), frozen[2])
 
     @functools.cached_property
@@ -188,7 +190,7 @@ class Kernel:
 
     @property
     def what(self) -> str:
-        """The constants that tell variants apart, in words."""
+        """The constants that distinguish variants, in words."""
         at = self.at
         words = [f"rank {at['RANK']}"] if "RANK" in at else []
         if "PROJECTION_KIND" in at:
@@ -213,13 +215,13 @@ class Kernel:
             words += codegen_operands.words(at, dict(self.types), self.divisible)
         if at.get("SPLIT", 1) > 1:
             words.append(f"in {at['SPLIT']} parts")
-        if self.name == "apply_kernel":  # whose sums come from as many programs of the sketch
+        if self.name == "apply_kernel":  # its sums come from programs of the sketch, each of so many channels
             words.append(f"{at['BLOCK_CHANNELS']} channels a sum")
         return " ".join(words)
 
     @property
     def per_turn(self) -> int:
-        """Elements a program handles in a turn of its loop, or in all if it has none."""
+        """How many elements a program handles in one turn of its loop, or in all if it has no loop."""
         at = self.at
         tile = {"sketch_kernel": "CHANNELS WIDTH", "rescale_kernel": "CHANNELS RANK", "apply_kernel": "ROWS COLUMNS"}
         tile |= {"apply_int8_kernel": "GROUPS GROUP", "rescale_blockwise_kernel": "CHANNELS RANK"}
@@ -239,7 +241,7 @@ class Kernel:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        attributes = {(number,): [["tt.divisibility", 16]] for number in self.divisible}
+        attributes = {(index,): [["tt.divisibility", 16]] for index in self.divisible}
         function = getattr(importlib.import_module(self.module), self.name)
         source = ASTSource(function, dict(self.types), self.at, attributes)
         return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(self.options))

@@ -1,8 +1,7 @@
-"""What a step sends, and what each GPU holds, for models of 7B to 405B on 8 to 1024 GPUs: counted, not timed.
+"""What a step sends and what each GPU holds, for models of 7B to 405B on 8 to 1024 GPUs: counted, not timed.
 
-The optimizer's own step runs on shards without memory (the meta device) under fully_shard and tensor parallelism of a
-process group that sends nothing. ``python -m bench.communication`` counts; ``--write`` puts the table into
-docs/distributed.md.
+The optimizer steps on shards without memory (on the meta device) under fully_shard and tensor parallelism. The process
+group sends nothing. ``python -m bench.communication`` counts, and ``--write`` puts the table into docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from distributed_cases import Collectives
 
 DOCUMENT = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!-- communication: python -m bench.communication --write -->", "<!-- end of communication -->"
-# The published shapes of Llama 3.1; 7B is the paper's.
+# The published shapes of Llama 3.1. 7B is the paper's.
 LARGER = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
 SIZES = ("7B", *LARGER)
-# GPUs along FSDP2's mesh dimension, and along that of tensor parallelism.
+# GPUs along the mesh dimension of FSDP2, and along that of tensor parallelism.
 MESHES = ((8, 1), (64, 1), (1024, 1), (128, 8))
 METHODS = {"APOLLO": {"rank": 256}, "APOLLO-Mini": {}}
-# FSDP2's own traffic of a step: the weights gathered for each pass in bfloat16, gradients reduced in float32.
+# FSDP2's own bytes per parameter and step: weights gathered in bfloat16 for each pass, gradients reduced in float32.
 FSDP_BYTES = 2 + 2 + 4
 
 
 def llama(size: str) -> nn.Module:
-    """A LLaMA of ``size`` on the meta device, in float32 as FSDP2 hands weights to the optimizer."""
+    """A LLaMA of ``size`` on the meta device, in float32, the dtype in which the optimizer sees FSDP2's weights."""
     if size not in LARGER:
         return meta_model(size, torch.float32)
     config = LlamaConfig(**LARGER[size], num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
@@ -56,7 +55,7 @@ def llama(size: str) -> nn.Module:
 
 
 def shard(model: Any, mesh: Any) -> None:
-    """Cut the model as users do: tensor parallel within layers if the mesh has it, then fully_shard."""
+    """Shard the model as users do: tensor parallel within layers if the mesh has it, then fully_shard."""
     if mesh["tensor"].size() > 1:
         plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
         plan |= {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
@@ -85,10 +84,10 @@ def give_gradients(model: nn.Module) -> None:
 
 
 def counted(size: str, gpus: tuple[int, int], method: str) -> Row:
-    """Collectives and bytes that arrive at the first GPU in one step, and the bytes of state that it holds."""
+    """The collectives of one step, the bytes that arrive at the first GPU, and the bytes of state that it holds."""
     with (
         fake_mesh(data=gpus[0], tensor=gpus[1]) as mesh,
-        # What needs values, of which there are none: whether ranks agree, and autocast, which meta does not have.
+        # Without values the ranks cannot compare theirs, and the meta device has no autocast.
         patch("apollo_triton.engine.agreement.Agreement.check"),
         patch("apollo_triton.engine.engine._no_autocast", lambda plan: contextlib.nullcontext()),
     ):
@@ -101,19 +100,19 @@ def counted(size: str, gpus: tuple[int, int], method: str) -> Row:
             optimizer.step()
         sizes = {mesh.get_group(index).group_name: mesh.size(index) for index in range(mesh.ndim)}
         tensors = [value for state in optimizer.state.values() for value in state.values() if _is_moment(value)]
-        own = sum(parameter.to_local().numel() for parameter in model.parameters())
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())
         return {
             "collectives": max(collectives.counts.values(), default=0),
             "groups": len(collectives.counts),
             "received": sum(_from_others(filled, sizes[group]) for group, filled in collectives.filled.items()),
-            "fsdp": FSDP_BYTES * own * (gpus[0] - 1),
+            "fsdp": FSDP_BYTES * held * (gpus[0] - 1),
             "state": sum(tensor.to_local().nbytes for tensor in tensors),
-            "adamw_state": 8 * own,
+            "adamw_state": 8 * held,
         }
 
 
 def _from_others(filled: int, ranks: int) -> int:
-    """Of what a collective fills, all but the rank's own part."""
+    """The bytes that a collective brings from other ranks: all that it fills, except the rank's own part."""
     return filled * (ranks - 1) // ranks
 
 
@@ -130,16 +129,16 @@ def document(rows: dict[str, Row]) -> str:
     lines = []
     for size in SIZES:
         for gpus in MESHES:
-            each = {method: rows[identity_of(size, gpus, method)] for method in METHODS}
-            first = each["APOLLO"]
+            by_method = {method: rows[identity_of(size, gpus, method)] for method in METHODS}
+            first = by_method["APOLLO"]
             lines.append(
                 [
                     size,
                     f"{gpus[0]}" if gpus[1] == 1 else f"{gpus[0]} x {gpus[1]}",
-                    *(_bytes(each[method]["received"]) for method in METHODS),
+                    *(_bytes(by_method[method]["received"]) for method in METHODS),
                     _bytes(first["fsdp"]),
-                    " / ".join(str(each[method]["collectives"]) for method in METHODS),
-                    *(_bytes(each[method]["state"]) for method in METHODS),
+                    " / ".join(str(by_method[method]["collectives"]) for method in METHODS),
+                    *(_bytes(by_method[method]["state"]) for method in METHODS),
                     _bytes(first["adamw_state"]),
                 ]
             )

@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each from its own package, with what keeps it from running here, if anything."""
+"""The optimizers that are compared, each from its own package, and the reason why one cannot run here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from apollo_triton import APOLLOAdamW
 from .parameter_sets import Shapes, Weights
 from .results_file import version
 
-LEARNING_RATE = 1e-5  # small: hundreds of steps with the same gradients must leave numbers of an ordinary size
+LEARNING_RATE = 1e-5  # small, so that weights keep an ordinary size over hundreds of steps with the same gradients
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
-# What the official code insists on in a group; the values are our defaults.
+# Keys that the official code requires in a group. The values are our defaults.
 OFFICIAL_KEYS: dict[str, Any] = {"proj": "random", "proj_type": "std", "update_proj_gap": 200}
-# Multiplications and additions, about, of the decompositions of one step that GaLore may cost us here: a minute, for
-# there are three such steps.
+# The most multiplications and additions, about, for GaLore's decompositions in one step. There are three such steps, so
+# that they take about a minute.
 MOST_SVD_FLOP = {"cpu": 1.5e12, "cuda": 7e12}
 
 Maker = Callable[[Weights, int, dict[str, Any]], torch.optim.Optimizer]
@@ -29,8 +29,11 @@ Maker = Callable[[Weights, int, dict[str, Any]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer. ``make`` takes weights, rank and further group keys; ``reads`` says how often a step must read the
-    gradient; ``refreshes`` that some steps make a new projection; ``captured`` that a CUDA graph of it is replayed."""
+    """An optimizer that takes part.
+
+    ``make`` takes weights, rank and further group keys. ``reads``: how often a step must read the gradient.
+    ``refreshes``: some steps make a new projection. ``captured``: a CUDA graph of its step is replayed.
+    """
 
     name: str
     package: str
@@ -41,7 +44,7 @@ class Contender:
     needs: str = ""
 
     def obstacle(self, device: str, shapes: Shapes) -> str | None:
-        """Why it cannot run here; None if nothing is known to keep it from it."""
+        """Why it cannot run here. None if no reason is known."""
         if version(self.package) is None and self.package != "apollo-triton":
             return f"{self.package} is not installed"
         if self.needs == "cuda" and not device.startswith("cuda"):
@@ -85,7 +88,7 @@ def _galore(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Op
 
 
 def _plain(module: str, name: str, **options: Any) -> Maker:
-    """An optimizer without groups."""
+    """An optimizer that takes all weights in one group."""
 
     def make(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:
         return getattr(importlib.import_module(module), name)(weights.all, lr=LEARNING_RATE, **options)
@@ -99,8 +102,8 @@ def _replayed(name: str, package: str, make: Maker, reads: int = 1) -> Contender
 
 OURS = ("APOLLO-Mini", "APOLLO")
 CONTENDERS = {
-    each.name: each
-    for each in (
+    contender.name: contender
+    for contender in (
         Contender("APOLLO-Mini", "apollo-triton", _ours(mini=True), reads=2, refreshes=True),
         Contender("APOLLO", "apollo-triton", _ours(mini=False), reads=2, refreshes=True),
         Contender("PyTorch SGD, fused", "torch", _plain("torch.optim", "SGD", fused=True)),
@@ -122,9 +125,9 @@ CONTENDERS = {
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes of what the optimizer keeps: all of it, and the projections among it, which a step only reads.
+    """Bytes of the optimizer's state: of all of it, and of its projections, which a step only reads.
 
-    Tensors inside tensor subclasses and inside other objects of the state count, each once.
+    Tensors inside tensor subclasses and inside other objects of the state count too, each once.
     """
     found: dict[int, tuple[int, bool]] = {}
     for value, is_projection in _tensors(dict(optimizer.state), False):
@@ -139,17 +142,17 @@ def _tensors(value: Any, is_projection: bool) -> Iterator[tuple[Tensor, bool]]:
     elif isinstance(value, Tensor):
         yield value, is_projection
     elif isinstance(value, dict):
-        for name, each in value.items():
-            yield from _tensors(each, is_projection or name == "projection")
+        for name, item in value.items():
+            yield from _tensors(item, is_projection or name == "projection")
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each, is_projection)
+        for item in value:
+            yield from _tensors(item, is_projection)
     elif type(value).__module__.partition(".")[0] in ("apollo_torch", "galore_torch"):
         yield from _tensors(vars(value), True)  # their projectors
 
 
 def bytes_to_move(contender: Contender, weights: Weights, optimizer: torch.optim.Optimizer) -> int:
-    """What a step cannot do without: weights and state read and written, gradients and projections read."""
+    """The least bytes of a step: weights and state read and written, gradients and projections read."""
     state, projections = state_bytes(optimizer)
-    gradients = sum(each.grad.nbytes for each in weights.all if each.grad is not None)
+    gradients = sum(weight.grad.nbytes for weight in weights.all if weight.grad is not None)
     return 2 * weights.bytes + contender.reads * gradients + 2 * state - projections

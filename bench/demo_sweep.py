@@ -1,8 +1,8 @@
-"""Which learning rate, and for Mini which scale, should the demo use? Trains the demo's model at each candidate.
+"""Which learning rate, and for Mini which scale, should the demo use? It trains the demo's model with each candidate.
 
     python -m bench.demo_sweep            # writes bench/results/demo_sweep.json and prints docs/demo.md's table
 
-One run a core, one thread each. Candidates that the output file already holds are not run again.
+Each core trains one candidate at a time, with one thread. Candidates that the output file has are not run again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FINALISTS = [
 
 
 def measure(plan: Plan) -> dict[str, Any]:
-    """Train ``plan`` to its end and return what chose it."""
+    """Train ``plan`` to its end. Returns its row with the held-out loss."""
     torch.set_num_threads(1)
     run = Run(plan, load_corpus(None, plan.sequence + 1))
     while not run.finished:
@@ -50,12 +50,12 @@ def measure(plan: Plan) -> dict[str, Any]:
 
 
 def row(plan: Plan) -> dict[str, Any]:
-    """What tells one candidate from another."""
+    """What distinguishes one candidate from another."""
     return {"method": plan.method, "learning_rate": plan.learning_rate, "scale": plan.scale, "steps": plan.steps}
 
 
 def main() -> None:
-    """Run the candidates that are missing, writing the file anew after each."""
+    """Run the missing candidates, and rewrite the file after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results/demo_sweep.json"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one a core)")

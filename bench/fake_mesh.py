@@ -1,4 +1,4 @@
-"""A device mesh of any size in one process, its first rank: collectives send nothing."""
+"""A device mesh of any size in one process, which is its first rank. Collectives send nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def fake_mesh(**sizes: int) -> Iterator[Any]:
-    """
+    """A mesh with these dimensions, for the time of a ``with``.
+
     >>> with fake_mesh(data=128, tensor=8) as mesh:
     ...     mesh.size()
     1024

@@ -1,4 +1,4 @@
-"""What ``import apollo_triton`` adds to ``import torch``: median over fresh interpreters, alternating."""
+"""What ``import apollo_triton`` adds to ``import torch``: medians over fresh interpreters that alternate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results_file import Results
 
 
 def seconds(module: str) -> float:
-    """Wall time of a fresh interpreter that imports ``module`` and ends."""
+    """The wall time of a fresh interpreter that imports ``module`` and ends."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
     return time.perf_counter() - start

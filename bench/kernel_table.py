@@ -1,6 +1,6 @@
-"""What each launch of a step reads and writes, counted by the recorder of the tests in Triton's interpreter.
+"""What each launch of a step reads and writes, counted in Triton's interpreter by the tests' recorder.
 
-``python -m bench.kernel_table`` prints the table of docs/kernels.md, and ``--write`` puts it there.
+``python -m bench.kernel_table`` prints the table of docs/kernels.md, and ``--write`` puts it into the page.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BEGIN, END = "<!-- kernel table: python -m bench.kernel_table --write -->", "<!-
 
 
 def recorded(group: dict[str, object]) -> tuple[list[Launch], dict[str, list[torch.Tensor]], int]:
-    """The launches of a second step, the tensors they go through by name, and the number of low-rank parameters."""
+    """The launches of a second step, the tensors that they read and write by name, and the count of parameters."""
     torch.manual_seed(0)
     shapes = [(512, 384), (384, 512)] * LAYERS
     weights = [torch.nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in shapes]
@@ -57,28 +57,29 @@ def recorded(group: dict[str, object]) -> tuple[list[Launch], dict[str, list[tor
 
 
 def measured() -> list[Row]:
-    """A row a kernel, and one for the step: launches, and distinct bytes per low-rank parameter, by what they go to."""
+    """A row for each kernel and one for the step: launches, and distinct bytes per low-rank parameter by tensor."""
     rows = []
     for method, group in METHODS.items():
-        steps, tensors, parameters = recorded(group)
-        for kernel in [*dict.fromkeys(launch.kernel for launch in steps), "a step"]:
-            own = [launch for launch in steps if kernel in (launch.kernel, "a step")]
+        all_launches, tensors, parameters = recorded(group)
+        for kernel in [*dict.fromkeys(launch.kernel for launch in all_launches), "a step"]:
+            launches_of_kernel = [launch for launch in all_launches if kernel in (launch.kernel, "a step")]
             counts: Counter[str] = Counter()
-            for launch in own:
+            for launch in launches_of_kernel:
                 for name, group_tensors in tensors.items():
                     for tensor in group_tensors:
                         traffic = launch.traffic(tensor)
                         counts[f"{name} read"] += traffic.loaded_once
                         counts[f"{name} written"] += traffic.stored_once
-            counts["all else"] = sum(launch.loaded_once + launch.stored_once for launch in own) - counts.total()
-            row: Row = {"method": method, "kernel": kernel, "launches": len(own)}
+            moved = sum(launch.loaded_once + launch.stored_once for launch in launches_of_kernel)
+            counts["all else"] = moved - counts.total()
+            row: Row = {"method": method, "kernel": kernel, "launches": len(launches_of_kernel)}
             row |= {name: round(count / parameters, 4) for name, count in counts.items() if count}
             rows.append(row | {"all": round(counts.total() / parameters, 4)})
     return rows
 
 
 def written(page: str) -> str:
-    """The table between the marks of docs/kernels.md."""
+    """The table that stands between the marks of docs/kernels.md."""
     return page.partition(BEGIN)[2].partition(END)[0].strip()
 
 

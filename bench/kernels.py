@@ -1,4 +1,4 @@
-"""The microbenchmarks of ``test_kernels.py``, their figures kept: ``python -m bench.kernels [-k EXPRESSION]``."""
+"""Run the microbenchmarks of ``test_kernels.py`` and keep the figures: ``python -m bench.kernels [-k EXPRESSION]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .results_file import Results, default_device
 
 
 class Keeper:
-    """A pytest plugin: leaves out what ``results`` has, and puts down every benchmark as it ends."""
+    """A pytest plugin that leaves out benchmarks with a row in ``results``, and adds a row when a benchmark ends."""
 
     def __init__(self, results: Results) -> None:
         self._results = results
@@ -30,7 +30,7 @@ class Keeper:
         stats = benchmark.stats.stats
         figures = {name: rounded(v) if isinstance(v, float) else v for name, v in benchmark.extra_info.items()}
         self._results.add(
-            _name(item), us=[rounded(1e6 * each) for each in (stats.q1, stats.median, stats.q3)], **figures
+            _name(item), us=[rounded(1e6 * seconds) for seconds in (stats.q1, stats.median, stats.q3)], **figures
         )
 
 
@@ -40,8 +40,8 @@ def _name(item: pytest.Item) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-k", default="", metavar="EXPRESSION", help="which ones, as pytest takes it")
-    parser.add_argument("--name", default="kernels", help="of the results file (%(default)s)")
+    parser.add_argument("-k", default="", metavar="EXPRESSION", help="which benchmarks, as in pytest -k")
+    parser.add_argument("--name", default="kernels", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
     results = Results(options.name, default_device(), fresh=options.fresh)

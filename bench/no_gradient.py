@@ -1,11 +1,12 @@
-"""A training step of a decoder layer's linear weights: gradients stored, freed in hooks, or never made.
+"""A training step of the linear weights of a decoder layer: gradients are stored, freed in hooks, or never made.
 
     python -m bench.no_gradient                        # T = 64 to 16,384 tokens, at LLaMA's shapes
     python -m bench.no_gradient --device cuda --tokens 256 4096
 
-The seven linear layers of one decoder layer, run one after another as in the model but without attention and norms,
-which are the same for all. Time is forward, backward and step together, contenders in turns; the peak is of memory
-above weights and state: the device's allocator, on a CPU the tensors that are alive.
+It runs the seven linear layers of one decoder layer one after another, as in the model. Attention and norms are left
+out, because they are the same for all contenders. The time is that of forward, backward and step together, and
+contenders take turns. The peak is of memory above weights and state: the device's allocator counts it, and on a CPU the
+tensors that are alive.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .results_file import Results, Row, default_device
 from .whole_step import reason, release
 
 TOKENS = (64, 256, 1024, 4096, 16384)
-# Hidden and intermediate sizes: LLaMA-60M's and 7B's.
+# Hidden and intermediate sizes of LLaMA-60M and 7B.
 SIZES = {"60M": (512, 1376), "7B": (4096, 11008)}
 BASELINE = "APOLLO-Mini"
 CONTENDERS = (
@@ -54,7 +55,7 @@ class Layer(nn.Module):
 
 
 class Contender:
-    """A layer with an optimizer, and whole steps of it."""
+    """A layer with an optimizer. A call of it is one whole step."""
 
     def __init__(self, name: str, size: str, tokens: int, dtype: torch.dtype, device: str) -> None:
         hidden, intermediate = SIZES[size]
@@ -69,7 +70,7 @@ class Contender:
         if name == "AdamW":
             return torch.optim.AdamW(parameters, lr=1e-5, fused=True).step
         if name.startswith("AdamW"):
-            # As in PyTorch's own tutorial: an optimizer a parameter, stepped by its hook.
+            # As in PyTorch's tutorial: each parameter has an optimizer, which its hook steps.
             optimizers = {p: torch.optim.AdamW([p], lr=1e-5, fused=True) for p in parameters}
 
             def update(parameter: Tensor) -> None:
@@ -79,8 +80,8 @@ class Contender:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(update)
             return lambda: None
-        keys = MINI if name.startswith(BASELINE) else {"rank": hidden // 4}
-        optimizer = APOLLOAdamW([{"params": parameters} | keys], lr=1e-5)
+        group = MINI if name.startswith(BASELINE) else {"rank": hidden // 4}
+        optimizer = APOLLOAdamW([{"params": parameters} | group], lr=1e-5)
         if "no gradient" in name:
             norm = name.rpartition(", ")[2]
             self._handle = attach_layerwise(self._layer, optimizer, gradients="none", limiter_norm=norm)
@@ -97,7 +98,7 @@ class Contender:
 
 
 class Living(TorchDispatchMode):
-    """The most bytes of tensors that were made while it is on and live at a time."""
+    """Follows the tensors that are made inside a ``with``. ``peak``: the most bytes that are alive at one time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,11 +106,12 @@ class Living(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
         result = function(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                storage = each.untyped_storage()
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
                 key = storage._cdata
                 if key not in known and key not in self._sizes:
                     self._sizes[key] = storage.nbytes()
@@ -123,7 +125,7 @@ class Living(TorchDispatchMode):
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """Of one step, above what was there before; not of the first, which makes the state."""
+    """The peak of one step above what was allocated before. Not for the first step, which makes the state."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -137,7 +139,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 
 
 def rows(options: argparse.Namespace, dtype: torch.dtype, results: Results) -> Iterator[tuple[str, Row]]:
-    """What ``results`` has not got yet: a size and number of tokens at a time, all contenders together."""
+    """The rows that ``results`` lacks. All contenders of one size and one number of tokens are measured together."""
     for size in options.sizes:
         for tokens in options.tokens:
             case = f"{size} {tokens}"
@@ -166,7 +168,7 @@ def rows(options: argparse.Namespace, dtype: torch.dtype, results: Results) -> I
                     about
                     | {
                         "contender": name,
-                        "ms": [rounded(1e3 * each) for each in quartiles(times[name])],
+                        "ms": [rounded(1e3 * seconds) for seconds in quartiles(times[name])],
                         "times AdamW": rounded(median_ratio(times[name], times["AdamW"])),
                         "peak_bytes": peaks[name],
                     },
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, help="(default: 7B; on a CPU 60M)")
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), metavar="T", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    parser.add_argument("--name", default="no_gradient", help="of the results file (%(default)s)")
+    parser.add_argument("--name", default="no_gradient", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options: Any = parser.parse_args()
     on_gpu = options.device.startswith("cuda")

@@ -1,4 +1,4 @@
-"""The weights that an optimizer steps over: LLaMA's of the paper's sizes, without the model, with gradients."""
+"""The weights that an optimizer updates: those of the paper's LLaMAs, with gradients, without the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from apollo_triton.tools.llama import paper_figures
 
 
 class Shapes(NamedTuple):
-    """Of the matrices that APOLLO projects, and of all else: embedding, head, norms."""
+    """The shapes of the matrices that APOLLO projects, and of the rest: embedding, head, norms."""
 
     matrices: list[tuple[int, int]]
     rest: list[tuple[int, ...]]
@@ -22,7 +22,7 @@ class Shapes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters with gradients, as ``Shapes`` has them."""
+    """Parameters with gradients, in the two lists of ``Shapes``."""
 
     matrices: list[nn.Parameter]
     rest: list[nn.Parameter]
@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 
 
 def layer_shapes(size: str) -> list[tuple[int, int]]:
-    """The seven matrices of one layer: four of attention, gate and up, down.
+    """The shapes of one layer's seven matrices: four of attention, then gate, up and down.
 
     >>> layer_shapes("60M")[3:]
     [(512, 512), (1376, 512), (1376, 512), (512, 1376)]
@@ -48,7 +48,7 @@ def layer_shapes(size: str) -> list[tuple[int, int]]:
 
 
 def llama_shapes(size: str, layers: int | None = None, matrices_only: bool = False) -> Shapes:
-    """Of the LLaMA of ``size``, with another number of ``layers`` if given.
+    """The shapes of the LLaMA of this size, with another number of ``layers`` if given.
 
     >>> llama_shapes("60M").parameters, llama_shapes("60M", matrices_only=True).parameters
     (58073600, 25296896)
@@ -62,7 +62,7 @@ def llama_shapes(size: str, layers: int | None = None, matrices_only: bool = Fal
 
 
 def make_weights(shapes: Shapes, dtype: torch.dtype, device: str) -> Weights:
-    """Normals of a seed: 0.02 times for weights, 1e-3 times for gradients. Zeros would time faster."""
+    """Normal numbers from one seed, times 0.02 for weights and 1e-3 for gradients. Zeros would run faster."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normals(shape: tuple[int, ...], scale: float) -> torch.Tensor:

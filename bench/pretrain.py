@@ -1,11 +1,11 @@
-"""Do they train alike? LLaMA on text from disk, by each optimizer, with the same batches and initial weights a seed.
+"""Do the optimizers train alike? Each trains a LLaMA on text from disk, with the same batches and initial weights.
 
     python -m bench.pretrain                                      # sized down: 20 minutes on two CPU cores
     python -m bench.pretrain --stage pretrain-int8                # int8 weights against float ones
     python -m bench.pretrain --model 60M --sequence 256 --batch 128 --steps 1000 --vocabulary 32000 --dtype bfloat16
 
-A run is one variant with one seed, one process and one thread each on a CPU; runs that the results file holds are not
-run again. A seed decides the weights, the batches and the projections.
+A run is one variant with one seed. On a CPU each run has one process and one thread. Runs that the results file holds
+are not run again. A seed decides the weights, the batches and the projections.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .parameter_sets import Weights
 from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 
-# The best of a sweep with the sized-down model and one seed (results/*/pretrain_sweep.json).
+# The best rates of a sweep with the small model and one seed (results/*/pretrain_sweep.json).
 LEARNING_RATES = {"AdamW": 5e-3, "APOLLO": 2e-2, "Mini": 1e-2}
 
 
@@ -42,7 +42,7 @@ def _adamw(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _quarter(plan: Plan) -> int:
-    """The paper's rank, a quarter of the width."""
+    """The paper's rank: a quarter of the width."""
     return SIZES[plan.model].hidden // 4
 
 
@@ -57,7 +57,7 @@ def _mini(**options: Any) -> OptimizerMaker:
 
 
 def _int8(build: OptimizerMaker, stochastic_rounding: bool = True) -> OptimizerMaker:
-    """Q-APOLLO: the same with int8 attention and MLP weights."""
+    """Q-APOLLO: the same optimizer on int8 attention and MLP weights."""
 
     def quantized(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
         return build(plan, quantize_model(model, stochastic_rounding=stochastic_rounding))
@@ -76,7 +76,7 @@ def _official(mini: bool) -> OptimizerMaker:
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer, and whose learning rate it takes."""
+    """An optimizer, and the entry of the learning rates that it takes."""
 
     build: OptimizerMaker
     rate: str
@@ -100,7 +100,7 @@ VARIANTS = {
     "Q-Mini, to the nearest": Variant(_int8(_mini(), stochastic_rounding=False), "Mini"),
     "Q-Mini, 8-bit moments": Variant(_int8(_mini(state_bits=8)), "Mini"),
 }
-# The stages: optimizers with float weights, and what int8 weights lose against those.
+# The stages: all optimizers with float weights, and int8 weights beside float ones.
 STAGES = {
     "pretrain": [name for name in VARIANTS if not name.startswith("Q-")],
     "pretrain-int8": ["APOLLO", "Mini", *(name for name in VARIANTS if name.startswith("Q-"))],
@@ -110,21 +110,21 @@ _corpus: Corpus | None = None
 
 
 def _use(corpus: Corpus) -> None:
-    """Once a process: the text, and one thread."""
+    """Set up a process: the text, and one thread."""
     global _corpus
     _corpus = corpus
     torch.set_num_threads(1)
 
 
 def train(plan: Plan) -> Row:
-    """Train ``plan`` to its end; its method is a name of ``VARIANTS``."""
+    """Train ``plan``, whose method is a name of ``VARIANTS``, to its end. Returns its row."""
     assert _corpus is not None
     started = time.perf_counter()
     run = Run(plan, _corpus, VARIANTS[plan.method].build)
     run.evaluate()
     while not run.finished:
         run.advance()
-        # Half as often as the demo: there are many runs, and the 128 windows take as long as five steps.
+        # Half as often as the demo: there are many runs, and an evaluation on 128 windows takes as long as five steps.
         if run.finished or run.step % (2 * plan.evaluation_gap) == 0:
             run.evaluate()
     tenth = max(1, plan.steps // 10)
@@ -142,7 +142,7 @@ def train(plan: Plan) -> Row:
 
 
 def results_of(plans: list[Plan], corpus: Corpus, workers: int) -> Iterator[tuple[Plan, Row]]:
-    """Every plan's row as it comes, several at a time; a run that fails gives a row that says why."""
+    """The row of every plan as soon as its run ends. Several run at a time. A failed run has a row that says why."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_use, initargs=(corpus,)) as pool:
         futures = {pool.submit(train, plan): plan for plan in plans}
@@ -152,13 +152,13 @@ def results_of(plans: list[Plan], corpus: Corpus, workers: int) -> Iterator[tupl
             try:
                 yield plan, future.result()
             except BrokenProcessPool:
-                yield plan, row | {"skipped": "its process was killed, for want of memory most likely"}
+                yield plan, row | {"skipped": "its process was killed, most likely because memory ran out"}
             except Exception as error:
                 yield plan, row | {"skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def learning_rates(given: list[str]) -> dict[str, float]:
-    """The defaults with ``NAME=ROUNDING_OFFSET`` in place of some."""
+    """The default learning rates, some of them replaced by ``NAME=NUMBER``."""
     rates = dict(LEARNING_RATES)
     for text in given:
         name, _, number = text.partition("=")
@@ -169,23 +169,23 @@ def learning_rates(given: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run what is missing, a row to the file after each run."""
+    """Run what is missing. After each run its row is written to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1M", choices=SIZES, help="a LLaMA's size (%(default)s)")
     parser.add_argument("--stage", default="pretrain", choices=STAGES, help="which variants (%(default)s)")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="NAME", help="others than the stage's")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, metavar="NAME", help="instead of the stage's")
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds (%(default)s)")
+    parser.add_argument("--steps", type=int, default=320, help="steps of a run (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step (%(default)s)")
     parser.add_argument("--sequence", type=int, default=128, help="tokens in each (%(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=1024, help="of the byte-level BPE (%(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
-    parser.add_argument("--lr", nargs="*", default=[], metavar="NAME=NUMBER", help=f"of {', '.join(LEARNING_RATES)}")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="tokens of the byte-level BPE (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights (%(default)s)")
+    parser.add_argument("--lr", nargs="*", default=[], metavar="NAME=NUMBER", help=f"for {', '.join(LEARNING_RATES)}")
     parser.add_argument("--data", type=Path, help="a file, or a folder of text files (default: Python sources here)")
-    parser.add_argument("--megabytes", type=float, default=12, help="of text (%(default)s)")
+    parser.add_argument("--megabytes", type=float, default=12, help="megabytes of text (%(default)s)")
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
-    parser.add_argument("--name", help="of the results file (default: the stage's)")
+    parser.add_argument("--name", help="name of the results file (default: the stage's)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options = parser.parse_args()
     rates = learning_rates(options.lr)

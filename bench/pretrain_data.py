@@ -1,4 +1,4 @@
-"""Text to pre-train on, from disk: the Python sources of the running environment, or files of yours, as BPE tokens."""
+"""Text from disk to pre-train on, as BPE tokens: the Python sources of the running environment, or your own files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ import torch
 from apollo_triton.core.extras import require
 from apollo_triton.tools.demo.corpus import TEXT_SUFFIXES, Corpus, split
 
-# A file larger than this is a generated table more often than code.
+# A larger file is more often a generated table than code.
 LARGEST_FILE = 2**20
-# The merges of a byte-level BPE settle long before: training on more only takes longer.
+# More text to train a byte-level BPE on only takes longer: its merges settle long before.
 TOKENIZER_BYTES = 8 * 2**20
 
 
 def load_tokens(source: Path | None, vocabulary: int, megabytes: float) -> Corpus:
     """About ``megabytes`` (10**6 bytes) of text, split by file and tokenised by a byte-level BPE.
 
-    The BPE is trained on the part to train on.
-
-    Equal files count once, and which are taken is decided by their hashes, so that the same environment gives the same
-    tokens. Raises ValueError if ``source`` is not there, or holds no text.
+    The BPE is trained on the training part. Equal files count once. The hashes of files decide which are taken, so that
+    the same environment gives the same tokens. Raises ValueError if ``source`` does not exist or holds no text.
     """
     texts = list(sample(_texts(source), megabytes * 1e6))
     if not texts:
@@ -36,16 +34,16 @@ def load_tokens(source: Path | None, vocabulary: int, megabytes: float) -> Corpu
 
     def tokens(text: bytes) -> torch.Tensor:
         lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
-        # Pieces of a thousand lines: the tokenizer works on many at once, and no token spans a line's end but newlines.
-        pieces = ["".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
-        return torch.tensor([i for piece in tokenizer.encode_batch(pieces) for i in piece.ids], dtype=torch.int32)
+        # Parts of a thousand lines: the tokenizer works on many at once, and only newlines span the end of a line.
+        parts = ["".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
+        return torch.tensor([token for part in tokenizer.encode_batch(parts) for token in part.ids], dtype=torch.int32)
 
     name = "the environment's Python sources" if source is None else str(source)
     return Corpus(name, tokens(train), tokens(held_out), tokenizer.get_vocab_size())
 
 
 def sample(texts: Iterable[bytes], size: float) -> Iterator[bytes]:
-    """Distinct ``texts`` in the order of their hashes while they fit into ``size`` bytes.
+    """Distinct ``texts``, in the order of their hashes, as long as they fit into ``size`` bytes.
 
     >>> sorted(sample([b"one", b"two", b"two", b"three"], 100))
     [b'one', b'three', b'two']
@@ -57,7 +55,7 @@ def sample(texts: Iterable[bytes], size: float) -> Iterator[bytes]:
 
 
 def train_tokenizer(text: bytes, vocabulary: int):  # type: ignore[no-untyped-def]
-    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens, 256 of which are the bytes."""
+    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens, of which 256 are the bytes."""
     tokenizers = require("tokenizers", "bench")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
@@ -68,7 +66,7 @@ def train_tokenizer(text: bytes, vocabulary: int):  # type: ignore[no-untyped-de
 def _texts(source: Path | None) -> Iterator[bytes]:
     if source is None:
         library = Path(sysconfig.get_paths()["stdlib"])
-        # What lies in a virtual environment's site-packages, not in that of the Python it was made from.
+        # The site-packages of a virtual environment count, those of the Python that it was made from do not.
         paths = (path for path in library.rglob("*.py") if "site-packages" not in path.relative_to(library).parts)
         paths = chain(paths, *(Path(folder).rglob("*.py") for folder in site.getsitepackages()))
     elif source.is_dir():

@@ -1,6 +1,6 @@
-"""``bench/REPORT.md`` and its pictures, from every results file there is: ``python -m bench.report``.
+"""Write ``bench/REPORT.md`` and its pictures from all results files: ``python -m bench.report``.
 
-What was not measured says so; nothing is carried over from one machine to another.
+The report says what was not measured. No figure is carried over from one machine to another.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from .results_file import BENCH, RESULTS, write_whole
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m bench.report` from the files in [results](results), one folder a machine; `make bench` measures
-and writes it anew, `make bench-gpu` everything that needs a GPU. A figure without a machine beside it is counted, not
-timed, and the same everywhere. Where there is no figure it says so, and why."""
+`python -m bench.report` writes this page from the files in [results](results), which has one folder per machine.
+`make bench` measures everything anew and writes it, and `make bench-gpu` does so for everything that needs a GPU. A
+figure without a machine beside it is counted, not timed, and is the same everywhere. Where a figure is missing, the
+page says why."""
 
 
 def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
-    """The report in Markdown; its pictures go into the folder ``pictures``."""
+    """The report in Markdown. Its pictures are written into the folder ``pictures``."""
     sections = [INTRODUCTION, report_text.summary(counted, machines)]
     rows = [target.line([counted, *machines]) for target in TARGETS]
     sections.append("## Targets\n\n" + report_tables.table(["", "target", "measured", "on"], rows))
@@ -48,7 +49,7 @@ def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the machines' folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that has one folder per machine")
     parser.add_argument("--out", type=Path, default=BENCH / "REPORT.md")
     options = parser.parse_args()
     counted, machines = load(options.results)

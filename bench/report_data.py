@@ -1,4 +1,4 @@
-"""What the report is made from: every results file, by machine, and the small statistics over seeds."""
+"""The data of the report: all results files, by machine, and statistics over seeds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from .results_file import BENCH, EVERY_MACHINE, RESULTS, Row
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; a normal's from there on.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom. Beyond them a normal's is used.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A folder of results: each file's rows, and what else it says."""
+    """A folder of results files, each with its rows and its header."""
 
     folder: str
     files: dict[str, Row]
@@ -30,23 +30,23 @@ class Machine:
         return any("toolkit" in file["machine"] for file in self.files.values())
 
     def of(self, benchmark: str) -> list[Row]:
-        """The results files of a benchmark: ``benchmark.json``, and those of its stages, ``benchmark-STAGE.json``."""
+        """The results files of a benchmark: ``benchmark.json`` and those of its stages, ``benchmark-STAGE.json``."""
         return [file for name, file in self.files.items() if name == benchmark or name.startswith(f"{benchmark}-")]
 
     def rows(self, benchmark: str) -> list[Row]:
-        """Of all of a benchmark's files."""
+        """The rows of all files of a benchmark."""
         return [row for file in self.of(benchmark) for row in file["rows"]]
 
     def find(self, benchmark: str, identity: str) -> Row | None:
-        """The row with this id, if it was measured."""
+        """The row with this id. None if it was not measured."""
         return next((row for row in self.rows(benchmark) if row["id"] == identity and "skipped" not in row), None)
 
 
 def load(folder: Path = RESULTS) -> tuple[Machine, list[Machine]]:
-    """What is the same on every machine, and the machines, GPUs first."""
+    """The results that are the same on every machine, and the machines, GPUs first."""
     found = {}
     for path in sorted(folder.iterdir() if folder.exists() else []):
-        if files := {each.stem: _read(each) for each in sorted(path.glob("*.json"))}:
+        if files := {file.stem: _read(file) for file in sorted(path.glob("*.json"))}:
             found[path.name] = Machine(path.name, files)
     counted = found.pop(EVERY_MACHINE, Machine(EVERY_MACHINE, {}))
     return counted, sorted(found.values(), key=lambda machine: (not machine.is_gpu, machine.folder))
@@ -66,7 +66,7 @@ def paper() -> dict[str, Any]:
 
 
 def cases(machine: Machine) -> dict[str, list[Row]]:
-    """The rows of the whole step, by case, in the order in which they were measured."""
+    """The rows of the whole step by case, in the order in which they were measured."""
     grouped: dict[str, list[Row]] = {}
     for row in machine.rows("whole_step"):
         grouped.setdefault(row["case"], []).append(row)
@@ -74,17 +74,17 @@ def cases(machine: Machine) -> dict[str, list[Row]]:
 
 
 def curve(machine: Machine, name: str) -> dict[str, list[tuple[float, float]]]:
-    """How a contender's milliseconds grow along "parameters" (of whole models in bfloat16), "rank" or "layers"."""
+    """How each contender's milliseconds grow with "parameters" (of whole models in bfloat16), "rank" or "layers"."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in machine.rows("whole_step"):
         is_whole_model = not row.get("curve") and not row.get("matrices_only") and row.get("dtype") == "bfloat16"
         if "ms" in row and (is_whole_model if name == "parameters" else row.get("curve") == name):
             points.setdefault(row["contender"], []).append((row[name], row["ms"][1]))
-    return {contender: sorted(each) for contender, each in points.items() if len(each) > 1}
+    return {contender: sorted(found) for contender, found in points.items() if len(found) > 1}
 
 
 def of_tallest_matrices(machine: Machine) -> list[Row]:
-    """The microbenchmarks of one matrix of each size: gate's and up's, where all are there."""
+    """The microbenchmarks of the tallest measured matrix of each size: gate's and up's, if all were measured."""
     rows = [row for row in machine.rows("kernels") if "us" in row]
     tallest: dict[str, list[int]] = {}
     for row in rows:
@@ -93,7 +93,7 @@ def of_tallest_matrices(machine: Machine) -> list[Row]:
 
 
 def pretrainings(machine: Machine) -> list[Row]:
-    """Pre-training runs, files of the same settings together: their settings and rows."""
+    """The pre-training runs: settings with their rows. Files with the same settings count as one."""
     found: dict[str, Row] = {}
     for file in machine.of("pretrain"):
         one = found.setdefault(json.dumps(file["settings"]), {"settings": file["settings"], "rows": []})
@@ -102,7 +102,7 @@ def pretrainings(machine: Machine) -> list[Row]:
 
 
 def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:
-    """Finished runs: variant -> seed -> row, with the learning rate that was taken last."""
+    """Finished runs, variant -> seed -> row. Only runs with a variant's last learning rate count."""
     rates = {row["variant"]: row["learning_rate"] for row in rows if "held_out_loss" in row}
     grouped: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def by_variant(rows: list[Row]) -> dict[str, dict[int, Row]]:
 
 
 def baseline(variant: str) -> str | None:
-    """What a variant is held against: int8 weights against float ones, all else against AdamW.
+    """The variant that another one is compared with: the one with float weights for int8 weights, AdamW for the rest.
 
     >>> baseline("Q-Mini, to the nearest"), baseline("Mini, bf16 moments"), baseline("AdamW")
     ('Mini', 'AdamW', None)
@@ -123,14 +123,14 @@ def baseline(variant: str) -> str | None:
 
 
 def differences(runs: dict[str, dict[int, Row]], variant: str) -> list[float]:
-    """A variant's losses less its baseline's of the same seeds."""
-    theirs = runs.get(baseline(variant) or "", {})
-    shared = sorted(runs.get(variant, {}).keys() & theirs.keys())
-    return [runs[variant][seed]["held_out_loss"] - theirs[seed]["held_out_loss"] for seed in shared]
+    """A variant's losses minus those of its baseline with the same seeds."""
+    baseline_runs = runs.get(baseline(variant) or "", {})
+    shared = sorted(runs.get(variant, {}).keys() & baseline_runs.keys())
+    return [runs[variant][seed]["held_out_loss"] - baseline_runs[seed]["held_out_loss"] for seed in shared]
 
 
 def mean_and_margin(values: list[float]) -> tuple[float, float | None]:
-    """The mean and the half-width of its 95 % confidence interval by Student's t; no width from one value.
+    """The mean and the half-width of its 95 % confidence interval, by Student's t. One value has no half-width.
 
     >>> mean_and_margin([1.0, 2.0, 3.0])
     (2.0, 2.484338...)
@@ -143,5 +143,5 @@ def mean_and_margin(values: list[float]) -> tuple[float, float | None]:
 
 
 def share_of_roofline(row: Row) -> float:
-    """The time that the step's bytes would take at the measured bandwidth of a copy, over the time it took."""
+    """The time that the step's bytes would take at the measured bandwidth of a copy, divided by the step's time."""
     return row["bytes"] / row["copy_bandwidth"] / (row["ms"][1] / 1e3)

@@ -1,4 +1,4 @@
-"""The report's tables of one machine: each a function of its results that gives Markdown, "" where it has none."""
+"""The report's tables of one machine. Each function returns Markdown, or "" if the machine has no such results."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .results_file import Row
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def number(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}"
 
 
 def milliseconds(value: float) -> str:
-    """Three digits, whatever the size.
+    """A time in milliseconds, with three digits.
 
     >>> milliseconds(0.01234), milliseconds(1234.5)
     ('0.0123', '1234')
@@ -48,7 +48,7 @@ def training_of(file: Row) -> str:
 
 
 def difference(runs: dict[str, dict[int, Row]], variant: str) -> str:
-    """The mean over seeds of a variant's loss less its baseline's of the same seed, with its margin."""
+    """The mean over seeds of a variant's loss minus its baseline's with the same seed, and its margin."""
     gaps = differences(runs, variant)
     if not gaps:
         return ""
@@ -57,7 +57,7 @@ def difference(runs: dict[str, dict[int, Row]], variant: str) -> str:
 
 
 def provenance(machine: Machine) -> str:
-    """Of which commit and versions the figures are."""
+    """The memory of a machine, and the versions and commits of its figures."""
     commits: dict[str, list[str]] = {}
     for name, file in machine.files.items():
         commits.setdefault(f"{file.get('commit', 'unknown')} (source {file.get('source', 'unknown')})", []).append(name)
@@ -69,7 +69,7 @@ def provenance(machine: Machine) -> str:
 
 
 def whole_step(machine: Machine) -> str:
-    """A table a parameter set, an optimizer a row; those that could not run come last."""
+    """A table for each parameter set, with a row for each optimizer. Below it are those that could not run, and why."""
     parts = []
     for case, rows in cases(machine).items():
         if rows[0].get("curve"):
@@ -96,8 +96,8 @@ def whole_step(machine: Machine) -> str:
 
 STEP_COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms (quartiles)": lambda row: "{1} ({0} to {2})".format(*map(milliseconds, row["ms"])),
-    "times Mini": lambda row: number(row.get("times APOLLO-Mini")),
-    "times APOLLO": lambda row: number(row.get("times APOLLO")),
+    "times Mini": lambda row: ratio(row.get("times APOLLO-Mini")),
+    "times APOLLO": lambda row: ratio(row.get("times APOLLO")),
     "extra memory": lambda row: as_bytes(max(0, row["extra_bytes"])),
     "state": lambda row: as_bytes(row["state_bytes"]),
     "bytes a parameter": lambda row: f"{row['bytes'] / row['parameters']:.1f}",
@@ -111,14 +111,14 @@ GPU_COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def growth(machine: Machine) -> str:
-    """Milliseconds along parameters, rank and layers."""
+    """Milliseconds by parameters, rank and layers."""
     parts = []
     for name in ("parameters", "rank", "layers"):
         points = curve(machine, name)
         if points:
-            along = sorted({x for each in points.values() for x, _ in each})
+            along = sorted({x for measured in points.values() for x, _ in measured})
             labels = [f"{x / 1e6:.0f} M" if name == "parameters" else f"{x:g}" for x in along]
-            rows = [[who, *(_at(each, x) for x in along)] for who, each in points.items()]
+            rows = [[who, *(_at(measured, x) for x in along)] for who, measured in points.items()]
             parts.append(table([f"ms by {name}", *labels], rows))
     return "\n\n".join(parts)
 
@@ -128,19 +128,19 @@ def _at(points: list[tuple[float, float]], x: float) -> str:
 
 
 def kernels(machine: Machine) -> str:
-    """Of one matrix of each size: microseconds, and the share of a copy's bandwidth."""
+    """The verbs on one matrix of each size: microseconds, and the share of a copy's bandwidth."""
     rows = of_tallest_matrices(machine)
     if not rows:
         return ""
     ranks = sorted({row["rank"] for row in rows})
     parts = []
     for size, shape, dtype in dict.fromkeys((row["size"], tuple(row["shape"]), row["dtype"]) for row in rows):
-        own = {(row["verb"], row["rank"]): row for row in rows if (row["size"], row["dtype"]) == (size, dtype)}
-        verbs = dict.fromkeys(verb for verb, _ in own)
-        lines = [[verb, *(_kernel_cell(own.get((verb, rank))) for rank in ranks)] for verb in verbs]
+        by_verb = {(row["verb"], row["rank"]): row for row in rows if (row["size"], row["dtype"]) == (size, dtype)}
+        verbs = dict.fromkeys(verb for verb, _ in by_verb)
+        lines = [[verb, *(_kernel_cell(by_verb.get((verb, rank))) for rank in ranks)] for verb in verbs]
         heads = [f"{size}, {shape[0]} x {shape[1]}, {dtype}", *(f"rank {rank}" for rank in ranks)]
         parts.append(table(heads, lines))
-    about = "Median µs, and the achieved share of the bandwidth of a copy. Rank 1 is Mini. Every shape: results."
+    about = "Median µs, and the share of a copy's bandwidth. Rank 1 is Mini. The results files have all shapes."
     return "\n\n".join(["### The verbs, one matrix", about, *parts])
 
 
@@ -164,7 +164,7 @@ def training(machine: Machine) -> str:
             largest = "largest_batch" in row
             cells += [str(row["largest_batch"]), f"{row['largest_tokens_per_second']:,.0f}"] if largest else ["", ""]
         lines.append(cells)
-    batches = {f"{each['settings']['batch']} x {each['settings']['sequence']}" for each in machine.of("training")}
+    batches = {f"{file['settings']['batch']} x {file['settings']['sequence']}" for file in machine.of("training")}
     heads = ["", "weights, gradients, state (counted)", "peak", "tokens/s", "backward + optimizer, ms"]
     heads += ["largest batch under 80 GB", "tokens/s there"]
     about = f"Batch {' and '.join(sorted(batches))} tokens, no activation checkpointing."
@@ -172,33 +172,33 @@ def training(machine: Machine) -> str:
 
 
 def no_gradient(machine: Machine) -> str:
-    """A step of a decoder layer's linear weights by tokens: milliseconds, and peak memory above weights and state."""
+    """A step of the linear weights of a decoder layer, by tokens: milliseconds, and peak above weights and state."""
     rows = machine.rows("no_gradient")
     measured = [row for row in rows if "ms" in row]
     if not measured:
         return ""
     parts = []
     for size, dtype in dict.fromkeys((row["size"], row["dtype"]) for row in measured):
-        own = {
-            (row["contender"], row["tokens"]): row for row in measured if (row["size"], row["dtype"]) == (size, dtype)
-        }
-        tokens = sorted({each for _, each in own})
-        names = dict.fromkeys(name for name, _ in own)
+        chosen = [row for row in measured if (row["size"], row["dtype"]) == (size, dtype)]
+        by_tokens = {(row["contender"], row["tokens"]): row for row in chosen}
+        tokens = sorted({count for _, count in by_tokens})
+        names = dict.fromkeys(name for name, _ in by_tokens)
         for head, cell in NO_GRADIENT_CELLS.items():
             lines = [
-                [name, *(cell(own[name, each]) if (name, each) in own else "" for each in tokens)] for name in names
+                [name, *(cell(by_tokens[name, count]) if (name, count) in by_tokens else "" for count in tokens)]
+                for name in names
             ]
-            parts.append(table([f"{size}, {dtype}: {head}", *(f"T = {each:,}" for each in tokens)], lines))
+            parts.append(table([f"{size}, {dtype}: {head}", *(f"T = {count:,}" for count in tokens)], lines))
     about = (
-        "Forward, backward and update of the seven linear layers of one decoder layer, without attention and norms; "
-        "contenders in turns. The peak is of activations, gradients and temporaries. APOLLO: rank of a quarter of the "
-        "hidden size."
+        "Forward, backward and update of the seven linear layers of one decoder layer, without attention and norms. "
+        "Contenders take turns. The peak is that of activations, gradients and temporaries. APOLLO's rank is a quarter "
+        "of the hidden size."
     )
     failed = dict.fromkeys(
         f"{row['size']} at {row['tokens']:,} tokens: {row['skipped']}" for row in rows if "ms" not in row
     )
     return "\n\n".join(
-        ["### A step without gradients", about, *parts, *(f"{MISSING.capitalize()}: {each}." for each in failed)]
+        ["### A step without gradients", about, *parts, *(f"{MISSING.capitalize()}: {reason}." for reason in failed)]
     )
 
 
@@ -209,20 +209,20 @@ NO_GRADIENT_CELLS: dict[str, Callable[[Row], str]] = {
 
 
 def pretraining(machine: Machine) -> str:
-    """Losses of every variant, and their differences to AdamW's, seed by seed."""
+    """The losses of all variants, and their differences to AdamW's, seed by seed."""
     parts = []
     for file in pretrainings(machine):
         runs = by_variant(file["rows"])
         lines = []
-        for variant, own in runs.items():
-            mean, margin = mean_and_margin([row["held_out_loss"] for row in own.values()])
-            row = next(iter(own.values()))
+        for variant, by_seed in runs.items():
+            mean, margin = mean_and_margin([row["held_out_loss"] for row in by_seed.values()])
+            row = next(iter(by_seed.values()))
             loss = f"{mean:.3f}" + (f" ± {margin:.3f}" if margin is not None else "")
             against = "" if baseline(variant) is None else difference(runs, variant) or MISSING
             cells = [
                 variant,
                 f"{row['learning_rate']:g}",
-                str(len(own)),
+                str(len(by_seed)),
                 loss,
                 against,
                 as_bytes(row["state_bytes"]),
@@ -235,9 +235,10 @@ def pretraining(machine: Machine) -> str:
         about = (
             f"{training_of(file)} of {settings['text']} ({settings['steps']} steps of {settings['batch']} x "
             f"{settings['sequence']}, byte-level BPE of {settings['vocabulary']}, {settings['dtype']}). "
-            "A seed decides weights, batches and projections, the same for all; ± is a 95 % confidence interval over "
-            "seeds. Learning rates: of a sweep with one seed for the sized-down model, of the paper for larger ones. "
-            "Far from convergence: it tells whether they train alike, and which choices matter, not which is best."
+            "A seed decides weights, batches and projections, in the same way for all variants. ± is a 95 % confidence "
+            "interval over seeds. The learning rates are those of a sweep with one seed for the small model, and the "
+            "paper's for larger ones. The runs end far from convergence: they tell whether the variants train alike "
+            "and which choices matter, not which variant is best."
         )
         heads = ["", "learning rate", "seeds", "held-out loss, nats a token"]
         heads += ["against AdamW (Q-: float weights), same seed", "state"]
@@ -246,14 +247,21 @@ def pretraining(machine: Machine) -> str:
 
 
 def host(machine: Machine) -> str:
-    """What a step costs in Python, and what the import adds."""
+    """What a step and one layer's update cost in Python, and what the import adds."""
     rows = machine.rows("host_overhead")
     if not rows:
         return ""
-    lines = [[r["id"], f"{r['stable_ms']:.2f}", f"{r['moved_ms']:.2f}", str(r["launches"])] for r in rows]
-    heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
-    text = "### Host\n\n" + table(heads, lines)
+    parts = ["### Host"]
+    if steps := [row for row in rows if "stable_ms" in row]:
+        heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
+        lines = [
+            [row["id"], f"{row['stable_ms']:.2f}", f"{row['moved_ms']:.2f}", str(row["launches"])] for row in steps
+        ]
+        parts.append(table(heads, lines))
+    if layers := [row for row in rows if "us" in row]:
+        heads = ["µs of a layer-wise update on the host, kernels stubbed out", "median", "launches"]
+        parts.append(table(heads, [[row["id"], f"{row['us']:.0f}", str(row["launches"])] for row in layers]))
     found = machine.find("import_time", "import")
     if found:
-        text += f"\n\n`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`."
-    return text
+        parts.append(f"`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`.")
+    return "\n\n".join(parts)

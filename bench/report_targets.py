@@ -1,4 +1,4 @@
-"""What was promised, beside what was measured."""
+"""The targets, each with the figure that was measured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ LARGE, SMALL = "7B matrices bfloat16", "60M matrices float32"
 
 @dataclass(frozen=True)
 class Target:
-    """``value`` finds the figure on a machine, None if it was not measured there; reached at ``bound`` or below it, or
-    above where ``at_least``. ``gpu`` says where it is meant to hold, None for anywhere."""
+    """A bound for a figure.
+
+    ``value`` finds the figure of a machine, or None if it was not measured there. The target is reached if the figure
+    is at most ``bound``, or with ``at_least`` at least ``bound``. ``gpu``: the target is for GPUs (True), for CPUs
+    (False), or for both (None).
+    """
 
     text: str
     bound: float
@@ -25,7 +29,7 @@ class Target:
     form: str = "{:.2f}"
 
     def line(self, machines: Sequence[Machine]) -> list[str]:
-        """The table's cells for the target: text, bound, figure with its verdict, machine."""
+        """The target's cells in the table: text, bound, figure with its verdict, machine."""
         bound = f"{'at least' if self.at_least else 'at most'} {self.form.format(self.bound)}"
         for machine in machines:
             figure = self.value(machine) if self.gpu is None or machine.is_gpu == self.gpu else None
@@ -47,7 +51,7 @@ def _ratio(case: str, contender: str, to: str, inverse: bool = False) -> Callabl
 
 
 def _slower_of_host_and_device(case: str, contender: str, to: str) -> Callable[[Machine], float | None]:
-    """A ratio of step times where the host may be what a step waits for."""
+    """A ratio of step times. A step takes the time of the host or of the device, whichever is longer."""
 
     def value(machine: Machine) -> float | None:
         rows = [machine.find("whole_step", f"{case}: {name}") for name in (contender, to)]

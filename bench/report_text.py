@@ -1,4 +1,4 @@
-"""What the report says of all machines together: the summary, what was counted, what the paper has, and how."""
+"""What the report says about all machines together: summary, counted figures, the paper's figures, and the method."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from .report_tables import difference, milliseconds, table, training_of
 from .report_targets import LARGE, MISSING, SMALL
 from .results_file import Row
 
-WHETHER = """Switch from AdamW if its memory is what limits you and you can tune the learning rate anew: APOLLO wants a
-larger one. Whether the loss above holds for your model takes a line to try. Do not switch for speed where the table has
-no figure of a machine like yours."""
+WHETHER = """Switch from AdamW if its memory limits you and you can tune the learning rate again: APOLLO needs a larger
+one. Whether the losses above hold for your model is quickly tried: it takes one line. Do not switch for speed if the
+table has no figure of a machine like yours."""
 
 METHOD = """## How
 
-- **A step**: contenders take turns, once a round, in rotating order, with caches emptied before each; medians over
-  rounds, and ratios as medians of the ratio within a round. All step over the same weights and gradients. On a GPU by
-  CUDA events.
-- **Extra memory**: the peak of a step above weights, gradients and state: temporaries, and buffers kept beside the
-  state.
-- **Bytes a parameter**: what a step cannot do without: weights and state read and written, gradients read (twice by
-  APOLLO, whose factors depend on all of it), a stored projection read. **Of the roofline**: the time these bytes take
-  at the bandwidth of a copy, measured in the same run, over the time of the step. A CPU's copy also reads what it
-  overwrites, which is not counted, so that a step that updates in place can pass 100 %.
-- **A refresh** is a step that makes a new projection, every 200 steps.
-- A peer is its latest release in its own package, with its default settings. What could not run says why."""
+- **A step**: each contender runs once a round. The order rotates, and caches are emptied before each run. Times are
+  medians over rounds, and ratios are medians of the ratio within a round. All contenders update the same weights with
+  the same gradients. A GPU is timed by CUDA events.
+- **Extra memory**: the peak of a step above weights, gradients and state. It has temporaries, and buffers that are kept
+  beside the state.
+- **Bytes a parameter**: the least that a step must move. Weights and state are read and written, gradients are read
+  (twice by APOLLO, whose factors depend on the whole gradient), and a stored projection is read.
+- **Of the roofline**: the time that these bytes take at the bandwidth of a copy, measured in the same run, divided by
+  the time of the step. A CPU's copy also reads what it overwrites. That is not counted, so that a step that updates in
+  place can pass 100 %.
+- **A refresh** is a step that makes a new projection, once in 200 steps.
+- **A peer** is the latest release of its own package, with its default settings. If it could not run, the report says
+  why."""
 
 
 def summary(counted: Machine, machines: Sequence[Machine]) -> str:
-    """What a reader takes away in a minute: memory, speed, loss."""
+    """The main figures: memory, speed, loss."""
     rows = []
     trained = [row for machine in machines for row in machine.rows("training") if "counted_bytes" in row]
     seven = {row["method"]: row["counted_bytes"] for row in trained if row["size"] == "7B"}
@@ -70,7 +72,7 @@ def _verdict(file: Row, variants: Sequence[str]) -> str:
 
 
 def launches(rows: Sequence[Row]) -> str:
-    """Each launch of a step, with the bytes per parameter that it loads and stores."""
+    """The launches of a step, each with the bytes per parameter that it loads and stores."""
     heads = [
         "",
         "launches",
@@ -103,7 +105,7 @@ def _bytes(row: Row, *names: str) -> str:
 
 
 def counted(machine: Machine) -> str:
-    """What needs no clock."""
+    """The figures that are counted, not timed."""
     parts = ["## Counted, the same everywhere"]
     if rows := machine.rows("launches"):
         about = "Distinct bytes per parameter, by the tests' recorder: bfloat16, matrices of 512 x 384 and 384 x 512."
@@ -111,12 +113,12 @@ def counted(machine: Machine) -> str:
     if rows := machine.rows("codegen"):
         lines = []
         for target in dict.fromkeys(row["target"] for row in rows):
-            own = [row for row in rows if row["target"] == target and "error" not in row]
-            failed = sum(row["target"] == target for row in rows) - len(own)
-            stack = max(own, key=lambda row: row["stack"], default={"stack": 0})
+            compiled = [row for row in rows if row["target"] == target and "error" not in row]
+            failed = sum(row["target"] == target for row in rows) - len(compiled)
+            stack = max(compiled, key=lambda row: row["stack"], default={"stack": 0})
             largest = f"{stack['stack']} ({stack['kernel']} {stack['what']})" if stack["stack"] else "0"
-            cells = [target, f"{len(own)} of {len(own) + failed}", largest]
-            lines.append([*cells, ", ".join(sorted({row["kernel"] for row in own if row["float64"]})) or "none"])
+            cells = [target, f"{len(compiled)} of {len(compiled) + failed}", largest]
+            lines.append([*cells, ", ".join(sorted({row["kernel"] for row in compiled if row["float64"]})) or "none"])
         heads = ["compiled for", "kernels", "largest stack, bytes a thread", "float64 in"]
         parts += [
             table(heads, lines),
@@ -126,7 +128,7 @@ def counted(machine: Machine) -> str:
 
 
 def published() -> str:
-    """The paper's tables, to stand beside."""
+    """The paper's tables, for comparison."""
     tables = paper()
     steps = tables["optimizer_step_seconds_one_A100"]
     parts = ["## Published (arXiv 2412.05270), not measured here"]
@@ -138,7 +140,7 @@ def published() -> str:
     int8 = tables["int8_weights_group128_perplexity"]
     heads = ["perplexity with int8 weights, groups of 128 (GB)", *int8["Q-APOLLO"]]
     cells = [(name, [f"{p:.2f}" + (f" ({g:.2f})" if g else "") for p, g in row.values()]) for name, row in int8.items()]
-    parts.append(table(heads, [[name, *own] for name, own in cells]))
+    parts.append(table(heads, [[name, *figures] for name, figures in cells]))
     seven = tables["pretrain_7b_perplexity_at_steps"]
     heads = ["perplexity of 7B after steps", *(f"{step:,}" for step in seven["steps"])]
     rows = [[name, *map(str, values)] for name, values in seven.items() if name != "steps"]

@@ -1,7 +1,7 @@
-"""Where figures go: ``results/<machine>/<name>.json``, rewritten after every row, so that nothing measured is lost.
+"""The results files, ``results/<machine>/<name>.json``. They are rewritten after every row, so that no row is lost.
 
-A file says on which machine, with which versions and from which source its rows come. Rows of an earlier run are kept
-only where all of that is the same; what does not depend on the machine lies under ``every-machine``.
+A file names the machine, the versions and the source of its rows. Rows of an earlier run are kept only if all of these
+are the same. Rows that do not depend on the machine are under ``every-machine``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Row = dict[str, Any]
 
 
 class Results:
-    """The rows of the benchmark ``name`` on one device, each told from the others by its ``"id"``.
+    """The rows of the benchmark ``name`` on one device. Each has its own ``"id"``.
 
-    ``device`` is None for what is counted, and the same on every machine.
+    ``device`` is None for figures that are counted and are the same on every machine.
 
-    Opening it keeps the rows of an earlier run of the same source, versions, machine and ``settings`` (whatever else
-    decides the figures), unless ``fresh``. Rows that say why something was skipped are never kept.
+    Opening a file keeps the rows of an earlier run if its source, versions, machine and ``settings`` (all else that
+    decides the figures) are the same. ``fresh`` drops them. Rows that say why something was skipped are never kept.
     """
 
     def __init__(
@@ -58,21 +58,22 @@ class Results:
         if not changed:
             self.rows = {row["id"]: row for row in earlier["rows"] if "skipped" not in row}
         elif earlier:
-            print(f"{self.path.name} is of another {' and '.join(changed)}: all is measured anew", flush=True)
+            print(f"{self.path.name} is of another {' and '.join(changed)}: all rows are measured again", flush=True)
 
     def __contains__(self, identity: str) -> bool:
         return identity in self.rows
 
     def add(self, identity: str, **figures: Any) -> None:
-        """Put a row down, in place of one with the same id; whatever happens meanwhile, the file is whole."""
+        """Write a row, in place of one with the same id. The file is complete whenever the program ends."""
         self.rows[identity] = {"id": identity, **figures}
-        lines = ",\n".join(json.dumps(row) for row in self.rows.values())  # a row a line: a diff shows what changed
+        # One row per line, so that a diff shows which rows changed.
+        lines = ",\n".join(json.dumps(row) for row in self.rows.values())
         header = json.dumps(self._header | {"commit": commit()}, indent=1).removesuffix("\n}")
         write_whole(self.path, f'{header},\n "rows": [\n{lines}\n]}}\n')
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` has it whole or what it had before."""
+    """Write ``text`` to ``path``. If this is interrupted, the file is as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(text, encoding="utf-8")
@@ -82,17 +83,17 @@ def write_whole(path: Path, text: str) -> None:
 def _read(path: Path) -> Row:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not whole: measured again
+    except (OSError, ValueError):  # it does not exist or is incomplete, and is measured again
         return {}
 
 
 def default_device() -> str:
-    """ "cuda" if there is one."""
+    """ "cuda" if there is a CUDA device, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe(device: str) -> Row:
-    """What tells this machine from another, as far as ``device`` is concerned."""
+    """What distinguishes this machine from others: its processor, or for a GPU that GPU."""
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return {
@@ -106,7 +107,8 @@ def describe(device: str) -> Row:
 
 
 def folder_name(described: Row) -> str:
-    """
+    """The folder of a machine's results.
+
     >>> folder_name({"name": "NVIDIA H100 80GB HBM3"})
     'nvidia-h100-80gb-hbm3'
     """
@@ -123,7 +125,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of every package that is measured or takes part."""
+    """The versions of Python and of every package that is measured or takes part."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
@@ -135,17 +137,19 @@ def version(package: str) -> str | None:
 
 
 def source() -> str:
-    """A fingerprint of the package and its kernels: the same commit or not, this is what was measured."""
+    """A fingerprint of the package and its kernels. It says what was measured, whatever the commit."""
     digest = hashlib.sha256()
     for folder in ("apollo_triton", "kernels"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def commit() -> str:
-    """The commit: what APOLLO_COMMIT says, for a copy whose git is missing or another's; else git's, "-dirty" if code
-    differs from it."""
+    """The commit that git names, with "-dirty" if the code differs from it.
+
+    APOLLO_COMMIT overrides it, for a copy of the code that has no git repository or stands in another one.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

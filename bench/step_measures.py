@@ -1,4 +1,4 @@
-"""What one step of an optimizer takes besides time: launches, and memory above weights, gradients and state."""
+"""What an optimizer's step needs besides time: launches, and memory above weights, gradients and state."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _MARK = "the step that counts"
 
 
 def launches(step: Callable[[], object], device: str) -> int | None:
-    """How many kernels a step starts on a GPU, by PyTorch's profiler; None on a CPU, where there is no such thing."""
+    """How many kernels a step launches on a GPU, by PyTorch's profiler. None on a CPU, which launches none."""
     if not device.startswith("cuda"):
         return None
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         wait(device)
-    on_device = [each for each in profiler.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-    # torch.optim's own label on a step is mirrored to the device, and is no launch.
-    return sum(not each.name.startswith(_COPIES) and not each.is_user_annotation for each in on_device)
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # torch.optim labels each step, and the label is mirrored to the device. It is no launch.
+    return sum(not event.name.startswith(_COPIES) and not event.is_user_annotation for event in on_device)
 
 
 class Extra:
-    """Peak bytes, above what was allocated when this was made, while ``measured`` runs.
+    """The peak of memory while ``measured`` runs, above what was allocated when this object was made.
 
-    A GPU's allocator counts them. On a CPU the profiler lists every allocation of everything run by ``profiled``, so
-    what an optimizer keeps beside its state counts too.
+    A GPU's allocator counts it. On a CPU the profiler lists every allocation made inside ``profiled``, so that what an
+    optimizer keeps beside its state counts too.
     """
 
     def __init__(self, device: str) -> None:
@@ -47,7 +47,7 @@ class Extra:
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[None]:
-        """Around the making of the optimizer and its first step."""
+        """A ``with`` for making the optimizer and its first step."""
         if self._device.startswith("cuda"):
             yield
             return
@@ -56,7 +56,7 @@ class Extra:
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Around the step that counts, inside of ``profiled``."""
+        """A ``with`` for the step that counts, inside ``profiled``."""
         if self._device.startswith("cuda"):
             wait(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -69,12 +69,13 @@ class Extra:
 
     @property
     def peak(self) -> int:
-        """In bytes, state included."""
+        """The peak in bytes, including the state."""
         if self._profiler is None:
             return self._peak
         events = self._profiler.profiler.kineto_results.events()
         started = min(event.start_ns() for event in events if event.name() == _MARK)
-        memory = sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns())
-        before = sum(each.nbytes() for each in memory if each.start_ns() < started)
-        during = (each.nbytes() for each in memory if each.start_ns() >= started)
+        allocations = (event for event in events if event.name() == "[memory]")
+        memory = sorted(allocations, key=lambda event: event.start_ns())
+        before = sum(event.nbytes() for event in memory if event.start_ns() < started)
+        during = (event.nbytes() for event in memory if event.start_ns() >= started)
         return max(itertools.accumulate(during, initial=before))

@@ -1,8 +1,8 @@
-"""Each verb on each matrix of LLaMA-60M to 13B: ``pytest bench --benchmark-only``, by pytest-benchmark.
+"""Each verb on each matrix of LLaMA-60M to 13B, with pytest-benchmark: ``pytest bench --benchmark-only``.
 
-On a GPU these are the Triton kernels, timed by events with the cache emptied; on a CPU the reference path. A round
-takes the next of three copies of the inputs. ``-k "7B and bfloat16 and apply"`` picks some; ``python -m bench.kernels``
-keeps the figures.
+On a GPU it times the Triton kernels, by events and with the cache emptied. On a CPU it times the reference backend.
+Each round uses the next of three copies of the inputs. ``-k "7B and bfloat16 and apply"`` selects some.
+``python -m bench.kernels`` keeps the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPIES = 3
 MATRICES = [(size, shape) for size in named_sizes() for shape in dict.fromkeys(layer_shapes(size))]
 
 
-@functools.lru_cache(maxsize=1)  # the verbs of one matrix follow each other
+@functools.lru_cache(maxsize=1)  # all verbs of one matrix run one after another
 def inputs(shape: tuple[int, int], rank: int, dtype: str) -> list[dict[str, Verb]]:
     return [verbs(shape, rank, DTYPES[dtype], DEVICE) for _ in range(COPIES)]
 
@@ -52,13 +52,13 @@ def test_verb(benchmark, bandwidth, size, shape, dtype, rank, verb):
     def next_copy():
         nonlocal turn
         turn += 1
-        STOPWATCH.reset()  # a run that failed leaves it started
+        STOPWATCH.reset()  # a failed run leaves it started
         head_start(DEVICE, 1e-3)
         flush(DEVICE)
         return (copies[turn % COPIES][verb],), {}
 
     benchmark.group = f"{size} {shape[0]}x{shape[1]} {dtype}"
-    benchmark.pedantic(lambda each: each.run(), setup=next_copy, rounds=ROUNDS, warmup_rounds=COPIES)
+    benchmark.pedantic(lambda verb: verb.run(), setup=next_copy, rounds=ROUNDS, warmup_rounds=COPIES)
     if benchmark.stats is None:  # --benchmark-disable
         return
     moved = copies[0][verb].bytes

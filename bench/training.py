@@ -1,10 +1,10 @@
-"""Memory from end to end: peak and speed of real training steps of a LLaMA, and the largest batch under 80 GB.
+"""Peak memory and speed of real training steps of a LLaMA, and the largest batch under 80 GB.
 
     python -m bench.training                            # 1B, 7B and 13B on a GPU; 60M on a CPU
     python -m bench.training --sizes 7B --sequence 256
 
-Random weights, batches of real tokens, no activation checkpointing; every run in a process of its own. Beside each
-figure stands what ``apollo-triton memory`` counts for weights, gradients and state.
+The weights are random, the batches are real tokens, and activations are not checkpointed. Every run has its own
+process. Beside each figure stands what ``apollo-triton memory`` counts for weights, gradients and state.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 from .whole_step import reason, release
 
-CAP = 80e9  # bytes, of the paper's cards
+CAP = 80e9  # bytes: the memory of the paper's GPUs
 METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
-# The three are what the paper speaks of; a CPU trains them too, but not in minutes.
+# The paper is about these three. A CPU could train them too, but would need far more than minutes.
 SIZES = {"cuda": ("1B", "7B", "13B"), "cpu": ("60M",)}
 MOST_BATCHES = 256
 
@@ -52,7 +52,7 @@ def make_optimizer(method: str, model: nn.Module, size: str) -> torch.optim.Opti
 
 
 def counted(method: str, size: str, dtype: torch.dtype) -> int:
-    """Bytes of weights, gradients (layer-wise: the largest one) and state, by ``apollo_triton.tools.memory``."""
+    """Bytes of weights, gradients (layer-wise: of the largest one) and state, by ``apollo_triton.tools.memory``."""
     model = meta_model(size, dtype)
     if method == "AdamW":
         return adamw(model).total
@@ -65,7 +65,7 @@ def counted(method: str, size: str, dtype: torch.dtype) -> int:
 
 
 class Training:
-    """A model, its optimizer, and steps of any batch; to be made in a process that does nothing else."""
+    """A model and its optimizer, with steps on batches of any size. Make it in a process that does nothing else."""
 
     def __init__(self, size: str, method: str, sequence: int, dtype: torch.dtype, device: str, tokens: Tensor) -> None:
         self._sequence, self._device, self._tokens = sequence, device, tokens
@@ -88,8 +88,10 @@ class Training:
             attach_layerwise(self.model, self.optimizer)
 
     def step(self, batch: int) -> tuple[float, float]:
-        """One step on ``batch`` sequences; seconds of forward and backward, in which layer-wise updates happen, and of
-        the optimizer."""
+        """One step on ``batch`` sequences. Returns the seconds of forward and backward, and of the optimizer.
+
+        Layer-wise updates happen during backward, and count there.
+        """
         starts = torch.randint(len(self._tokens) - self._sequence, (batch,))
         windows = torch.stack([self._tokens[start : start + self._sequence] for start in starts]).long()
         windows = windows.to(self._device)
@@ -104,7 +106,7 @@ class Training:
         return between - started, ended - between
 
     def measured(self, batch: int, steps: int) -> Row:
-        """Peak memory and speed at ``batch``; a first step, which makes state and compiles, is not timed."""
+        """Peak memory and speed at ``batch``. The first step, which makes the state and compiles, is not timed."""
         self.step(batch)
         if self._device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -119,7 +121,7 @@ class Training:
         }
 
     def largest_batch(self) -> int:
-        """The largest batch of which two steps fit, by doubling and halving; at most ``MOST_BATCHES``."""
+        """The largest batch, up to ``MOST_BATCHES``, with which two steps fit into memory."""
         fits, fails = 0, MOST_BATCHES + 1
         batch = 1
         while fails - fits > 1:
@@ -143,7 +145,7 @@ class Training:
         return fits
 
     def _peak(self) -> int:
-        """What the device's allocator says; on a CPU, the most that the process had above what it started with."""
+        """The peak by the device's allocator. On a CPU, the most memory of the process above what it started with."""
         if self._device.startswith("cuda"):
             return torch.cuda.max_memory_allocated(self._device)
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -151,7 +153,7 @@ class Training:
 
 
 def _resident_bytes() -> int:
-    """Main memory of this process, now; 0 where the system does not say."""
+    """The main memory of this process now. 0 if the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -159,26 +161,26 @@ def _resident_bytes() -> int:
 
 
 def run(size: str, method: str, batch: int, sequence: int, dtype: torch.dtype, device: str, tokens: Tensor) -> Row:
-    """A row: steps at ``batch``, and on a GPU at the largest batch too."""
+    """A row: steps at ``batch``, and on a GPU also at the largest batch."""
     training = Training(size, method, sequence, dtype, device, tokens)
     row = training.measured(batch, steps=3)
     if device.startswith("cuda"):
         largest = training.largest_batch()
-        while largest:  # two steps fitted; a few more may not, where memory is in pieces
+        while largest:  # two steps fitted, but with fragmented memory a few more may not
             try:
-                return row | {f"largest_{name}": each for name, each in training.measured(largest, steps=5).items()}
+                return row | {f"largest_{name}": figure for name, figure in training.measured(largest, steps=5).items()}
             except torch.OutOfMemoryError:
                 largest -= 1
     return row
 
 
 def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Results) -> Iterator[tuple[str, Row]]:
-    """What ``results`` has not got yet."""
+    """The rows that ``results`` lacks."""
     tokens = None
     on_gpu = device.startswith("cuda")
-    # Without a GPU the paper's sizes are counted, and named as not measured.
+    # Without a GPU the paper's sizes are counted, and their rows say that they were not measured.
     for size in dict.fromkeys(sizes if on_gpu else [*sizes, *SIZES["cuda"]]):
-        # Of the paper's sizes whole bfloat16 models are trained; a CPU's float32 is the faster one.
+        # The paper's sizes train in bfloat16. On a CPU float32 is faster.
         dtype = torch.bfloat16 if on_gpu or size in SIZES["cuda"] else torch.float32
         for method in METHODS:
             identity = f"{size} {method}"
@@ -194,7 +196,8 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
                 continue
             if tokens is None:
                 tokens = load_tokens(None, 32000, 4).train
-            # A process each: a peak is that of this run alone, and one that is killed for its memory stops no other.
+            # One process per run: the peak is that of this run alone, and a run that is killed for its memory stops no
+            # other.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 try:
                     row |= pool.submit(run, size, method, batch, sequence, dtype, device, tokens).result()
@@ -211,7 +214,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=named_sizes(), help="(default: 1B 7B 13B; on a CPU 60M)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
     parser.add_argument("--sequence", type=int, help="tokens in each (1024; on a CPU 256)")
-    parser.add_argument("--name", default="training", help="of the results file (%(default)s)")
+    parser.add_argument("--name", default="training", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options: Any = parser.parse_args()
     sizes = options.sizes or list(SIZES[options.device.partition(":")[0]])

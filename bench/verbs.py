@@ -1,4 +1,4 @@
-"""One matrix and the verbs of a step over it, on the backend that its device gets, each with the bytes it moves."""
+"""The verbs of a step on one matrix, on the backend of its device, each with the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERBS = ("sketch", "rescale", "sketch + rescale", "apply")
 
 
 class Verb(NamedTuple):
-    """``run`` may be called again and again; ``bytes`` are those a run must load and store, each address once."""
+    """``run`` may be called again and again. ``bytes``: what a run must load and store, each address once."""
 
     run: Callable[[], object]
     bytes: int
@@ -36,7 +36,7 @@ def verbs(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: str, ba
     optimizer.step()
     settings = Settings.of(optimizer.param_groups[0])
     if optimizer.backend_for(weight).name == "triton":
-        runs, projection = _fused(optimizer, settings)
+        runs, projection = _triton(optimizer, settings)
     else:
         runs, projection = _reference(optimizer, settings)
     assert weight.grad is not None
@@ -53,26 +53,26 @@ def verbs(shape: tuple[int, int], rank: int, dtype: torch.dtype, device: str, ba
     return {name: Verb(runs[name], moved[name]) for name in VERBS}
 
 
-def _fused(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
-    """The launches, and the bytes of P that a sketch reads."""
-    from apollo_triton.backends.triton import verbs as fused
+def _triton(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
+    """The verbs as launches, and the bytes of P that a sketch reads."""
+    from apollo_triton.backends.triton import verbs as kernels
 
     plan = optimizer._engine._plan
     assert plan is not None
     (table,), scalars = plan.tables, StepScalars(2)
-    sketch = fused.sketch(table, settings, scalars)
-    factors = fused.sketch_and_rescale(table, settings, scalars)
+    sketch = kernels.sketch(table, settings, scalars)
+    factors = kernels.sketch_and_rescale(table, settings, scalars)
     runs: dict[str, Callable[[], object]] = {
-        "sketch": lambda: fused.sketch(table, settings, scalars),
-        "rescale": lambda: fused.rescale(table, settings, scalars, sketch),
-        "sketch + rescale": lambda: fused.sketch_and_rescale(table, settings, scalars),
-        "apply": lambda: fused.apply(table, settings, scalars, factors),
+        "sketch": lambda: kernels.sketch(table, settings, scalars),
+        "rescale": lambda: kernels.rescale(table, settings, scalars, sketch),
+        "sketch + rescale": lambda: kernels.sketch_and_rescale(table, settings, scalars),
+        "apply": lambda: kernels.apply(table, settings, scalars, factors),
     }
     return runs, sum(projection.buffer.nbytes for projection in table.projections)
 
 
 def _reference(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Callable[[], object]], int]:
-    """The same in plain PyTorch, which reads P in float32."""
+    """The verbs in plain PyTorch, and the bytes of P, which they read in float32."""
     from apollo_triton.backends.projection import projection_of
     from apollo_triton.backends.reference import verbs as reference
     from apollo_triton.backends.reference.matrices import Batch

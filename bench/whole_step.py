@@ -1,11 +1,11 @@
-"""A whole step against its peers: LLaMA's parameters, one run, every contender once a round in rotating order.
+"""A whole step of this optimizer and of its peers: LLaMA's parameters, one run, all contenders once a round.
 
     python -m bench.whole_step                     # what suits this machine: minutes on a CPU
     python -m bench.whole_step --cases '7B.*'      # the cases whose names match
     python -m bench.whole_step --list
 
-All contenders step over the same weights with the same gradients. They are held in memory together where that fits, and
-else one at a time beside ours.
+All contenders update the same weights with the same gradients, in an order that rotates. If they all fit into memory,
+they run together. Otherwise each peer runs alone beside ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RANKS = (1, 4, 16, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Case:
-    """A parameter set, and who steps over it. ``curve`` names the picture of growth that it is a point of."""
+    """A parameter set and its contenders. ``curve`` names the picture of growth in which the case is a point."""
 
     size: str
     dtype: torch.dtype
@@ -63,29 +63,29 @@ class Case:
 
 
 def cases(device: str) -> list[Case]:
-    """What is measured by default: LLaMA's parameter sets, then growth by rank and by number of layers."""
+    """What is measured by default: LLaMA's parameter sets, then growth with the rank and with the number of layers."""
     float32, bfloat16 = torch.float32, torch.bfloat16
-    rank, layers = {"matrices_only": True, "curve": "rank"}, {"matrices_only": True, "curve": "layers"}
+    by_rank, by_layers = {"matrices_only": True, "curve": "rank"}, {"matrices_only": True, "curve": "layers"}
     if device.startswith("cuda"):
         return [
             *(Case(size, bfloat16, 50) for size in ("60M", "130M", "350M", "1B", "7B")),
             Case("7B", bfloat16, 30, matrices_only=True),
             Case("60M", float32, 50),
-            *(Case("7B", bfloat16, 30, GROWTH, layers=4, rank=each, **rank) for each in (*RANKS, 1024)),
-            *(Case("350M", bfloat16, 30, GROWTH, layers=each, **layers) for each in (1, 2, 4, 8, 16, 32, 64)),
+            *(Case("7B", bfloat16, 30, GROWTH, layers=4, rank=rank, **by_rank) for rank in (*RANKS, 1024)),
+            *(Case("350M", bfloat16, 30, GROWTH, layers=layers, **by_layers) for layers in (1, 2, 4, 8, 16, 32, 64)),
         ]
     return [
         *(Case("60M", dtype, 15, matrices_only=True) for dtype in (float32, bfloat16)),
         *(Case("60M", dtype, 10) for dtype in (float32, bfloat16)),
         Case("130M", bfloat16, 5, GROWTH),
         Case("350M", bfloat16, 3),
-        *(Case("60M", float32, 7, GROWTH, rank=each, **rank) for each in RANKS),
-        *(Case("60M", float32, 7, GROWTH, layers=each, **layers) for each in (1, 2, 4, 8, 16)),
+        *(Case("60M", float32, 7, GROWTH, rank=rank, **by_rank) for rank in RANKS),
+        *(Case("60M", float32, 7, GROWTH, layers=layers, **by_layers) for layers in (1, 2, 4, 8, 16)),
     ]
 
 
 class Stepper:
-    """A contender with its optimizer, stepped once or twice; ``step`` is what is timed."""
+    """A contender with its optimizer, which has made two or three steps. ``step`` is what is timed."""
 
     def __init__(self, contender: Contender, weights: Weights, rank: int, device: str) -> None:
         self.contender, self._weights, self._rank, self._device = contender, weights, rank, device
@@ -111,7 +111,7 @@ class Stepper:
         }
 
     def refresh_ms(self) -> float | None:
-        """The time of a step that makes a new projection, the second one of an optimizer that does so at every step."""
+        """The time of a step that makes a new projection. The timed optimizer does so at every step."""
         if not self.contender.refreshes:
             return None
         optimizer = self.contender.make(self._weights, self._rank, {"update_proj_gap": 1})
@@ -121,16 +121,19 @@ class Stepper:
 
 
 def reason(error: Exception) -> str:
-    """An error in a line."""
+    """An error in one line."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "it does not fit into the memory of this device"
     return f"it failed: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]}"
 
 
 def batches(contenders: list[Contender], weights: Weights, device: str) -> Iterator[list[Contender]]:
-    """Who is in memory at a time: all, if two moments each, and work space for one, leave a fifth of it free."""
-    peers = [each for each in contenders if each.name not in OURS]
-    ours = [each for each in contenders if each.name in OURS]
+    """The contenders that are in memory together.
+
+    All are, if two moments for each of them and work space for one leave a fifth of the memory free.
+    """
+    peers = [contender for contender in contenders if contender.name not in OURS]
+    ours = [contender for contender in contenders if contender.name in OURS]
     if device.startswith("cuda"):
         free = torch.cuda.mem_get_info(device)[0]
     else:
@@ -144,7 +147,7 @@ def batches(contenders: list[Contender], weights: Weights, device: str) -> Itera
 
 
 def available_memory() -> int:
-    """Bytes of main memory that a program may still take; 0 where the system does not say."""
+    """Bytes of main memory that a program may still take. 0 if the system does not tell."""
     try:
         with open("/proc/meminfo") as lines:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -154,12 +157,12 @@ def available_memory() -> int:
 
 @functools.cache
 def bandwidth(device: str) -> float:
-    """Measured once a run."""
+    """The bandwidth of a copy, measured once per run."""
     return copy_bandwidth(device)
 
 
 def measure(case: Case, device: str, results: Results) -> None:
-    """Time the case's contenders that have no row yet, beside ours, and put a row down for each."""
+    """Time the contenders of a case that have no row yet, beside ours, and write a row for each."""
     shapes = case.shapes
     about = {
         **{"case": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch.")},
@@ -174,15 +177,16 @@ def measure(case: Case, device: str, results: Results) -> None:
             runnable.append(CONTENDERS[name])
     if not runnable:
         return
-    runnable = [CONTENDERS[name] for name in OURS] + [each for each in runnable if each.name not in OURS]
-    bandwidth(device)  # while there is memory for it
+    peers = [contender for contender in runnable if contender.name not in OURS]
+    runnable = [CONTENDERS[name] for name in OURS] + peers
+    bandwidth(device)  # now, while there is memory for it
     multiply_once(device)
     weights = make_weights(shapes, case.dtype, device)
     release(device)
     for batch in batches(runnable, weights, device):
         rows = measure_together(batch, weights, case, device)
         for name, row in rows.items():
-            if f"{case.name}: {name}" not in results:  # ours come with every batch, the first counts
+            if f"{case.name}: {name}" not in results:  # ours are in every batch, and the first one counts
                 results.add(f"{case.name}: {name}", contender=name, **about, **row)
                 print(f"  {case.name}: {name:38s} {summary(row)}", flush=True)
         release(device)
@@ -190,14 +194,14 @@ def measure(case: Case, device: str, results: Results) -> None:
 
 @functools.cache
 def multiply_once(device: str) -> None:
-    """cuBLAS keeps 32 MB from the first product on, which must not count as the first contender's."""
+    """Make cuBLAS allocate the 32 MB that it keeps, so that they do not count as the first contender's."""
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(64, 64, dtype=dtype, device=device)
         torch.mm(matrix, matrix)
 
 
 def release(device: str) -> None:
-    """Give back the memory of what is gone."""
+    """Return the memory of objects that are no longer used."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
@@ -230,16 +234,18 @@ def measure_together(batch: list[Contender], weights: Weights, case: Case, devic
 
 
 def prepare(contender: Contender, weights: Weights, rank: int, device: str, steppers: dict[str, Stepper]) -> Row:
-    """Add the contender to ``steppers``, and give its row without times; or say in the row why it cannot run. Here, in
-    a function, so that what failed keeps no memory when it has returned."""
+    """Add the contender to ``steppers``. Returns its row without times, or a row that says why it cannot run.
+
+    This is a function of its own so that a contender that failed keeps no memory once it has returned.
+    """
     try:
         stepper = Stepper(contender, weights, rank, device)
-    except Exception as error:  # whatever a peer does, the others are measured
+    except Exception as error:  # whatever happens in a peer, the others are measured
         return {"skipped": reason(error)}
     steppers[contender.name] = stepper
     try:
         refresh = stepper.refresh_ms()
-    except torch.OutOfMemoryError:  # it takes a second optimizer
+    except torch.OutOfMemoryError:  # it needs a second optimizer
         refresh = None
     return stepper.figures | {"refresh_ms": refresh and rounded(refresh)}
 
@@ -255,9 +261,9 @@ def summary(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default_device())
-    parser.add_argument("--cases", default=".*", help="a regular expression of whole names (see --list)")
+    parser.add_argument("--cases", default=".*", help="a regular expression that matches whole names (see --list)")
     parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
-    parser.add_argument("--name", default="whole_step", help="of the results file (%(default)s)")
+    parser.add_argument("--name", default="whole_step", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     options: Any = parser.parse_args()
     chosen = [case for case in cases(options.device) if re.fullmatch(options.cases, case.name)]
@@ -270,7 +276,7 @@ def main() -> None:
     for case in chosen:
         try:
             measure(case, options.device, results)
-        except Exception as error:  # too little memory for the weights themselves, say
+        except Exception as error:  # for example too little memory for the weights themselves
             for name in case.contenders:
                 if f"{case.name}: {name}" not in results:
                     results.add(f"{case.name}: {name}", case=case.name, contender=name, skipped=reason(error))

@@ -1,12 +1,13 @@
-"""What the site needs beside ``mkdocs.yml``; on GitHub the pages need none of it.
+"""What the site needs in addition to ``mkdocs.yml``. On GitHub the pages need none of it.
 
-**Links.** A page links to files outside ``docs/`` as GitHub wants it, ``../bench/REPORT.md`` say, and this project has
-no address on the web that a link could be turned into. So the site carries what its pages link to, under
-``repository/``: Markdown as pages, all else as files, and what those pages link to in turn. A link is read as GitHub
-reads it, from where the file lies in the repository. One to nothing stays as it is, and fails the strict build.
+**Links.** Pages link to files outside ``docs/`` as GitHub expects it, for example ``../bench/REPORT.md``. The project
+has no web address that such a link could point to. So the site contains the files that its pages link to, under
+``repository/``: Markdown files as pages and all others as files, and also what these pages link to. Links are resolved
+as on GitHub, from the place of the file in the repository. A link to a missing file is left as it is, and fails the
+strict build.
 
-**Examples.** Docstrings end in doctests without a heading, which Markdown would read as quotations: ``Examples`` puts
-the heading there that mkdocstrings looks for.
+**Examples.** Docstrings end with doctests that have no heading, and Markdown would read these as quotations.
+``Examples`` adds the heading that mkdocstrings looks for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LINK = re.compile(r"\[(?P<text>[^\]\[]*)\]\((?P<path>[^()\s#:]+)(?P<anchor>#[^()
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside ``docs/`` that pages link to."""
     pages = [ROOT / "docs" / file.src_uri for file in files.documentation_pages()]
-    for page in pages:  # it grows
+    for page in pages:  # pages are added to the list inside the loop
         for link in LINK.finditer(page.read_text(encoding="utf-8")):
             path = (page.parent / link["path"]).resolve()
             uri = _uri(path)
@@ -41,7 +42,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn every link to a file of the repository into one to its place on the site; a folder has none there."""
+    """Point each link to a file of the repository to its place on the site. Links to folders become plain text."""
     source = Path(str(page.file.abs_src_path)).parent
 
     def placed(link: re.Match[str]) -> str:
@@ -58,7 +59,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _uri(path: Path) -> str | None:
-    """Where a file of the repository lies on the site; None for any other."""
+    """The place of a file of the repository on the site. None for any other file."""
     for folder, prefix in ((ROOT / "docs", ""), (ROOT, "repository/")):
         if path.is_relative_to(folder):
             return prefix + path.relative_to(folder).as_posix()
@@ -66,7 +67,7 @@ def _uri(path: Path) -> str | None:
 
 
 class Examples(griffe.Extension):
-    """Gives the doctests of a docstring the heading ``Examples:``."""
+    """Puts the heading ``Examples:`` above the doctests of a docstring."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for every object whose docstring may be shown."""

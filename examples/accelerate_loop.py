@@ -1,10 +1,11 @@
-"""A training loop on Hugging Face Accelerate: mixed precision, accumulation, any number of processes, exact resume.
+"""Train a small LLaMA with Hugging Face Accelerate: mixed precision, gradient accumulation, several processes, resume.
 
     python examples/accelerate_loop.py --steps 40
-    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --steps 80  # goes on
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --steps 80  # continues from step 40
     ACCELERATE_USE_CPU=true torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py
 
-Each byte of the text, the source of Python's os module, is a token.
+The optimizer is prepared, stepped, saved and loaded like any other. Only the line that makes it differs from AdamW's.
+The text is the source of Python's os module, and each byte of it is a token.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SEQUENCE, BATCH, ACCUMULATE = 64, 8, 2
 
 
 class Bytes(torch.utils.data.Dataset):
-    """Pieces of the text of Python's os module, where the index says; a byte is a token."""
+    """Sequences of the text of Python's os module. The index decides where one begins, and each byte is a token."""
 
     text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
 
@@ -37,7 +38,7 @@ class Bytes(torch.utils.data.Dataset):
 
 
 class Progress:
-    """How many batches a process has seen, saved and loaded by Accelerate with the rest."""
+    """How many batches a process has seen. Accelerate saves and loads it together with the model and the optimizer."""
 
     batches = 0
 
@@ -58,7 +59,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=ACCUMULATE)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES))
-    # Clipped inside the step: accelerator.clip_grad_norm_ would read and write all gradients once more.
+    # max_grad_norm clips inside the step. accelerator.clip_grad_norm_ would read and write all gradients once more.
     optimizer = APOLLOAdamW.apollo(model, rank=32, lr=1e-2, max_grad_norm=1.0)  # was: torch.optim.AdamW(...)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     data = torch.utils.data.DataLoader(Bytes(), batch_size=BATCH)

@@ -1,12 +1,13 @@
-"""Fine-tune a language model on instructions with Hugging Face's Trainer: whole weights, no adapters, and next to no
-optimizer state. Needs the extra recipes.
+"""Fine-tune a language model on instructions with Hugging Face's Trainer: whole weights, no adapters.
+
+APOLLO updates the attention and MLP weights with a fraction of AdamW's optimizer state. Needs the extra ``recipes``.
 
     python examples/finetune_sft.py --model meta-llama/Llama-3.2-1B --data commonsense_170k.json
     python examples/finetune_sft.py --model meta-llama/Llama-3.2-1B --data commonsense_170k.json --method mini --lr 3e-4
     torchrun --standalone --nproc-per-node 4 examples/finetune_sft.py --model FOLDER --data FILE.jsonl
 
-Each line or entry of the data has an instruction, an output, and perhaps an input. --resume goes on from the newest
-checkpoint. Where the defaults come from: docs/recipes.md.
+Each example of the data has an instruction, an output, and perhaps an input. --resume continues from the newest
+checkpoint. docs/recipes.md says where the defaults come from.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from apollo_triton import APOLLOAdamW
 
-# For Llama-3.2-1B on Commonsense-170K, where not given: rank and scale of each method, sequences a step.
+# For Llama-3.2-1B on Commonsense-170K: rank and scale of each method, and sequences per step.
 DEFAULTS = {"apollo": {"rank": 32, "scale": 1.0, "batch": 16}, "mini": {"rank": 1, "scale": 128.0, "batch": 32}}
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-NOT_A_TARGET = -100  # of the loss: tokens of the question and of the padding
+NOT_A_TARGET = -100  # label of tokens that the loss ignores: those of the question and the padding
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def newest(folder: str) -> str | None:
-    """The newest checkpoint; says so where there is none."""
+    """The newest checkpoint. Prints a line and returns None if there is none."""
     found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if found is None and int(os.environ.get("RANK", 0)) == 0:
         print(f"--resume: --folder {folder} holds no checkpoint, so this begins at step 1", flush=True)
@@ -69,7 +70,7 @@ def newest(folder: str) -> str | None:
 
 
 def load(name: str) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer and the model, in bfloat16 where there is a GPU."""
+    """The tokenizer and the model. With a GPU the model is in bfloat16."""
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     local = not hub_answers()
     try:
@@ -93,10 +94,10 @@ def load(name: str) -> tuple[PreTrainedTokenizerBase, Any]:
 
 
 def make_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> APOLLOAdamW:
-    """Of the weights whose names have a target in them; all others stay as they are."""
+    """The optimizer of the weights whose names contain a target. All other weights are frozen."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(target in name for target in options.target_modules))
-    own = {
+    settings = {
         "scale": options.scale,
         "lr": options.lr,
         "weight_decay": 0.0,
@@ -105,14 +106,14 @@ def make_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> APOLL
     }
     try:
         if options.method == "mini":
-            return APOLLOAdamW.mini(model, **own)
-        return APOLLOAdamW.apollo(model, rank=options.rank, **own)
+            return APOLLOAdamW.mini(model, **settings)
+        return APOLLOAdamW.apollo(model, rank=options.rank, **settings)
     except ValueError as error:
         raise SystemExit(f"--rank {options.rank}, --target-modules: {error}") from error
 
 
 def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> datasets.DatasetDict:
-    """The data in tokens, with some held out; the loss is over the answers alone."""
+    """The data as tokens, split into training and held-out examples. Only the answers count in the loss."""
     path = Path(options.data)
     if path.exists():
         kind = "parquet" if path.suffix == ".parquet" else "json"
@@ -136,11 +137,11 @@ def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dat
             f"--data {options.data} has too few examples, {len(loaded)}; 2 are needed at least, since one is held out"
         )
 
-    def encode(example: dict[str, str], number: int) -> dict[str, list[int]]:
+    def encode(example: dict[str, str], index: int) -> dict[str, list[int]]:
         for name in ("instruction", "output", "input"):
             value = example.get(name, "")
             if not isinstance(value, str) and (name != "input" or value is not None):
-                raise SystemExit(f"--data {options.data}: the {name} of example {number + 1} is {value!r}, not a text")
+                raise SystemExit(f"--data {options.data}: the {name} of example {index + 1} is {value!r}, not a text")
         question = tokenizer(prompt(example))["input_ids"]
         answer = tokenizer(example["output"], add_special_tokens=False)["input_ids"]
         tokens = [*question, *answer, tokenizer.eos_token_id][: options.length]
@@ -153,7 +154,7 @@ def read(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dat
 
 
 def prompt(example: dict[str, str]) -> str:
-    """A question, as the model sees it before its answer."""
+    """The question as the model sees it, up to where its answer begins."""
     parts = ["### Instruction:", example["instruction"]]
     if example.get("input"):
         parts += ["### Input:", example["input"]]
@@ -191,24 +192,24 @@ def arguments(options: argparse.Namespace, steps: int) -> TrainingArguments:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="of the Hugging Face hub, or a folder")
+    add("--model", required=True, help="a model of the Hugging Face hub, or a folder")
     add("--data", required=True, help=".json, .jsonl or .parquet, or a data set of the hub")
     add("--method", choices=sorted(DEFAULTS), default="apollo", help="(%(default)s)")
-    add("--rank", type=positive, help="of APOLLO (32)")
+    add("--rank", type=positive, help="APOLLO's rank (32)")
     add("--scale", type=above_0, help="(1 for APOLLO, 128 for Mini)")
     add("--lr", type=not_negative, default=1e-4, help="peak learning rate (%(default)s)")
     add("--target-modules", nargs="+", default=TARGETS, help=f"what is trained ({' '.join(TARGETS)})")
     add("--epochs", type=positive, default=3, help="(%(default)s)")
-    add("--batch", type=positive, help="sequences a step, over all processes (16 for APOLLO, 32 for Mini)")
+    add("--batch", type=positive, help="sequences per step, over all processes (16 for APOLLO, 32 for Mini)")
     add("--micro-batch", type=positive, default=4, help="sequences through the model at once (%(default)s)")
-    add("--length", type=at_least_2, default=256, help="tokens of an example at most (%(default)s)")
-    add("--held-out", type=positive, default=120, help="examples (%(default)s)")
+    add("--length", type=at_least_2, default=256, help="most tokens of an example (%(default)s)")
+    add("--held-out", type=positive, default=120, help="examples to evaluate on (%(default)s)")
     add("--stochastic-rounding", action="store_true", help="of bfloat16 weights")
     add("--folder", default="finetune_sft", help="checkpoints, and the model at the end (%(default)s)")
     add("--save-every", type=positive, default=500, help="steps between checkpoints (%(default)s)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add("--log", type=installed, choices=LOGS, help="besides")
-    add("--seed", type=seed, default=0, help="(%(default)s)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add("--log", type=installed, choices=LOGS, help="where else to log")
+    add("--seed", type=seed, default=0, help="of the split and the order of the data (%(default)s)")
     options = parser.parse_args()
     if options.method == "mini" and options.rank not in (None, 1):
         parser.error(f"--rank {options.rank} is for --method apollo; Mini has rank 1")

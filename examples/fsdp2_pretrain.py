@@ -1,9 +1,10 @@
-"""Pretrain a small LLaMA with APOLLO under FSDP2, and go on from its checkpoint on another number of ranks.
+"""Pre-train a small LLaMA with APOLLO under FSDP2, and resume from its checkpoint on another number of ranks.
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2_pretrain.py --folder run --steps 60
-    torchrun --standalone --nproc-per-node 4 examples/fsdp2_pretrain.py --folder run --steps 120   # goes on at step 60
+    torchrun --standalone --nproc-per-node 4 examples/fsdp2_pretrain.py --folder run --steps 120   # from step 60 on
 
-CUDA devices train over nccl in bfloat16, a machine without them on its CPU over gloo. Each byte of the text is a token.
+CUDA devices communicate over nccl and compute in bfloat16. A machine without them trains on its CPU over gloo. Each
+byte of the text is a token.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo")
     train(options, torch.device("cuda" if on_cuda else "cpu"))
-    dist.destroy_process_group()  # not after an error, where the other ranks would be waited for
+    dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
@@ -70,7 +71,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
-    """The same LLaMA on every rank, cut up layer by layer."""
+    """The same LLaMA on every rank, sharded layer by layer."""
     torch.manual_seed(options.seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -83,7 +84,7 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
     )
     model = LlamaForCausalLM(config).to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # Weights and gradients stay float32 in the optimizer's hands; only the passes are in bfloat16.
+    # The optimizer sees weights and gradients in float32. Only forward and backward are in bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -92,15 +93,15 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
 
 
 def batches(options: argparse.Namespace, first: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-    """This rank's share of each step's batch, which is the same on any number of ranks."""
+    """This rank's share of each step's batch. The whole batch is the same on any number of ranks."""
     source = options.text or Path(os.__file__).parent  # the sources of Python's standard library
     files = sorted(source.glob("*.py")) if source.is_dir() else [source]
     text = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
     for step in range(first + 1, options.steps + 1):
         generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
         starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
-        mine = starts[dist.get_rank() :: dist.get_world_size()]
-        yield step, text[mine[:, None] + torch.arange(options.length)].long().to(device)
+        starts_of_rank = starts[dist.get_rank() :: dist.get_world_size()]
+        yield step, text[starts_of_rank[:, None] + torch.arange(options.length)].long().to(device)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -112,7 +113,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def save(folder: Path, step: int, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -> None:
-    """Every rank writes its shards beside the last checkpoint, which goes only when the new one is whole."""
+    """Write the shards of all ranks. The previous checkpoint is deleted only once the new one is complete."""
     unfinished = folder / "unfinished"
     if dist.get_rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -122,14 +123,14 @@ def save(folder: Path, step: int, model: LlamaForCausalLM, optimizer: APOLLOAdam
     if dist.get_rank() == 0:
         old = checkpoints(folder)
         unfinished.rename(folder / f"step-{step}")
-        for number in old:
-            if number != step:
-                shutil.rmtree(folder / f"step-{number}")
+        for old_step in old:
+            if old_step != step:
+                shutil.rmtree(folder / f"step-{old_step}")
     dist.barrier()
 
 
 def load_newest(folder: Path, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -> int:
-    """The step of the newest checkpoint, loaded; 0 where there is none."""
+    """Load the newest checkpoint and return its step, or 0 if there is none."""
     step = max(checkpoints(folder), default=0)
     if step:
         weights, state = get_state_dict(model, optimizer)
@@ -140,13 +141,13 @@ def load_newest(folder: Path, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -
 
 
 def checkpoints(folder: Path) -> list[int]:
-    """The steps of which there is a whole checkpoint."""
+    """The steps that have a complete checkpoint."""
     return [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are, and are looked for")
+    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are saved and looked for")
     parser.add_argument("--steps", type=int, default=200, help="train up to this step (%(default)s)")
     parser.add_argument("--schedule", type=int, default=1000, help="steps of the learning rate's cosine (%(default)s)")
     parser.add_argument("--save", type=int, default=100, help="steps between checkpoints (%(default)s)")
@@ -154,8 +155,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--mini", action="store_true", help="APOLLO-Mini instead of APOLLO")
     parser.add_argument("--rank", type=int, default=32, help="APOLLO's rank (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (%(default)s)")
-    parser.add_argument("--batch", type=int, default=24, help="sequences a step, over all ranks (%(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="bytes a sequence (%(default)s)")
+    parser.add_argument("--batch", type=int, default=24, help="sequences per step, over all ranks (%(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="bytes in a sequence (%(default)s)")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 8 (%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--text", type=Path, help="a file, or a folder of .py files (Python's standard library)")

@@ -1,9 +1,10 @@
-"""PyTorch Lightning: configure_optimizers returns the optimizer; precision, clipping, checkpoints are the Trainer's.
+"""Train a small LLaMA with PyTorch Lightning. configure_optimizers returns APOLLOAdamW, and the Trainer does the rest.
 
     python examples/lightning_module.py --steps 40
-    python examples/lightning_module.py --steps 80  # goes on from the checkpoint
+    python examples/lightning_module.py --steps 80  # continues from the checkpoint of step 40
 
-Each byte of the text, the source of Python's os module, is a token.
+Precision, accumulation, clipping and checkpoints are the Trainer's, as with any optimizer. The text is the source of
+Python's os module, and each byte of it is a token.
 """
 
 from __future__ import annotations
@@ -25,37 +26,40 @@ SEQUENCE, BATCH = 64, 8
 
 
 class Batches:
-    """Batches of the text of Python's os module, a byte a token. Lightning saves and loads where it is, and asks for
-    no batch ahead of one with a length: a DataLoader would begin again in the middle of an epoch."""
+    """Batches of the text of Python's os module. Each byte is a token.
+
+    Lightning saves and loads the index of the current batch. This class has a length, so Lightning fetches no batch
+    ahead of time. A DataLoader would start the epoch again when training resumes in the middle of it.
+    """
 
     text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
-    number = 0
+    index = 0
 
     def __len__(self) -> int:
         return 1_000_000
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         while True:
-            self.number += 1
-            generator = torch.Generator().manual_seed(self.number)
+            self.index += 1
+            generator = torch.Generator().manual_seed(self.index)
             starts = torch.randint(len(self.text) - SEQUENCE, (BATCH, 1), generator=generator)
             yield self.text[starts + torch.arange(SEQUENCE)]
 
     def state_dict(self) -> dict[str, int]:
-        return {"number": self.number}
+        return {"index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.number = state["number"]
+        self.index = state["index"]
 
 
 class Llama(lightning.LightningModule):
-    """A small LLaMA that learns to go on with a text."""
+    """A small LLaMA that learns to continue a text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES))
 
-    def training_step(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
+    def training_step(self, tokens: torch.Tensor, batch_idx: int) -> torch.Tensor:
         loss = self.model(input_ids=tokens, labels=tokens).loss
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -78,10 +82,10 @@ def main() -> None:
         max_steps=options.steps,
         precision=options.precision,
         accumulate_grad_batches=2,
-        gradient_clip_val=1.0,  # APOLLOAdamW's max_grad_norm does it without a pass of its own
+        gradient_clip_val=1.0,  # max_grad_norm of APOLLOAdamW clips without reading the gradients once more
         logger=False,
         enable_model_summary=False,
-        enable_checkpointing=False,  # one at the end, below
+        enable_checkpointing=False,  # the one checkpoint is saved at the end, below
         default_root_dir=options.folder,
     )
     newest = options.folder / "last.ckpt"

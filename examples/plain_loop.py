@@ -1,10 +1,12 @@
-"""A training loop without a framework, as torchtune's recipes are: a config, a model, accumulation, a checkpoint.
+"""Train a small LLaMA with a plain PyTorch loop: autocast, gradient accumulation, a checkpoint, exact resume.
 
     python examples/plain_loop.py --steps 40
-    python examples/plain_loop.py --steps 80     # goes on from the checkpoint
-    python examples/plain_loop.py --in-backward --checkpoint in_backward.pt  # as torchtune's optimizer_in_bwd
+    python examples/plain_loop.py --steps 80     # continues from the checkpoint of step 40
+    python examples/plain_loop.py --in-backward --checkpoint in_backward.pt  # like torchtune's optimizer_in_bwd
 
-With --in-backward no gradient outlives its layer. Each byte of the text, the source of Python's os module, is a token.
+No training framework is needed. Only the line that makes the optimizer differs from AdamW's. With --in-backward each
+weight is updated during the backward pass, and its gradient is freed at once. The text is the source of Python's os
+module, and each byte of it is a token.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from apollo_triton import APOLLOAdamW, attach_layerwise
 
 SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
 SEQUENCE, BATCH, WARMUP = 64, 8, 10
-TEXT = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()  # a byte is a token
+TEXT = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()  # each byte is a token
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40, help="train up to this step (%(default)s)")
-    parser.add_argument("--accumulate", type=int, default=2, help="batches a step (%(default)s)")
-    parser.add_argument("--in-backward", action="store_true", help="move each weight as soon as its gradient is known")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches per step (%(default)s)")
+    parser.add_argument("--in-backward", action="store_true", help="update each weight during the backward pass")
     parser.add_argument("--checkpoint", type=Path, default=Path("plain_loop.pt"), help="(%(default)s)")
     options = parser.parse_args()
     if min(options.steps, options.accumulate) < 1:
         parser.error(f"--steps {options.steps}, --accumulate {options.accumulate}: each must be at least 1")
     if options.in_backward:
-        options.accumulate = 1  # gradients are gone before a second batch could add to them
+        options.accumulate = 1  # each gradient is freed before a second batch could add to it
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -54,8 +56,8 @@ def main() -> None:
         print(f"step {first} of {options.checkpoint} is done already; give more --steps, or another --checkpoint")
 
     for step in range(first, options.steps):
-        for part in range(options.accumulate):
-            tokens = batch(step * options.accumulate + part).to(device)
+        for micro_step in range(options.accumulate):
+            tokens = batch(step * options.accumulate + micro_step).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
             loss.backward()
@@ -69,9 +71,9 @@ def main() -> None:
     torch.save(state | {"step": max(first, options.steps)}, options.checkpoint)
 
 
-def batch(number: int) -> torch.Tensor:
-    """The batch of that number, the same in every run: ``[BATCH, SEQUENCE]`` tokens."""
-    starts = torch.randint(len(TEXT) - SEQUENCE, (BATCH, 1), generator=torch.Generator().manual_seed(number))
+def batch(index: int) -> torch.Tensor:
+    """The batch with this index, ``[BATCH, SEQUENCE]`` tokens. It is the same in every run."""
+    starts = torch.randint(len(TEXT) - SEQUENCE, (BATCH, 1), generator=torch.Generator().manual_seed(index))
     return TEXT[starts + torch.arange(SEQUENCE)]
 
 

@@ -1,12 +1,14 @@
-"""Pre-train the paper's LLaMA models on C4 as the paper does, or on your own text (docs/recipes.md). Needs the extra
-recipes, and int8 for 8-bit moments.
+"""Pre-train the paper's LLaMA models on C4 as the paper does, or on your own text (docs/recipes.md).
+
+Needs the extra ``recipes``, and ``int8`` for 8-bit moments.
 
     python examples/pretrain_c4.py --config 60m --method apollo
     torchrun --standalone --nproc-per-node 8 examples/pretrain_c4.py --config 1b --method mini --parallel ddp
-    python examples/pretrain_c4.py --config 7b_one_card               # 12 GB are enough
+    python examples/pretrain_c4.py --config 7b_one_card               # on one GPU: 12 GB are enough
     python examples/pretrain_c4.py --config 60m --data notes --tokenizer bytes --layers 1 --shrink 8   # on a CPU
 
-The same command goes on from the newest checkpoint of its folder, bit for bit; Ctrl-C and SIGTERM save one first.
+The same command, given again, continues from the newest checkpoint of its folder, with the same results bit for bit.
+Ctrl-C and SIGTERM save a checkpoint before the program ends.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ GB = 1e9
 
 
 class Ranks:
-    """How many there are, this one's number, and what they must agree on without waiting for the device."""
+    """The index of this rank, how many ranks there are, and values that they agree on without waiting for the GPU."""
 
     def __init__(self, parallel: str, on_cuda: bool) -> None:
-        self.number, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.group = None
         if parallel != "none":
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
             self.group = dist.new_group(backend="gloo")
 
     def agree(self, value: float, how: dist.ReduceOp.RedOpType) -> float:
+        """The value of all ranks together: their sum, least or greatest, as ``how`` says."""
         if self.group is None:
             return value
         all_values = torch.tensor(value, dtype=torch.float64)
@@ -61,22 +64,22 @@ def main() -> None:
     ranks = Ranks(options.parallel, on_cuda)
     train(options, ranks, torch.device("cuda" if on_cuda else "cpu"))
     if dist.is_initialized():
-        dist.destroy_process_group()  # not after an error, where the other ranks would be waited for
+        dist.destroy_process_group()  # not after an error: it would wait for the other ranks
 
 
 def train(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
     sequences, micro_batch = shares(options, ranks.count)
-    training, validation = data.open_data(options, ranks.number, ranks.count)
-    if ranks.number == 0:
+    training, validation = data.open_data(options, ranks.index, ranks.count)
+    if ranks.index == 0:
         checkpoints.begin(options.folder, checkpoints.settings_of(options, ranks.count))
         llama_config(options).save_pretrained(options.folder)
-    ranks.agree(0, dist.ReduceOp.MAX)  # until the config is there
-    predicted = predict(options, micro_batch) if ranks.number == 0 else None
+    ranks.agree(0, dist.ReduceOp.MAX)  # waits until rank 0 has written the config
+    predicted = predict(options, micro_batch) if ranks.index == 0 else None
     trained = Trained(options, options.folder / "config.json", device)
 
     first, last = checkpoints.newest(options.folder), min(options.until or options.steps, options.steps)
     place = checkpoints.load(options.folder, first, trained) if first else None
-    reports = Reports(options.folder, options.log, ranks.number, first, options.steps)
+    reports = Reports(options.folder, options.log, ranks.index, first, options.steps)
     if place is not None:
         training.load_state_dict(place["training"])
         reports.load_state_dict(place["reports"])
@@ -111,7 +114,7 @@ def train(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> No
                 save(step)
             if stopped:
                 reports.say(
-                    f"stopped: step {step} is saved in {options.folder}, and the same command goes on from there"
+                    f"stopped: step {step} is saved in {options.folder}, and the same command continues from there"
                 )
                 break
     if predicted and device.type == "cuda":
@@ -121,7 +124,7 @@ def train(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> No
 
 
 def shares(options: argparse.Namespace, ranks: int) -> tuple[int, int]:
-    """Sequences of a rank in a step, and how many of them go through the model at once."""
+    """How many sequences a rank has in a step, and how many of them go through the model at once."""
     sequences, left = divmod(options.tokens_per_step, options.sequence * ranks)
     if left or not sequences:
         raise SystemExit(
@@ -130,7 +133,7 @@ def shares(options: argparse.Namespace, ranks: int) -> tuple[int, int]:
         )
     micro_batch = min(options.micro_batch, sequences)
     if sequences % micro_batch:
-        fit = [number for number in range(1, sequences + 1) if sequences % number == 0]
+        fit = [divisor for divisor in range(1, sequences + 1) if sequences % divisor == 0]
         raise SystemExit(
             f"--micro-batch {micro_batch} does not divide a rank's {sequences} sequences; use one of {fit}"
         )
@@ -138,7 +141,7 @@ def shares(options: argparse.Namespace, ranks: int) -> tuple[int, int]:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """A linear warm-up over a tenth of the steps, then a cosine down to a tenth."""
+    """A linear warm-up over a tenth of the steps, then a cosine down to a tenth of the peak rate."""
     warmup = max(1, steps // 10)
     if step <= warmup:
         return step / warmup
@@ -146,7 +149,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def read_validation(options: argparse.Namespace, ranks: Ranks, packer: data.Packer) -> torch.Tensor:
-    """This rank's share of the tokens to evaluate on, as many sequences on every rank; they are kept."""
+    """This rank's share of the tokens to evaluate on. Every rank has equally many, and keeps them in memory."""
     wanted = max(1, options.validation_tokens // (options.sequence * ranks.count))
     found = packer.take_all(wanted, options.sequence)
     count = int(ranks.agree(len(found), dist.ReduceOp.MIN))
@@ -160,7 +163,7 @@ def read_validation(options: argparse.Namespace, ranks: Ranks, packer: data.Pack
 
 @torch.no_grad()
 def evaluate(trained: Trained, ranks: Ranks, held_out: torch.Tensor, micro_batch: int, device: torch.device) -> float:
-    """The mean loss over all ranks' held-out sequences."""
+    """The mean loss over the held-out sequences of all ranks."""
     trained.bare.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tokens in held_out.to(device).split(micro_batch):
@@ -170,30 +173,31 @@ def evaluate(trained: Trained, ranks: Ranks, held_out: torch.Tensor, micro_batch
 
 
 class Stop:
-    """Whether Ctrl-C or SIGTERM has come to any rank; all learn of it after the same step."""
+    """Whether any rank has received Ctrl-C or SIGTERM. All ranks learn of it after the same step."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.came = ranks, False
+        self.ranks, self.received = ranks, False
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._come) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {name: signal.signal(name, self._received) for name in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
 
-    def _come(self, number: int, frame: Any) -> None:
-        self.came = True
-        if self.ranks.count == 1:  # a second one ends at once; torchrun sends two by itself
-            signal.signal(number, signal.SIG_DFL)
+    def _received(self, name: int, frame: Any) -> None:
+        self.received = True
+        # A second signal ends the program at once. Not under torchrun, which sends two by itself.
+        if self.ranks.count == 1:
+            signal.signal(name, signal.SIG_DFL)
 
     def asked(self) -> bool:
-        return bool(self.ranks.agree(self.came, dist.ReduceOp.MAX))
+        return bool(self.ranks.agree(self.received, dist.ReduceOp.MAX))
 
 
 def predict(options: argparse.Namespace, micro_batch: int) -> int | None:
-    """With ``--cap``: what one card will take, part by part, before anything is allocated."""
+    """With ``--cap``: print how much memory each part will take on one GPU, before anything is allocated."""
     if not options.cap:
         return None
     dtype = getattr(torch, options.dtype)

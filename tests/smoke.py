@@ -1,9 +1,9 @@
-"""Build the sdist and the wheel, install each into an empty environment, and try what was installed from elsewhere.
+"""Build the sdist and the wheel, install each into an empty environment, and try it outside the checkout.
 
     python tests/smoke.py                                    # this Python, with the torch that it has
-    python tests/smoke.py --python python3.10 --torch 2.6.0  # another one, with a torch of the registry
+    python tests/smoke.py --python python3.10 --torch 2.6.0  # another Python, with a torch of the package registry
 
-A file that is left out of the package is missed by no test that runs in the checkout.
+Tests that run in the checkout do not notice a file that is missing from the package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COMMANDS = (["--version"], ["env"], ["memory", "--help"], ["validate", "--help"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", action="append", help="a Python to try it on; may be given again (this one)")
+    parser.add_argument("--python", action="append", help="a Python to try it with, may be repeated (this one)")
     parser.add_argument("--torch", help="a torch to install there, e.g. 2.6.0 (that of this Python)")
     options = parser.parse_args()
     if options.python and not options.torch:
@@ -65,21 +65,21 @@ def main() -> None:
 
 
 def build(folder: Path) -> list[Path]:
-    """The sdist, and the wheel that is made from it."""
+    """Build the sdist, and the wheel from it."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     run(command, cwd=folder.parent)
     return sorted(folder.iterdir())
 
 
 def smoke(python: str, package: Path, environment: Path, torch: str | None) -> str:
-    """Install ``package`` into a new environment and use it there; what it printed."""
+    """Install ``package`` into a new environment and use it there. Returns what it printed."""
     run([python, "-m", "venv", "--without-pip", str(environment)], cwd=environment.parent)
     executable = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(executable), "--disable-pip-version-check", "install", "-q"]
-    if torch is None:  # no download: behind what is installed there comes what this Python has, setuptools too
-        own = sysconfig.get_path("purelib")
+    if torch is None:  # no download: the environment also sees the packages of this Python, after those installed in it
+        packages_here = sysconfig.get_path("purelib")
         [site] = environment.glob("lib/python*/site-packages")
-        (site / "own.pth").write_text(own)
+        (site / "packages_here.pth").write_text(packages_here)
         run([*pip, "--no-deps", "--no-build-isolation", str(package)], cwd=environment)
     else:
         run([*pip, f"torch=={torch}", "numpy", "setuptools"], cwd=environment)  # triton 3.2 imports setuptools
@@ -91,7 +91,7 @@ def smoke(python: str, package: Path, environment: Path, torch: str | None) -> s
 
 
 def run(command: list[str], cwd: Path) -> str:
-    """Standard output of a command; one that fails ends everything, with all that it said."""
+    """The standard output of a command. If it fails, this program ends with all of its output."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     found = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if found.returncode != 0:

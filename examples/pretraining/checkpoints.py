@@ -1,4 +1,4 @@
-"""A run's folder: its settings, and the newest checkpoint, which is whole or is not there."""
+"""The folder of a run: its settings and its newest checkpoint. A checkpoint is either complete or not there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from .model import Trained
 
-# What may change when a run goes on. All else would make it another run.
+# The options that may change when a run is resumed. With any other change it would be another run.
 FREE = {"until", "folder", "config", "save_every", "report", "log", "micro_batch", "validation_tokens"}
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a new run; refuse others for one that has a checkpoint. Raises SystemExit."""
+    """Save the settings of a new run. Raises SystemExit if the folder holds a run with other settings."""
     path = folder / "run.json"
-    # Without a checkpoint there is no run to protect: the settings may be those of a call that failed.
+    # Settings without a checkpoint may be those of a call that failed, and may be overwritten.
     if not steps(folder) or not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -35,12 +35,12 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         if name not in FREE and settings.get(name) != kept.get(name):
             raise SystemExit(
                 f"{folder} holds a run with {name}={kept.get(name)!r}, this is {settings.get(name)!r}; "
-                "give the same options to go on with it, or another --folder"
+                "give the same options to resume it, or another --folder"
             )
 
 
 def newest(folder: Path) -> int:
-    """The step of the checkpoint; 0 where there is none."""
+    """The step of the newest checkpoint, or 0 if there is none."""
     return max(steps(folder), default=0)
 
 
@@ -49,7 +49,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def save(folder: Path, step: int, trained: Trained, place: dict[str, Any]) -> None:
-    """Weights and optimizer once, each rank's ``place``; the last checkpoint goes when this one is whole."""
+    """Save weights and optimizer once, and ``place`` for each rank. The previous checkpoint is deleted at the end."""
     rank, unfinished = _rank(), folder / "unfinished"
     if rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -68,14 +68,14 @@ def save(folder: Path, step: int, trained: Trained, place: dict[str, Any]) -> No
         if step in old:
             shutil.rmtree(folder / f"step-{step}")
         unfinished.rename(folder / f"step-{step}")
-        for number in old:
-            if number != step:
-                shutil.rmtree(folder / f"step-{number}")
+        for old_step in old:
+            if old_step != step:
+                shutil.rmtree(folder / f"step-{old_step}")
     _barrier()
 
 
 def load(folder: Path, step: int, trained: Trained) -> dict[str, Any]:
-    """Bring weights and optimizer back; this rank's place."""
+    """Load weights and optimizer. Returns this rank's ``place``."""
     kept = folder / f"step-{step}"
     if _is_sharded(trained):
         weights, state = get_state_dict(trained.bare, trained.optimizer)
@@ -91,7 +91,7 @@ def load(folder: Path, step: int, trained: Trained) -> dict[str, Any]:
 
 
 def settings_of(options: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """What makes a run what it is: all options, and the ranks that its data are shared out to."""
+    """What identifies a run: all options, and the number of ranks that share its data."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()} | {
         "ranks": ranks
     }

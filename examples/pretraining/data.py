@@ -1,8 +1,9 @@
-"""Documents to sequences: text streamed by ``datasets``, tokenised and packed end to end, from a place that is saved.
+"""From documents to sequences: text is streamed by ``datasets``, tokenised, and packed end to end.
 
-No token is lost or comes twice: what a document leaves over begins the next sequence, and the place is that rest
-together with the stream's own. Nothing is shuffled, for a shuffle buffer could not be saved; C4's documents lie in no
-order, and neither should those of other data.
+The place in the data can be saved, so that no token is lost or used twice. When a document ends in the middle of a
+sequence, the next document continues that sequence. A saved place is the tokens left over and the stream's own place.
+Nothing is shuffled, because a shuffle buffer could not be saved. C4's documents are in random order, and those of other
+data should be too.
 """
 
 from __future__ import annotations
@@ -22,38 +23,39 @@ from transformers import AutoTokenizer
 
 from .hub import hub_answers
 
-BYTES = "bytes"  # of --tokenizer: the text's own bytes, and 0 where a document ends
+BYTES = "bytes"  # a value of --tokenizer: each byte of the text is a token, and 0 ends a document
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 TEXT = {".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go"}
-READ_AT_ONCE = 64  # documents, which tokenizers work on in parallel
+READ_AT_ONCE = 64  # documents: a tokenizer works on them in parallel
 
 Encode = Callable[[list[str]], list[list[int]]]
 Open = Callable[[], IterableDataset]
 
 
 class Packer:
-    """The sequences of one rank, without an end: after the last document comes the first."""
+    """The sequences of one rank, without end: after the last document the first comes again."""
 
     def __init__(self, open_documents: Open, encode: Encode, wanted: Callable[[str], bool], column: str) -> None:
         self.open, self.encode, self.wanted, self.column = open_documents, encode, wanted, column
         self.documents = open_documents()
         self.epoch = 0
         self.rest = torch.empty(0, dtype=torch.int32)
-        self._given: dict[str, Any] | None = None  # a place, until a document is read: the stream tells it only then
-        self._texts = self._for_ever()
+        # The loaded place, until a document is read: only then does the stream know its own place.
+        self._given: dict[str, Any] | None = None
+        self._texts = self._repeated()
 
     def take(self, sequences: int, length: int) -> Tensor:
         """The next tokens, ``[sequences, length]``."""
         return self._cut(sequences * length, self._texts).view(sequences, length)
 
     def take_all(self, most: int, length: int) -> Tensor:
-        """At most ``most`` sequences, and fewer where the data ends before: ``[sequences, length]``."""
+        """At most ``most`` sequences, ``[sequences, length]``. Fewer if the data ends before."""
         tokens = self._cut(most * length, self._once())
         return tokens[: len(tokens) // length * length].view(-1, length)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place, of plain values and one tensor."""
+        """The place in the data: plain values and one tensor."""
         documents = self.documents.state_dict() if self._given is None else self._given
         return {"rest": self.rest, "documents": documents, "epoch": self.epoch}
 
@@ -62,7 +64,7 @@ class Packer:
         self.documents.load_state_dict(state["documents"])
 
     def _cut(self, wanted: int, texts: Iterator[list[str]]) -> Tensor:
-        """``wanted`` tokens, or what there is; the others are the new rest."""
+        """The next ``wanted`` tokens, or as many as there are. The tokens left over are kept for the next call."""
         pieces, tokens = [self.rest], len(self.rest)
         while tokens < wanted and (documents := next(texts, None)):
             new = [token for document in self.encode(documents) for token in document]
@@ -72,20 +74,20 @@ class Packer:
         self.rest = found[wanted:].clone()
         return found[:wanted].long()
 
-    def _for_ever(self) -> Iterator[list[str]]:
+    def _repeated(self) -> Iterator[list[str]]:
         while True:
-            found = self._given is not None  # then the documents may have ended at the place itself
+            found = self._given is not None  # the loaded place may be the end of the documents
             for texts in self._once():
                 found = True
                 yield texts
             if not found:
                 raise SystemExit("there is no document to train on; give more data, or fewer ranks")
             self.epoch += 1
-            # Not the same object: once it has been given a place, it begins there every time.
+            # A new stream: one that has loaded a place begins there every time.
             self.documents, self._given = self.open(), None
 
     def _once(self) -> Iterator[list[str]]:
-        """Texts up to the end of the data; when some are handed out, the stream stands behind the last of them."""
+        """Texts up to the end of the data. When a list is handed out, the stream's place is behind its last text."""
         texts: list[str] = []
         for document in self.documents:
             self._given = None
@@ -102,8 +104,11 @@ class Packer:
 
 
 def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packer, Packer | None]:
-    """What this rank trains on, and what it evaluates on (None without ``--evaluate-every``): the data's own
-    validation split, ``--validation``, or the documents that are held out."""
+    """What this rank trains on, and what it evaluates on.
+
+    It evaluates on ``--validation``, else on the data's own validation split, else on documents that are held out from
+    training. With ``--evaluate-every 0`` it evaluates on nothing, and the second value is None.
+    """
     for option, name in (("--data", options.data), ("--validation", options.validation)):
         if name is not None and not Path(name).exists() and not hub_answers():
             raise SystemExit(_unreachable(option, name, "it does not answer"))
@@ -129,7 +134,7 @@ def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packe
 
 
 def load_encode(tokenizer: str, vocabulary: int) -> Encode:
-    """From texts to their tokens, each with the end of a document behind it."""
+    """A function from texts to their tokens, each followed by the token that ends a document."""
     if tokenizer == BYTES:
         if vocabulary < 256:
             raise SystemExit(f"--vocabulary {vocabulary} is too small for --tokenizer bytes; use at least 256")
@@ -139,10 +144,10 @@ def load_encode(tokenizer: str, vocabulary: int) -> Encode:
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(_unreachable("--tokenizer", tokenizer, error)) from error
     end = [] if loaded.eos_token_id is None else [loaded.eos_token_id]
-    loaded.model_max_length = int(1e9)  # documents are cut into sequences here, and need no warning
+    loaded.model_max_length = int(1e9)  # long documents are cut into sequences here, so no warning about their length
 
     def encode(texts: list[str]) -> list[list[int]]:
-        # A text that happens to contain "</s>" has it as any other text.
+        # If a text contains "</s>", it is text like any other, not a special token.
         found = loaded(texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True)
         tokens = [document + end for document in found["input_ids"]]
         largest = max(max(document, default=0) for document in tokens)
@@ -157,7 +162,7 @@ def load_encode(tokenizer: str, vocabulary: int) -> Encode:
 
 
 def _documents(data: str, options: argparse.Namespace, split: str) -> IterableDataset:
-    """A split of a data set of the hub, or of a file or folder here, which are all one split, ``train``."""
+    """A split of a data set: of the hub, or of a local file or folder, which has one split only, ``train``."""
     path = Path(data)
     option = "--data" if data == options.data else "--validation"
     if path.exists():
@@ -176,28 +181,31 @@ def _documents(data: str, options: argparse.Namespace, split: str) -> IterableDa
 
 
 def _local(path: Path, option: str) -> IterableDataset:
-    """Files of one kind. A text file in a folder is a document; alone, its paragraphs are."""
-    found = sorted(each for each in path.rglob("*") if each.is_file() and _kind(each)) if path.is_dir() else [path]
-    kinds = {_kind(each) or "text" for each in found}
+    """The documents of a file, or of a folder with files of one kind.
+
+    In a folder each text file is one document. In a text file that is given by itself each paragraph is one.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file)) if path.is_dir() else [path]
+    kinds = {_kind(file) or "text" for file in files}
     if len(kinds) != 1:
         raise SystemExit(
             f"{option} {path}: a folder of one kind of files is needed, this has {sorted(kinds) or 'none'}"
         )
     (kind,) = kinds
     text = {"sample_by": "document" if path.is_dir() else "paragraph", "encoding_errors": "replace"}
-    files = {"train": [str(each) for each in found]}
-    return load_dataset(kind, data_files=files, split="train", streaming=True, **(text if kind == "text" else {}))
+    splits = {"train": [str(file) for file in files]}
+    return load_dataset(kind, data_files=splits, split="train", streaming=True, **(text if kind == "text" else {}))
 
 
 def _kind(file: Path) -> str | None:
-    """The loader of ``datasets`` that reads a file; None for a file that is no data."""
+    """The loader of ``datasets`` that reads a file. None if the file holds no data."""
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() not in COMPRESSED]
     last = suffixes[-1] if suffixes else ""
     return LOADERS.get(last, "text" if last in TEXT else None)
 
 
 def _is_held_out(text: str, share: float) -> bool:
-    """Whether a document is kept for the evaluation: a matter of the text alone, so that it is so on any rank."""
+    """Whether a document is kept for the evaluation. Only its text decides, so all ranks decide alike."""
     return zlib.crc32(text.encode()) < share * 2**32
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
 @cache
 def hub_answers() -> bool:
-    """Whether there is a network at all: without one the hub's own client tries for a minute and says so 18 times."""
+    """Whether the hub answers. Without a network its own client would try for a minute and warn 18 times."""
     if HF_HUB_OFFLINE:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The paper's LLaMA and its optimizer: on one device, under DDP, or cut up by FSDP2."""
+"""The paper's LLaMA and its optimizer: on one device, under DDP, or sharded by FSDP2."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from apollo_triton.tools.llama import meta_model, paper_figures
 
 
 def llama_config(options: argparse.Namespace) -> LlamaConfig:
-    """The size of the paper; with fewer ``--layers``, or narrower by ``--shrink``, to try things."""
+    """The paper's config of this size. For a trial, ``--layers`` makes it shallower and ``--shrink`` narrower."""
     shape = paper_figures()["llama"][options.model]
     heads = max(1, shape["heads"] // options.shrink)
     return LlamaConfig(
@@ -41,11 +41,11 @@ def llama_config(options: argparse.Namespace) -> LlamaConfig:
 
 
 class Trained:
-    """A model and its optimizer, with what a step of several backward passes must know of how they are spread."""
+    """A model and its optimizer, on one device or on several, with steps of one or more backward passes."""
 
     def __init__(self, options: argparse.Namespace, config: Path, device: torch.device) -> None:
         dtype = getattr(torch, options.dtype)
-        # Without memory first: the int8 model never exists in float, the sharded one never whole.
+        # First without memory: the int8 model never exists in float, and the sharded model never exists whole.
         self.bare = meta_model(str(config), dtype)
         if options.method.startswith("q-"):
             quantize_model(self.bare)
@@ -64,12 +64,15 @@ class Trained:
             self.model = DistributedDataParallel(self.bare, **_init_sync(options.method))
 
     def backward(self, batches: list[Tensor]) -> Tensor:
-        """The gradient of the mean loss over some batches of one size, averaged over the ranks; that loss, here."""
+        """Compute the gradient of the mean loss over some batches of one size, averaged over the ranks.
+
+        Returns this rank's mean loss.
+        """
         total = torch.zeros((), device=batches[0].device)
-        for number, tokens in enumerate(batches, 1):
+        for count, tokens in enumerate(batches, 1):
             with ExitStack() as stack:
-                if number < len(batches):
-                    self._keep_to_itself(stack)
+                if count < len(batches):
+                    self._accumulate_only(stack)
                 elif isinstance(self.bare, torch.distributed.fsdp.FSDPModule):
                     self.bare.set_requires_gradient_sync(True)
                 loss = self.model(input_ids=tokens, labels=tokens).loss / len(batches)
@@ -77,8 +80,8 @@ class Trained:
             total += loss.detach()
         return total
 
-    def _keep_to_itself(self, stack: ExitStack) -> None:
-        """For all but the last batch: gradients only add up, and neither ranks nor weights learn of them."""
+    def _accumulate_only(self, stack: ExitStack) -> None:
+        """For all batches except the last one: gradients add up, and are neither sent to other ranks nor used."""
         if isinstance(self.model, DistributedDataParallel):
             stack.enter_context(self.model.no_sync())
         elif isinstance(self.bare, torch.distributed.fsdp.FSDPModule):
@@ -92,10 +95,10 @@ class Trained:
 
 
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """The paper's settings, which are the defaults of ``apollo`` and ``mini`` but for the learning rate."""
+    """The paper's settings. They are the defaults of ``apollo`` and ``mini``, except for the learning rate."""
     if options.method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
-    own: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "lr": options.lr,
         "weight_decay": 0.0,
         "update_proj_gap": options.update_proj_gap,
@@ -104,13 +107,16 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
         "state_bits": options.state_bits,
     }
     if options.method.endswith("mini"):
-        return APOLLOAdamW.mini(model, **own)
-    return APOLLOAdamW.apollo(model, rank=max(1, options.rank // options.shrink), **own)
+        return APOLLOAdamW.mini(model, **settings)
+    return APOLLOAdamW.apollo(model, rank=max(1, options.rank // options.shrink), **settings)
 
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
-    """Random weights, the same however the model is cut up, one tensor at a time; and what else has had no memory."""
+    """Fill the model with random weights, one tensor at a time, and make its rotary embedding, which had no memory.
+
+    The weights do not depend on how the model is sharded.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
@@ -121,7 +127,7 @@ def fill(model: nn.Module, seed: int) -> None:
         if isinstance(parameter, Int8Weight):
             parameter.assign(whole)
         elif isinstance(parameter, DTensor):
-            # No rank tells the others: each has drawn the same.
+            # No communication is needed: all ranks have drawn the same tensor.
             parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
         else:
             parameter.copy_(whole)
@@ -129,7 +135,7 @@ def fill(model: nn.Module, seed: int) -> None:
 
 
 def _shard(model: nn.Module, device: torch.device) -> None:
-    # Weights are float32 or bfloat16 as they were made; only what is added up over the ranks is always float32.
+    # Weights keep their dtype, float32 or bfloat16. Sums over the ranks are always in float32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:
@@ -138,7 +144,7 @@ def _shard(model: nn.Module, device: torch.device) -> None:
 
 
 def _init_sync(method: str) -> dict[str, bool]:
-    """DDP's first broadcast knows no int8 weights. All ranks have drawn the same."""
+    """DDP's first broadcast cannot send int8 weights, and is left out: all ranks have drawn the same weights."""
     if not method.startswith("q-"):
         return {}
     if "init_sync" not in inspect.signature(DistributedDataParallel).parameters:

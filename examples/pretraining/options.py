@@ -1,4 +1,4 @@
-"""The options of ``pretrain_c4.py``: a config's, those given before it, and which go together."""
+"""The options of ``pretrain_c4.py``: those of a config, those of the command line, and which go together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from apollo_triton.tools.llama import named_sizes, paper_figures
 
 CONFIGS = Path(__file__).parent / "configs"
 METHODS = ("apollo", "mini", "q-apollo", "q-mini", "adamw")
-ADAMW_LEARNING_RATE = 1e-3  # a usual one; the paper's tables do not say theirs
+ADAMW_LEARNING_RATE = 1e-3  # a usual rate: the paper's tables do not say theirs
 C4 = "allenai/c4"
 LOGS = ("tensorboard", "wandb")
 
 
 def parse_options(description: str | None) -> argparse.Namespace:
-    """What the command line says, after what its config says; ends the program with an error that helps."""
+    """The config's options, overridden by those of the command line. Wrong options end the program with an error."""
     parser = make_parser(description)
     given = parser.parse_args()
     options = parser.parse_args([*config_as_arguments(parser, given.config), *sys.argv[1:]])
@@ -44,24 +44,24 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--config", required=True, help=f"{', '.join(known_configs())}; or a JSON file of these options")
     add("--method", choices=METHODS, default="apollo", help="q- has int8 weights (%(default)s)")
     add("--parallel", choices=("none", "ddp", "fsdp"), default="none", help="under torchrun (%(default)s)")
-    add("--folder", type=Path, help="of the run, with its checkpoint (runs/CONFIG-METHOD)")
+    add("--folder", type=Path, help="the run's folder, with its checkpoint (runs/CONFIG-METHOD)")
     add("--data", default=C4, help="a data set of the Hugging Face hub, a file or a folder (%(default)s)")
-    add("--data-config", help="of a data set of the hub (en for allenai/c4)")
-    add("--text-column", default="text", help="(%(default)s)")
+    add("--data-config", help="config of a data set of the hub (en for allenai/c4)")
+    add("--text-column", default="text", help="column of the data that holds the text (%(default)s)")
     add("--validation", help="data to evaluate on (the data's validation split, else documents that are held out)")
     add("--held-out", type=share, default=0.05, help="share of documents that are held out (%(default)s)")
     add("--tokenizer", default="t5-base", help="of the hub, a folder, or bytes: each byte a token (%(default)s)")
-    add("--vocabulary", type=positive, default=32000, help="tokens that the model knows (%(default)s)")
+    add("--vocabulary", type=positive, default=32000, help="how many tokens the model knows (%(default)s)")
     add("--model", choices=named_sizes(), required=False, help="size of the paper's LLaMA")
-    add("--layers", type=positive, help="fewer layers, to try it")
-    add("--shrink", type=positive, default=1, help="divide widths, heads and rank by this, to try it (%(default)s)")
-    add("--rank", type=positive, default=256, help="APOLLO's (%(default)s)")
+    add("--layers", type=positive, help="fewer layers, for a trial")
+    add("--shrink", type=positive, default=1, help="divide widths, heads and rank by this, for a trial (%(default)s)")
+    add("--rank", type=positive, default=256, help="APOLLO's rank (%(default)s)")
     add("--lr", type=not_negative, help=f"peak learning rate (the config's; {ADAMW_LEARNING_RATE:g} for adamw)")
-    add("--update-proj-gap", type=positive, default=200, help="steps with one projection (%(default)s)")
+    add("--update-proj-gap", type=positive, default=200, help="steps between new projections (%(default)s)")
     add("--steps", type=positive, help="of the whole schedule")
-    add("--until", type=positive, help="stop after this step of it")
-    add("--sequence", type=at_least_2, default=256, help="tokens a sequence (%(default)s)")
-    add("--tokens-per-step", type=positive, default=131072, help="over all ranks (%(default)s)")
+    add("--until", type=positive, help="stop after this step of the schedule")
+    add("--sequence", type=at_least_2, default=256, help="tokens in a sequence (%(default)s)")
+    add("--tokens-per-step", type=positive, default=131072, help="tokens per step over all ranks (%(default)s)")
     add("--micro-batch", type=positive, default=16, help="sequences through the model at once (%(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the weights (bfloat16 on CUDA, float32 on a CPU)")
     add("--stochastic-rounding", action=switch, default=False, help="of bfloat16 weights")
@@ -70,21 +70,22 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         "--gradients",
         choices=("kept", "freed", "none"),
         default="kept",
-        help="freed: weights are updated during the backward pass; none: and those of linear layers are never made",
+        help="freed: each weight is updated during the backward pass, and its gradient is freed; "
+        "none: besides, gradients of linear layers are never made",
     )
     add("--checkpoint-activations", action=switch, default=False, help="less memory, more work")
-    add("--cap", type=not_negative, help="GB that a CUDA device may use; says what one card takes, before and after")
-    add("--evaluate-every", type=at_least_0, default=1000, help="steps; 0: never (%(default)s)")
-    add("--validation-tokens", type=positive, default=10_000_000, help="(%(default)s)")
+    add("--cap", type=not_negative, help="GB that a CUDA device may use; prints the predicted and the measured peak")
+    add("--evaluate-every", type=at_least_0, default=1000, help="steps between evaluations; 0: never (%(default)s)")
+    add("--validation-tokens", type=positive, default=10_000_000, help="most tokens to evaluate on (%(default)s)")
     add("--save-every", type=positive, default=1000, help="steps between checkpoints (%(default)s)")
-    add("--report", type=positive, default=10, help="steps between lines (%(default)s)")
-    add("--log", type=installed, choices=LOGS, help="besides")
+    add("--report", type=positive, default=10, help="steps between printed lines (%(default)s)")
+    add("--log", type=installed, choices=LOGS, help="where else to log")
     add("--seed", type=seed, default=0, help="of weights and projections (%(default)s)")
     return parser
 
 
 def number(kind: type, allowed: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """What ``type=`` of an option takes: a number that is refused unless it ``holds``."""
+    """A parser for ``type=`` of an option. It refuses a number for which ``holds`` is false."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -98,7 +99,7 @@ def number(kind: type, allowed: str, holds: Callable[[Any], bool]) -> Callable[[
 
 at_least_0 = number(int, "at least 0", lambda value: value >= 0)
 positive = number(int, "at least 1", lambda value: value >= 1)
-at_least_2 = number(int, "at least 2", lambda value: value >= 2)  # tokens: each is to have a next one
+at_least_2 = number(int, "at least 2", lambda value: value >= 2)  # a sequence of one token has no next token to predict
 seed = number(int, "0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 not_negative = number(float, "a finite number, 0 or more,", lambda value: 0 <= value < math.inf)
 above_0 = number(float, "a finite number above 0", lambda value: 0 < value < math.inf)
@@ -106,7 +107,7 @@ share = number(float, "a number above 0 and below 1", lambda value: 0 < value < 
 
 
 def installed(log: str) -> str:
-    """``type=`` of ``--log``."""
+    """A parser for ``type=`` of ``--log``, which refuses a logger that is not installed."""
     if log in LOGS and importlib.util.find_spec(log) is None:
         raise argparse.ArgumentTypeError(f"{log} is not installed; pip install {log}, or leave --log out")
     return log
@@ -117,7 +118,7 @@ def known_configs() -> list[str]:
 
 
 def config_as_arguments(parser: argparse.ArgumentParser, name: str) -> list[str]:
-    """A config's options as the command line would give them, so that they are checked like those."""
+    """The options of a config, written as on a command line, so that they are checked in the same way."""
     path = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not path.is_file():
         parser.error(f"--config {name}: there is no such config (known: {', '.join(known_configs())}; or FILE.json)")
@@ -137,7 +138,7 @@ def config_as_arguments(parser: argparse.ArgumentParser, name: str) -> list[str]
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What is missing, and what does not go together."""
+    """Ends the program with an error if an option is missing, or if two do not go together."""
     if options.model is None or options.lr is None:
         parser.error("--model and --lr are needed, here or in the config")
     if options.steps is None:
@@ -170,7 +171,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         f"--gradients {options.gradients} with --parallel: the ranks' gradients are not averaged yet; leave it out": (
             in_backward and options.parallel != "none"
         ),
-        "--gradients none updates in every backward pass: --tokens-per-step is to be --micro-batch x --sequence": (
+        "--gradients none updates in every backward pass: --tokens-per-step must be --micro-batch x --sequence": (
             options.gradients == "none" and accumulates
         ),
         "--method adamw is torch.optim.AdamW, without --gradients, --state-bits 8 and --stochastic-rounding": (

@@ -1,4 +1,4 @@
-"""What a run tells: lines and a progress bar, TensorBoard or Weights & Biases if asked, and a picture of its losses."""
+"""What a run reports: printed lines, a progress bar, a picture of its losses, and TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Reports:
-    """Of one rank; the others have ``rank`` above 0 and tell nothing."""
+    """The reports of a run. Rank 0 prints and writes them, and the other ranks report nothing."""
 
     def __init__(self, folder: Path, log: str | None, rank: int, first: int, steps: int) -> None:
         self.folder, self.speaks = folder, rank == 0
@@ -36,7 +36,7 @@ class Reports:
         self.progress.update(self.bar, completed=step)
 
     def loss(self, step: int, loss: float, rate: float, tokens: int) -> None:
-        """The mean loss since the last report, the learning rate, and the tokens that took that time."""
+        """Report the mean loss since the last report, the learning rate, and ``tokens`` per second since then."""
         now = time.perf_counter()
         speed, self._since = tokens / (now - self._since), now
         self.losses.append((step, loss))
@@ -57,7 +57,7 @@ class Reports:
         self.losses, self.validation = state["losses"], state["validation"]
 
     def end(self, title: str) -> None:
-        """Close everything, and draw ``loss.png``."""
+        """Close all outputs and draw ``loss.png``."""
         self.progress.stop()
         if self.write is not None:
             self.write(None, {})
@@ -94,11 +94,11 @@ def draw(path: Path, title: str, losses: list[tuple[int, float]], validation: li
 
 
 def _writer(log: str, folder: Path, first: int) -> Any:
-    """A function of a step and its values; of None, it closes."""
+    """A function that logs the values of a step. Called with None as the step, it closes the log."""
     if log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a run that was killed wrote behind its checkpoint is not shown.
+        # Do not show what a killed run logged after its last checkpoint.
         board = SummaryWriter(folder / "tensorboard", purge_step=first + 1 if first else None)
 
         def write(step: int | None, values: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ from bench import __main__ as stages
 from bench import (
     clock,
     contenders,
+    host_overhead,
     kernels,
     parameter_sets,
     pretrain_data,
@@ -106,7 +107,11 @@ def test_the_source_s_fingerprint_follows_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(results_file, "ROOT", tmp_path)
     before = results_file.source()
     (tmp_path / "kernels" / "a.py").write_text("2")
-    assert results_file.source() != before
+    changed = results_file.source()
+    assert changed != before
+    (tmp_path / "apollo_triton" / "engine").mkdir()
+    (tmp_path / "apollo_triton" / "engine" / "a.py").write_text("1")
+    assert results_file.source() != changed
 
 
 def test_every_contender_takes_every_place_of_a_round():
@@ -382,6 +387,36 @@ def test_a_stage_that_fails_or_hangs_is_told_and_the_next_one_starts(monkeypatch
     assert "slow: it was stopped" in said
     assert "60M matrices float32" in said
     assert "Not all went well: absent, slow" in said
+
+
+@pytest.mark.parametrize("from_factors", [True, False])
+def test_every_timed_update_of_a_layer_updates_it(from_factors, monkeypatch):
+    """A hook that has no gradient, or a layer that counts as updated already: then nothing would be timed."""
+    started = []
+    monkeypatch.setattr(host_overhead, "_no_launch", lambda kernel, *rest, **constants: started.append(kernel.__name__))
+    monkeypatch.setattr(host_overhead.device_backend, "_obstacle", lambda device: None)
+    row = host_overhead.measured_layer(MINI, from_factors, rounds=2)
+    assert row["us"] > 0
+    assert row["launches"] >= 2
+    assert len(started) == 2 * host_overhead.UPDATES_A_ROUND * row["launches"]
+    assert ("apply_operands_kernel" in started) == from_factors
+    assert ("apply_kernel" in started) != from_factors
+
+
+def test_the_host_s_time_of_steps_and_of_layers_has_a_row_each(tmp_path, monkeypatch):
+    """A row that overwrites another's, or a figure that is measured and not kept."""
+    monkeypatch.setattr(host_overhead, "Results", lambda name, **options: Results(name, folder=tmp_path, **options))
+    monkeypatch.setattr(host_overhead, "MATRICES", [(64, 64), (172, 64)])
+    monkeypatch.setattr(sys, "argv", ["host_overhead", "--rounds", "1"])
+    host_overhead.main()
+    (path,) = tmp_path.rglob("host_overhead.json")
+    rows = {row["id"]: row for row in json.loads(path.read_text())["rows"]}
+    for method in host_overhead.GROUPS:
+        assert {"stable_ms", "moved_ms", "launches"} < rows.pop(f"{method}, 2 matrices").keys()
+        assert {"stable_ms", "moved_ms", "launches"} < rows.pop(f"{method}, 2 matrices and 66 dense").keys()
+        for source in ("factors", "gradient"):
+            assert rows.pop(f"{method}, one layer from its {source}").keys() == {"id", "us", "launches"}
+    assert not rows
 
 
 MODULES = (clock, parameter_sets, pretrain_data, report_data, report_tables, results_file, verbs)

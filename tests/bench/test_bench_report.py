@@ -173,6 +173,21 @@ def test_steps_without_gradients_stand_beside_the_others(tmp_path, machine):
     assert text.count("| AdamW |") == 2
 
 
+def test_a_layer_s_host_time_stands_beside_a_step_s(tmp_path, machine):
+    """A layer's microseconds read as a step's milliseconds, or a file of before that has no such row."""
+    results = machine(CPU, "host_overhead")
+    results.add("Mini, 224 matrices", stable_ms=0.501, moved_ms=0.978, launches=4)
+    text = section(written(tmp_path), CPU["name"])
+    assert "| Mini, 224 matrices | 0.50 | 0.98 | 4 |" in text
+    assert "µs" not in text
+    results.add("Mini, one layer from its factors", us=61.7, launches=5)
+    results.add("Mini, one layer from its gradient", us=48.2, launches=2)
+    text = section(written(tmp_path), CPU["name"])
+    assert "| Mini, 224 matrices | 0.50 | 0.98 | 4 |" in text
+    assert "| Mini, one layer from its factors | 62 | 5 |" in text
+    assert "| Mini, one layer from its gradient | 48 | 2 |" in text
+
+
 def test_the_confidence_interval_is_student_s():
     assert mean_and_margin([2.0]) == (2.0, None)
     # Of four values by a table of t: 3.182 standard errors.

@@ -1,4 +1,4 @@
-"""Accelerate's state, which is one for the whole process, as tests need it."""
+"""Functions that change Accelerate's state, of which a process has only one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 
 def forget_accelerate() -> None:
-    """Let the next Trainer or Accelerator begin anew, if there was one."""
+    """Reset the state, if there is one, so that the next Trainer or Accelerator starts afresh."""
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shard_on_cpus() -> None:
-    """Accelerate shards on accelerators alone, and passes over its own plugin on a CPU without a word: in this process
-    it does not, from here on. Nothing else of it changes."""
+    """Make Accelerate shard on CPUs too, in this process from here on. Nothing else of it changes.
+
+    It shards on accelerators only. On a CPU it ignores its FSDP plugin and gives no warning.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -24,6 +26,6 @@ def shard_on_cpus() -> None:
         original(self, *arguments, fsdp_plugin=fsdp_plugin, **keys)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # which every later state reads
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # every later state reads it
 
     AcceleratorState.__init__ = initialise

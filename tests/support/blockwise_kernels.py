@@ -1,4 +1,4 @@
-"""The two directions of the blockwise format as kernels of their own, to be held against the PyTorch twin."""
+"""The two directions of the blockwise format as separate kernels, to compare them with their PyTorch twin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apollo_triton.kernels.blockwise import _BLOCK, dequantized, magnitudes, qua
 
 @triton.jit
 def requantize_kernel(p_values, p_q, p_absmax, p_code, count):
-    """q (uint8) and absmax of ``count`` contiguous float32 values; a program a block of 256."""
+    """q (uint8) and absmax of ``count`` contiguous float32 values. Each program has a block of 256."""
     block = tl.program_id(0).to(tl.int64)
     offsets = block * _BLOCK + tl.arange(0, _BLOCK)
     mask = offsets < count
@@ -21,7 +21,7 @@ def requantize_kernel(p_values, p_q, p_absmax, p_code, count):
 
 @triton.jit
 def dequantize_kernel(p_q, p_absmax, p_code, p_values, count):
-    """``count`` contiguous float32 values of q (uint8) and absmax; a program a block of 256."""
+    """``count`` contiguous float32 values from q (uint8) and absmax. Each program has a block of 256."""
     offsets = tl.program_id(0).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
     mask = offsets < count
     tl.store(p_values + offsets, dequantized(p_q, p_absmax, p_code, offsets, mask), mask=mask)

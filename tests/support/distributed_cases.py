@@ -1,7 +1,7 @@
 """Weights, gradients and placements that the distributed tests share.
 
-Every tensor is drawn from its name and step, in full on every rank, and cut up here by ``torch.chunk`` rather than by
-``distribute_tensor``, so that the expected values rest on nothing that is tested.
+Every rank draws each whole tensor from its name and step. ``torch.chunk`` cuts it into shards here, not
+``distribute_tensor``, so that the expected values do not depend on what is tested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What torch itself cannot do in older versions; tried with 2.6 and 2.13.
+# What older versions of torch cannot do. Tried with 2.6 and 2.13.
 needs_uneven_strides = pytest.mark.skipif(
     torch.__version__ < (2, 13), reason="this torch neither gathers nor saves uneven strided shards"
 )
@@ -30,17 +30,17 @@ PLACEMENTS = {"0": Shard(0), "1": Shard(1), "2": Shard(2), "r": Replicate(), "p"
 
 
 def drawn(shape: tuple[int, ...], *key: Any) -> torch.Tensor:
-    """Normals that belong to a key."""
+    """Normal numbers that depend on ``key`` alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(repr(key).encode())))
 
 
 def gradient_of(name: str, shape: tuple[int, ...], step: int) -> torch.Tensor:
-    """A drift with noise of the same size, about as large as a real gradient."""
+    """A drift and noise of the same size. The sum is about as large as a real gradient."""
     return (drawn(shape, "drift", name) + drawn(shape, "noise", name, step)) * 1e-2
 
 
 def sharded(full: torch.Tensor, mesh: DeviceMesh | None, cut: str) -> torch.Tensor:
-    """``full`` with one placement a mesh dimension, e.g. "0r": Shard(0), Replicate. "plain" is a plain tensor."""
+    """``full`` with one placement per mesh dimension: "0r" is Shard(0), Replicate(). "plain" is a plain tensor."""
     if mesh is None or cut == "plain":
         return full.clone()
     local = full
@@ -61,7 +61,7 @@ def sharded(full: torch.Tensor, mesh: DeviceMesh | None, cut: str) -> torch.Tens
 
 
 def whole(tensor: Any) -> Any:
-    """A DTensor gathered (a collective), anything else as it is."""
+    """The gathered DTensor (a collective). Anything else as it is."""
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor().clone()
     return tensor.detach().clone() if isinstance(tensor, torch.Tensor) else tensor
@@ -72,9 +72,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Weights(nn.Module):
-    """Named weights of ``cases`` {name: (shape, group, cut)}, trained by drawn gradients; no forward pass.
+    """Named weights, trained with drawn gradients and without a forward pass. ``cases``: {name: (shape, group, cut)}.
 
-    ``group`` holds the group keys of the weight: empty for dense. Weights of equal keys share a group.
+    ``group`` has the weight's group keys, and is empty for a dense weight. Weights with equal keys share a group.
     """
 
     def __init__(self, cases: dict[str, Any], mesh: DeviceMesh | None = None, **options: Any) -> None:
@@ -90,7 +90,7 @@ class Weights(nn.Module):
         self.steps = 0
 
     def set_gradients(self, spoil: Any = None) -> None:
-        """The gradients of the coming step. ``spoil(name, step, gradient)`` may write into one before it is cut up."""
+        """Set the next step's gradients. ``spoil(name, step, gradient)`` may write into each before it is sharded."""
         for name, (shape, _, cut) in self.cases.items():
             gradient = gradient_of(name, shape, self.steps + 1).to(getattr(self, name).dtype)
             if spoil:
@@ -108,7 +108,7 @@ class Weights(nn.Module):
         return {name: whole(parameter) for name, parameter in self.named_parameters()}
 
     def state(self) -> dict[str, Any]:
-        """All state, gathered: {"name.exp_avg": tensor}."""
+        """All state, gathered, as {"name.exp_avg": tensor}."""
         return {
             f"{name}.{key}": whole(value)
             for name, parameter in self.named_parameters()
@@ -120,8 +120,10 @@ class Weights(nn.Module):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts every operation of c10d and of its functional twin, by group, and the bytes that it fills on this rank;
-    ``at_first`` is called before the first."""
+    """Counts the operations of c10d and of its functional twin by group, and the bytes that they fill on this rank.
+
+    ``at_first`` is called before the first one.
+    """
 
     def __init__(self, at_first: Any = None) -> None:
         super().__init__()
@@ -130,8 +132,8 @@ class Collectives(TorchDispatchMode):
         self.at_first = at_first
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # DTensor takes it apart and comes back with plain tensors
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls again with plain tensors
         communicates = function.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd")
         if communicates and "wait" not in function.__name__ and "_wrap" not in function.__name__:
             if self.at_first is not None and not self.counts:
@@ -148,13 +150,13 @@ class Collectives(TorchDispatchMode):
 
 def _group_of(arguments: list[Any]) -> str:
     """The name of the process group among the arguments of a collective."""
-    for each in arguments:
-        if isinstance(each, torch.ScriptObject):
+    for argument in arguments:
+        if isinstance(argument, torch.ScriptObject):
             try:
-                return torch.distributed.ProcessGroup.unbox(each).group_name
-            except RuntimeError:  # a reduction operation, say
+                return torch.distributed.ProcessGroup.unbox(argument).group_name
+            except RuntimeError:  # for example a reduction operation
                 continue
-    return next((each for each in reversed(arguments) if isinstance(each, str)), "?")
+    return next((argument for argument in reversed(arguments) if isinstance(argument, str)), "?")
 
 
 def assert_same_bits(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> None:
@@ -170,7 +172,7 @@ def _short(value: Any) -> str:
 
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float, what: str) -> None:
-    """Every tensor within ``tolerance`` of its twin, in the 2-norm relative to it; all else equal."""
+    """Every tensor is within ``tolerance`` of its twin, in the 2-norm relative to the twin. All else is equal."""
     assert ours.keys() == theirs.keys(), what
     for name, value in ours.items():
         other = theirs[name]

@@ -1,16 +1,17 @@
-"""Runs a module-level function on N ranks of a gloo process group, each a process, and brings their results back.
+"""Runs a module-level function on N ranks of a gloo process group, each in its own process, and returns their results.
 
-    results = run(worker, 4, steps=30)          # worker(steps=30) on four ranks; a list, in the order of the ranks
-    ends = outcomes(worker, 2, timeout=30)      # the same where a rank is meant to fail or to be killed
+    results = run(worker, 4, steps=30)          # worker(steps=30) on four ranks; a list in the order of the ranks
+    ends = outcomes(worker, 2, timeout=30)      # the same, if a rank is meant to fail or to be killed
 
-Importing torch costs two seconds a process, so one process per pytest process, the nursery, imports torch and the test
-module once, and forks the ranks of each call: they start within milliseconds, share nothing with the call before, and
-may hang or be killed without spoiling the next. The nursery runs no tensor operation and starts no thread itself, so
-that forking it is safe. Nobody waits for long: collectives give up after ``patience`` seconds, a call after
-``timeout``, and once a rank has failed the others have a few seconds left. A failure names rank, traceback and output.
+Importing torch takes two seconds per process. So each pytest process has one process, the nursery, which imports torch
+and the test module once and forks the ranks of each call. The ranks start within milliseconds, share nothing with
+earlier calls, and may hang or be killed without harm to later ones. The nursery runs no tensor operation and starts no
+thread, so that it can be forked safely. Nothing waits for long: collectives give up after ``patience`` seconds and a
+call after ``timeout`` seconds. Once a rank has failed, the others have a few seconds left. A failure names the rank,
+the traceback and the output.
 
-The optimizer is ``optimizer_class()``. ``DISTRIBUTED_STAND_IN=adamw`` puts PyTorch's own AdamW in its place (what fails
-then fails in the harness or in PyTorch), so that everything but APOLLO itself can be tested.
+The optimizer is ``optimizer_class()``. With ``DISTRIBUTED_STAND_IN=adamw`` it is PyTorch's AdamW, so that everything
+except APOLLO can be tested: what still fails then is in the harness or in PyTorch.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ from typing import Any
 
 GRACE = 5.0  # seconds that ranks have left once another one has failed
 _nursery: tuple[subprocess.Popen, Connection] | None = None
-_log = tempfile.TemporaryFile()  # what the nursery itself complains of  # noqa: SIM115
+_log = tempfile.TemporaryFile()  # the nursery's own error output  # noqa: SIM115
 
 
 class RankFailed(AssertionError):
-    """Some rank did not return: the tracebacks of all that failed."""
+    """A rank did not return. The message has the tracebacks of all ranks that failed."""
 
 
 @dataclass
 class Outcome:
-    """How one rank ended: ``value`` is what it returned, or ``error`` says why it did not (then ``killed`` tells
-    whether by a signal that was not ours), ``output`` the end of what it printed."""
+    """How one rank ended.
+
+    ``value`` is what it returned. If it did not return, ``error`` says why, and ``killed`` whether by a signal that the
+    harness did not send. ``output`` is the end of what it printed.
+    """
 
     value: Any = None
     error: str = ""
@@ -54,9 +58,9 @@ class Outcome:
 
 
 def run(function: Callable[..., Any], world: int, **options: Any) -> list[Any]:
-    """What ``function`` returned on each rank. Raises RankFailed with the tracebacks of all ranks that did not."""
+    """What ``function`` returned on each rank. Raises RankFailed with the tracebacks of all ranks that failed."""
     ends = outcomes(function, world, **options)
-    failed: dict[str, list[int]] = {}  # mostly all ranks fail alike, and one text will do
+    failed: dict[str, list[int]] = {}  # most often all ranks fail alike: each text is printed once
     for rank, end in enumerate(ends):
         if end.error:
             failed.setdefault(f"{end.error}\n{end.output}".strip(), []).append(rank)
@@ -71,7 +75,7 @@ def outcomes(
 ) -> list[Outcome]:
     """How ``function(**arguments)`` ended on each rank. ``patience``: seconds until a collective gives up."""
     global _nursery
-    for _ in range(2):  # a nursery that somebody ended is replaced once
+    for _ in range(2):  # a nursery that has ended is replaced once
         if _nursery is None:
             _nursery = _start()
         pipe = _nursery[1]
@@ -92,7 +96,7 @@ def _start() -> tuple[subprocess.Popen, Connection]:
     ours, theirs = Pipe()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if Path("/sys/class/net/lo").exists():
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not resolve
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may not resolve
     process = subprocess.Popen(
         [sys.executable, __file__, str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
@@ -116,11 +120,11 @@ def _stop() -> None:
     _nursery = None
 
 
-# ---- in the nursery and its ranks
+# ---- in the nursery and in its ranks
 
 
 def _serve(pipe: Connection) -> None:
-    """Answer requests until pytest is gone."""
+    """Answer requests until pytest has ended."""
     while True:
         try:
             path, name, arguments, world, timeout, patience = pickle.loads(pipe.recv_bytes())
@@ -152,8 +156,10 @@ def _module(path: str) -> Any:
 
 
 def _call(function: Any, arguments: Any, world: int, timeout: float, patience: float, folder: Path) -> list[Outcome]:
-    """Fork the ranks, wait for their outcomes, and end all of them together: a rank that left early would close the
-    connections on which others may still be reading."""
+    """Fork the ranks, wait for their outcomes, and end all of them together.
+
+    A rank that ended early would close connections from which others may still read.
+    """
     processes: dict[Connection, tuple[int, int]] = {}
     for rank in range(world):
         reading, writing = os.pipe()
@@ -172,11 +178,11 @@ def _call(function: Any, arguments: Any, world: int, timeout: float, patience: f
             try:
                 ends[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                ends[rank] = Outcome(error="died without a word, as if killed", killed=True)
+                ends[rank] = Outcome(error="died without an error, as if killed", killed=True)
             if ends[rank].error:
                 deadline = min(deadline, time.monotonic() + max(GRACE, patience if ends[rank].killed else 0))
     for rank, process in waiting.values():
-        ends[rank] = Outcome(error="still running when the time was up; where it was stands below")
+        ends[rank] = Outcome(error="still running when the time was up; its traceback is below")
         os.kill(process, signal.SIGUSR1)  # faulthandler writes the traceback
     if waiting:
         time.sleep(0.5)
@@ -199,8 +205,8 @@ def _rank(
     folder: Path,
     pipe: Connection,
 ) -> None:
-    """A rank's whole life; does not return."""
-    signal.alarm(int(timeout) + 60)  # should the nursery die, nobody else ends us
+    """Run one rank. It does not return."""
+    signal.alarm(int(timeout) + 60)  # ends this rank if the nursery dies
     output = os.open(folder / f"output{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -211,7 +217,7 @@ def _rank(
 
         torch.set_num_threads(1)
         limit = timedelta(seconds=patience)
-        dist.distributed_c10d.default_pg_timeout = limit  # also for the groups that meshes make
+        dist.distributed_c10d.default_pg_timeout = limit  # also for groups that meshes make
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         dist.init_process_group("gloo", f"file://{folder}/store", timeout=limit, rank=rank, world_size=world)
         answer = pickle.dumps(Outcome(function(**arguments)))
@@ -222,7 +228,7 @@ def _rank(
         signal.pause()
 
 
-# ---- what the tests of sharding share, in pytest and on the ranks
+# ---- shared by the tests of sharding, in pytest and on the ranks
 
 
 def optimizer_class() -> Any:
@@ -234,7 +240,7 @@ def optimizer_class() -> Any:
         return apollo_triton.APOLLOAdamW
 
     class StandIn(torch.optim.AdamW):
-        """PyTorch's AdamW under our constructor's arguments; group keys that it does not know it ignores."""
+        """PyTorch's AdamW with the arguments of our constructor. It ignores group keys that it does not know."""
 
         gradient_norm = None
         skipped_updates = 0
@@ -246,7 +252,7 @@ def optimizer_class() -> Any:
 
 
 if __name__ == "__main__":
-    import distributed_harness  # under the name by which pytest knows it, so that outcomes can be unpickled there
+    import distributed_harness  # by the name that pytest uses, so that pytest can unpickle outcomes
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp
     import torch.distributed.optim

@@ -1,8 +1,8 @@
-"""How the documentation's command lines are checked: run where that is quick and local, else read by the program's own
-parser, which knows every option, and by nothing of ours.
+"""Checks of the documentation's command lines.
 
+Quick local commands are run. All others are parsed by the program's own parser, which knows every option.
 ``check(line, monkeypatch)`` fails for a program that is not in ``PROGRAMS``. Commands run in the current directory,
-which holds what the page's commands name (``docs_preludes.make_files``).
+which has the files that the page's commands name (``docs_preludes.make_files``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Words = list[str]
 
 
 def check(line: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Check the commands of one line, comment included; what they printed, if they were run."""
+    """Check the commands of one line, which may end in a comment. Returns what they printed, if they were run."""
     words = shlex.split(line, comments=True)
     if "&&" in words:
         first = words.index("&&")
@@ -49,7 +49,7 @@ def _check(words: Words, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _apollo_triton(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> str:
-    """``memory`` runs; ``demo`` and ``validate`` take minutes and are parsed. Standard error is part of the output."""
+    """Runs ``memory``. Parses ``demo`` and ``validate``, which take minutes. The output includes standard error."""
     for long in (demo, validate):
         monkeypatch.setattr(long, "run", lambda options: 0)
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
@@ -58,11 +58,11 @@ def _apollo_triton(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class _ParsedError(Exception):
-    """Thrown by ``argparse`` once it has parsed, so that nothing is run."""
+    """Raised by ``argparse`` once it has parsed, so that nothing is run."""
 
 
 def _parse(run: Callable[[], object], argv: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a program begin and parse ``argv``, and stop it there."""
+    """Start a program, let it parse ``argv``, and stop it there."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse(parser: argparse.ArgumentParser, *arguments: object) -> None:
@@ -95,8 +95,10 @@ def _python(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> str | None:
 
 
 def _compat(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ends in the command that replaces the process; a Trainer's options are read by transformers' parser. Those of
-    other tools are run by tests/integration/test_tools.py, which takes them out of the page."""
+    """Check a command up to the program that it starts. transformers' parser reads the options of a Trainer.
+
+    Commands of other tools are run by tests/integration/test_tools.py, which reads them from the page.
+    """
     if arguments[0] in ("llamafactory-cli", "axolotl", "trl"):
         assert f"python -m apollo_triton.compat {shlex.join(arguments)}" in (ROOT / "docs" / "tools.md").read_text()
         return
@@ -141,7 +143,7 @@ def _accelerate(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Constraint files exist, and so do the extras. Foreign packages are named only to be removed."""
+    """Constraint files and extras exist. Other packages may only be uninstalled."""
     verb, *rest = arguments
     if verb == "uninstall":
         return
@@ -159,7 +161,7 @@ def _pip(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _git(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The project has no address to clone from that a page could name; the folder's name is what ``cd`` then needs."""
+    """The project has no address yet, so pages say URL. The folder's name is the one that ``cd`` then needs."""
     assert arguments == ["clone", "URL", "apollo-triton"], arguments
 
 
@@ -168,9 +170,9 @@ def _cd(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _make(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``make`` itself says what it would run; of that our own programs' command lines are checked in turn."""
+    """``make --dry-run`` prints what would run. Command lines of this project's programs are checked in turn."""
     command = ["make", "--dry-run", "--always-make", *arguments]
-    plain = {"PATH": os.environ["PATH"]}  # the tests may run under make, whose ARGS and flags are inherited
+    plain = {"PATH": os.environ["PATH"]}  # without ARGS and flags of a make that runs these tests
     found = subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=False, timeout=60)
     assert found.returncode == 0, found.stderr
     recipe = [line for line in found.stdout.splitlines() if not line.startswith("make")]

@@ -1,6 +1,6 @@
-"""What the documentation's Python blocks may use without making it: the names that a reader has already.
+"""The names that the documentation's Python blocks may use without defining them, because a reader has them already.
 
-A section (``##``) starts afresh, with a new small model. Pages that are not in ``PRELUDES`` are complete as they stand.
+Each section (``##``) starts again with a new small model. Pages that are not in ``PRELUDES`` define all their names.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model
 
 Names = dict[str, Any]
-# Wide enough for the rank of 256 that the pages write.
+# Wide enough for rank 256, which the pages use.
 CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
           "vocab_size": 64, "max_position_embeddings": 32}  # fmt: skip
 
 
 class Text(Dataset):
-    """Sequences that count on from a start."""
+    """Sequences of consecutive numbers, each from another start."""
 
     def __len__(self) -> int:
         return 8
@@ -40,7 +40,7 @@ def make_model() -> nn.Module:
 
 
 def make_files(folder: Path) -> None:
-    """The files that commands name."""
+    """Make the files that commands name."""
     (folder / "train.py").touch()
     (folder / "notes").mkdir()
     (folder / "path" / "to").mkdir(parents=True)
@@ -49,7 +49,7 @@ def make_files(folder: Path) -> None:
 
 
 def training(folder: Path) -> Names:
-    """A model, its batches, and what Hugging Face's Trainer takes."""
+    """A model, its batches, and the arguments of Hugging Face's Trainer."""
     from transformers import Trainer, TrainingArguments
 
     options = {"output_dir": str(folder / "run"), "max_steps": 2, "use_cpu": True, "report_to": []}
@@ -66,13 +66,13 @@ def training(folder: Path) -> Names:
 
 
 def readme(folder: Path) -> Names:
-    """Besides, an optimizer."""
+    """The names of ``training``, and an optimizer."""
     names = training(folder)
     return names | {"optimizer": APOLLOAdamW.mini(names["model"], lr=1e-2), "torch": torch}
 
 
 def migration(folder: Path) -> Names:
-    """Nothing but a checkpoint that apollo-torch saved, of the model that the page makes."""
+    """No names, but a checkpoint that apollo-torch saved, of the model that the page makes."""
     if not (folder / "checkpoint-500").exists():
         shapes = {"embed": nn.Embedding(100, 256), "attn": nn.Linear(256, 256), "mlp": nn.Linear(256, 1024)}
         model = nn.ModuleDict(shapes)
@@ -97,28 +97,28 @@ def _save_official(folder: Path, groups: list[Names]) -> None:
 
 
 def int8(folder: Path) -> Names:
-    """Besides, a float checkpoint of the model in ``folder``, and its config."""
+    """The names of ``training``, a checkpoint of the float model in ``folder``, and its config."""
     names = training(folder)
     names["model"].save_pretrained(folder / "weights")
-    own = {"attach_layerwise": attach_layerwise, "quantize_model": quantize_model}
-    return names | own | {"config": names["model"].config, "folder": folder / "weights"}
+    functions = {"attach_layerwise": attach_layerwise, "quantize_model": quantize_model}
+    return names | functions | {"config": names["model"].config, "folder": folder / "weights"}
 
 
 def distributed(folder: Path) -> Names:
-    """Besides, an optimizer, and a folder for its checkpoint."""
+    """The names of ``training``, an optimizer, and a folder for its checkpoint."""
     names = training(folder)
     optimizer = APOLLOAdamW.mini(names["model"], lr=1e-2)
     return names | {"folder": folder / "checkpoint", "optimizer": optimizer}
 
 
 def tools(folder: Path) -> Names:
-    """What TRL's trainer takes."""
+    """The arguments of TRL's trainer."""
     import datasets
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig
 
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(50)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(token): token for token in range(50)}, unk_token="0"))
     names = training(folder)
     data = [{"input_ids": names["data"][index]["input_ids"].tolist()} for index in range(len(names["data"]))]
     args = SFTConfig(output_dir=str(folder / "run"), max_steps=2, use_cpu=True, report_to=[], bf16=False)

@@ -1,4 +1,4 @@
-"""What the tests of layer-wise updates share: a small model, its optimizer, its training."""
+"""Shared by the tests of layer-wise updates: a small model, its optimizer, its training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train(model, optimizer, steps, first=0):
 
 
 def assert_same(first, second, optimizers):
-    """Weights and all state, bit for bit."""
+    """The weights and all state are equal bit for bit."""
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
         states = [optimizer.state[x] for optimizer, x in zip(optimizers, (p, q), strict=True)]
@@ -44,7 +44,7 @@ def assert_same(first, second, optimizers):
 
 
 def pair(dtype=torch.float32, **group):
-    """Two equal models, a plain optimizer and one with hooks."""
+    """Two equal models with an optimizer each, the second with hooks, and the handle of the hooks."""
     models = [make_model(dtype) for _ in range(2)]
     optimizers = [make_optimizer(model, **group) for model in models]
     return models, optimizers, attach_layerwise(models[1], optimizers[1])

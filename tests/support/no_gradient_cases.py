@@ -1,4 +1,4 @@
-"""What the tests of steps without a gradient share: operands that are known, whole small models, what is allocated."""
+"""Shared by the tests of steps without a gradient: known factors, whole small models, and a record of allocations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ GROUPS = {
     "left": {"rank": 3, "proj_type": "left"},
     "right": {"rank": 3, "proj_type": "right"},
 }
-# tokens, out, in: both orientations, norms by the Gram matrix and by rows of G, and a single token.
+# (tokens, out, in): both orientations, norms by the Gram matrix and by rows of G, and a single token.
 SHAPES = [(5, 48, 32), (5, 32, 48), (64, 48, 32), (64, 32, 48), (1, 40, 24)]
 
 
 class Layer:
-    """A linear layer whose operands are given: the gradient of ``(layer(X) * dY).sum()`` is dY^T X."""
+    """A linear layer with given factors: the weight's gradient of ``(layer(X) * dY).sum()`` is dY^T X."""
 
     def __init__(self, rows, columns, group, gradients="none", dtype=torch.float32, bias=False, **options):
         torch.manual_seed(7)
@@ -47,15 +47,15 @@ class Layer:
 
 
 def operands(step, tokens, rows, columns, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """X and dY of a step: bfloat16 numbers in ``dtype``, growing by a half a step so that the limiter works."""
+    """X and dY of a step: bfloat16 numbers in ``dtype``. They grow by half at each step, so that the limiter acts."""
     generator = torch.Generator("cpu").manual_seed(step)
     drawn = [torch.randn(tokens, n, generator=generator, device="cpu") * 1.5**step for n in (columns, rows)]
-    X, dY = (each.bfloat16().to(torch.get_default_device(), dtype) for each in drawn)
+    X, dY = (factor.bfloat16().to(torch.get_default_device(), dtype) for factor in drawn)
     return X, dY
 
 
 def language_model(kind="llama", seed=0):
-    """A small LLaMA or Qwen2 with grouped queries; Qwen2's projections have biases."""
+    """A small LLaMA, Qwen2 or Gemma with grouped queries. Qwen2's projections have biases."""
     import transformers
 
     config, model = {
@@ -76,7 +76,8 @@ def language_model(kind="llama", seed=0):
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        initializer_range=0.1,  # from 0.2 on attention is sharp, and multiplies rounding by a thousand in 30 steps
+        # From 0.2 on attention is sharp, and multiplies rounding errors by a thousand in 30 steps.
+        initializer_range=0.1,
     )
     return model(made).train()
 
@@ -92,7 +93,7 @@ def low_rank(model):
 
 
 def train(model, optimizer, steps, first=0, autocast=False, check=None):
-    """Steps on batches that repeat; ``check`` runs between backward and step."""
+    """Steps on batches that depend on the step alone. ``check`` runs between backward and step."""
     for step in range(first, first + steps):
         tokens = torch.randint(61, (2, 8), generator=torch.Generator("cpu").manual_seed(step), device="cpu")
         tokens = tokens.to(next(model.parameters()).device)
@@ -106,9 +107,10 @@ def train(model, optimizer, steps, first=0, autocast=False, check=None):
 
 
 def distances(first, second, start) -> dict[str, float]:
-    """How far two models' parameters are apart, of the distance moved.
+    """The distance between two models' parameters, relative to the distance that they have moved.
 
-    Without the biases of keys: attention hardly knows them, so that their gradients are rounding, which Adam scales up.
+    The biases of keys are left out. Attention hardly depends on them, so that their gradients are rounding errors. Adam
+    scales these up.
     """
     named = zip(first.named_parameters(), second.parameters(), start, strict=True)
     return {
@@ -117,7 +119,7 @@ def distances(first, second, start) -> dict[str, float]:
 
 
 def assert_close(first, second, start):
-    """5e-6 for low-rank weights; 2e-5 for the others, where Adam divides small gradients by themselves."""
+    """Within 5e-6 for low-rank weights, and 2e-5 for the others, where Adam divides small gradients by themselves."""
     matrices = {id(p) for p in low_rank(first)}
     bound = {name: 5e-6 if id(p) in matrices else 2e-5 for name, p in first.named_parameters()}
     assert {name: far for name, far in distances(first, second, start).items() if far > bound[name]} == {}
@@ -128,8 +130,10 @@ def copies(model):
 
 
 class NewTensors(TorchDispatchMode):
-    """Follows the memory that operations make: ``largest``, in elements, and ``peak``, the most bytes that live at a
-    time. Raises at a read of the device."""
+    """Follows the tensors that operations make. Raises at a read of the device.
+
+    ``largest``: the elements of the largest tensor. ``peak``: the most bytes that are alive at one time.
+    """
 
     def __init__(self):
         super().__init__()
@@ -141,16 +145,16 @@ class NewTensors(TorchDispatchMode):
 
         assert function is not torch.ops.aten._local_scalar_dense.default, "a host sync"
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        old = {each.untyped_storage()._cdata for each in leaves if type(each) in (Tensor, nn.Parameter)}
+        old = {leaf.untyped_storage()._cdata for leaf in leaves if type(leaf) in (Tensor, nn.Parameter)}
         result = function(*args, **(kwargs or {}))
-        for each in torch.utils._pytree.tree_leaves(result):
-            if type(each) is not Tensor:
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            if type(leaf) is not Tensor:
                 continue
-            storage = each.untyped_storage()
+            storage = leaf.untyped_storage()
             key = storage._cdata
             if key in old or key in self._known:
                 continue
-            self.largest = max(self.largest, storage.nbytes() // each.element_size())
+            self.largest = max(self.largest, storage.nbytes() // leaf.element_size())
             self._known[key] = storage.nbytes()
             self._live += storage.nbytes()
             self.peak = max(self.peak, self._live)

@@ -1,6 +1,6 @@
-"""Running apollo-torch 1.0.3 beside this package: its projector made to return our P, and small training loops.
+"""Runs apollo-torch 1.0.3 beside this package: its projector returns our P, and both train in small loops.
 
-The official package is run, never read: its licence is CC-BY-NC.
+The official package is run and never read, because its licence is CC-BY-NC.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.nn import Parameter
 from apollo_triton import APOLLOAdamW, projection_matrix
 
 KEYS = {"rank": 3, "proj": "random", "proj_type": "std", "scale_type": "channel", "scale": 1.0, "update_proj_gap": 3}
-# A step moves a weight by about lr, so the path is about as long as the weight, and seven or eight float32 steps leave
-# some 2**-24 of it each, once for the store and a few times in the factors.
+# A step moves a weight by about lr, so that the path is about as long as the weight. Each of the seven or eight float32
+# steps adds errors of about 2**-24 of it, one from the store and a few from the factors.
 LR, TOLERANCE = 0.1, 1e-5
 
 
 def share_projection(monkeypatch: pytest.MonkeyPatch, our_seed: int) -> list[GradientProjector]:
-    """The official projector with this package's P; returns the list of projectors, one entry per refresh."""
+    """Make the official projector return this package's P. Returns a list with the projector of each refresh."""
     refreshed: list[GradientProjector] = []
 
     def our_matrix(self: GradientProjector, weights: Tensor, rank: int, type: str, seed: int) -> Tensor:
@@ -39,13 +39,14 @@ def share_projection(monkeypatch: pytest.MonkeyPatch, our_seed: int) -> list[Gra
 
 
 def departs(check: Callable[..., None], failure: Any, match: str | None, *args: Any, **keys: Any) -> None:
+    """``check`` passes with this package's optimizer and fails in this way with the official one."""
     check(APOLLOAdamW, *args, **keys)
     with pytest.raises(failure, match=match):
         check(apollo_torch.APOLLOAdamW, *args, **keys)
 
 
 def group(*params: Tensor, **keys: Any) -> dict[str, Any]:
-    """A low-rank group with every key spelled out, as the official code needs it."""
+    """A low-rank group with every key, as the official code requires it."""
     return {"params": list(params), **KEYS, **keys}
 
 
@@ -59,12 +60,12 @@ def gradients(*shape: int, steps: int = 7, dtype: torch.dtype = torch.float32, s
 
 
 def several(kind: type, parameters: list[Parameter], constructor: dict[str, Any], **keys: Any) -> torch.optim.Optimizer:
-    """An optimizer of low-rank parameters and a last, dense one."""
+    """An optimizer whose parameters are low-rank, except for the last one, which is dense."""
     return kind([group(*parameters[:-1], **keys), {"params": parameters[-1:]}], lr=LR, **constructor)
 
 
 def train(optimizer: torch.optim.Optimizer, parameters: list[Parameter], sequences: list[list[Tensor]]) -> None:
-    """One step per gradient, every parameter having a list of them."""
+    """One step per gradient. ``sequences`` has a list of gradients for each parameter."""
     for given in zip(*sequences, strict=True):
         for parameter, gradient in zip(parameters, given, strict=True):
             parameter.grad = gradient.clone()
@@ -72,7 +73,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[Parameter], sequenc
 
 
 def alone(kind: type, start: Tensor, sequence: list[Tensor], options: dict | None = None, **keys: Any) -> Tensor:
-    """What the gradients make of a weight that has a low-rank optimizer for itself."""
+    """The weight after these gradients, with a low-rank optimizer that has no other weight."""
     parameter = Parameter(start.detach().clone())
     train(kind([group(parameter, **keys)], lr=LR, **(options or {})), [parameter], [sequence])
     return parameter.detach()
@@ -90,8 +91,8 @@ def close(found: Tensor, expected: Tensor, start: Tensor) -> bool:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor within a state, those in dictionaries and in the official projector object included."""
+    """All tensors of a state, including those in dictionaries and in the official projector."""
     if isinstance(value, GradientProjector):
         value = vars(value)
     values = value.values() if isinstance(value, dict) else ()
-    return [value] if isinstance(value, Tensor) else [found for each in values for found in tensors_of(each)]
+    return [value] if isinstance(value, Tensor) else [found for item in values for found in tensors_of(item)]

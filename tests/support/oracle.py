@@ -1,6 +1,6 @@
-"""A second implementation of the algorithm, in float64 and one matrix at a time: what the package is tested against.
+"""A second implementation of the algorithm, in float64 and for one matrix at a time. The package is tested against it.
 
-Written from the paper's equations alone and sharing no code with the package but ``projection_matrix``.
+It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from apollo_triton import projection_matrix
 
 
 class OracleMatrix:
-    """One matrix under APOLLO; ``weight`` is float64 and never rounded."""
+    """One matrix under APOLLO. ``weight`` is float64 and never rounded."""
 
     def __init__(self, weight: Tensor, rank: int, **options: object) -> None:
         self.weight = weight.detach().double().clone()
@@ -46,11 +46,11 @@ class OracleMatrix:
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
         self.step_count = 0
-        # The largest |G| |P| / |R| met, per channel or tensor: by so much does R's relative rounding error grow.
+        # The largest |G| |P| / |R| so far, of a channel or the tensor. The relative rounding error of R grows by it.
         self.conditioning = 0.0
 
     def step(self, gradient: Tensor, projection: Tensor | None = None) -> None:
-        """One update; ``projection`` replaces the random P (singular vectors are unique up to their signs only)."""
+        """One update. ``projection`` replaces the random P. It is given for svd, whose signs are not unique."""
         o = self.options
         G = gradient.double() if self.keeps_rows else gradient.double().T
         b1, b2 = o["betas"]
@@ -87,7 +87,7 @@ class OracleMatrix:
 
 
 def oracle_adamw(weight, gradients, lr, betas, eps, weight_decay, correct_bias=True):
-    """The dense rest in the same convention, float64."""
+    """AdamW for the dense parameters, with the same conventions and in float64."""
     W = weight.detach().double().clone()
     M, V = torch.zeros_like(W), torch.zeros_like(W)
     for t, gradient in enumerate(gradients, 1):

@@ -1,4 +1,4 @@
-"""Programs in processes of their own: on this checkout, on the CPU, on one thread."""
+"""Runs programs in their own processes: with this checkout, on the CPU, on one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def run_program(
     *arguments: str, cwd: Path = ROOT, before: Sequence[str] = (), timeout: int = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run this Python with ``arguments``; ``before`` are folders in front of the checkout on the path."""
+    """Run this Python with ``arguments``. ``before``: folders that come before the checkout on the path."""
     paths = os.pathsep.join([*before, str(ROOT), *(path for path in sys.path if path)])
     alone = {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -29,6 +29,9 @@ def run_program(
 
 
 def ended_well(found: subprocess.CompletedProcess[str]) -> bool:
-    """Whether ranks over gloo ended well. PyTorch's gloo now and then aborts a process that has come to its end
-    (pytorch/pytorch issue 190489); what it was to do is done by then, and is for the test to look at."""
+    """Whether ranks over gloo succeeded.
+
+    PyTorch's gloo sometimes aborts a process at its end (pytorch/pytorch issue 190489). By then its work is done, and
+    the test checks the result.
+    """
     return found.returncode == 0 or "terminate called without an active exception" in found.stderr

@@ -1,7 +1,8 @@
-"""A CUDA graph for a machine without CUDA: records what one step launches, and runs it again without the host's code.
+"""A CUDA graph for a machine without CUDA. It records what a step launches, and runs it again without the host's code.
 
-A captured graph replays kernels and tensor operations with the arguments of the capture, so a number that the host
-computed is frozen, while what lies in memory is read anew. This does the same to Triton launches and torch operations.
+A captured graph replays kernels and tensor operations with the arguments of the capture. Numbers that the host computed
+stay as they were, and what is in memory is read again. This class does the same with Triton launches and torch
+operations.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from apollo_triton.engine import engine
 
 
 class Graph(TorchDispatchMode):
-    """``with Graph() as graph: optimizer.step()`` records, and launches no kernel; ``graph.replay()`` runs it all."""
+    """``with Graph() as graph: optimizer.step()`` records and launches no kernel. ``graph.replay()`` runs it all."""
 
     def __init__(self):
         super().__init__()
@@ -42,14 +43,14 @@ class Graph(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace == "profiler":
             return result
-        results = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self._calls.append((lambda: func(*args, **kwargs), results))
         return result
 
     def replay(self):
-        """Everything again, in order, each result into the memory that it had in the capture."""
+        """Run everything again in order. Each result goes into the memory that it had in the capture."""
         for call, results in self._calls:
-            again = [each for each in tree_leaves(call()) if isinstance(each, torch.Tensor)]
+            again = [leaf for leaf in tree_leaves(call()) if isinstance(leaf, torch.Tensor)]
             for old, new in zip(results, again, strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)

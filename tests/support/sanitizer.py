@@ -5,8 +5,9 @@
     recorder.assert_clean()
     recorder.launches[0].traffic(parameter.grad).loaded
 
-It sees the real address of every access, so pointers that a kernel read from a table are attributed like arguments. The
-interpreter runs programs one after another: a race leaves no trace in the result there, and only the addresses show it.
+It sees the real address of every access. So it finds the tensors behind pointers that a kernel reads from a table, and
+not only those of arguments. The interpreter runs programs one after another, so that a race does not change the result.
+Only the addresses show it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHOWN = 20  # lines of a failed assert_clean
 
 
 class Traffic(NamedTuple):
-    """Bytes: of every masked-in element each time, and distinct ones."""
+    """Bytes loaded and stored, for every access of an element, and counting each byte once."""
 
     loaded: int
     stored: int
@@ -45,22 +46,22 @@ class Traffic(NamedTuple):
 
 
 class Accesses(NamedTuple):
-    """The loads, or the stores, of a launch: one entry per masked-in element."""
+    """The loads or the stores of a launch, one entry per element that the mask lets through."""
 
     addresses: Integers
     sizes: Integers  # 1, 2, 4 or 8 bytes
-    programs: Integers  # counted in the order they ran, hence ascending
+    programs: Integers  # in the order in which they ran, hence ascending
 
     def within(self, start: int, length: int) -> Accesses:
         inside = (self.addresses >= start) & (self.addresses < start + length)
         return Accesses(*(column[inside] for column in self))
 
     def owners(self, granule: int) -> tuple[Integers, Integers, Integers]:
-        """The granules touched, ascending, each with the first and the last program that touched it."""
+        """The granules that were accessed, ascending, each with the first and the last program that accessed it."""
         counts = self.sizes // granule
         before = np.cumsum(counts) - counts
         granules = np.repeat(self.addresses // granule - before, counts) + np.arange(counts.sum())
-        order = np.argsort(granules, kind="stable")  # leaves the programs of a granule ascending
+        order = np.argsort(granules, kind="stable")  # keeps the programs of a granule ascending
         granules, programs = granules[order], np.repeat(self.programs, counts)[order]
         first = np.flatnonzero(np.diff(granules, prepend=granules[:1] - 1))
         last = np.append(first[1:], granules.size)[: first.size] - 1
@@ -68,7 +69,7 @@ class Accesses(NamedTuple):
 
 
 def _granule(*sides: Accesses) -> int:
-    """The largest power of two that divides every address and size, so that accesses are whole numbers of it."""
+    """The largest power of two that divides every address and size, so that each access is whole granules."""
     bits = int(np.bitwise_or.reduce(np.concatenate([column for side in sides for column in side[:2]])))
     return bits & -bits or 1
 
@@ -83,24 +84,24 @@ def _traffic(loads: Accesses, stores: Accesses) -> Traffic:
 class Launch:
     kernel: str
     grid: Program
-    programs: int  # that ran: fewer than the grid has under Recorder(only=...)
+    programs: int  # those that ran: fewer than the grid has, under Recorder(only=...)
     loaded: int
     stored: int
     loaded_once: int
     stored_once: int
-    atomics: int  # elements, in neither loads nor stores
+    atomics: int  # elements that are counted neither in loads nor in stores
     races: list[str]
     strays: list[str]
     loads: Accesses = field(repr=False)
     stores: Accesses = field(repr=False)
 
     def traffic(self, tensor: torch.Tensor) -> Traffic:
-        """What falls inside the tensor's storage, whichever view of it ``tensor`` is."""
+        """The accesses inside the tensor's storage. ``tensor`` may be any view of it."""
         where = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         return _traffic(self.loads.within(*where), self.stores.within(*where))
 
     def addresses(self, start: int, length: int) -> tuple[Integers, Integers]:
-        """Byte offsets from ``start`` of the elements loaded and of those stored, ascending and distinct."""
+        """Byte offsets from ``start`` of the elements loaded and of the elements stored, ascending and distinct."""
         loaded, stored = (np.unique(x.within(start, length).addresses) - start for x in (self.loads, self.stores))
         return loaded, stored
 
@@ -123,7 +124,7 @@ class Memory:
             ranges[start] = start + length, f"phantom[{length}]", True
         ordered = sorted(ranges.items())
         self.starts = np.array([start for start, _ in ordered], np.int64)
-        # Storages may nest (from_blob): of all that start at or before an address, take the one that reaches furthest.
+        # Storages may nest (from_blob). Of those that start at or before an address, the furthest end counts.
         self.ends = np.maximum.accumulate(np.array([end for _, (end, _, _) in ordered], np.int64))
         self.names = [name for _, (_, name, _) in ordered]
         self.phantom = np.array([is_phantom for _, (_, _, is_phantom) in ordered])
@@ -131,11 +132,11 @@ class Memory:
             self.names[self.index(address)] = f"{name} {self.names[self.index(address)]}"
 
     def index(self, addresses: Any) -> Any:
-        """Of the last range that starts at or before each address; -1 below zero."""
+        """The index of the last range that starts at or before each address. -1 for an address below zero."""
         return np.searchsorted(self.starts, addresses, "right") - 1
 
     def place(self, address: int) -> str:
-        """In the nearest range; the byte is negative or past its end if the address is in none."""
+        """The byte of the nearest range. It is negative or past the end if the address is in no range."""
         index = max(int(self.index(address)), 0)
         candidates = range(index, min(index + 2, len(self.names)))
         near = min(candidates, key=lambda i: max(int(self.starts[i]) - address, address - int(self.ends[i]) + 1))
@@ -150,14 +151,14 @@ def _live_tensors() -> Iterator[torch.Tensor]:
 
 
 class _Programs:
-    """A kernel that GridExecutor takes for one of a single program, and that runs those of the whole grid."""
+    """A kernel that has a single program for GridExecutor, and runs the programs of the whole grid."""
 
     def __init__(self, recorder: Recorder, fn: Callable[..., None], grid: Any) -> None:
         self.recorder, self.fn, self.grid = recorder, fn, grid
         self.__signature__ = inspect.signature(fn)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.fn, name)  # __name__, and __globals__, where the interpreter patches triton.language
+        return getattr(self.fn, name)  # __name__ and __globals__, in which the interpreter patches triton.language
 
     def __call__(self, **arguments: Any) -> None:
         grid = tuple(self.grid(arguments) if callable(self.grid) else self.grid)
@@ -167,14 +168,16 @@ class _Programs:
 class Recorder:
     """Records the launches of every ``@triton.jit`` kernel inside a ``with``.
 
-    ``shuffle``: a seed; programs run in an order drawn from it, and only dependence between programs can show it.
-    ``poison``: the byte that masked-off lanes of a load without ``other`` are made of (0xFF: NaN in every float type).
-    A GPU leaves them undefined, the interpreter makes them zero, and so does None.
-    ``phantom``: (address, bytes) of tensors that do not exist: loads give zero, stores are dropped, both are recorded.
-    ``only``: which programs run: a predicate on (x, y, z), or the ids themselves, and then the grid is never walked;
-    ids outside of a launch's grid are skipped.
+    ``shuffle``: a seed. Programs run in an order drawn from it, which changes results only if programs depend on each
+    other.
+    ``poison``: the byte that fills masked-off lanes of a load without ``other`` (0xFF: NaN in every float type). A GPU
+    leaves these lanes undefined. The interpreter makes them zero, and so does None.
+    ``phantom``: (address, bytes) of tensors that do not exist. Loads from them give zero and stores are dropped, and
+    both are recorded.
+    ``only``: which programs run, a predicate on (x, y, z) or the ids themselves. With ids the grid is never walked, and
+    ids outside a launch's grid are skipped.
 
-    Accesses outside every live tensor and phantom are strays: noted, and then treated like a phantom's.
+    Accesses outside all live tensors and phantoms are strays. They are recorded and treated like those of a phantom.
     """
 
     def __init__(
@@ -201,7 +204,7 @@ class Recorder:
 
         self._patches = ExitStack()
         self._patches.enter_context(mock.patch.object(GridExecutor, "__call__", launch_recorded))
-        # Unmasked accesses, block pointers and descriptors all end in the first two.
+        # Unmasked accesses, block pointers and descriptors all call the first two.
         loads_and_stores = {"create_masked_load": self._load, "create_masked_store": self._store}
         atomics = {"create_atomic_rmw": self._atomic_rmw, "create_atomic_cas": self._atomic_cas}
         for name, method in (loads_and_stores | atomics).items():
@@ -212,7 +215,7 @@ class Recorder:
         self._patches.close()
 
     def assert_clean(self) -> None:
-        """Raises an AssertionError that lists races, stray accesses and atomics; or if nothing was launched."""
+        """Raises AssertionError with a list of races, stray accesses and atomics, or if nothing was launched."""
         assert self.launches, "no kernel was launched: is TRITON_INTERPRET=1 set before triton is imported?"
         lines = [line for launch in self.launches for line in launch.races + launch.strays]
         lines += [f"{launch.kernel}: {launch.atomics} atomics" for launch in self.launches if launch.atomics]
@@ -250,13 +253,13 @@ class Recorder:
         read, first_reader, last_reader = loads.owners(granule)
         written, first_writer, writer = stores.owners(granule)
         _, r, w = np.intersect1d(read, written, assume_unique=True, return_indices=True)
-        # Several writers are a race already, so that the readers need comparing with one only.
+        # Several writers are a race already, so that readers are compared with one writer only.
         reader = np.where(first_reader[r] != writer[w], first_reader[r], last_reader[r])
         written_twice, read_too = ("written", written, first_writer, writer), ("read", written[w], reader, writer[w])
         for verb, granules, one, other in (written_twice, read_too):
             racing = one != other
             addresses = granules[racing] * granule
-            # A line for each tensor and pair of programs, with their lowest address.
+            # One line for each tensor and pair of programs, with the lowest address.
             rows = np.stack([self._memory.index(addresses), one[racing], other[racing]], 1)
             rows, where, counts = np.unique(rows, axis=0, return_index=True, return_counts=True)
             for (_, x, y), address, count in zip(rows, addresses[where], counts, strict=True):
@@ -266,7 +269,7 @@ class Recorder:
                 )
 
     def _reach(self, verb: str, pointers: TensorHandle, mask: Any, size: int) -> tuple[Booleans, Booleans, Integers]:
-        """Lanes that are on, those of them whose memory is real, and rows for Accesses. Notes the strays."""
+        """The lanes that are on, those of them whose memory exists, and rows for Accesses. Records the strays."""
         addresses = np.asarray(pointers.data).astype(np.int64)
         on = np.broadcast_to(np.asarray(mask, bool), addresses.shape)
         index = self._memory.index(addresses)
@@ -306,7 +309,7 @@ class Recorder:
     def _atomic_cas(self, pointer: TensorHandle, old: TensorHandle, new: TensorHandle, *rest: Any) -> TensorHandle:
         on, real, _ = self._reach("atomically changes", pointer, True, new.data.itemsize)
         self._atomics += on.size
-        # It knows no mask: it gets the lanes that exist, and no others.
+        # The interpreter's function has no mask, so it gets only the lanes that exist.
         lanes = [TensorHandle(np.broadcast_to(x.data, on.shape)[real], x.dtype) for x in (pointer, old, new)]
         result = np.zeros(on.shape, old.data.dtype)
         result[real] = InterpreterBuilder.create_atomic_cas(self._builder, *lanes, *rest).data

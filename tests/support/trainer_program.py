@@ -1,6 +1,6 @@
-"""What test_trainer.py runs as ``python -m apollo_triton.compat``: Hugging Face's Trainer, which nothing here patches.
+"""The programs that test_trainer.py runs with ``python -m apollo_triton.compat``: Hugging Face's Trainer, not patched.
 
-Each function of ``PROGRAMS`` is a program; it fails by an assertion.
+Each function of ``PROGRAMS`` is a program, and fails by an assertion.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMED = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"], "opti
 
 
 class Text(torch.utils.data.Dataset):
-    """Sequences that count on from a start, which a model learns at once."""
+    """Sequences of consecutive numbers, each from another start. A model learns them at once."""
 
     def __len__(self) -> int:
         return 64
@@ -43,7 +43,7 @@ def make_model() -> LlamaForCausalLM:
 def trainer(
     folder: Path, model: nn.Module | None = None, steps: int = 8, trained: Any = None, **options: Any
 ) -> Trainer:
-    """``trained`` are keyword arguments of the Trainer itself."""
+    """``trained``: keyword arguments of the Trainer itself."""
     common = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -69,7 +69,7 @@ def weights(run: Trainer) -> list[torch.Tensor]:
 
 
 def by_its_string(folder: Path) -> None:
-    """Its groups and options arrive; the learning rate is shown and follows the schedule."""
+    """By the Trainer's string: groups and options arrive, and the logged learning rate follows the schedule."""
     run = trainer(folder, **NAMED)
     run.train()
     optimizer = run.optimizer.optimizer if hasattr(run.optimizer, "optimizer") else run.optimizer
@@ -84,7 +84,7 @@ def by_its_string(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """From the checkpoint after 4 of 8 steps, which torch.load reads with weights_only: bit for bit."""
+    """Resuming after 4 of 8 steps gives the same bits. torch.load reads the checkpoint with weights_only."""
     whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **NAMED)
     whole.train()
     saved = torch.load(folder / "whole" / "checkpoint-4" / "optimizer.pt", weights_only=True)
@@ -97,8 +97,10 @@ def resumed(folder: Path) -> None:
 
 
 def layer_by_layer(folder: Path) -> None:
-    """The Trainer's own layer-wise mode, an optimizer a parameter: as the plain string, but that it never shows the
-    inner learning rate to the scheduler, so at a constant one."""
+    """The Trainer's own layer-wise mode, with an optimizer per parameter, trains as the plain string does.
+
+    The learning rate is constant, because this mode never shows the inner optimizers' rate to the scheduler.
+    """
     constant = {"lr_scheduler_type": "constant"}
     run = trainer(folder, **NAMED | constant | {"optim": "apollo_adamw_layerwise", "max_grad_norm": 0.0})
     run.train()
@@ -110,7 +112,7 @@ def layer_by_layer(folder: Path) -> None:
 
 
 def directly(folder: Path) -> None:
-    """Better than the string: what is passed is what trains, options of this package included."""
+    """An optimizer that is passed to the Trainer is the one that trains, with all options of this package."""
     model = make_model()
     optimizer = APOLLOAdamW.mini(model, lr=1e-2, scale=4.0, state_dtype=torch.bfloat16)
     run = trainer(folder, model, trained={"optimizers": (optimizer, None)})
@@ -125,14 +127,14 @@ def directly(folder: Path) -> None:
 
 
 def accumulated_in_bfloat16(folder: Path) -> None:
-    """Four micro-batches a step, under autocast."""
+    """Four micro-batches per step, under autocast."""
     run = trainer(folder, **NAMED, gradient_accumulation_steps=4, per_device_train_batch_size=1, bf16=True)
     run.train()
     assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
 
 
 def compiled(folder: Path) -> None:
-    """The model behind torch.compile, whose modules have other names; the step is left out of the graph."""
+    """Under torch.compile, which renames the modules. The step is not part of the graph."""
     run = trainer(folder, **NAMED, torch_compile=True, torch_compile_backend="aot_eager")
     run.train()
     eager = trainer(folder, **NAMED)
@@ -142,8 +144,11 @@ def compiled(folder: Path) -> None:
 
 
 def as_transformers_tests_it(folder: Path) -> None:
-    """What transformers' own tests do with the string: regular expressions, the default rank on a model that is
-    narrower, Mini by optim_args, the learning rate before a step, a scheduler beside the layer-wise mode."""
+    """What the tests of transformers do with the string.
+
+    They use regular expressions, the default rank on a narrower model, Mini by optim_args, the learning rate before a
+    step, and a scheduler with the layer-wise mode.
+    """
     named: dict[str, Any] = {"optim": "apollo_adamw", "optim_target_modules": [r".*attn.*", r".*mlp.*"]}
     run = trainer(folder, **named)
     run.create_optimizer_and_scheduler(num_training_steps=10)
@@ -162,9 +167,9 @@ def as_transformers_tests_it(folder: Path) -> None:
 
 
 def sharded(folder: Path) -> None:
-    """FSDP2 through Accelerate on two ranks: the losses of DDP, and from a checkpoint the same bits.
+    """FSDP2 through Accelerate on two ranks has the losses of DDP, and resuming gives the same bits.
 
-    Nothing of the Trainer is patched, and of Accelerate that it does not shard on CPUs.
+    The Trainer is not patched. Accelerate is patched so that it shards on CPUs.
     """
     plain = trainer(folder / "plain", **NAMED)
     plain.train()
@@ -173,7 +178,8 @@ def sharded(folder: Path) -> None:
     options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}, **NAMED}
     whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **options)
     whole.train()
-    assert all(isinstance(each, DTensor) for group in whole.optimizer.param_groups for each in group["params"])
+    parameters = [parameter for group in whole.optimizer.param_groups for parameter in group["params"]]
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
     for ours, expected in zip(losses(whole), losses(plain), strict=True):
         assert abs(ours - expected) < 1e-4, (losses(whole), losses(plain))
     again = trainer(folder / "again", **options)
@@ -186,8 +192,8 @@ def sharded(folder: Path) -> None:
 
 
 PROGRAMS = {
-    each.__name__: each
-    for each in (
+    program.__name__: program
+    for program in (
         by_its_string,
         resumed,
         layer_by_layer,
