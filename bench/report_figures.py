@@ -117,8 +117,8 @@ def growth(machine: Machine, folder: Path) -> str:
 def _where_there_is_room(places: list[float], labels: list[str]) -> list[str]:
     """The labels of ticks on a logarithmic axis, "" for one that would lie on the label after it.
 
-    >>> _where_there_is_room([1, 16, 32, 64, 128], ["1", "16", "32", "64", "128"])
-    ['1', '16', '32', '', '128']
+    >>> _where_there_is_room([1, 16, 64, 128], ["1", "16", "64", "128"])
+    ['1', '16', '', '128']
     """
     kept: list[str] = []
     room, taken_from = (places[-1] / places[0]) ** 0.15, float("inf")

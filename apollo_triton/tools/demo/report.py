@@ -142,10 +142,10 @@ def draw(
         # The first tenth falls from log 256 and would flatten the rest.
         shown_from = plan.steps / 10
         for result in results:
-            points = [(step, loss) for step, loss in result.history.held_out_loss.items() if step >= shown_from]
+            points = {step: loss for step, loss in result.history.held_out_loss.items() if step >= shown_from}
             look = {**looks[result.label], "linewidth": 2, "markersize": 5}
             label = f"{_with_rank(result)}: {result.held_out_loss:.3f}"
-            draw_curve(losses, *zip(*points, strict=True), label=label, **look)
+            draw_curve(losses, list(points), list(points.values()), label=label, **look)
         if seeds:
             for shift, result in zip(shifts(len(results), 12), results, strict=True):
                 finals = list(seeds[result.plan.method].values())
