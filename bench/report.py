@@ -1,4 +1,4 @@
-"""Write ``bench/REPORT.md`` and its pictures from all results files: ``python -m bench.report``.
+"""Write ``bench/REPORT.md``, its pictures and the demo's from all results files: ``python -m bench.report``.
 
 The report says what was not measured. No figure is carried over from one machine to another.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from . import report_figures, report_tables, report_text
 from .report_data import Machine, load
 from .report_targets import TARGETS
-from .results_file import BENCH, RESULTS, write_whole
+from .results_file import BENCH, RESULTS, ROOT, write_whole
 
 INTRODUCTION = """# Benchmarks
 
@@ -51,9 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that has one folder per machine")
     parser.add_argument("--out", type=Path, default=BENCH / "REPORT.md")
+    parser.add_argument("--demo", type=Path, default=ROOT / "docs" / "demo.png", help="the demo's picture")
     options = parser.parse_args()
     counted, machines = load(options.results)
     write_whole(options.out, report(counted, machines, options.out.parent / "pictures"))
+    report_figures.demo(options.demo)
     print(f"written to {options.out}")
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from apollo_triton.tools.environment import machine_name
+
 BENCH = Path(__file__).parent
 ROOT = BENCH.parent
 RESULTS = BENCH / "results"
@@ -97,13 +99,12 @@ def describe(device: str) -> Row:
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         return {
-            "name": properties.name,
+            "name": machine_name(device),
             "memory_GiB": round(properties.total_memory / 2**30),
             "toolkit": torch.version.cuda or torch.version.hip,
         }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": f"{_processor()}, {cores} cores", "memory_GiB": round(memory / 2**30)}
+    return {"name": machine_name(device), "memory_GiB": round(memory / 2**30)}
 
 
 def folder_name(described: Row) -> str:
@@ -113,15 +114,6 @@ def folder_name(described: Row) -> str:
     'nvidia-h100-80gb-hbm3'
     """
     return re.sub(r"[^a-z0-9]+", "-", described["name"].lower()).strip("-")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

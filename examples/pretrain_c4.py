@@ -26,6 +26,7 @@ from pretraining.model import Trained, llama_config
 from pretraining.options import parse_options
 from pretraining.reports import Reports
 
+from apollo_triton.tools.environment import machine_name
 from apollo_triton.tools.memory import single_card
 
 GB = 1e9
@@ -120,7 +121,7 @@ def train(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> No
     if predicted and device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         reports.say(f"peak: {peak / GB:.2f} GB, predicted {predicted / GB:.2f} GB ({peak / predicted - 1:+.1%})")
-    reports.end(f"LLaMA {options.model}, {options.method}: {options.tokens_per_step:,} tokens a step")
+    reports.end(options.method, about_the_picture(options, ranks.count, device))
 
 
 def shares(options: argparse.Namespace, ranks: int) -> tuple[int, int]:
@@ -210,6 +211,17 @@ def predict(options: argparse.Namespace, micro_batch: int) -> int | None:
 def describe(options: argparse.Namespace, ranks: int, device: torch.device, first: int, last: int) -> str:
     todo = f"steps {first + 1} to {last} of {options.steps}" if first < last else f"step {first} is done already"
     return f"LLaMA {options.model}, {options.method}, {options.dtype}, {ranks} x {device.type}: {todo}"
+
+
+def about_the_picture(options: argparse.Namespace, ranks: int, device: torch.device) -> str:
+    rank = f", rank {max(1, options.rank // options.shrink)}" if options.method.endswith("apollo") else ""
+    machine = f"{ranks} x {machine_name(device.type)}"
+    made_smaller = f", widths / {options.shrink}" if options.shrink > 1 else ""
+    made_smaller += f", {options.layers} layers" if options.layers else ""
+    return (
+        f"{machine}, {options.dtype}, LLaMA {options.model}{made_smaller}{rank}, seed {options.seed}, "
+        f"{options.tokens_per_step:,} tokens a step"
+    )
 
 
 if __name__ == "__main__":

@@ -88,6 +88,23 @@ def facts() -> Iterator[tuple[str, str]]:
             yield name, "(set)" if "@" in value or any(word in name for word in _SECRET) else value
 
 
+def machine_name(device: str) -> str:
+    """The GPU's name; of a CPU the processor's, and the cores that this process may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def _or_why(ask: Callable[..., str], *arguments: Any) -> str:
     try:
         return ask(*arguments)

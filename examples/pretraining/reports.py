@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from apollo_triton.tools.pictures import draw_curve, picture, styles
+
+LABELS = {"apollo": "APOLLO", "mini": "APOLLO-Mini", "q-apollo": "Q-APOLLO", "q-mini": "Q-Mini", "adamw": "AdamW"}
 
 
 class Reports:
@@ -56,13 +59,13 @@ class Reports:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.losses, self.validation = state["losses"], state["validation"]
 
-    def end(self, title: str) -> None:
+    def end(self, method: str, about: str) -> None:
         """Close all outputs and draw ``loss.png``."""
         self.progress.stop()
         if self.write is not None:
             self.write(None, {})
         if self.speaks and self.losses:
-            draw(self.folder / "loss.png", title, self.losses, self.validation)
+            draw(self.folder / "loss.png", method, about, self.losses, self.validation)
             self.say(f"{self.folder / 'loss.png'} shows the losses")
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -70,27 +73,23 @@ class Reports:
             self.write(step, values)
 
 
-def draw(path: Path, title: str, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:
-    """Training and validation loss over the steps, 900 x 500 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = pyplot.subplots(figsize=(9, 5), dpi=100, layout="constrained")
-        axes.plot(*zip(*losses, strict=True), color="#7a8ca5", linewidth=1, label=f"training  {losses[-1][1]:.3f}")
+def draw(
+    path: Path, method: str, about: str, losses: list[tuple[int, float]], validation: list[tuple[int, float]]
+) -> None:
+    """Training and validation loss over the steps in the method's colour, 900 x 500 pixels."""
+    look = styles([LABELS[method]])[LABELS[method]]
+    title = f"Loss of {LABELS[method]}: lower is better"
+    with picture(path, title, about, 5) as (_, axes):
+        pale = look | {"alpha": 0.5, "linewidth": 1, "markersize": 0 if len(losses) > 2 else 6}
+        draw_curve(axes, *zip(*losses, strict=True), label=f"training: {losses[-1][1]:.3f}", **pale)
         if validation:
-            label = f"validation  {validation[-1][1]:.3f}, perplexity {math.exp(min(validation[-1][1], 700.0)):.2f}"
-            axes.plot(*zip(*validation, strict=True), "o-", color="#c44e52", linewidth=2, markersize=4, label=label)
-        axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
+            loss = validation[-1][1]
+            label = f"validation: {loss:.3f}, perplexity {math.exp(min(loss, 700.0)):.2f}"
+            draw_curve(axes, *zip(*validation, strict=True), label=label, **look, linewidth=2, markersize=5)
+        axes.set(xlabel="step", ylabel="nats per token")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False, loc="upper right")
-        unfinished = path.with_suffix(".tmp")
-        figure.savefig(unfinished, format="png")
-        pyplot.close(figure)
-    os.replace(unfinished, path)
+        axes.legend(title="at the end", alignment="left")
 
 
 def _writer(log: str, folder: Path, first: int) -> Any:

@@ -7,9 +7,13 @@ import re
 import sys
 
 import pytest
+from pictures import check_picture, record_figures
 
 from apollo_triton import cli
-from bench import report, report_data
+from apollo_triton.tools.pictures import method_of
+from bench import report, report_data, report_figures
+from bench.contenders import CONTENDERS
+from bench.pretrain import VARIANTS
 from bench.report_data import load, mean_and_margin
 from bench.results_file import RESULTS, ROOT, Results
 
@@ -207,10 +211,69 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "R.md").exists()
 
 
-def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The report of the committed results, and its figures and the demo's by their files' names."""
     counted, machines = load()
-    text = report.report(counted, machines, tmp_path / "pictures")
-    assert (report.BENCH / "REPORT.md").read_text() == text
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        figures = record_figures(patch)
+        text = report.report(counted, machines, folder / "pictures")
+        report_figures.demo(folder / "demo.png")
+    return text, figures, folder
+
+
+def test_the_committed_report_is_that_of_the_committed_results(committed):
+    assert (report.BENCH / "REPORT.md").read_text() == committed[0]
+
+
+def test_pictures_keep_to_their_methods_colours_and_within_their_edges(committed):
+    """See ``check_picture``. What of a machine has no picture, or a picture that nobody checks, fails as well."""
+    _, figures, folder = committed
+    names = {"demo": {"AdamW", "APOLLO", "APOLLO-Mini"}}
+    for machine in load()[1]:
+        timed = [row for row in machine.rows("whole_step") if "ms" in row]
+        names[f"{machine.folder}-roofline"] = {row["contender"] for row in timed if not row["curve"]}
+        along = ("parameters", "rank", "layers")
+        names[f"{machine.folder}-growth"] = {who for name in along for who in report_data.curve(machine, name)}
+        names[f"{machine.folder}-kernels"] = {"APOLLO"} if machine.rows("kernels") else set()
+        for index, training in enumerate(report_data.pretrainings(machine), 1):
+            names[f"{machine.folder}-pretraining-{index}"] = set(report_data.by_variant(training["rows"]))
+    assert set(figures) == {name for name, methods in names.items() if methods}
+    for name, figure in figures.items():
+        check_picture(figure, names[name])
+        about = " ".join(text.get_text() for text in figure.texts + [axes.title for axes in figure.axes])
+        about += " ".join(axes.get_title(loc="left") for axes in figure.axes)
+        for part in ("is better", "LLaMA", "float", "rank" if name != "demo" else "seed"):
+            assert part in about, f"{name} does not say {part!r}: {about}"
+    assert max(path.stat().st_size for path in folder.rglob("*.png")) < 150_000
+
+
+def test_every_contender_and_variant_has_its_method_s_colour():
+    """A new one with which the report could not be drawn, or in the colour of another method."""
+    expected = {
+        "AdamW": ["AdamW", "PyTorch AdamW, fused", "PyTorch AdamW, foreach", "PyTorch AdamW, fused, graph replay"],
+        "SGD": ["PyTorch SGD, fused"],
+        "APOLLO": ["APOLLO", "APOLLO, graph replay"],
+        "APOLLO-Mini": ["Mini", "APOLLO-Mini", "APOLLO-Mini, graph replay"],
+        "Q-APOLLO": ["Q-APOLLO", "Q-APOLLO, to the nearest"],
+        "Q-Mini": ["Q-Mini", "Q-Mini, to the nearest", "Q-Mini, 8-bit moments"],
+        "apollo-torch": ["apollo-torch"],
+        "apollo-torch Mini": ["apollo-torch Mini", "apollo-torch, Mini"],
+        "bitsandbytes": ["bitsandbytes AdamW8bit"],
+        "torchao": ["torchao AdamW8bit"],
+        "GaLore": ["GaLore"],
+        "optimi": ["optimi AdamW, triton"],
+    }
+    for variant in ("a seed per matrix", "Rademacher", "bf16 moments"):
+        expected["APOLLO"].append(f"APOLLO, {variant}")
+        expected["APOLLO-Mini"].append(f"Mini, {variant}")
+    found: dict[str, list[str]] = {}
+    for name in {*CONTENDERS, *VARIANTS}:
+        found.setdefault(method_of(name)[0], []).append(name)
+    assert {method: sorted(names) for method, names in found.items()} == {
+        method: sorted(names) for method, names in expected.items()
+    }
 
 
 def test_the_first_table_of_the_readme_is_what_was_counted_and_measured(capsys):

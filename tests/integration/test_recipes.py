@@ -23,6 +23,7 @@ import torch
 from distributed_cases import needs_fsdp_on_a_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import check_picture, record_figures
 from programs import ROOT, ended_well, run_program
 
 from apollo_triton.tools.llama import meta_model, paper_figures
@@ -32,6 +33,7 @@ datasets = pytest.importorskip("datasets")
 sys.path.append(str(ROOT / "examples"))  # where Python itself looks when it runs one of them
 from pretraining import checkpoints, data, hub, model  # noqa: E402
 from pretraining.options import known_configs, parse_options  # noqa: E402
+from pretraining.reports import LABELS  # noqa: E402
 
 PAPER = paper_figures()["pretrain_hyperparameters"]
 SIZES = {"60m": "60M", "130m": "130M", "350m": "350M", "350m_1024": "350M", "1b": "1B", "7b": "7B", "13b": "13B"}
@@ -160,8 +162,10 @@ def test_each_config_trains(config: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("method", ["apollo", "mini", "q-apollo", "q-mini", "adamw"])
-def test_each_method_learns_and_goes_on_bit_for_bit(method: str, run: Run) -> None:
-    """A part of the state that is not saved, a schedule or data that begin again, a report that says so wrongly."""
+def test_each_method_learns_and_goes_on_bit_for_bit(method: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the state that is not saved, a schedule or data that begin again, a report that says so wrongly, a
+    picture that is none (see ``check_picture``)."""
+    figures = record_figures(monkeypatch)
     same = ["--config=60m", f"--method={method}", "--data=texts.jsonl", "--steps=8", *SMALL]
     whole = run(*same, "--folder=whole")
     first = run(*same, "--folder=parts", "--until=3")
@@ -176,6 +180,11 @@ def test_each_method_learns_and_goes_on_bit_for_bit(method: str, run: Run) -> No
         float(perplexity[0][1]),
     ]
     assert (Path("whole") / "loss.png").stat().st_size > 5000
+    check_picture(figures["loss"], {LABELS[method]})
+    title, about = (text.get_text() for text in figures["loss"].texts)
+    assert title == f"Loss of {LABELS[method]}: lower is better"
+    assert all(part in about for part in ("LLaMA 60M", "seed 0", "tokens a step", "float"))
+    assert ("rank" in about) == method.endswith("apollo")
 
 
 def test_layerwise_updates_with_accumulation_change_nothing(run: Run) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import check_picture, record_figures
 
 from apollo_triton import cli
 from apollo_triton.tools.demo import command as demo
 from apollo_triton.tools.demo import training as demo_training
 from apollo_triton.tools.demo.corpus import Corpus, load_corpus, split
-from apollo_triton.tools.demo.report import Result, table
+from apollo_triton.tools.demo.report import Result, draw, table
 from apollo_triton.tools.demo.training import History, Plan, Run
 
 pytest.importorskip("transformers")
@@ -390,6 +391,30 @@ def test_table_fits_into_80_columns():
     assert "…" not in printed
     assert "12345.6 ms" in printed
     assert "65,536,000" in printed
+
+
+@pytest.mark.parametrize(("evaluations", "shows_seeds"), [(2, False), (20, True)])
+def test_the_picture_keeps_to_its_methods_colours_and_within_its_edges(tmp_path, monkeypatch, evaluations, shows_seeds):
+    """See ``check_picture``; a direction of better, a machine, a rank or a seed that it does not say."""
+    figures = record_figures(monkeypatch)
+    results, seeds = [], {}
+    for index, method in enumerate(METHODS):
+        curve = {step: 8.0 / step - index / 20 for step in range(600 // evaluations, 601, 600 // evaluations)}
+        made = Plan(method, 1e-2, None, "1M", 600, 8, 128, 7, "cpu", "")
+        results.append(Result(made, History(held_out_loss=curve), 10**9, 10 ** (9 - index)))
+        seeds[method] = {7: curve[600], 8: curve[600] + 0.03}
+    machine = "Some Vendor's Very Large Processor 9999X with 128 Cores @ 3.70 GHz, 128 cores"
+    draw(results, machine, tmp_path / "losses.png", seeds if shows_seeds else None)
+    figure = figures["losses"]
+    check_picture(figure, {"AdamW", "APOLLO", "APOLLO-Mini"})
+    (title, about), (losses, states) = (" ".join(text.get_text().split()) for text in figure.texts), figure.axes
+    assert "LLaMA 1M" in title
+    assert f"{machine}, float32" in about
+    assert "one run, seed 7" in about
+    assert "lower is better" in losses.get_title(loc="left")
+    assert "less is better" in states.get_title(loc="left")
+    labels = [text.get_text().partition(":")[0] for text in losses.get_legend().get_texts()]
+    assert labels == ["AdamW", "APOLLO, rank 48", "APOLLO-Mini, rank 1", "seeds 7, 8 at the end"][: 3 + shows_seeds]
 
 
 def test_importing_the_demo_needs_torch_alone():

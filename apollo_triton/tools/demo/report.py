@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -15,10 +14,10 @@ import torch
 
 from ...core.extras import require
 from ...version import __version__
-from .training import LABELS, History, Plan, Run
+from ..environment import machine_name
+from ..pictures import draw_curve, picture, shifts, styles
+from .training import LABELS, SIZES, History, Plan, Run
 
-# Okabe and Ito's, which colour-blind readers can tell apart.
-COLOURS = {"adamw": "#555555", "apollo": "#0072B2", "mini": "#D55E00"}
 CSV_COLUMNS = ("method", "step", "tokens", "training_loss", "held_out_loss")
 
 
@@ -61,7 +60,7 @@ def write_results(results: list[Result], corpus_name: str, folder: Path) -> list
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         writer.writerows(row for result in results for row in csv_rows(result))
-    draw(results, paths[2])
+    draw(results, machine_name(results[0].plan.device), paths[2])
     return paths
 
 
@@ -125,39 +124,52 @@ def as_bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """The loss curves, and the bytes of optimizer state beside them: 900 x 500 pixels."""
-    require("matplotlib", "demo").use("Agg")
-    pyplot = require("matplotlib.pyplot", "demo")
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    with pyplot.rc_context(style):
-        figure, (losses, states) = pyplot.subplots(
-            1, 2, figsize=(9, 5), dpi=100, width_ratios=(2.2, 1), layout="constrained"
-        )
+def draw(
+    results: list[Result], machine: str, path: Path, seeds: Mapping[str, Mapping[int, float]] | None = None
+) -> None:
+    """The loss curves, and the bytes of optimizer state beside them: 900 x 500 pixels.
+
+    ``seeds`` has, by method and seed, the final losses of more runs: marks to the right of the curves' ends.
+    """
+    plan = results[0].plan
+    title = f"LLaMA {plan.model} on bytes, {len(results)} optimizers: same initial weights, same batches"
+    about = (
+        f"{machine}, {plan.dtype}, {plan.steps:,} steps of {plan.batch} x {plan.sequence} bytes; "
+        f"curves: one run, seed {plan.seed}"
+    )
+    looks = styles(result.label for result in results)
+    with picture(path, title, about, 5, ncols=2, width_ratios=(2.2, 1)) as (_, (losses, states)):
         # The first tenth falls from log 256 and would flatten the rest.
-        shown_from = results[0].plan.steps / 10
+        shown_from = plan.steps / 10
         for result in results:
-            points = [(s, loss) for s, loss in result.history.held_out_loss.items() if s >= shown_from]
-            label = f"{result.label}  {result.held_out_loss:.3f}"
-            losses.plot(*zip(*points, strict=True), color=COLOURS[result.plan.method], linewidth=2, label=label)
-        plan = results[0].plan
-        losses.set_xlabel(f"step ({plan.batch * plan.sequence:,} bytes each)")
-        losses.set_ylabel("held-out loss, nats per byte")
+            points = {step: loss for step, loss in result.history.held_out_loss.items() if step >= shown_from}
+            look = {**looks[result.label], "linewidth": 2, "markersize": 5}
+            label = f"{_with_rank(result)}: {result.held_out_loss:.3f}"
+            draw_curve(losses, list(points), list(points.values()), label=label, **look)
+        if seeds:
+            for shift, result in zip(shifts(len(results), 12), results, strict=True):
+                finals = list(seeds[result.plan.method].values())
+                look = {**looks[result.label], "linestyle": "none", "fillstyle": "none"}
+                draw_curve(losses, [1.06 * plan.steps] * len(finals), finals, shift, **look)
+            known = sorted(set().union(*seeds.values()))
+            label = f"seeds {', '.join(map(str, known))} at the end"
+            losses.plot([], [], "o", color="#999999", fillstyle="none", label=label)
+        losses.set(xlabel="step", ylabel="nats per byte", title="held-out loss: lower is better")
         losses.grid(axis="y", alpha=0.3)
-        losses.legend(frameon=False, title="final held-out loss", alignment="left")
+        losses.legend(title="held-out loss at the end", alignment="left")
         heights = [result.state_bytes for result in results]
-        colours = [COLOURS[result.plan.method] for result in results]
-        bars = states.bar([result.label.replace("-", "-\n") for result in results], heights, color=colours)
+        names = [_with_rank(result).replace(", ", "\n") for result in results]
+        bars = states.bar(names, heights, color=[looks[result.label]["color"] for result in results], width=0.7)
         states.bar_label(bars, [as_bytes(height) for height in heights], padding=3)
-        states.set_title("optimizer state", fontsize="medium")
-        states.set_yticks([])
+        states.set(title="optimizer state: less is better", yticks=[])
         states.spines.left.set_visible(False)
+        states.tick_params(axis="x", labelsize=9)
         states.margins(y=0.1)
-        figure.suptitle(f"LLaMA {plan.model} on bytes: same weights, same batches, three optimizers")
-        unfinished = path.with_suffix(".tmp")
-        figure.savefig(unfinished, format="png")
-        pyplot.close(figure)
-    os.replace(unfinished, path)
+
+
+def _with_rank(result: Result) -> str:
+    rank = {"apollo": SIZES[result.plan.model].hidden // 4, "mini": 1}.get(result.plan.method)
+    return result.label if rank is None else f"{result.label}, rank {rank}"
 
 
 def _against(result: Result, first: Result) -> str:
