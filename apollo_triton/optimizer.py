@@ -1,6 +1,6 @@
 """APOLLOAdamW: parameter groups, state and ``step``; the only file that knows ``torch.optim``.
 
-``engine.py`` has the step.
+``engine/engine.py`` runs the step.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class APOLLOAdamW(Optimizer):
         return self._engine.gradient_norm
 
     def backend_for(self, parameter: Tensor) -> Backend:
-        """Which engine updates ``parameter``, "triton" or "reference", and why.
+        """Which backend updates ``parameter``, "triton" or "reference", and why.
 
         Raises ValueError for a parameter that is not this optimizer's, and for "triton" where it cannot be had.
         """
@@ -213,7 +213,7 @@ class APOLLOAdamW(Optimizer):
         Raises ValueError where layer-wise hooks are attached: ``GradScaler.step`` asks here, and must not go on."""
         if self._layerwise is not None:
             self._layerwise.refuse_grad_scaler()
-        settings = [Settings.of(group, f"parameter group {number}") for number, group in enumerate(self.param_groups)]
+        settings = [Settings.of(group, f"parameter group {index}") for index, group in enumerate(self.param_groups)]
         return all(
             backend_of(param.tensor, settings[param.group], self.state.get(param.tensor, {})).name == "triton"
             and not is_dtensor(param.tensor)
@@ -229,34 +229,35 @@ class APOLLOAdamW(Optimizer):
         params = group["params"]
         if not isinstance(params, (Tensor, set)):
             group["params"] = params = list(params)
-        number = len(self.param_groups)
-        limit = (self.param_groups[0] if number else self.defaults)["max_grad_norm"]
+        group_index = len(self.param_groups)
+        limit = (self.param_groups[0] if group_index else self.defaults)["max_grad_norm"]
         for name, default in (self.defaults | {"max_grad_norm": limit}).items():
             group.setdefault(name, default)
         complete_group(group)
-        settings = Settings.of(group, f"parameter group {number}")
+        settings = Settings.of(group, f"parameter group {group_index}")
         if settings.max_grad_norm != limit:
             raise ValueError(
-                f"parameter group {number}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
+                f"parameter group {group_index}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
                 f"{limit!r}; one norm is taken over all gradients: pass it to the constructor"
             )
         if isinstance(group["lr"], Tensor):
-            Settings.of(group | {"lr": group["lr"].item()}, f"parameter group {number}")
+            Settings.of(group | {"lr": group["lr"].item()}, f"parameter group {group_index}")
         items = [params] if isinstance(params, Tensor) else params
         names = group.get("param_names", [""] * len(items))
         if len(names) != len(items):
-            raise ValueError(f"parameter group {number}: {len(names)} param_names for {len(items)} params")
+            raise ValueError(f"parameter group {group_index}: {len(names)} param_names for {len(items)} params")
         seen: set[int] = set()
         first = sum(len(known["params"]) for known in self.param_groups)
         is_named = "param_names" in group or any(isinstance(item, tuple) for item in items)
-        if number and "param_names" in self.param_groups[0] and not is_named:  # torch.optim wants all or none named
-            group["param_names"] = [f"group {number}, {offset}" for offset in range(len(items))]
+        others_are_named = bool(self.param_groups) and "param_names" in self.param_groups[0]
+        if others_are_named and not is_named:  # torch.optim wants all or none named
+            group["param_names"] = [f"group {group_index}, {offset}" for offset in range(len(items))]
         for index, (name, item) in enumerate(zip(names, items, strict=True), first):
             name, parameter = item if isinstance(item, tuple) else (name, item)
             if isinstance(parameter, Tensor):  # torch.optim complains of anything else
-                param = Param(number, index, name, parameter)
+                param = Param(group_index, index, name, parameter)
                 if id(parameter) in seen:  # torch.optim warns; kernels would update it twice at once
-                    raise ValueError(f"{param} is in parameter group {number} twice; leave one out")
+                    raise ValueError(f"{param} is in parameter group {group_index} twice; leave one out")
                 seen.add(id(parameter))
                 check_parameter(param, settings)
         super().add_param_group(group)
@@ -281,10 +282,10 @@ class APOLLOAdamW(Optimizer):
             if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
                 return  # torch.optim says which
             known = params_of(self.param_groups)
-            for number, saved in enumerate(saved_groups):
+            for group_index, saved in enumerate(saved_groups):
                 completed = self.defaults | saved
                 complete_group(completed)
-                settings = Settings.of(completed, f"state_dict, parameter group {number}")
+                settings = Settings.of(completed, f"state_dict, parameter group {group_index}")
                 for index, param in zip(saved["params"], known, strict=False):
                     if state := state_dict["state"].get(index):
                         check_state(param, state, settings)

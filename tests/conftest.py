@@ -49,9 +49,7 @@ def pytest_collection_modifyitems(config, items):
     functions = [item for item in items if isinstance(item, pytest.Function) and item.path.stem not in FULL_ALONE]
     in_test = {(item.path, item.originalname) for item in functions if not item.get_closest_marker("full")}
     lost = {
-        f"{item.path.name}::{item.originalname}"
-        for item in functions
-        if (item.path, item.originalname) not in in_test
+        f"{item.path.name}::{item.originalname}" for item in functions if (item.path, item.originalname) not in in_test
     }
     if lost:
         raise pytest.UsageError(f"no case of these is left in make test, all are marked full: {sorted(lost)}")

@@ -1,9 +1,9 @@
 """What the engine knows of a backend: the results of the verbs, and the updates that run them.
 
-    sketch             G -> R, |G_c|^2              only if the projected dimension is sharded: R is then summed over
-    ranks rescale            R -> moments in place, s     from the summed sketches, or from a sketch that it makes
-    itself sharded_results    what other ranks need        only if the sums over a matrix are sharded apply
-    s, G -> W in place           with what came back from the other ranks
+    sketch             G -> R, |G_c|^2             called only if the projected dimension is sharded; ranks sum R
+    rescale            R -> moments in place, s    takes the summed sketches, or makes the sketch itself
+    sharded_results    what other ranks need       called only if the sums over a matrix are sharded
+    apply              s, G -> W in place          takes what came back from the other ranks
 
 ``reference/updates.py`` and ``triton/updates.py`` implement ``Update``. Dictionaries are by the index of the member in
 the plan, which all ranks count alike.

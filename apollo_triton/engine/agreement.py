@@ -1,4 +1,4 @@
-"""The check that ranks agree."""
+"""The check that ranks agree on parameters, settings and steps, so that their collectives fit each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .collectives import gathered, ordered_axes
 
 
 class Agreement:
-    """Tells ranks whose settings or parameters differ so, which would otherwise wait for each other for ever.
+    """Finds out whether ranks differ in settings or parameters, which would let them wait for each other for ever.
 
     Compares at the first step, and again when what takes part in a step has changed.
     """
@@ -42,11 +42,11 @@ class Agreement:
         known = hashlib.sha256("\n".join(lasting).encode()).hexdigest()
         if known == self._known:
             return
-        own = [
+        texts = [
             f"{text}, {_per_step(param, settings[param.group], states.get(param.tensor, {}))}"
             for text, param in zip(lasting, params, strict=True)
         ]
-        digest = int.from_bytes(hashlib.sha256("\n".join(own).encode()).digest()[:7], "big")
+        digest = int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:7], "big")
         device = params[0].tensor.device
         differs = torch.zeros((), dtype=torch.int64, device=device)
         for axis in axes:  # the flag travels along, so that every rank learns of it
@@ -55,11 +55,11 @@ class Agreement:
         if not differs.item():
             self._known = known
             return
-        lists: dict[int, list[str]] = {torch.distributed.get_rank(): own}
+        lists: dict[int, list[str]] = {torch.distributed.get_rank(): texts}
         for axis in axes:
             received: list[Any] = [None] * axis.size
             torch.distributed.all_gather_object(received, lists, group=axis.group)
-            lists = {rank: each for other in received for rank, each in other.items()}
+            lists = {rank: found for other in received for rank, found in other.items()}
         raise ValueError(_difference(lists))
 
 
@@ -71,8 +71,8 @@ def _lasting(param: Param, settings: Settings) -> str:
 
 
 def _per_step(param: Param, settings: Settings, state: Mapping[str, Any]) -> str:
-    """What may change from step to step, and must then change on all ranks alike: compared when ranks compare, and
-    never a reason to."""
+    """What may change from step to step, and must then change on all ranks alike. It is compared whenever ranks
+    compare, but a change of it is no reason to compare."""
     values = {name: getattr(settings, name) for name in PER_STEP}
     values["placements of its gradient"] = getattr(param.tensor.grad, "placements", "whole")
     if "step" in state:

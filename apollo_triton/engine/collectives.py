@@ -1,8 +1,7 @@
 """The two reductions between the verbs, for weights of which several ranks hold shards.
 
-    sum_sketches      after ``sketch``: sums R over the axes that cut the projected dimension; each rank keeps its
-    channels gather_factors    after ``rescale``: collects the factors of all channels, and adds up the sums of every
-    matrix
+    sum_sketches      after ``sketch``: R is summed over the axes that cut the projected dimension
+    gather_factors    after ``rescale``: each rank gets the factors of all channels, and the sums of every matrix
 
 Each is one collective for each axis (mesh dimension) for the whole model. Both add in the order of the ranks, so that
 all ranks have the same bits whatever the library's algorithm is: ``sum_sketches`` is an all-to-all and an ordered sum,

@@ -291,16 +291,16 @@ def _identities(settings: list[Settings]) -> list[int]:
     """For each group the first that it can share launches with: all hyperparameters equal, a tensor lr the same one."""
     first: dict[tuple[Any, ...], int] = {}
     result = []
-    for number, each in enumerate(settings):
-        lr = each.lr.data_ptr() if isinstance(each.lr, Tensor) else each.lr
-        key = (isinstance(each.lr, Tensor), lr, *(getattr(each, name) for name in FIELD_NAMES if name != "lr"))
-        result.append(first.setdefault(key, number))
+    for position, group in enumerate(settings):
+        lr = group.lr.data_ptr() if isinstance(group.lr, Tensor) else group.lr
+        key = (isinstance(group.lr, Tensor), lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
+        result.append(first.setdefault(key, position))
     return result
 
 
 def _structure(settings: list[Settings]) -> list[Any]:
     """What a plan was made for, without the numbers that may change from step to step."""
-    return [_identities(settings), *(tuple(getattr(each, name) for name in STRUCTURAL) for each in settings)]
+    return [_identities(settings), *(tuple(getattr(group, name) for name in STRUCTURAL) for group in settings)]
 
 
 def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple[Any, ...]] | None, list[int]]:

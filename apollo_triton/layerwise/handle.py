@@ -1,7 +1,7 @@
 """Layer-wise updates: each weight moves as soon as its gradient is known, during backward, and the gradient is freed.
 
-So the gradients of one layer are alive at a time instead of the whole model's. A hook runs the engine of its one
-parameter; the state stays where it always is, in ``optimizer.state``, and the numbers are those of a plain step.
+So only one layer's gradients are alive at a time. A hook runs an engine of its own for one parameter. The state stays
+in ``optimizer.state``, and the numbers are those of a plain step.
 """
 
 from __future__ import annotations
@@ -46,19 +46,21 @@ def attach_layerwise(
             input and the gradient of its output, and ``weight.grad`` is never made (docs/no-gradient.md); all other
             parameters as with "freed". "auto" is "none" for batches of few enough tokens that it takes no longer, and
             else "freed", layer by layer.
-        limiter_norm: but with "freed", what the norm-growth limiter is given: "exact", the norms of the gradient's
-            channels, at the cost of up to one more product a weight; or "sketch", their estimates by the sketch, free.
+        limiter_norm: ignored with ``gradients="freed"``. Otherwise which norms the norm-growth limiter gets: "exact"
+            are those of the gradient's channels, and cost up to one more matrix product a weight; "sketch" are their
+            estimates by the sketch, and cost nothing.
 
     Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back.
 
     Raises:
         ValueError: hooks are attached already, those of another optimizer included, a parameter is not the model's, or
             something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP,
-            DTensor. ``GradScaler.step`` raises it later. But with "freed" also for tied low-rank weights,
-            ``proj="svd"``, ``nn.DataParallel``, and where no weight gains.
+            DTensor. ``GradScaler.step`` raises it later. With ``gradients="none"`` or ``"auto"`` also for tied low-rank
+            weights, ``proj="svd"``, ``nn.DataParallel``, and if no weight would gain.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
-            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``; but with "freed"
-            from ``accumulate()`` itself, and from ``backward()`` for a layer that ran forward twice.
+            reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``. With
+            ``gradients="none"`` or ``"auto"`` also from ``accumulate()`` itself, and from ``backward()`` for a layer
+            that ran forward twice.
 
     >>> model = nn.Linear(8, 8)
     >>> optimizer = APOLLOAdamW([{"params": [model.weight], "rank": 2}, {"params": [model.bias]}])
@@ -74,7 +76,7 @@ def attach_layerwise(
         raise ValueError("layer-wise updates are attached to this optimizer already; call remove() on their handle")
     for name, value, allowed in (("gradients", gradients, GRADIENTS), ("limiter_norm", limiter_norm, LIMITER_NORMS)):
         if value not in allowed:
-            raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(each) for each in allowed)})")
+            raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(option) for option in allowed)})")
     _check_model(model, optimizer)
     _check_groups(optimizer, gradients)
     _check_others(optimizer)
@@ -260,8 +262,8 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
             "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and the ranks "
             "would drift apart; use plain optimizer.step() with it"
         )
-    own = set(model.parameters())
-    foreign = [str(param) for param in params_of(optimizer.param_groups) if param.tensor not in own]
+    in_model = set(model.parameters())
+    foreign = [str(param) for param in params_of(optimizer.param_groups) if param.tensor not in in_model]
     if foreign:
         raise ValueError(
             f"not in the model: {', '.join(foreign)}; give attach_layerwise the whole model that the optimizer trains"
@@ -270,11 +272,11 @@ def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
 
 def _check_others(optimizer: APOLLOAdamW) -> None:
     """Raise ValueError if hooks of another optimizer update one of this one's parameters: they would come first."""
-    own = [*params_of(optimizer.param_groups)]
+    params = [*params_of(optimizer.param_groups)]
 
     def updated_by_others() -> list[Param]:
         hooks = [handle.updates for handle in _attached]
-        return [param for param in own if any(param.tensor in updates for updates in hooks)]
+        return [param for param in params if any(param.tensor in updates for updates in hooks)]
 
     if updated_by_others():
         gc.collect()  # an optimizer and its handle hold each other, and outlive their last name
@@ -325,25 +327,25 @@ def _check_parameter(param: Param) -> None:
 
 
 def _check_groups(optimizer: APOLLOAdamW, gradients: str) -> None:
-    for number, group in enumerate(optimizer.param_groups):
-        _check_group(group, number, gradients)
+    for index, group in enumerate(optimizer.param_groups):
+        _check_group(group, index, gradients)
 
 
-def _check_group(group: dict[str, Any], number: int, gradients: str) -> None:
+def _check_group(group: dict[str, Any], index: int, gradients: str) -> None:
     if gradients != "freed" and group.get("rank") is not None and group["proj"] == "svd":
         raise ValueError(
-            f"parameter group {number}: proj='svd' takes singular vectors of a gradient, which "
+            f"parameter group {index}: proj='svd' takes singular vectors of a gradient, which "
             f'gradients="{gradients}" does not make; use proj="random", or gradients="freed"'
         )
     if group["max_grad_norm"] is not None:
         raise ValueError(
-            f"parameter group {number}: max_grad_norm={group['max_grad_norm']!r} needs the norm of all gradients, of "
+            f"parameter group {index}: max_grad_norm={group['max_grad_norm']!r} needs the norm of all gradients, of "
             "which layer-wise updates keep one at a time; use max_grad_norm=None (the norm-growth limiter stays), "
             "or plain optimizer.step()"
         )
     if group["capturable"]:
         raise ValueError(
-            f"parameter group {number}: capturable=True captures a whole step, and layer-wise updates run inside "
+            f"parameter group {index}: capturable=True captures a whole step, and layer-wise updates run inside "
             "backward; use capturable=False, or plain optimizer.step()"
         )
 

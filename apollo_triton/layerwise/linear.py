@@ -53,7 +53,7 @@ def _is_plain(module: nn.Linear) -> bool:
 
 def owners_of(model: nn.Module, weight: Tensor) -> list[str]:
     """The names under which modules of the model hold ``weight``."""
-    return [name for name, each in model.named_parameters(remove_duplicate=False) if each is weight]
+    return [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is weight]
 
 
 class LinearForward:

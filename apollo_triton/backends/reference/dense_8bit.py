@@ -72,7 +72,7 @@ def _moved(
     moments: tuple[Tensor, Tensor, Tensor, Tensor], G: Tensor, betas: tuple[float, float], eps: float, finite: Tensor
 ) -> Tensor:
     """Move M and V by the float32 gradient ``[elements]`` where ``finite``; -M / (sqrt(V) + eps), float32."""
-    before = [each.clone() for each in moments] if G.device.type != "cpu" else []
+    before = [moment.clone() for moment in moments] if G.device.type != "cpu" else []
     result = torch.zeros_like(G)
     update, newer = bitsandbytes_update()
     M, V, absmax_M, absmax_V = moments
