@@ -63,3 +63,28 @@ def test_the_backends_do_not_import_each_other():
         for module, targets in graph().items():
             if module.startswith(f"backends.{name}"):
                 assert not [target for target in targets if target.startswith(f"backends.{other}")], module
+
+
+# The files that only one backend has: what bitsandbytes does and how results are rounded; what launches are given.
+ONLY_REFERENCE = {"dense_8bit", "rounding"}
+ONLY_TRITON = {"arguments", "layout", "projections"}
+
+
+def public(backend, file):
+    """The public functions and classes of a file of a backend, in their order."""
+    tree = ast.parse((PACKAGE / "backends" / backend / f"{file}.py").read_text(encoding="utf-8"))
+    names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [name for name in names if not name.startswith("_")]
+
+
+def test_reading_one_backend_teaches_the_other():
+    files = {}
+    for backend in ("reference", "triton"):
+        files[backend] = {path.stem for path in (PACKAGE / "backends" / backend).glob("[!_]*.py")}
+    shared = files["reference"] - ONLY_REFERENCE
+    assert shared == files["triton"] - ONLY_TRITON
+    for file in ("verbs", "dense"):
+        assert public("reference", file) == public("triton", file)
+    for file in shared:
+        reference, triton = public("reference", file), public("triton", file)
+        assert [name for name in reference if name in triton] == [name for name in triton if name in reference]
