@@ -159,7 +159,7 @@ def test_a_bug_of_the_reference_path_is_found_too(few, capsys, monkeypatch):
     [
         (["--seed", "-1"], "a seed is 0 to 2**32 - 1"),
         (["--device", "nonsense"], "--device nonsense: "),
-        (["--device", "meta"], 'backend="triton" cannot be had here: it is on meta'),
+        (["--device", "meta"], 'backend="triton" cannot run here: it is on meta'),
         pytest.param(["--device", "cuda"], "--device cuda: ", marks=in_interpreter),
     ],
 )
