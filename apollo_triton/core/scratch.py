@@ -22,7 +22,7 @@ class Scratch:
         self._buffers: dict[tuple[torch.device, int], Tensor] = {}
 
     def blocks(self, tensor: Tensor, slot: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows of ``tensor`` in float32, each with its slice. The next block reuses the memory of this one."""
+        """Blocks of rows of ``tensor`` in float32, each with its slice. The next block reuses its memory."""
         for rows in row_blocks(tensor.shape):
             whole = rows.stop - rows.start == len(tensor)
             yield rows, self.floats(tensor if whole else tensor[rows], slot)
