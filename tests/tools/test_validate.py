@@ -190,7 +190,7 @@ def test_without_triton_the_message_names_the_extra():
 def test_triton_imported_to_compile_is_an_error_that_says_so():
     found = in_a_new_process("import sys, triton")
     assert found.returncode == 2
-    assert "triton was imported before, to compile: set TRITON_INTERPRET=1 before that" in found.stderr
+    assert "triton was imported before, to compile; set TRITON_INTERPRET=1 before that" in found.stderr
 
 
 def test_the_command_imports_triton_only_when_it_runs():
