@@ -77,7 +77,7 @@ def add_up(p_sums, first, count):
 
 @triton.jit
 def add_up_three(p_sums, first, count):
-    """The same for the three sums of which one s per tensor is made. They lie side by side in memory."""
+    """The same for the three sums that one s per tensor needs. They lie side by side in memory."""
     total_0 = tl.zeros([_SUMS_BLOCK], tl.float32)
     total_1 = tl.zeros([_SUMS_BLOCK], tl.float32)
     total_2 = tl.zeros([_SUMS_BLOCK], tl.float32)

@@ -81,7 +81,7 @@ def product(G, P, R, PARTS: tl.constexpr):
     torch.set_float32_matmul_precision "highest" 3, "high" 2, "medium" 1.
     """
     if G.dtype == tl.float32:
-        # A loop: unrolled, each product would take its own tensor memory on sm_100, in all 576 columns of 512.
+        # A loop. Unrolled, each product would take its own tensor memory on sm_100: 576 columns, and there are 512.
         for _ in range(PARTS):
             part = G.to(tl.bfloat16)
             R = dot(part, P.to(tl.bfloat16), R)

@@ -43,6 +43,6 @@ ZERO = WEIGHT_COLUMN_STRIDE  # address of its zero points, uint8 [groups]
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
-def power_of_two(number: int) -> int:
-    """The least power of two that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least ``least``."""
+    return 1 << max(0, least - 1).bit_length()

@@ -1,9 +1,9 @@
 """8-bit moments in bitsandbytes' blockwise dynamic format: one byte an element, and one float32 for every 256 elements.
 
-A tensor in row-major order is cut into blocks of 256 elements. For each block the absmax is stored, its largest
-magnitude. For each element x the index of an entry is stored: the entry, of a table of 256 float32, that is nearest to
-x / absmax. The tables are those of Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861),
-after Dettmers, arXiv 1511.04561.
+A tensor in row-major order is cut into blocks of 256 elements. Each block stores its absmax, the largest magnitude in
+it. Each element x stores an index into a table of 256 float32: that of the entry nearest to x / absmax. The tables are
+those of Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), after Dettmers,
+arXiv 1511.04561.
 
 Three rules fix the bits where "nearest" leaves a choice:
 

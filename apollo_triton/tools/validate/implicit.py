@@ -41,13 +41,21 @@ def measure(run: BackendRun, errors: Errors) -> None:
         kept, contracted = (dY, X) if keeps_rows else (X, dY)
         G, P = kept.T @ contracted, run.projections(0)[0].double()
         scalars = StepScalars(run.t)
-        given: dict[Tensor, ImplicitGradient] = {}
+        implicit_gradients: dict[Tensor, ImplicitGradient] = {}
         if run.name == "kernels":
-            given[parameter] = gradient
+            implicit_gradients[parameter] = gradient
         else:
             run.set_gradient(parameter, (G if keeps_rows else G.T).float().contiguous())
-        plan = Plan(run.optimizer.param_groups, run.optimizer.state, [settings], given, False, Agreement(), Caches())
-        if not given:
+        plan = Plan(
+            run.optimizer.param_groups,
+            run.optimizer.state,
+            [settings],
+            implicit_gradients,
+            False,
+            Agreement(),
+            Caches(),
+        )
+        if not implicit_gradients:
             batch = Batch(run.geometry(parameter), settings.seed, Scratch())
             batch.add(plan.members[0], P.float())
             sketch = reference.sketch(batch, settings, scalars)
