@@ -1,7 +1,8 @@
-"""Checkpoints of apollo-torch 1.0.3's APOLLOAdamW, read as a state of this package's.
+"""Checkpoints of apollo-torch 1.0.3's APOLLOAdamW, read as a state of this package's APOLLOAdamW.
 
-Its layout was learned by running it: its source (CC-BY-NC) was neither read nor is it needed here. What it pickles
-besides tensors and numbers, its projector objects, is read into a stand-in, so nothing of a checkpoint is run.
+Their layout was learned by running apollo-torch. Its source (CC-BY-NC) was not read, and it need not be installed.
+Besides tensors and numbers a checkpoint holds pickled projector objects. They are read into a stand-in class, so that
+no code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ INSTEAD = "; load the weights alone, and begin with a fresh optimizer"
 
 
 class _Projector:
-    """Stands in for a pickled projector: its attributes, and none of its code."""
+    """Stands in for a pickled projector: it has the attributes, and none of the code."""
 
 
-# GaLore's are read too, so that the error can say that it is GaLore.
+# GaLore's projectors are read too, so that the error can say that the checkpoint is GaLore's.
 _PROJECTORS = (
     "apollo_torch.random_projector.GradientProjector",
     "apollo_torch.svd_projector.GaLoreProjector",
@@ -34,41 +35,44 @@ _PROJECTORS = (
 def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any]:
     """Read a checkpoint of apollo-torch 1.0.3's ``APOLLOAdamW``: a ``state_dict`` for ``load_state_dict``.
 
-    The optimizer it is loaded into has the same parameters in the same groups. Training goes on with the moments, the
-    step count and the limiter's u_prev of the checkpoint, all in float32; with ``proj="svd"`` the projection comes
-    along too. The official random projection is dropped: from the next step P is this package's own, of that step
-    and of the saved group's ``seed`` or 0: a refresh, up to ``update_proj_gap`` steps early.
-    Groups keep their keys; what they leave out is the constructor's, among it ``scale_front`` and ``disable_nl``,
-    which apollo-torch does not save: pass them again.
+    Load it into an optimizer that has the same parameters in the same groups. Training continues with the checkpoint's
+    moments, step count and u_prev of the limiter, all in float32, and with its projection if ``proj="svd"``. The
+    official random projection is dropped. From the next step on P is this package's own, made from the step and the
+    saved group's ``seed`` (0 if it has none). That is a refresh of P, up to ``update_proj_gap`` steps early.
 
-    Nothing in the file is run, and apollo-torch need not be installed.
+    Groups keep their keys. Keys that they leave out get the constructor's values. ``scale_front`` and ``disable_nl``
+    are such keys, because apollo-torch does not save them: pass them again.
+
+    No code from the file is run, and apollo-torch need not be installed.
 
     Args:
-        path: what ``torch.save`` wrote, as a path or an open binary file: the optimizer's ``state_dict()`` (the
-            Hugging Face Trainer's ``optimizer.pt``), or a dictionary that has it under a key such as "optimizer".
+        path: a file that ``torch.save`` wrote, as a path or an open binary file. It holds the optimizer's
+            ``state_dict()`` (the Hugging Face Trainer's ``optimizer.pt``), or a dictionary that has it under a key such
+            as "optimizer".
 
     Returns:
         A ``state_dict`` on the CPU. The state of a matrix has ``step`` (scalar), ``seed``, ``exp_avg`` and
-        ``exp_avg_sq`` ``[channels, rank]`` (apollo-torch keeps ``[rank, channels]`` where columns are kept),
-        ``update_norm`` (scalar, 0 if there was no limiter), and for svd ``projection`` ``[rank, width]``; that of a
-        dense parameter ``step``, ``seed``, and moments of its shape. Parameters that never had a gradient have none.
+        ``exp_avg_sq`` ``[channels, rank]`` (apollo-torch keeps ``[rank, channels]`` if columns are kept),
+        ``update_norm`` (scalar, 0 if there was no limiter), and for svd ``projection`` ``[rank, width]``. The state of
+        a dense parameter has ``step``, ``seed``, and moments of the parameter's shape. Parameters that never had a
+        gradient have no state.
 
     Raises:
-        ValueError: no checkpoint, one that needs other code than tensors and the two projectors (the error names it),
-            or one of another optimizer: GaLore, 8-bit moments (QAPOLLO), this package's own.
+        ValueError: the file is no checkpoint; or it needs code other than tensors and the projectors above, which the
+            error names; or it is from another optimizer: GaLore, 8-bit moments (QAPOLLO), or this package's own.
         OSError: the file is missing or cannot be read.
 
     >>> optimizer = APOLLOAdamW(groups, lr=1e-2)  # doctest: +SKIP
     >>> optimizer.load_state_dict(from_apollo_torch("checkpoint-500/optimizer.pt"))  # doctest: +SKIP
 
-    Source: the states of apollo-torch 1.0.3, seen by running it (``tests/optimizer/test_checkpoint.py``).
+    Source: states of apollo-torch 1.0.3, observed by running it (``tests/optimizer/test_checkpoint.py``).
     """
     where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the file"
     saved = _state_dict_in(_read(path, where), where)
     state: dict[Any, dict[str, Any]] = {}
-    for number, group in enumerate(saved["param_groups"]):
+    for group_index, group in enumerate(saved["param_groups"]):
         states = {index: saved["state"].get(index, {}) for index in group["params"]}
-        _check_group(group, list(states.values()), f"{where}: parameter group {number}")
+        _check_group(group, list(states.values()), f"{where}: parameter group {group_index}")
         for index, official in states.items():
             if "exp_avg" in official:  # else it never had a gradient
                 state[index] = _converted(official, group, f"{where}: parameter {index}")
@@ -76,13 +80,13 @@ def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any
 
 
 def _read(path: str | os.PathLike[str] | IO[bytes], where: str) -> Any:
-    """What the file holds: tensors, numbers, containers and ``_Projector``; anything else is an error."""
+    """The content of the file: tensors, numbers, containers and ``_Projector``. Anything else is an error."""
     try:
         with torch.serialization.safe_globals([(_Projector, name) for name in _PROJECTORS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # of any type: bytes that are no pickle fail anywhere
+    except Exception as error:  # of any type, since bytes that are no pickle may fail anywhere
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             message = (
@@ -91,18 +95,19 @@ def _read(path: str | os.PathLike[str] | IO[bytes], where: str) -> Any:
             )
         else:
             message = f"{where} is not a checkpoint as torch.save writes it; give the file of optimizer.state_dict()"
-    # Without its cause, PyTorch's text: that advises to load the file with weights_only=False, which runs it.
+    # Raised here, without PyTorch's error as its cause: that advises weights_only=False, which runs code of the file.
     raise ValueError(message)
 
 
 def _state_dict_in(loaded: Any, where: str) -> Mapping[str, Any]:
-    """The one optimizer state of a checkpoint, which may hold models and counters beside it: the whole, or under a
-    key, there perhaps in a list (Lightning's "optimizer_states")."""
+    """The one optimizer state of a checkpoint, which may also hold models and counters. It is the whole checkpoint, or
+    the value of a key, or an entry of a list under a key (Lightning's "optimizer_states")."""
     if _is_state_dict(loaded):
         return loaded
     found = []
     for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
-        found += [(name, each) for each in (value if isinstance(value, list) else [value]) if _is_state_dict(each)]
+        candidates = value if isinstance(value, list) else [value]
+        found += [(name, candidate) for candidate in candidates if _is_state_dict(candidate)]
     if len(found) != 1:
         names = ", ".join(repr(name) for name, _ in found)
         problem = f"holds {len(found)} optimizers ({names})" if found else "holds no optimizer's state_dict"
@@ -118,12 +123,12 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], where: str) -> None:
-    """Raise ValueError unless group and states are of the official APOLLOAdamW, by the keys that only it has."""
+    """Raise ValueError unless group and states have the keys that only the official APOLLOAdamW has."""
     is_low_rank = group.get("rank") is not None
     if "state_dtype" in group:
         raise ValueError(f"{where} was saved by this package; read it with torch.load, and load it as it is")
     if any({"state1", "__bnb_optimizer_quant_state__"} & state.keys() for state in states):
-        raise ValueError(f"{where} has moments of bitsandbytes (QAPOLLOAdamW, say), which are not read{INSTEAD}")
+        raise ValueError(f"{where} has moments of bitsandbytes (as of QAPOLLOAdamW), which are not read{INSTEAD}")
     if is_low_rank and not {"proj", "proj_type", "scale_type"} <= group.keys():
         raise ValueError(f"{where} is GaLore's, whose moments belong to another algorithm{INSTEAD}")
     needed = {"step", "seed", "exp_avg_sq"} | ({"projector"} if is_low_rank else set())
@@ -132,7 +137,8 @@ def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], wher
 
 
 def _converted(official: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our state of one parameter. The official ``seed`` is dropped: torch's generator took it, our P does not."""
+    """Our state of one parameter. The official ``seed`` is dropped: it seeded torch's generator, which our P does not
+    use."""
     state: dict[str, Any] = {
         "step": torch.tensor(float(official["step"]), dtype=torch.float32, device="cpu"),
         "seed": group.get("seed", 0),
@@ -140,13 +146,13 @@ def _converted(official: Mapping[str, Any], group: Mapping[str, Any], where: str
     matrices = {name: official[name].float() for name in ("exp_avg", "exp_avg_sq")}
     if group.get("rank") is None:
         return state | matrices
-    limiter = official.get("scaled_grad", 0.0)  # absent where disable_nl was; 0 is what ours begins with
+    limiter = official.get("scaled_grad", 0.0)  # absent with disable_nl; ours begins at 0
     state["update_norm"] = torch.as_tensor(limiter, dtype=torch.float32, device="cpu")
     projection: Any = getattr(official["projector"], "ortho_matrix", None)
     keeps_rows = _keeps_rows(official["exp_avg"], projection, group, where)
     if group["proj"] == "svd":
         matrices["projection"] = projection.float()
-    for name, matrix in matrices.items():  # svd's are column-major there
+    for name, matrix in matrices.items():  # contiguous: svd's matrices are column-major there
         state[name] = (matrix if keeps_rows else matrix.T).contiguous()
     return state
 
@@ -154,8 +160,9 @@ def _converted(official: Mapping[str, Any], group: Mapping[str, Any], where: str
 def _keeps_rows(moment: Tensor, projection: Any, group: Mapping[str, Any], where: str) -> bool:
     """Whether the rows of the weight are its channels.
 
-    Then the official moments are ``[rows, rank]`` and its P ``[rank, columns]``; otherwise ``[rank, columns]`` and
-    ``[rows, rank]``. Only a square weight whose rank is its whole width leaves that open.
+    If they are, the official moments are ``[rows, rank]`` and P is ``[rank, columns]``. Otherwise the moments are
+    ``[rank, columns]`` and P is ``[rows, rank]``. The shapes decide, except for a square weight whose rank is its whole
+    width; for that the group's ``proj_type`` does.
     """
     rank = group["rank"]
     sides = tuple(projection.shape) if isinstance(projection, Tensor) else ()

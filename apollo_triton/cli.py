@@ -1,4 +1,4 @@
-"""The console script ``apollo-triton``: one subcommand a module, each module imported with torch alone."""
+"""The console script ``apollo-triton``: one module for each subcommand. Importing them needs only torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; the exit status is 0, or 2 with one line on standard error for an input that is wrong.
+    """Run a subcommand and return the exit status.
 
-    130 after Ctrl-C, and 141, silently, where the reader of standard output has gone.
+    0 for success; 1 if ``validate`` found an error above its limit; 2, with one line on standard error, for a wrong
+    input; 130 after Ctrl-C; 141, silently, if the reader of standard output has gone.
     """
     parser = argparse.ArgumentParser(
         prog="apollo-triton", description="APOLLO for PyTorch: AdamW's quality at SGD's memory."
@@ -32,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status = options.run(options)
-        sys.stdout.flush()  # here, where a closed pipe is noticed
+        sys.stdout.flush()  # here, so that a closed pipe is noticed
         return status
-    except BrokenPipeError:  # of head, say, which has read enough
-        # What is left in the buffer goes nowhere, or Python would complain at its end.
+    except BrokenPipeError:  # e.g. head has read enough
+        # Discard what is left in the buffer. Python would complain about it when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as of a program that SIGPIPE ends
+        return 141  # the status of a program that SIGPIPE ends
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"apollo-triton {options.command}: {error}", file=sys.stderr)
         return 2

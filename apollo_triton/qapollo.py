@@ -11,20 +11,20 @@ from .optimizer import APOLLOAdamW
 
 
 class QAPOLLOAdamW(APOLLOAdamW):
-    """``APOLLOAdamW`` by the constructor of apollo-torch's ``QAPOLLOAdamW``, with its defaults.
+    """``APOLLOAdamW`` with the constructor and the defaults of apollo-torch's ``QAPOLLOAdamW``.
 
-    Int8 weights come from ``quantize_model`` and are what any ``APOLLOAdamW`` trains; use that in new code.
+    In new code use ``APOLLOAdamW``, which trains int8 weights as well; ``quantize_model`` makes them.
 
     Args:
         params: as for ``APOLLOAdamW``.
-        lr, betas, eps, weight_decay: the same, with the defaults of bitsandbytes' AdamW.
-        optim_bits: 32 or 8, ``state_bits``.
+        lr, betas, eps, weight_decay: as for ``APOLLOAdamW``, with the defaults of bitsandbytes' AdamW.
+        optim_bits: 32 or 8; ``state_bits`` of ``APOLLOAdamW``.
         min_8bit_size: moments of fewer elements stay float32.
         scale_front, no_deprecation_warning: as for ``APOLLOAdamW``.
-        amsgrad, args, percentile_clipping, block_wise, is_paged: at their defaults alone.
+        amsgrad, args, percentile_clipping, block_wise, is_paged: accepted with their default values only.
         options: any other keyword of ``APOLLOAdamW``.
 
-    Raises ValueError for an argument that is not at its default and would be ignored.
+    Raises ValueError for one of the arguments that are accepted with their defaults only, and as ``APOLLOAdamW`` does.
 
     >>> import torch
     >>> layer = torch.nn.Linear(128, 64)
@@ -53,7 +53,7 @@ class QAPOLLOAdamW(APOLLOAdamW):
     ) -> None:
         for name, value, default, instead in (
             ("amsgrad", amsgrad, False, "APOLLO has no such variant"),
-            ("args", args, None, "pass the arguments themselves"),
+            ("args", args, None, "pass its fields as keywords"),
             ("percentile_clipping", percentile_clipping, 100, "clip with max_grad_norm"),
             ("block_wise", block_wise, True, "8-bit moments are blockwise"),
             ("is_paged", is_paged, False, "state stays on the weights' device"),

@@ -18,7 +18,7 @@ import torch
 
 from apollo_triton.tools.demo.command import BATCH, SEQUENCE, STEPS
 from apollo_triton.tools.demo.corpus import load_corpus
-from apollo_triton.tools.demo.training import Plan, Run
+from apollo_triton.tools.demo.training import Run, RunConfig
 
 # A third of the demo's steps tell the good settings from the bad; the best of those run to the end.
 SHORT = 200
@@ -39,19 +39,24 @@ FINALISTS = [
 ]
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Train ``plan`` to its end. Returns its row with the held-out loss."""
+def measure(config: RunConfig) -> dict[str, Any]:
+    """Train ``config`` to its end. Returns its row with the held-out loss."""
     torch.set_num_threads(1)
-    run = Run(plan, load_corpus(None, plan.sequence + 1))
+    run = Run(config, load_corpus(None, config.sequence + 1))
     while not run.finished:
         run.advance()
     run.evaluate()
-    return row(plan) | {"held_out_loss": run.history.held_out_loss[plan.steps]}
+    return row(config) | {"held_out_loss": run.history.held_out_loss[config.steps]}
 
 
-def row(plan: Plan) -> dict[str, Any]:
+def row(config: RunConfig) -> dict[str, Any]:
     """What distinguishes one candidate from another."""
-    return {"method": plan.method, "learning_rate": plan.learning_rate, "scale": plan.scale, "steps": plan.steps}
+    return {
+        "method": config.method,
+        "learning_rate": config.learning_rate,
+        "scale": config.scale,
+        "steps": config.steps,
+    }
 
 
 def main() -> None:
@@ -62,12 +67,12 @@ def main() -> None:
     options = parser.parse_args()
     data = load_corpus(None, SEQUENCE + 1).fingerprint
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
-    plans = [
-        Plan(method, rate, scale, "1M", steps, BATCH, SEQUENCE, seed=0, device="cpu", data=data)
+    configs = [
+        RunConfig(method, rate, scale, "1M", steps, BATCH, SEQUENCE, seed=0, device="cpu", data=data)
         for steps, settings in ((SHORT, CANDIDATES), (STEPS, FINALISTS))
         for method, rate, scale in settings
     ]
-    missing = [plan for plan in plans if not any(row(plan).items() <= known.items() for known in rows)]
+    missing = [config for config in configs if not any(row(config).items() <= known.items() for known in rows)]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for result in pool.imap_unordered(measure, missing):
             print(result, flush=True)

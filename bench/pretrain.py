@@ -26,7 +26,7 @@ from torch import nn
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, quantize_model
 from apollo_triton.tools.demo.corpus import Corpus
-from apollo_triton.tools.demo.training import SIZES, OptimizerMaker, Plan, Run
+from apollo_triton.tools.demo.training import SIZES, OptimizerMaker, Run, RunConfig
 
 from .contenders import apollo_torch, state_bytes
 from .parameter_sets import Weights
@@ -37,39 +37,39 @@ from .results_file import Results, Row, default_device
 LEARNING_RATES = {"AdamW": 5e-3, "APOLLO": 2e-2, "Mini": 1e-2}
 
 
-def _adamw(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.0, fused=True)
+def _adamw(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
 
-def _quarter(plan: Plan) -> int:
+def _quarter(config: RunConfig) -> int:
     """The paper's rank: a quarter of the width."""
-    return SIZES[plan.model].hidden // 4
+    return SIZES[config.model].hidden // 4
 
 
 def _apollo(**options: Any) -> OptimizerMaker:
-    return lambda plan, model: APOLLOAdamW.apollo(
-        model, _quarter(plan), lr=plan.learning_rate, seed=plan.seed, **options
+    return lambda config, model: APOLLOAdamW.apollo(
+        model, _quarter(config), lr=config.learning_rate, seed=config.seed, **options
     )
 
 
 def _mini(**options: Any) -> OptimizerMaker:
-    return lambda plan, model: APOLLOAdamW.mini(model, lr=plan.learning_rate, seed=plan.seed, **options)
+    return lambda config, model: APOLLOAdamW.mini(model, lr=config.learning_rate, seed=config.seed, **options)
 
 
 def _int8(build: OptimizerMaker, stochastic_rounding: bool = True) -> OptimizerMaker:
     """Q-APOLLO: the same optimizer on int8 attention and MLP weights."""
 
-    def quantized(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-        return build(plan, quantize_model(model, stochastic_rounding=stochastic_rounding))
+    def quantized(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+        return build(config, quantize_model(model, stochastic_rounding=stochastic_rounding))
 
     return quantized
 
 
 def _official(mini: bool) -> OptimizerMaker:
-    def build(plan: Plan, model: nn.Module) -> torch.optim.Optimizer:
-        rank = 1 if mini else _quarter(plan)
+    def build(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+        rank = 1 if mini else _quarter(config)
         weights = Weights(*(group["params"] for group in apollo_param_groups(model, rank)))
-        return apollo_torch(mini, weights, rank, plan.learning_rate)
+        return apollo_torch(mini, weights, rank, config.learning_rate)
 
     return build
 
@@ -116,24 +116,24 @@ def _use(corpus: Corpus) -> None:
     torch.set_num_threads(1)
 
 
-def train(plan: Plan) -> Row:
-    """Train ``plan``, whose method is a name of ``VARIANTS``, to its end. Returns its row."""
+def train(config: RunConfig) -> Row:
+    """Train ``config``, whose method is a name of ``VARIANTS``, to its end. Returns its row."""
     assert _corpus is not None
     started = time.perf_counter()
-    run = Run(plan, _corpus, VARIANTS[plan.method].build)
+    run = Run(config, _corpus, VARIANTS[config.method].build)
     run.evaluate()
     while not run.finished:
         run.advance()
         # Half as often as the demo: there are many runs, and an evaluation on 128 windows takes as long as five steps.
-        if run.finished or run.step % (2 * plan.evaluation_gap) == 0:
+        if run.finished or run.step % (2 * config.evaluation_gap) == 0:
             run.evaluate()
-    tenth = max(1, plan.steps // 10)
+    tenth = max(1, config.steps // 10)
     return {
-        "variant": plan.method,
-        "seed": plan.seed,
-        "learning_rate": plan.learning_rate,
+        "variant": config.method,
+        "seed": config.seed,
+        "learning_rate": config.learning_rate,
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "held_out_loss": run.history.held_out_loss[plan.steps],
+        "held_out_loss": run.history.held_out_loss[config.steps],
         "training_loss_last_tenth": sum(run.history.training_loss[-tenth:]) / tenth,
         "curve": {str(step): round(loss, 5) for step, loss in run.history.held_out_loss.items()},
         "state_bytes": state_bytes(run.optimizer)[0],
@@ -141,20 +141,20 @@ def train(plan: Plan) -> Row:
     }
 
 
-def results_of(plans: list[Plan], corpus: Corpus, workers: int) -> Iterator[tuple[Plan, Row]]:
-    """The row of every plan as soon as its run ends. Several run at a time. A failed run has a row that says why."""
+def results_of(configs: list[RunConfig], corpus: Corpus, workers: int) -> Iterator[tuple[RunConfig, Row]]:
+    """The row of every config as soon as its run ends. Several run at a time. A failed run has a row that says why."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_use, initargs=(corpus,)) as pool:
-        futures = {pool.submit(train, plan): plan for plan in plans}
+        futures = {pool.submit(train, config): config for config in configs}
         for future in as_completed(futures):
-            plan = futures[future]
-            row: Row = {"variant": plan.method, "seed": plan.seed}
+            config = futures[future]
+            row: Row = {"variant": config.method, "seed": config.seed}
             try:
-                yield plan, future.result()
+                yield config, future.result()
             except BrokenProcessPool:
-                yield plan, row | {"skipped": "its process was killed, most likely because memory ran out"}
+                yield config, row | {"skipped": "its process was killed, most likely because memory ran out"}
             except Exception as error:
-                yield plan, row | {"skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+                yield config, row | {"skipped": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
 
 
 def learning_rates(given: list[str]) -> dict[str, float]:
@@ -191,29 +191,29 @@ def main() -> None:
     rates = learning_rates(options.lr)
     corpus = load_tokens(options.data, options.vocabulary, options.megabytes)
     size, length = (options.batch, options.sequence)
-    plans = [
-        Plan(method, rates[VARIANTS[method].rate], None, options.model, options.steps, size, length, seed, *rest)
+    configs = [
+        RunConfig(method, rates[VARIANTS[method].rate], None, options.model, options.steps, size, length, seed, *rest)
         for seed in range(options.seeds)
         for method in options.variants or STAGES[options.stage]
         for rest in [(options.device, corpus.fingerprint, options.dtype)]
     ]
-    common = asdict(plans[0])
+    common = asdict(configs[0])
     for varying in ("method", "learning_rate", "scale", "seed", "device"):
         del common[varying]
     about = {"text": corpus.name, "vocabulary": corpus.vocabulary, "tokens": len(corpus.train)}
     results = Results(options.name or options.stage, options.device, fresh=options.fresh, settings=common | about)
-    missing = [plan for plan in plans if identity(plan) not in results]
+    missing = [config for config in configs if identity(config) not in results]
     workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
-    print(f"{len(missing)} of {len(plans)} runs, {workers} at a time; {about}", flush=True)
-    for plan, row in results_of(missing, corpus, workers):
-        results.add(identity(plan), **row)
+    print(f"{len(missing)} of {len(configs)} runs, {workers} at a time; {about}", flush=True)
+    for config, row in results_of(missing, corpus, workers):
+        results.add(identity(config), **row)
         figure = row.get("skipped") or f"held-out loss {row['held_out_loss']:.4f}, {row['seconds']} s"
-        print(f"{identity(plan):44s} {figure}", flush=True)
+        print(f"{identity(config):44s} {figure}", flush=True)
     print(f"written to {results.path}")
 
 
-def identity(plan: Plan) -> str:
-    return f"{plan.method}, lr {plan.learning_rate:g}, seed {plan.seed}"
+def identity(config: RunConfig) -> str:
+    return f"{config.method}, lr {config.learning_rate:g}, seed {config.seed}"
 
 
 if __name__ == "__main__":

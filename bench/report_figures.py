@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from apollo_triton.tools.demo import report as demo_report
-from apollo_triton.tools.demo.training import History, Plan
+from apollo_triton.tools.demo.training import History, RunConfig
 from apollo_triton.tools.pictures import METHODS, draw_curve, log_ticks, move, picture, shifts, styles
 
 from .report_data import (
@@ -222,8 +222,8 @@ def demo(path: Path) -> None:
     results = []
     for method, known in summary["methods"].items():
         losses = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["method"] == method}
-        plan, history = Plan(**known["settings"]), History(held_out_loss=losses)
-        results.append(demo_report.Result(plan, history, summary["parameters"], known["state_bytes"]))
+        config, history = RunConfig(**known["settings"]), History(held_out_loss=losses)
+        results.append(demo_report.Result(config, history, summary["parameters"], known["state_bytes"]))
     seeds: dict[str, dict[int, float]] = {}
     for row in json.loads((RESULTS / "demo_seeds.json").read_text(encoding="utf-8")):
         seeds.setdefault(row["method"], {})[row["seed"]] = row["held_out_loss"]

@@ -1,5 +1,5 @@
-"""The Triton kernels of apollo_triton; import them as ``apollo_triton.kernels``.
+"""The Triton kernels of apollo_triton. Import them as ``apollo_triton.kernels``.
 
-This file must hold nothing else: at the root of a checkout a bare ``import kernels``, which transformers
-probes for, finds this folder.
+This file must stay empty except for this text. transformers tries ``import kernels``, and at the root of a checkout it
+finds this folder.
 """

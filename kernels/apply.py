@@ -1,6 +1,6 @@
 """apply: the norm-growth limiter, then W <- W - h sqrt(scale) (s / l) G and W <- W - lr wd W, in place.
 
-Every program adds up its matrix's partial sums itself, in one order, instead of waiting for a launch that does.
+Every program adds up the partial sums of its matrix itself, all in the same order. That saves a launch before this one.
 """
 
 import triton
@@ -29,13 +29,14 @@ from .table import (
 _FIELDS = tl.constexpr(FIELDS)
 _NORM_EPS = tl.constexpr(1e-8)
 _GROWTH_LIMIT = tl.constexpr(1.01)
-_SUMS_BLOCK = tl.constexpr(128)  # partial sums added at a time; a matrix of 4096 channels has 64
+_SUMS_BLOCK = tl.constexpr(128)  # how many partial sums are added at a time; a matrix of 4096 channels has 64
 
 
 def blocks(columns: int) -> dict[str, int]:
-    """8192 elements a program, four 16-byte loads of W and of G in flight a thread; wide where the matrix is.
+    """Tile sizes and warps: 8192 elements a program, with four 16-byte loads of W and of G in flight a thread. Wide
+    matrices get wide tiles.
 
-    Only elementwise work depends on the tile, so results do not.
+    Results do not depend on the tile, because only elementwise work does.
     """
     wide = columns > 128
     return {"BLOCK_ROWS": 16 if wide else 64, "BLOCK_COLUMNS": 512 if wide else 128, "num_warps": 8}
@@ -45,8 +46,8 @@ def blocks(columns: int) -> dict[str, int]:
 def step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2):
     """The learning rate, and h = lr sqrt(1 - b2^t) / (1 - b1^t).
 
-    ``correction`` is the factor where the host knows t. On the device 1 - b^t = -expm1(t log b), since 1 - 0.999 would
-    lose 14 bits; ``log_beta1`` = 0 stands for no correction.
+    ``correction`` is this factor if the host knows t. On the device it is computed, with 1 - b^t = -expm1(t log b),
+    because 1 - 0.999 would lose 14 bits. ``log_beta1`` = 0 means no correction.
     """
     if p_lr is not None:
         lr = tl.load(p_lr)
@@ -58,7 +59,7 @@ def step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 for x <= 0 to float32 rounding: (e - 1) x / log(e) corrects for e's own error (Kahan)."""
+    """exp(x) - 1 for x <= 0, to float32 rounding. (e - 1) x / log(e) corrects for the error of e (Kahan)."""
     e = tl.exp(x)
     near = tl.where(e == 1.0, 0.5, e)
     return tl.where(e == 1.0, x, tl.where(e < 1e-30, -1.0, (near - 1.0) * x / tl.log(tl.where(e < 1e-30, 0.5, near))))
@@ -76,7 +77,7 @@ def add_up(p_sums, first, count):
 
 @triton.jit
 def add_up_three(p_sums, first, count):
-    """The same for the three sums of one factor a tensor, which lie side by side."""
+    """The same for the three sums that one s per tensor needs. They lie side by side in memory."""
     total_0 = tl.zeros([_SUMS_BLOCK], tl.float32)
     total_1 = tl.zeros([_SUMS_BLOCK], tl.float32)
     total_2 = tl.zeros([_SUMS_BLOCK], tl.float32)
@@ -90,22 +91,27 @@ def add_up_three(p_sums, first, count):
 
 
 @triton.jit
-def norm_and_factor(p_row, p_sums, channels, front, PER_CHANNEL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """u of a matrix, and its one factor s; 1 where each channel has its own."""
+def norm_and_factor(
+    p_row, p_sums, channels, scale_before_limiter, PER_CHANNEL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """u of a matrix, and its s; 1 in place of s if each channel has its own."""
     first_sum = tl.load(p_row + FIRST_CHANNEL_PROGRAM)
     count = tl.maximum((channels + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS, 1)
     if PER_CHANNEL:
-        return tl.sqrt(add_up(p_sums, first_sum, count)) * front, 1.0
+        return tl.sqrt(add_up(p_sums, first_sum, count)) * scale_before_limiter, 1.0
     else:
         squared_N, squared_R, squared_G = add_up_three(p_sums, first_sum, count)
         s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS)
-        return s * front * tl.sqrt(squared_G), s
+        return s * scale_before_limiter * tl.sqrt(squared_G), s
 
 
 @triton.jit
 def limited(factor, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER: tl.constexpr):
-    """``factor`` over l = max(u / (u_prev + 1e-8), 1.01) / 1.01 (Fira, arXiv 2410.01623, equation 6). The first program
-    of a matrix writes u_prev, and counts the matrix if its u is not finite, which is then not to be moved."""
+    """``factor`` / l, with l = max(u / (u_prev + 1e-8), 1.01) / 1.01 (Fira, arXiv 2410.01623, equation 6).
+
+    The first program of a matrix writes u_prev. If u is not finite, the weight must not change; the first program then
+    counts the matrix as skipped.
+    """
     moves = tl.abs(u) < float("inf")
     if USE_LIMITER:
         previous = tl.load(p_previous + matrix)
@@ -123,21 +129,23 @@ def limited(factor, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER:
 @triton.jit
 def tile_factor(
     p_row, p_factors, p_sums, p_previous, p_skipped, matrix, block, o_row, o_column, rows, columns,
-    lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+    lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What a tile of G is multiplied by, limiter and step size in it (``[rows, 1]``, ``[1, columns]`` or a number), the
-    learning rate, and u."""
-    u, s = norm_and_factor(p_row, p_sums, rows if KEEPS_ROWS else columns, front, PER_CHANNEL, BLOCK_CHANNELS)
+    """The factor of a tile of G (``[rows, 1]``, ``[1, columns]`` or a scalar), which includes limiter and step size;
+    the learning rate; and u."""
+    u, s = norm_and_factor(
+        p_row, p_sums, rows if KEEPS_ROWS else columns, scale_before_limiter, PER_CHANNEL, BLOCK_CHANNELS
+    )
     if PER_CHANNEL:
         p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
         if KEEPS_ROWS:
             s = tl.load(p_s + o_row, mask=o_row < rows, other=0.0)[:, None]
         else:
             s = tl.load(p_s + o_column, mask=o_column < columns, other=0.0)[None, :]
-    factor = limited(s * front, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
+    factor = limited(s * scale_before_limiter, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
     lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
-    return factor * (h * back), lr, u
+    return factor * (h * scale_after_limiter), lr, u
 
 
 @triton.jit
@@ -146,9 +154,9 @@ def store_weight(
     KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tile W, float32, rounded to the dtype of ``p_W``; nothing if u is not finite. BY_EIGHTS: rows hold multiples
-    of 8 elements, which share a call for random bits."""
-    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
+    """Store the tile W, float32, rounded to the dtype of ``p_W``. If u is not finite nothing is stored. BY_EIGHTS: the
+    row length is a multiple of 8, so that 8 neighbours share a call for random bits."""
+    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that is broadcast to a block.
     mask = mask & (tl.broadcast_to(tl.abs(u), [BLOCK_ROWS, BLOCK_COLUMNS]) < float("inf"))
     if STOCHASTIC:
         seed = tl.load(p_row + SEED)
@@ -168,17 +176,16 @@ def store_weight(
 @triton.jit(do_not_specialize=["step"])
 def apply_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
     WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of W: the limiter, then the update.
 
-    ``front`` multiplies s before the limiter and ``back`` after it: sqrt(scale) and 1, or 1 and sqrt(scale). A matrix
-    whose u is not finite is not moved.
-    An empty piece of a sharded matrix has one program, for its u_prev. Reads G and W and writes W: 6 bytes an element
-    in bfloat16.
+    ``scale_before_limiter`` multiplies s before the limiter and ``scale_after_limiter`` after it: sqrt(scale) and 1, or
+    1 and sqrt(scale). A matrix whose u is not finite does not change. An empty shard of a matrix has one program, for
+    its u_prev. Reads G and W and writes W: 6 bytes an element in bfloat16.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -196,7 +203,7 @@ def apply_kernel(
         W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
         G_column_stride = tl.load(p_row + GRADIENT_COLUMN_STRIDE)
 
-    # In 32 bits: a 64-bit division takes some 70 instructions.
+    # In 32 bits, because a 64-bit division takes about 70 instructions.
     block = (program - tl.load(p_row + FIRST_TILE_PROGRAM)).to(tl.int32)
     tiles_in_row = tl.maximum((columns + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS, 1).to(tl.int32)
     tile_row = block // tiles_in_row
@@ -207,14 +214,14 @@ def apply_kernel(
     mask = (o_row < rows)[:, None] & (o_column < columns)[None, :]
     p_W += o_row[:, None] * W_row_stride + o_column[None, :] * W_column_stride
     p_G += o_row[:, None] * G_row_stride + o_column[None, :] * G_column_stride
-    # The loads go out before the sums are added up, which then costs no time of its own.
+    # The loads are issued before the sums are added up, which then takes no extra time.
     G = tl.load(p_G, mask=mask, other=0.0).to(tl.float32)
     W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
 
     t = current_step(step, p_step)
     factor, lr, u = tile_factor(
         p_row, p_factors, p_sums, p_previous, p_skipped, matrix, block, o_row, o_column, rows, columns,
-        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     if p_gradient_scale is not None:

@@ -1,9 +1,9 @@
-"""rescale for 8-bit moments, which lie in bitsandbytes' blockwise format, with the bits of ``apollo_triton.blockwise``.
+"""rescale for 8-bit moments in bitsandbytes' blockwise format, with the same bits as ``core/moments_8bit.py``.
 
-A block of 256 moments takes no notice of where a channel ends, so a program owns channels that are whole blocks, and
-goes over them twice: channel by channel for the factors, then block by block to store the moments.
+A block of 256 moments may end within a channel. A program therefore owns as many channels as fill whole blocks, and
+makes two passes over them: channel by channel for the factors, then block by block to store the moments.
 
-``p_code`` is the address of ``apollo_triton.blockwise.dynamic_code``: 1 KiB, which stays in cache.
+``p_code`` is the address of the table of ``dynamic_code``: 1 KiB, which stays in cache.
 """
 
 import triton
@@ -22,26 +22,27 @@ _LEAST_NORMAL = tl.constexpr(2.0**-126)
 
 @triton.jit
 def dequantized(p_q, p_absmax, p_code, offsets, mask):
-    """float32 values of the elements ``offsets``, counted from the start of the tensor; a zero where masked off."""
+    """The float32 values at ``offsets`` from the start of the tensor, and 0 where ``mask`` is false."""
     entry = tl.load(p_code + tl.load(p_q + offsets, mask=mask, other=0).to(tl.int32))
     return entry * tl.load(p_absmax + offsets // _BLOCK, mask=mask, other=0.0)
 
 
 @triton.jit
 def magnitudes(values):
-    """|x|, infinite for NaN, so that the greatest of a block is its absmax: ``tl.max`` alone would pass over NaN."""
+    """|x|, and infinity for NaN, so that the maximum of a block is its absmax. ``tl.max`` alone would ignore NaN."""
     return tl.where(tl.abs(values) < float("inf"), tl.abs(values), float("inf"))
 
 
 @triton.jit
 def quantized(values, absmax, p_code):
-    """uint8 indices of float32 ``values``; ``absmax`` broadcasts to them: a scalar, or the blocks of one axis.
+    """uint8 indices of float32 ``values``. ``absmax`` broadcasts to them: a scalar, or one value for each block.
 
-    Eight steps to the last entry that is not above x, then one comparison with the middle between it and the next.
+    Eight steps of a binary search find the last entry that is not above x. One comparison, with the midpoint of it and
+    the next entry, decides between the two.
     """
     is_normal = (absmax >= _LEAST_NORMAL) & (absmax < float("inf"))
-    # Rounded as in PyTorch, where a plain division is approximate on NVIDIA. Nothing is added to the products here, so
-    # the compiler has nothing to fuse them with.
+    # div_rn rounds as PyTorch does; a plain division is approximate on NVIDIA. The products below are not added to
+    # anything, so the compiler cannot fuse them.
     scale = tl.div_rn(1.0, tl.where(is_normal, absmax, 1.0))
     x = tl.where(is_normal, values, 0.0) * scale
     index = tl.zeros(x.shape, tl.int32)
@@ -56,14 +57,14 @@ def quantized(values, absmax, p_code):
 
 @triton.jit
 def moved(values, R, keep, moves):
-    """M + (1 - b1) (R - M), or V with R^2 in place of R, where it ``moves``: in channels that are finite."""
+    """M + (1 - b1) (R - M) where ``moves`` is true, in finite channels, else M. Also for V, with R^2 in place of R."""
     return tl.where(moves, values + keep * (R - values), values)
 
 
 @triton.jit
 def store_moment(p_q, p_absmax, p_code, offsets, mask, values, moves):
-    """Write float32 ``values [blocks, 256]``. Blocks where nothing ``moves`` keep their bits: each rounding anew would
-    shrink -absmax, which is no entry of the table."""
+    """Write float32 ``values [blocks, 256]``. Blocks in which nothing ``moves`` keep their bits. Otherwise a value of
+    -absmax, which is no entry of the table, would shrink at each rounding."""
     absmax = tl.max(tl.where(mask, magnitudes(values), 0.0), 1)
     m_block = tl.max(tl.where(mask & moves, 1, 0), 1) > 0
     o_block = tl.min(offsets, 1) // _BLOCK
@@ -78,10 +79,10 @@ def rescale_blockwise_kernel(
     RANK: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Moments and factors of the channels of one program, from R ``[all channels, RANK]`` in memory (float32).
+    """Moments and factors of one program's channels, from R ``[all channels, RANK]``, float32 in memory.
 
-    ``p_absmax`` int64 ``[matrices, 2]``: where the absmax of M and of V are. ``p_squared_R`` float32 ``[all channels]``
-    is scratch. Reads R three times; reads q twice and writes it once, a byte a moment.
+    ``p_absmax`` int64 ``[matrices, 2]`` has the addresses of the absmaxes of M and of V. ``p_squared_R`` float32
+    ``[all channels]`` is scratch. Reads R three times; reads q twice and writes it once, one byte a moment.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -128,7 +129,7 @@ def rescale_blockwise_kernel(
         p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
     )  # fmt: skip
 
-    tl.debug_barrier()  # no thread of the program still reads what others now write, and |R_c|^2 is there for all
+    tl.debug_barrier()  # all threads have read what is written next, and all see |R_c|^2
     first_element = block.to(tl.int64) * (BLOCK_CHANNELS * RANK)
     end = tl.minimum(channels.to(tl.int64) * RANK, first_element + BLOCK_CHANNELS * RANK)
     o_in_blocks = tl.arange(0, _BLOCKS_AT_ONCE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]

@@ -1,7 +1,7 @@
-"""The dense rest: AdamW in APOLLO's convention for parameters of any shape in one launch, and squared norms before it.
+"""AdamW in APOLLO's convention for the dense parameters, of any shape, in one launch; and squared norms before it.
 
-A parameter whose gradient is not finite must not move at all, so its norm is known before its first element is written.
-Clipping by the norm of all gradients takes the same squared norms.
+A parameter whose gradient is not finite must not change at all, so its norm is computed before its first element is
+written. Clipping by the norm of all gradients uses the same squared norms.
 """
 
 import triton
@@ -32,13 +32,13 @@ from .table import (
 )
 
 _FIELDS = tl.constexpr(FIELDS)
-BLOCK = 4096  # elements a program of the step, and a turn of the norm's loop; 16 a thread
-NORM_PROGRAMS = 256  # most programs that share one matrix's norm: each dense program adds that many numbers up again
+BLOCK = 4096  # elements a program of the step, and an iteration of the norm's loop; 16 a thread
+NORM_PROGRAMS = 256  # at most so many programs share one matrix's norm: each dense program adds up their sums again
 
 
 @triton.jit
 def element_offsets(o, p_row, columns, ROW_FIELD: tl.constexpr, COLUMN_FIELD: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where elements ``o`` (int64, counted row by row) of a matrix lie: at ``o`` if ALIGNED, else by its strides."""
+    """Offsets in memory of the elements ``o`` (int64, row-major): ``o`` itself if ALIGNED, else by the strides."""
     if ALIGNED:
         return o
     else:
@@ -50,9 +50,10 @@ def squared_norm_kernel(
     p_table, p_gradients, p_programs, p_parts, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, NORM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """A share of |G|_F^2 into ``p_parts [matrices, NORM_PROGRAMS]``; 0 into those that are not needed.
+    """Store one program's share of |G|_F^2 in ``p_parts [matrices, NORM_PROGRAMS]``, and 0 in shares without elements.
 
-    A program takes every BLOCK elements of its share of a matrix; ``p_programs`` holds matrix and share. Reads G.
+    ``p_programs`` holds each program's matrix and share. The program adds every NORM_PROGRAMS-th block of BLOCK
+    elements, from block ``share`` on. Reads G.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program * 2)
@@ -85,7 +86,8 @@ def dense_kernel(
 ):  # fmt: skip
     """M <- b1 M + (1 - b1) G, V <- b2 V + (1 - b2) G^2, W <- W - h M / (sqrt(V) + eps), then W <- W - lr wd W.
 
-    One block of a parameter, any shape, seen as rows x columns. Reads G, and reads and writes W, M and V.
+    One program updates one block of a parameter, which is seen as rows x columns. Reads G, and reads and writes W, M
+    and V.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -131,7 +133,7 @@ def dense_kernel(
     W -= (lr * weight_decay) * W
     mask = mask & (tl.broadcast_to(tl.abs(squared_norm), [BLOCK]) < float("inf"))  # as a block: see apply_kernel
     seed = tl.load(p_row + SEED)
-    first += tl.load(p_row + ROUNDING_OFFSET)  # of a shard, whose ranks would round alike
+    first += tl.load(p_row + ROUNDING_OFFSET)  # of a shard; without it all ranks would draw the same bits
     if STATE == tl.bfloat16:
         tl.store(p_M + o_state, round_stochastic(M, block_bits(seed, t, first, BLOCK, EXP_AVG_STREAM)), mask=mask)
         tl.store(p_V + o_state, round_stochastic(V, block_bits(seed, t, first, BLOCK, EXP_AVG_SQ_STREAM)), mask=mask)

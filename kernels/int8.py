@@ -1,6 +1,6 @@
-"""apply for int8 weights: dequantise, limit, update, and store with fresh scales and zero points, in one launch.
+"""apply for int8 weights: dequantise, limit, update, and store with new scales and zero points, in one launch.
 
-w = (q - zero) * scale, a scale (float32) and a zero point (uint8) per group of the row-major flattened weight
+w = (q - zero) * scale, with a scale (float32) and a zero point (uint8) per group of the row-major flattened weight
 """
 
 import triton
@@ -30,22 +30,22 @@ _LEAST_RANGE = tl.constexpr(1e-5)
 
 
 def blocks(group_size: int) -> dict[str, int]:
-    """8192 elements a program, whole groups of a power of two each."""
+    """8192 elements a program, in whole groups. Each group is padded to a power of two."""
     group = power_of_two(group_size)
     return {"BLOCK_GROUPS": max(1, 8192 // group), "BLOCK_GROUP": group, "num_warps": 8}
 
 
 @triton.jit
 def fresh_grid(W, mask):
-    """Scale and zero point of each group (row) of ``W``, of which ``mask`` is there: its range, reaching to 0, in 255
-    steps (apollo_triton.int8.quantized)."""
+    """Scale and zero point of each group, a row of ``W`` where ``mask`` is true. The group's range, extended to include
+    0, is 255 steps (as in ``quantized`` of int8/weight.py)."""
     low = tl.min(tl.where(mask, W, 0.0), 1)
     high = tl.max(tl.where(mask, W, 0.0), 1)
     low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
     span = high - low
     scale = tl.div_rn(tl.maximum(span, _LEAST_RANGE), 255.0)
     scale = tl.where(span < float("inf"), scale, tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0))
-    # Adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even.
+    # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, ties to even.
     steps = tl.div_rn(low, scale)
     zero = -((steps + 12582912.0) - 12582912.0)
     return scale, tl.minimum(tl.maximum(zero, 0.0), 255.0)
@@ -55,8 +55,9 @@ def fresh_grid(W, mask):
 def store_groups(
     W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Groups (rows) of ``W``, float32, with fresh scales and zero points, to the nearest where there are no ``bits``.
-    Those that are as they were ``before`` keep their bits, and all do if u is not finite."""
+    """Store groups, the rows of ``W`` (float32), with new scales and zero points. Rounded stochastically by ``bits``,
+    or to the nearest if ``bits`` is None. Groups that are equal to ``before`` keep their bits, and all do if u is not
+    finite."""
     scale, zero = fresh_grid(W, mask)
     steps = tl.div_rn(W, scale[:, None])
     if bits is None:
@@ -66,7 +67,7 @@ def store_groups(
         steps = down + tl.where(steps - down > bits.to(tl.float32) * 0.0000152587890625, 1.0, 0.0)
     steps = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), 255.0)
     differs = tl.max(tl.where(mask & (W != before), 1, 0), 1)
-    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that it spreads over one.
+    # Compared as a block: Triton's interpreter loses the type of a scalar comparison that is broadcast to a block.
     m_group = m_group & (differs > 0) & (tl.broadcast_to(tl.abs(u), [BLOCK_GROUPS]) < float("inf"))
     tl.store(p_q + index, steps.to(tl.uint8), mask=mask & m_group[:, None])
     tl.store(p_scale + o_group, scale, mask=m_group)
@@ -76,16 +77,17 @@ def store_groups(
 @triton.jit(do_not_specialize=["step"])
 def apply_int8_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
     GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Some groups of W. ``front`` and ``back`` are as in ``apply_kernel``.
+    """One program updates some groups of W. The two scales are as in ``apply_kernel``.
 
-    ALIGNED: rows of G are contiguous, start at multiples of 16 bytes and hold whole groups, each a power of two.
-    A group that the update does not change in float32 keeps its bits: rounded anew it would wander.
-    Reads G and q and writes q: 4 bytes an element at bfloat16 gradients, and 10 a group for scales and zero points.
+    ALIGNED: rows of G are contiguous, start at multiples of 16 bytes and hold whole groups, and the group size is a
+    power of two. A group that the update does not change in float32 keeps its bits, because repeated rounding would
+    make it drift. Reads G and q and writes q: 4 bytes an element with bfloat16 gradients, and 10 a group for scales and
+    zero points.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -120,17 +122,19 @@ def apply_int8_kernel(
     old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
     before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
 
-    u, s = norm_and_factor(p_row, p_sums, rows if KEEPS_ROWS else columns, front, PER_CHANNEL, BLOCK_CHANNELS)
+    u, s = norm_and_factor(
+        p_row, p_sums, rows if KEEPS_ROWS else columns, scale_before_limiter, PER_CHANNEL, BLOCK_CHANNELS
+    )
     if PER_CHANNEL:
         p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
         if KEEPS_ROWS:
             s = tl.load(p_s + row, mask=row < rows, other=0.0)
         else:
             s = tl.load(p_s + column, mask=mask, other=0.0)
-    factor = limited(s * front, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
+    factor = limited(s * scale_before_limiter, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
     t = current_step(step, p_step)
     lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
-    factor = factor * (h * back)
+    factor = factor * (h * scale_after_limiter)
     if p_gradient_scale is not None:
         factor = factor * tl.load(p_gradient_scale)
     W = before - factor * G

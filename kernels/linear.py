@@ -1,9 +1,9 @@
-"""A linear layer with int8 weights: forward and the gradient of its input, the weight dequantised tile by tile.
+"""A linear layer with int8 weights: its forward, and the gradient of its input. W is dequantised tile by tile.
 
     y = x W^T + bias        dx = dy W        w = (q - zero) * scale, one scale and zero per group of the flattened W
 
-A tile of W is floats in registers and in shared memory only; through memory goes q, a byte a weight. W is rounded to
-the dtype of the activations and sums are float32. y is rounded once, with the bias in it.
+A tile of W is float only in registers and shared memory. From memory only q is read, one byte a weight. W is rounded to
+the dtype of the activations, and sums are float32. y is rounded once, after the bias is added.
 """
 
 import math
@@ -15,26 +15,26 @@ from .philox import round_nearest
 from .sketch import dot
 from .table import power_of_two
 
-# Blocks of rows that take turns at the same block of W. At 128 x 128 and 11008 outputs the 264 programs that an H100
-# runs at a time so read 8 blocks of x and 33 of W; row by row they would read 4 of x, and all 86 of W.
+# How many blocks of rows take turns at the same block of W. An H100 runs 264 programs at a time. With tiles of 128 x
+# 128 and 11008 outputs they then read 8 blocks of x and 33 of W. Row by row they would read 4 of x and all 86 of W.
 _ROW_BLOCKS_TOGETHER = tl.constexpr(8)
 
 
 def blocks(rows: int, tensor_cores: bool) -> dict[str, int]:
-    """Tile sizes and warps for so many rows of activations, padded to a tile at least.
+    """Tile sizes and warps for ``rows`` rows of activations, which are padded to at least one tile.
 
-    BLOCK_KEPT is the side of W that the result keeps, BLOCK_SUMMED the one that is summed over.
+    BLOCK_KEPT is along the side of W that the result keeps, BLOCK_SUMMED along the side that is summed over.
     """
     block_rows = max(16, power_of_two(rows))
     if not tensor_cores:
-        # 32 rows at most: of 64 triton 3.7 makes TF32 products on sm_100, input_precision="ieee" or not, where an
-        # operand was 8 or 16 bits wide before.
+        # At most 32 rows: with 64, triton 3.7 on sm_100 makes TF32 products of an operand that was converted from 8 or
+        # 16 bits, even with input_precision="ieee".
         block_rows = min(block_rows, 32)
         return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 128, "BLOCK_SUMMED": 16, "num_warps": 4, "num_stages": 2}
-    if rows <= 32:  # smaller tiles: more programs, to read W with
+    if rows <= 32:  # smaller tiles give more programs that read W
         return {"BLOCK_ROWS": block_rows, "BLOCK_KEPT": 64, "BLOCK_SUMMED": 64, "num_warps": 4, "num_stages": 3}
-    # With BLOCK_SUMMED 64 it is 134 registers a thread on sm_90, and one program at a time; with 32 it is 128, and of
-    # two programs one multiplies while the other dequantises. On sm_80 and gfx942 64 spills.
+    # With BLOCK_SUMMED 64 a thread takes 134 registers on sm_90, and one program runs at a time. With 32 it takes 128,
+    # and two programs run: one multiplies while the other dequantises. On sm_80 and gfx942, 64 spills.
     return {
         "BLOCK_ROWS": min(block_rows, 128),
         "BLOCK_KEPT": 128,
@@ -45,17 +45,18 @@ def blocks(rows: int, tensor_cores: bool) -> dict[str, int]:
 
 
 def run_length(group_size: int, columns: int, block: int) -> int:
-    """For how many columns the tile of W may load one scale: runs of so many, from a multiple of it on, are of one
-    group in every row. A power of two, ``block`` at most; 128 of a group of 128, 4 of a group of 12."""
+    """The number of columns for which the tile of W may load one scale. A run of so many columns that starts at a
+    multiple of it lies in one group, in every row. It is a power of two and at most ``block``: 128 for groups of 128, 4
+    for groups of 12."""
     if group_size % columns == 0:
-        return block  # a row is of one group, and beyond its end nothing counts
+        return block  # a row lies in one group, and columns beyond its end do not count
     return math.gcd(group_size, columns, block)
 
 
 @triton.jit
 def tile_place(rows, kept, BLOCK_ROWS: tl.constexpr, BLOCK_KEPT: tl.constexpr):
-    """The first row, int64, and the first of what is kept of W, that are this program's."""
-    # The program's number is taken for a column of row 0: swizzle2d only adds up the two.
+    """This program's first row, int64, and its first index along the kept side of W."""
+    # The program's index is given as a column of row 0, because swizzle2d only combines the two into one index.
     row_block, kept_block = tl.swizzle2d(
         0, tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(kept, BLOCK_KEPT), _ROW_BLOCKS_TOGETHER
     )
@@ -64,7 +65,7 @@ def tile_place(rows, kept, BLOCK_ROWS: tl.constexpr, BLOCK_KEPT: tl.constexpr):
 
 @triton.jit
 def spread(values, RUN: tl.constexpr):
-    """``values [rows, runs]`` for each of the RUN columns of a run, ``[rows, runs * RUN]``."""
+    """``values [rows, runs]``, each repeated for the RUN columns of its run: ``[rows, runs * RUN]``."""
     ROWS: tl.constexpr = values.shape[0]
     RUNS: tl.constexpr = values.shape[1]
     return tl.broadcast_to(values[:, :, None], [ROWS, RUNS, RUN]).reshape(ROWS, RUNS * RUN)
@@ -75,7 +76,8 @@ def weight_tile(
     p_q, p_scale, p_zero, first_row, first_column, rows, columns, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, RUN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """W in DTYPE, ``[BLOCK_ROWS, BLOCK_COLUMNS]``: zero beyond the last row, beyond the last column finite."""
+    """A tile of W in DTYPE, ``[BLOCK_ROWS, BLOCK_COLUMNS]``: zero beyond the last row, finite beyond the last
+    column."""
     o_row = (first_row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
     o_run = first_column + tl.arange(0, BLOCK_COLUMNS // RUN) * RUN
@@ -98,7 +100,7 @@ def forward_kernel(
 ):  # fmt: skip
     """y ``[rows, outputs]`` = x ``[rows, inputs]`` W^T + bias.
 
-    Reads q once for every BLOCK_ROWS rows, x once for every BLOCK_KEPT outputs.
+    Reads q once for every BLOCK_ROWS rows, and x once for every BLOCK_KEPT outputs.
     """
     first_row, first_output = tile_place(rows, outputs, BLOCK_ROWS, BLOCK_KEPT)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -124,7 +126,7 @@ def input_gradient_kernel(
     GROUP: tl.constexpr, RUN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """dx ``[rows, inputs]`` = dy ``[rows, outputs]`` W; reads as ``forward_kernel`` does."""
+    """dx ``[rows, inputs]`` = dy ``[rows, outputs]`` W. Reads q and dy as often as ``forward_kernel`` reads q and x."""
     first_row, first_input = tile_place(rows, inputs, BLOCK_ROWS, BLOCK_KEPT)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_input = first_input + tl.arange(0, BLOCK_KEPT)

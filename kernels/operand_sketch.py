@@ -1,12 +1,13 @@
-"""sketch from a layer's operands: R and |G_c|^2 of G = dY^T X, which is not formed.
+"""sketch from a linear layer's operands X and dY: R and |G_c|^2 of G = dY^T X, which is not formed.
 
     rows kept      kept dY [tokens, out], summed X [tokens, in]        columns kept   kept X, summed dY
     S = summed P^T [tokens, rank]        R = kept^T S [channels, rank]
-    |G_c|^2 of tiles of G, or by the Gram matrix K = summed summed^T [tokens, tokens]: kept_c^T K kept_c
+    |G_c|^2 from tiles of G, or from the Gram matrix K = summed summed^T [tokens, tokens]: kept_c^T K kept_c
 
-S and K are float32, and a bfloat16 operand is multiplied by parts of them that are bfloat16: two of S, 16 bits, since
-with 8 R would err by more than of a G that is rounded so, where tokens cancel; all three of K, whose terms may be a
-thousand times a norm. Sums over parts of a dimension are stored side by side and added up in order, without atomics.
+S and K are float32. If the operands are bfloat16, they are multiplied by bfloat16 parts of S and K. S has two parts, 16
+bits: with one part, 8 bits, the error of R would be larger than that of a G rounded to bfloat16, where tokens cancel. K
+has all three parts, because its terms may be a thousand times a norm. If a sum is split over programs, its parts are
+stored side by side and added in order, without atomics.
 """
 
 import triton
@@ -22,15 +23,15 @@ _ENOUGH = 256  # programs, two for each multiprocessor of an H100
 
 
 def parts(programs: int, length: int, least: int) -> tuple[int, int]:
-    """Into how many parts a sum of so many terms is cut, and the length of one, a multiple of ``least``: enough
-    programs to fill a GPU, of 4 * ``least`` terms at least, and 8 at most."""
+    """How many parts a sum of ``length`` terms is split into, and the length of a part, a multiple of ``least``. There
+    are enough parts to fill a GPU with programs, but at most 8, and a part has about 4 * ``least`` terms or more."""
     wanted = min(8, -(-_ENOUGH // max(1, programs)), -(-length // (4 * least)))
     part = -(-length // (max(1, wanted) * least)) * least
     return -(-length // part) if length else 1, part
 
 
 def collect_blocks(rank: int, tensor_cores: bool) -> dict[str, int]:
-    """Tile sizes and warps of R = kept^T S; 32 tokens of S and of the operand are 24 KiB a stage."""
+    """Tile sizes and warps of R = kept^T S. 32 tokens of S and of the operand take 24 KiB a stage."""
     if not tensor_cores:
         block_rank = min(max(16, power_of_two(rank)), 64)
         return {"BLOCK_CHANNELS": 64, "BLOCK_RANK": block_rank, "BLOCK_TOKENS": 16, "num_warps": 4, "num_stages": 2}
@@ -45,13 +46,17 @@ def collect_blocks(rank: int, tensor_cores: bool) -> dict[str, int]:
 
 
 def gram_blocks(tensor_cores: bool) -> dict[str, int]:
-    """The same of K: tiles of 64, of which 256 tokens have ten below the diagonal."""
+    """Tile sizes and warps of K. Tiles are 64 x 64; 256 tokens have ten of them on and below the diagonal."""
     return {"BLOCK_TOKENS": 64, "BLOCK_WIDTH": 64 if tensor_cores else 16, "num_warps": 4, "num_stages": 3}
 
 
 def gram_is_cheaper(tokens: int, channels: int, width: int, in_parts: bool) -> bool:
-    """Whether half of K, and kept^T K in three bfloat16 parts where operands are bfloat16, take less time than G: a
-    quarter of its products (on an H100 K's way does half as many a second, and is one launch more)."""
+    """Whether the norms are cheaper from K than from tiles of G.
+
+    K takes the products of half of K, and of kept^T K, which has three bfloat16 parts if the operands are bfloat16. It
+    must take less than a quarter of G's products: on an H100 this way makes half as many products a second, and it
+    takes one launch more.
+    """
     return 4 * tokens * (width / 2 + channels * (3 if in_parts else 1)) < channels * width
 
 
@@ -61,7 +66,7 @@ def transposed_product(
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """kept^T S ``[BLOCK_CHANNELS, BLOCK_RANK]`` over tokens ``first`` to ``last``; S ``[tokens, RANK]`` is float32."""
+    """kept^T S ``[BLOCK_CHANNELS, BLOCK_RANK]`` over tokens ``first`` to ``last``. S ``[tokens, RANK]`` is float32."""
     m_channel, m_rank = (o_channel < channels)[None, :], (o_rank < RANK)[None, :]
     sums = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     for start in range(first, last, BLOCK_TOKENS):
@@ -70,7 +75,7 @@ def transposed_product(
         kept = tl.load(p_kept + o_token * channels + o_channel[None, :], mask=m_token & m_channel, other=0.0)
         S = tl.load(p_S + o_token * RANK + o_rank[None, :], mask=m_token & m_rank, other=0.0)
         if kept.dtype == tl.bfloat16:
-            # Not a loop as in ``sketch.product``: Triton pipelines the loads of innermost loops alone.
+            # Unrolled, unlike in ``sketch.product``: Triton pipelines only the loads of innermost loops.
             for _ in tl.static_range(PARTS):
                 part = S.to(tl.bfloat16)
                 sums = dot(tl.trans(kept), part, sums)
@@ -86,10 +91,10 @@ def project_kernel(
     RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """S = summed P^T of BLOCK_CHANNELS tokens and ``part`` of the width, ``[parts, tokens, RANK]``, P not yet scaled;
-    program_id(1) is the block of ranks, program_id(2) the part. ``p_row`` is the matrix's row of its table.
+    """S = summed P^T ``[parts, tokens, RANK]`` of BLOCK_CHANNELS tokens, over ``part`` widths. P is not yet scaled.
 
-    Reads the operand once, and P from the cache, as ``sketch_kernel`` reads G.
+    program_id(1) is the block of ranks, program_id(2) the part. ``p_row`` is the matrix's row of its table. Reads the
+    operand once, and P from the cache, as ``sketch_kernel`` reads G.
     """
     o_token = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
@@ -110,8 +115,8 @@ def collect_kernel(
     p_kept, p_S, p_R, tokens, channels, part, entry_scale, RANK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """R = kept^T S over ``part`` of the tokens, ``[parts, channels, RANK]``, float32, and scaled as P is; program_id(1)
-    is the block of ranks, program_id(2) the part. Reads the operand once for every BLOCK_RANK ranks."""
+    """R = kept^T S ``[parts, channels, RANK]``, float32, over ``part`` tokens, times P's scale. program_id(1) is the
+    block of ranks, program_id(2) the part. Reads the operand once for every BLOCK_RANK ranks."""
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     first = tl.program_id(2) * part
@@ -128,7 +133,7 @@ def tile_norms_kernel(
     p_X, p_dY, p_norms, rows, columns, tokens, KEEPS_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The share of one tile of G in |G_c|^2, ``[tiles along the width, channels]``, float32. Reads the operands as
+    """One tile's share of |G_c|^2, float32 ``[tiles along the width, channels]``. Reads the operands as
     ``apply_operands_kernel`` does."""
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -149,9 +154,12 @@ def gram_kernel(
     p_summed, p_K, tokens, row_length, width, part,
     PRECISION: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of K = summed summed^T over ``part`` of the width, float32, and its mirror image; program_id(2) is the
-    part, and programs above the diagonal have nothing to do. ``[parts, tokens, row_length]``: zeros fill rows up to
-    whole tiles, so that they are aligned."""
+    """A tile of K = summed summed^T, float32 ``[parts, tokens, row_length]``, over ``part`` widths, and its mirror
+    image.
+
+    program_id(2) is the part. Programs above the diagonal do nothing. Rows are padded with zeros to whole tiles, so
+    that they are aligned.
+    """
     block, other = tl.program_id(0), tl.program_id(1)
     if other <= block:
         o_token = block.to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -177,8 +185,8 @@ def gram_norms_kernel(
     p_kept, p_K, p_norms, tokens, row_length, channels, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The share of BLOCK_RANK tokens in |G_c|^2 = sum_t (kept^T K)[c, t] kept[t, c], ``[blocks of tokens, channels]``,
-    float32; program_id(1) is the block of tokens."""
+    """The share of BLOCK_RANK tokens in |G_c|^2 = sum_t (kept^T K)[c, t] kept[t, c], float32
+    ``[blocks of tokens, channels]``. program_id(1) is the block of tokens."""
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     o_token = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     m_channel = o_channel < channels

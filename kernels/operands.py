@@ -1,9 +1,11 @@
-"""apply from a layer's operands: G = dY^T X is formed a tile at a time in registers, and the tile of W updated by it.
+"""apply from a linear layer's operands X and dY: a tile of G = dY^T X is formed in registers, and updates its tile of
+W.
 
     W [rows, columns] <- W - c G, then W <- W - lr wd W        X [tokens, columns], dY [tokens, rows], contiguous
 
-c is the step's factor, by row, by column or one (kernels/apply.py). It is the matrix product that a backward pass does
-anyway, with an epilogue that reads and writes W in place of writing G: 4 bytes a parameter in bfloat16 instead of 10.
+c is the step's factor, one per row, one per column or one for all (kernels/apply.py). A backward pass makes this matrix
+product anyway. Here its epilogue reads and writes W instead of writing G: 4 bytes a parameter in bfloat16 instead of
+10.
 """
 
 import triton
@@ -19,15 +21,15 @@ from .sketch import dot
 from .table import SEED
 
 
-def blocks(itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
-    """Tile sizes and warps of a product that is G's. ``roomy``: a program may have 144 KiB of shared memory.
+def blocks(itemsize: int, tensor_cores: bool, has_large_shared_memory: bool) -> dict[str, int]:
+    """Tile sizes and warps of the product G. ``has_large_shared_memory``: a program may use 144 KiB of shared memory.
 
-    Seen on an H100, W [4096, 4096], 8192 tokens, bfloat16 (torch.mm of G alone takes 0.342 ms): 128 x 256 x 64 takes
-    0.388 ms, 256 x 128 x 64 0.475, 128 x 128 x 64 0.547 on 8 warps and 0.479 on 4, 128 x 128 x 32 0.884.
+    Measured on an H100, W [4096, 4096], 8192 tokens, bfloat16 (torch.mm of G alone takes 0.342 ms): 128 x 256 x 64
+    takes 0.388 ms, 256 x 128 x 64 0.475, 128 x 128 x 64 0.547 on 8 warps and 0.479 on 4, 128 x 128 x 32 0.884.
     """
     if not tensor_cores:  # float32 on ordinary instructions: 32 sums a thread
         return {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "BLOCK_TOKENS": 16, "num_warps": 4, "num_stages": 2}
-    if not roomy:  # 48 KiB
+    if not has_large_shared_memory:  # 48 KiB
         return {
             "BLOCK_ROWS": 128,
             "BLOCK_COLUMNS": 128,
@@ -38,13 +40,14 @@ def blocks(itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
     return {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 256, "BLOCK_TOKENS": 128 // itemsize, "num_warps": 8, "num_stages": 3}
 
 
-def int8_blocks(group_size: int, itemsize: int, tensor_cores: bool, roomy: bool) -> dict[str, int]:
-    """The same for int8 weights, in rows of whole groups. To requantise takes several numbers an element: more than
-    8192 at a time spill, of half a tile, or of all of one where a row is one group."""
-    own = blocks(itemsize, tensor_cores, roomy)
-    columns = max(own["BLOCK_COLUMNS"], group_size)
+def int8_blocks(group_size: int, itemsize: int, tensor_cores: bool, has_large_shared_memory: bool) -> dict[str, int]:
+    """The same for int8 weights. A tile's rows are whole groups. Requantising takes several registers an element, so
+    more than 8192 elements at a time spill. It is done on half a tile at a time, or on all of it if a row is one
+    group."""
+    tiles = blocks(itemsize, tensor_cores, has_large_shared_memory)
+    columns = max(tiles["BLOCK_COLUMNS"], group_size)
     at_a_time = columns if group_size == columns else columns // 2
-    return own | {"BLOCK_ROWS": min(64, 8192 // at_a_time), "BLOCK_COLUMNS": columns}
+    return tiles | {"BLOCK_ROWS": min(64, 8192 // at_a_time), "BLOCK_COLUMNS": columns}
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def gradient_tile(
     p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """G = dY^T X at ``o_row`` and ``o_column``, summed in float32 and never rounded; zero beyond the ends."""
+    """G = dY^T X at ``o_row`` and ``o_column``, float32 sums that are never rounded. Zero beyond the ends."""
     m_row, m_column = (o_row < rows)[None, :], (o_column < columns)[None, :]
     o_token = tl.arange(0, BLOCK_TOKENS).to(tl.int64)[:, None]
     p_dY += o_token * rows + o_row[None, :]
@@ -70,7 +73,8 @@ def gradient_tile(
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile's columns: an epilogue that has W of one at a time does not spill."""
+    """The left and the right half of a tile's columns. An epilogue that loads W for one half at a time does not
+    spill."""
     return tl.split(tl.permute(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2), (0, 2, 1)))
 
 
@@ -79,7 +83,7 @@ def update(
     p_W, difference, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
     KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """W <- W - difference, then W <- W - decay W, of the tile that begins at ``first_row`` and ``first_column``."""
+    """W <- W - difference, then W <- W - decay W, for the tile that begins at ``first_row`` and ``first_column``."""
     BLOCK_ROWS: tl.constexpr = difference.shape[0]
     BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -101,7 +105,7 @@ def update_int8(
     p_q, p_scale, p_zero, difference, decay, u, p_row, t, first_row, first_column, rows, columns,
     STOCHASTIC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The same of int8 weights: the tile as [groups, GROUP]."""
+    """The same for int8 weights: the tile is reshaped to ``[groups, GROUP]``."""
     BLOCK_ROWS: tl.constexpr = difference.shape[0]
     BLOCK_COLUMNS: tl.constexpr = difference.shape[1]
     GROUPS: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS // GROUP
@@ -130,15 +134,15 @@ def update_int8(
 def apply_operands_kernel(
     p_row, p_W, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
     W_row_stride, W_column_stride,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
     BY_EIGHTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of W. ``front``, ``back`` and a u that is not finite are as in ``apply_kernel``; ``p_row`` is the
-    matrix's row of its table.
+    """One program updates one tile of W. The two scales, and a u that is not finite, are as in ``apply_kernel``.
 
-    Reads X once for every BLOCK_ROWS rows and dY once for every BLOCK_COLUMNS columns, reads and writes W.
+    ``p_row`` is the matrix's row of its table. Reads X once for every BLOCK_ROWS rows and dY once for every
+    BLOCK_COLUMNS columns; reads and writes W.
     """
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -149,7 +153,7 @@ def apply_operands_kernel(
     t = current_step(step, p_step)
     factor, lr, u = tile_factor(
         p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
-        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     decay = lr * weight_decay
@@ -167,15 +171,15 @@ def apply_operands_kernel(
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_int8_operands_kernel(
     p_row, p_q, p_scale, p_zero, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, front, back,
+    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The same for int8 weights, stored with fresh scales and zero points as by ``apply_int8_kernel``.
+    """The same for int8 weights, stored with new scales and zero points as in ``apply_int8_kernel``.
 
-    GROUP, a power of two, divides the columns of W and of the tile, which so owns whole groups. Reads and writes q: 2
-    bytes a parameter, and 10 a group.
+    GROUP is a power of two and divides the columns of W and of the tile, so that a tile owns whole groups. Reads and
+    writes q: 2 bytes a parameter, and 10 a group.
     """
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -186,7 +190,7 @@ def apply_int8_operands_kernel(
     t = current_step(step, p_step)
     factor, lr, u = tile_factor(
         p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
-        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, front, back,
+        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     decay = lr * weight_decay

@@ -1,7 +1,7 @@
-"""Random words in a kernel: normals, signs and rounding bits, by the counters of ``apollo_triton.philox``.
+"""Random words in a kernel: normals, signs and rounding bits, with the counters of ``core/philox.py``.
 
-Everything random is a function of a key, (seed, epoch) for the projection and (seed, step) for rounding, and of the
-indices of an entry: the same bits whatever the tile, the device or the batch.
+Everything random is a function of a key and of an entry's indices. The key is (seed, epoch) for the projection and
+(seed, step) for rounding. The bits are therefore the same for every tile, device and batch.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .table import INTERPRETED
 
-# The third counter word of each use; apollo_triton.philox.Stream, which a test compares.
+# The third counter word of each use, as in ``Stream`` of core/philox.py. A test compares the two.
 GAUSSIAN = tl.constexpr(0)
 RADEMACHER = tl.constexpr(1)
 WEIGHT = tl.constexpr(2)
@@ -17,14 +17,17 @@ EXP_AVG = tl.constexpr(3)
 EXP_AVG_SQ = tl.constexpr(4)
 
 _TWO_PI = tl.constexpr(6.283185307179586)
-_ULP = tl.constexpr(2.0**-24)  # of the 24-bit uniforms
+_ULP = tl.constexpr(2.0**-24)  # the spacing of the 24-bit uniforms
 
 
 @triton.jit
 def words(seed, key, c0, c1, stream: tl.constexpr):
-    """Philox4x32-10 at counter ``(c0, c1, stream, 0)`` under key ``(seed, key)``: four uint32, c0 and c1 broadcast."""
+    """Philox4x32-10 with the counter ``(c0, c1, stream, 0)`` and the key ``(seed, key)``: four uint32 words. c0 and c1
+    broadcast."""
     seed = (seed.to(tl.int64) & 0xFFFFFFFF) | (key.to(tl.int64) << 32)
-    zero = (tl.full([], 0, tl.int32) + (c0 + c1) * 0).to(tl.int32)  # of their common shape, numbers included
+    zero = (tl.full([], 0, tl.int32) + (c0 + c1) * 0).to(
+        tl.int32
+    )  # of the common shape of c0 and c1, which may be scalars
     return tl.philox(seed, (zero + c0).to(tl.int32), (zero + c1).to(tl.int32), zero + stream, zero)
 
 
@@ -32,7 +35,8 @@ def words(seed, key, c0, c1, stream: tl.constexpr):
 def normals(word_radius, word_angle, dtype: tl.constexpr):
     """Two standard normals from two words (Box and Muller 1958), in ``dtype``: r cos and r sin.
 
-    The uniforms have 24 bits, which float32 holds exactly. float64 gives the twin's bits; float32 is within 8e-7.
+    The uniforms have 24 bits, which float32 holds exactly. In float64 the results have the same bits as in PyTorch
+    (core/projection.py). In float32 they are within 8e-7.
     """
     radius = tl.sqrt(-2.0 * tl.log(((word_radius >> 8) + 1).to(dtype) * _ULP))
     turn = word_angle.to(tl.int32, bitcast=True) >> 8  # signed, in 2**-24 of a turn
@@ -46,10 +50,11 @@ def normals(word_radius, word_angle, dtype: tl.constexpr):
 
 @triton.jit
 def cosine_and_sine(turn):
-    """Of an angle in 2**-24 of a turn, float32: the nearest quarter is taken off exactly, the rest is a polynomial.
+    """Cosine and sine, float32, of an angle in units of 2**-24 of a turn.
 
-    tl.cos and tl.sin bring a slow path in float64 for angles that do not occur here: 14 instructions an element of
-    a rank-1 sketch instead of 10.
+    The nearest quarter turn is subtracted exactly, and a polynomial gives the rest. tl.cos and tl.sin have a slow path
+    in float64, for angles that do not occur here: an element of a rank-1 sketch would take 14 instructions instead of
+    10.
     """
     quarter = (turn + 0x200000) >> 22
     x = (turn - (quarter << 22)).to(tl.float32) * (_TWO_PI * _ULP)  # -pi / 4 to pi / 4
@@ -58,7 +63,7 @@ def cosine_and_sine(turn):
     cosine = 1.0 + y * (-0.5 + y * (0.041666638 + y * (-0.0013888378 + y * 2.4760495e-05)))
     is_odd = (quarter & 1) != 0
     first, second = tl.where(is_odd, sine, cosine), tl.where(is_odd, cosine, sine)
-    # cos: c, -s, -c, s in the four quarters; sin: s, c, -s, -c.
+    # In the four quarters cos is c, -s, -c, s, and sin is s, c, -s, -c.
     first = tl.where(((quarter + 1) & 2) != 0, -first, first)
     return first, tl.where((quarter & 2) != 0, -second, second)
 
@@ -67,7 +72,7 @@ def cosine_and_sine(turn):
 def gaussian_row(seed, epoch, rank_index, start, COUNT: tl.constexpr):
     """Entries ``start ... start + COUNT`` of one row of the unscaled projection, float32 ``[COUNT]``.
 
-    ``start`` is a multiple of 4: a call gives four neighbours.
+    ``start`` is a multiple of 4, because a call gives four neighbours.
     """
     calls = start // 4 + tl.arange(0, COUNT // 4)
     w0, w1, w2, w3 = words(seed, epoch, calls, rank_index, GAUSSIAN)
@@ -84,13 +89,13 @@ def interleave4(x0, x1, x2, x3, COUNT: tl.constexpr):
 
 @triton.jit
 def sign_words(seed, epoch, rank_indices, start):
-    """The words that hold the signs of the 128 widths with ``start``, 32 a word, lowest bit first."""
+    """The four words with the signs of the 128 widths that include ``start``: 32 a word, lowest bit first."""
     return words(seed, epoch, start // 128 + rank_indices * 0, rank_indices, RADEMACHER)
 
 
 @triton.jit
 def signs(w0, w1, w2, w3, offsets):
-    """+1.0 where the bit at ``offsets`` (0 to 127) of 128 is set, else -1.0; words and offsets broadcast."""
+    """+1.0 if the bit at ``offsets`` (0 to 127) of the 128 is set, else -1.0. Words and offsets broadcast."""
     low = tl.where(offsets < 32, w0, w1)
     high = tl.where(offsets < 96, w2, w3)
     bits = tl.where(offsets < 64, low, high) >> (offsets % 32).to(tl.uint32)
@@ -99,7 +104,7 @@ def signs(w0, w1, w2, w3, offsets):
 
 @triton.jit
 def rounding_bits(seed, step, index, stream: tl.constexpr):
-    """The 16 random bits of elements ``index`` (int64, counted through the whole parameter), as int32."""
+    """The 16 random bits of each element, as int32. ``index`` (int64) is its index in the whole parameter."""
     calls = index // 8
     w0, w1, w2, w3 = words(seed, step, calls & 0xFFFFFFFF, calls >> 32, stream)
     lane = (index % 8).to(tl.int32)
@@ -111,8 +116,8 @@ def rounding_bits(seed, step, index, stream: tl.constexpr):
 def rounding_bits_by_row(
     seed, step, first, row_length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, stream: tl.constexpr
 ):
-    """``rounding_bits`` of a tile ``[ROWS, COLUMNS]`` that starts at element ``first`` in rows of ``row_length``, both
-    multiples of 8: one call for eight neighbours instead of one for each."""
+    """``rounding_bits`` of a tile ``[ROWS, COLUMNS]`` that starts at element ``first`` of a parameter with rows of
+    ``row_length``. Both are multiples of 8, so that one call gives the bits of eight neighbours."""
     o_row = tl.arange(0, ROWS).to(tl.int64) * row_length
     calls = (first + o_row[:, None]) // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     w0, w1, w2, w3 = words(seed, step, calls & 0xFFFFFFFF, calls >> 32, stream)
@@ -123,7 +128,7 @@ def rounding_bits_by_row(
 
 @triton.jit
 def round_stochastic(values, bits):
-    """float32 to bfloat16, up or down with probability equal to the fraction lost; inf and NaN stay what they are."""
+    """float32 to bfloat16, up or down with probability equal to the fraction lost. inf and NaN stay what they are."""
     # A bfloat16 is the upper half of a float32: adding 16 random bits carries with the right probability.
     rounded = ((values.to(tl.int32, bitcast=True) + bits) & -65536).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(values) < float("inf"), rounded, values).to(tl.bfloat16)
@@ -131,7 +136,7 @@ def round_stochastic(values, bits):
 
 @triton.jit
 def round_nearest(values, dtype: tl.constexpr):
-    """float32 to ``dtype``, to nearest, ties to even. Triton's interpreter cuts bfloat16 off instead (3.2 to 3.7)."""
+    """float32 to ``dtype``, to nearest, ties to even. Triton's interpreter (3.2 to 3.7) would truncate to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         raw = values.to(tl.int32, bitcast=True)
         rounded = ((raw + 0x7FFF + ((raw >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""The projection of ranks from 16 on, written to memory once per refresh for the tensor cores to read."""
+"""Writes P to memory, once per refresh: for ranks from 16 on, whose sketch reads P with tensor cores."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from .philox import GAUSSIAN, interleave4, normals, round_nearest, sign_words, s
 from .rescale import current_step
 
 BLOCK_CALLS = 256  # Philox calls a program, four widths each
-ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of so many entries, the widest tile of the sketch
+ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of it, the width of the sketch's widest tile
 
 
 @triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force", "start"])
@@ -15,13 +15,12 @@ def projection_kernel(
     p_projection, seed, step, p_step, update_proj_gap, force, start, width, row_length,
     SIGNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Normals of variance 1, rounded to bfloat16, or SIGNS: ``[rank, row_length]``, from column ``start`` of P on.
+    """Write P from column ``start`` on, bfloat16 ``[rank, row_length]``: normals of variance 1, or with SIGNS +-1.
 
-    program_id(0) is the rank index.
-
-    The scale 1 / sqrt(rank) is left to the sketch, so that entries stay exact in bfloat16. Normals are computed in
-    float64, once in ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096), so that they round as in the
-    PyTorch twin. With t on the device nothing is done between refreshes unless ``force``.
+    program_id(0) is the rank index. The sketch multiplies by 1 / sqrt(rank), so that the entries stay exact in
+    bfloat16. Normals are computed in float64, so that they round as in PyTorch. That happens once in
+    ``update_proj_gap`` steps (1 M entries at rank 256 and width 4096). If t is on the device, nothing is written
+    between refreshes unless ``force`` is set.
     """
     t = current_step(step, p_step)
     if (force != 0) | ((t - 1) % update_proj_gap == 0):

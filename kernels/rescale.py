@@ -1,7 +1,8 @@
-"""rescale: R -> the moments in place, the scaling factors s, and the sums that the limiter waits for.
+"""rescale: R -> the moments in place, the factors s, and the sums that the limiter needs.
 
-``sketch_kernel`` ends with ``rescale_channels`` where all of R is in one program's registers; ``rescale_kernel`` is the
-same after a sketch that went through memory: ranks above 256, and sketches that were summed over devices.
+If all of a channel's R is in one program's registers, ``sketch_kernel`` ends with ``moved_moments`` and
+``store_factors``. ``rescale_kernel`` does the same from an R in memory: for ranks above 256, and for sketches that were
+summed over devices.
 """
 
 import triton
@@ -29,7 +30,7 @@ _NORM_EPS = tl.constexpr(1e-8)
 
 @triton.jit
 def current_step(step, p_step):
-    """t, counted from 1: a number of the host, or the float32 at ``p_step`` on the device."""
+    """t (1, 2, ...): ``step`` from the host or, if ``p_step`` is given, the float32 at that address."""
     if p_step is None:
         return step
     else:
@@ -43,8 +44,9 @@ def moved_moments(
 ):  # fmt: skip
     """M <- b1 M + (1 - b1) R, V <- b2 V + (1 - b2) R^2 in place; returns N = M / (sqrt(V) + eps), ``R``'s shape.
 
-    ``channel`` counts through the parameter, whatever the expert. Channels that are not ``finite`` keep their moments.
-    bfloat16 moments are rounded stochastically, at the store only (apollo_triton.philox.round_stochastic).
+    ``channel`` is the index of the matrix's first channel in the whole parameter, for the rounding bits. Channels that
+    are not ``finite`` keep their moments. bfloat16 moments are rounded stochastically when they are stored; N is
+    computed from the unrounded ones.
     """
     p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(STATE))
     p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(STATE))
@@ -79,10 +81,12 @@ def store_factors(
     squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
     p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """s_c = |N_c| / (|R_c| + 1e-8) and the program's share of u^2, or of |N|^2, |R|^2 and |G|^2 for one s per tensor.
+    """Store s_c = |N_c| / (|R_c| + 1e-8) and the program's share of u^2. For one s per tensor store the program's
+    shares of |N|^2, |R|^2 and |G|^2 instead.
 
-    ``squared_G`` is as in the gradient; ``gradient_scale`` enters twice, since its square might underflow. The
-    first program of a matrix puts u_prev aside, so that ``apply`` may write it while its other programs read it.
+    ``squared_G`` is of the unscaled gradient. It is multiplied by ``gradient_scale`` twice, because the square of that
+    might underflow. The first program of a matrix copies u_prev to ``p_previous``, so that in ``apply`` one program may
+    write u_prev while others read the copy.
     """
     squared_G = squared_G * gradient_scale * gradient_scale
     if PER_CHANNEL:
@@ -99,8 +103,8 @@ def store_factors(
 
 @triton.jit
 def store_sum(p, values):
-    """The sum of a vector, stored as a vector of one: Triton 3.7 cannot compile a scalar sum of what comes out of a
-    tensor core on sm_100 ("parent layout must have at least rank >= 2")."""
+    """Store the sum of a vector, as a vector of one element. On sm_100 Triton 3.7 cannot compile a scalar sum of a
+    tensor core's results ("parent layout must have at least rank >= 2")."""
     tl.store(p + tl.arange(0, 1), tl.sum(values[None, :], 1))
 
 
@@ -111,9 +115,9 @@ def rescale_kernel(
     RANK: tl.constexpr, STATE: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Moments and factors of the channels of one program, from R ``[all channels, RANK]`` in memory (float32).
+    """Moments and factors of one program's channels, from R ``[all channels, RANK]``, float32 in memory.
 
-    Reads R twice, |G_c|^2 once; reads and writes M and V. Paper: arXiv 2412.05270, algorithm 1.
+    Reads R twice and |G_c|^2 once; reads and writes M and V. Source: arXiv 2412.05270, algorithm 1.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)

@@ -1,8 +1,9 @@
-"""sketch: G -> R [channels, rank] and |G_c|^2, reading G once; and, where R need not leave the program, rescale too.
+"""sketch: G -> R [channels, rank] and |G_c|^2, reading G once. If R need not leave the program, rescale follows at
+once.
 
-A program owns a block of channels and walks along the whole width, so that nothing is summed between programs. Ranks
-below 16 multiply and accumulate, and make P as they go; from 16 on the product is a tensor-core one, and P is read: 2
-bytes an entry, from the second-level cache.
+A program owns a block of channels and walks along the whole width, so that programs need not add up their results.
+Ranks below 16 multiply and accumulate, and P is made on the fly. From rank 16 on tensor cores make the product, and P
+is read: 2 bytes an entry, from the second-level cache.
 """
 
 import math
@@ -28,10 +29,10 @@ from .table import (
 )
 
 _FIELDS = tl.constexpr(FIELDS)
-_IEEE = tl.constexpr("ieee")  # triton 3.6 does not take a plain string for a default
-# How P comes about.
-GAUSSIAN = tl.constexpr(0)  # made here; ranks below SMALL_RANK
-RADEMACHER = tl.constexpr(1)  # the same: 62 instructions an element at rank 256, where reading P takes 9
+_IEEE = tl.constexpr("ieee")  # triton 3.6 does not accept a plain string as a default
+# Where P comes from.
+GAUSSIAN = tl.constexpr(0)  # made in this kernel; ranks below SMALL_RANK
+RADEMACHER = tl.constexpr(1)  # the same. At rank 256 it would take 62 instructions an element; reading P takes 9
 MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 128 entries
 SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
 
@@ -40,17 +41,21 @@ FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 fl
 
 
 def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
-    """Tile sizes and warps for a rank; ``heavy``: more registers for float32 and svd's P, of several products, and for
-    unaligned rows, of which each entry has an address of its own.
-    BLOCK_CHANNELS may depend on the rank alone: the grouping of the limiter's partial sums, and so their last bit,
-    follows it, and a matrix must update alike alone and in a batch.
+    """Tile sizes and warps for a rank.
 
-    From rank 16 on P comes from the second-level cache once for every BLOCK_CHANNELS, but of 128 channels R and G G^T
-    do not fit the registers. On an H100, 1.2 G entries of bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38),
-    rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25), rank 256 2.08.
+    ``needs_more_registers``: for float32 and for svd's P, which take several products, and for unaligned rows, in which
+    each entry has its own address.
+
+    BLOCK_CHANNELS must depend on the rank only. It decides how the limiter's partial sums are grouped, and so their
+    last bit, and a matrix must be updated to the same bits alone and in a batch.
+
+    From rank 16 on P is read from the second-level cache once for every BLOCK_CHANNELS channels. More would read it
+    less often, but R and G G^T of 128 channels do not fit the registers. Measured on an H100, 1.2 G entries of
+    bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38), rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25), rank
+    256 2.08.
     """
     if rank < SMALL_RANK:
-        # 64 channels share one row of normals, so that one costs a gradient's element about 4 instructions.
+        # 64 channels share one row of normals: about 4 instructions for each element of the gradient.
         return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
     block_rank = min(power_of_two(rank), FUSED_RANK)
     return {
@@ -62,8 +67,8 @@ def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
 
 
 def stages(rank: int) -> int:
-    """How many tiles are in shared memory where there is much of it, 40 KiB each at rank 256: with 5 in place of 3 an
-    H100 takes 2.08 ms, not 2.69."""
+    """How many tiles are in shared memory at a time, if there is much of it; a tile takes 40 KiB at rank 256. With 5
+    tiles an H100 takes 2.08 ms, with 3 it takes 2.69."""
     return 5 if rank > 128 else 4 if rank > 64 else 3
 
 
@@ -71,12 +76,12 @@ def stages(rank: int) -> int:
 def product(G, P, R, PARTS: tl.constexpr):
     """R + G P for a tile of G ``[channels, width]`` and of P ``[width, rank]``, on tensor cores.
 
-    P holds at most 8 significant bits, exact in bfloat16 and float16, so a half-precision G needs one product. A
-    float32 G is the exact sum of three bfloat16 (8 + 8 + 8 bits), of which PARTS are multiplied: by
+    P has at most 8 significant bits, which bfloat16 and float16 hold exactly, so a half-precision G needs one product.
+    A float32 G is the exact sum of three bfloat16 parts (8 + 8 + 8 bits), and PARTS of them are multiplied: with
     torch.set_float32_matmul_precision "highest" 3, "high" 2, "medium" 1.
     """
     if G.dtype == tl.float32:
-        # A loop, not a list of products: on sm_100 each of a list takes tensor memory of its own, 576 of 512 columns.
+        # A loop. Unrolled, each product would take its own tensor memory on sm_100: 576 columns, and there are 512.
         for _ in range(PARTS):
             part = G.to(tl.bfloat16)
             R = dot(part, P.to(tl.bfloat16), R)
@@ -88,7 +93,7 @@ def product(G, P, R, PARTS: tl.constexpr):
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr = _IEEE):
-    """``PRECISION``: in what float32 is multiplied; half precision is exact in any."""
+    """accumulator + a b. ``PRECISION`` is for products of float32; those of half precision are always exact."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     else:
@@ -97,7 +102,7 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr = _IEEE):
 
 @triton.jit
 def row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT entries of row ``index`` of P from ``start``, float32: made here, or svd's from memory."""
+    """COUNT entries of row ``index`` of P, from ``start`` on, float32: made here, or read from memory for svd."""
     if PROJECTION_KIND == GAUSSIAN:
         return gaussian_row(seed, epoch, index, start, COUNT)
     elif PROJECTION_KIND == RADEMACHER:
@@ -111,8 +116,8 @@ def row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND: tl.conste
 
 @triton.jit
 def sum_of_four(x, ALONG_ROWS: tl.constexpr):
-    """``x [channels, width]`` to a quarter of its width, adding what one thread holds: neighbours where the width is
-    contiguous, entries a quarter of the tile apart where channels are."""
+    """``x [channels, width]`` summed to a quarter of its width. The four terms of a sum belong to one thread:
+    neighbours if the width is contiguous, entries a quarter of the tile apart if the channels are."""
     if ALONG_ROWS:
         return tl.sum(x.reshape(x.shape[0], x.shape[1] // 4, 4), 2)
     else:
@@ -125,14 +130,14 @@ def projected(
     RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, ALONG_ROWS: tl.constexpr, PARTS: tl.constexpr,
     NORMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """G P^T of the channels at ``p_tile``, ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
-    ``last``, and with NORMS |G_c|^2; ALONG_ROWS: widths are neighbours in memory. P is not yet scaled."""
-    # In pairs: triton 3.2 takes no longer chains.
+    """R = G P^T of the channels at ``p_tile`` ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
+    ``last``, and with NORMS |G_c|^2. P is not yet scaled. ALONG_ROWS: widths are neighbours in memory."""
+    # In pairs, because triton 3.2 accepts no longer chains.
     BY_PRODUCT: tl.constexpr = (NORMS and RANK >= 16) and p_tile.dtype.element_ty != tl.float32
     R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
     squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
     if RANK == 1:
-        # Runs of four are added up in a thread's registers, and what is left across threads once, at the end.
+        # Runs of four are added in a thread's registers. The rest is added across threads once, at the end.
         squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
         products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
         for start in range(first, last, BLOCK_WIDTH):
@@ -156,9 +161,10 @@ def projected(
                 P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
                 R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
     else:
-        # Of half precision |G_c|^2 is the diagonal of G G^T, on tensor cores. Were it added up from G's elements,
-        # Triton 3.6 and 3.7 would keep one tile of G too few on sm_90, and copy the next over one that a product still
-        # reads: on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096 squares.
+        # For half precision |G_c|^2 is the diagonal of G G^T, from tensor cores. If it were added up from G's elements,
+        # Triton 3.6 and 3.7 would keep one tile of G too few on sm_90, and copy the next tile over one that a product
+        # still reads: on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096
+        # squares.
         products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if BY_PRODUCT else 1], tl.float32)
         for start in range(first, last, BLOCK_WIDTH):
             o_width = start + tl.arange(0, BLOCK_WIDTH)
@@ -172,7 +178,7 @@ def projected(
             if PROJECTION_KIND == MATERIALISED:
                 p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
                 padded = (width + 127) // 128 * 128
-                # Padded with zeros along the width: a mask there would make the loads an entry wide.
+                # P is padded with zeros along the width. A mask there would make each load one entry wide.
                 m_P = (o_rank < RANK)[None, :]
                 P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
                 R = product(G, P, R, PARTS)
@@ -180,8 +186,8 @@ def projected(
                 p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
                 m_P = m_width[:, None] & (o_rank < RANK)[None, :]
                 P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
-                # Three bfloat16 parts of P as well: a float32 product with one operand from bfloat16 is rounded to TF32
-                # on sm_100 by triton 3.7, input_precision="ieee" or not.
+                # P is multiplied in three bfloat16 parts too. On sm_100 triton 3.7 rounds a float32 product to TF32 if
+                # one operand was bfloat16, even with input_precision="ieee".
                 if G.dtype == tl.float16:
                     G = G.to(tl.float32)
                 for _ in range(3):
@@ -205,12 +211,15 @@ def sketch_kernel(
 ):  # fmt: skip
     """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
 
-    FUSED: goes on to the moments and the factors, and R is never stored. Else stores R ``[all channels, RANK]`` and
-    |G_c|^2 ``[all channels]``, float32; there are then programs for every block of ranks, the first of which stores the
-    norms, and program_id(1) is which of SPLIT parts of what a program of ``rescale`` owns.
-    Reads 2 or 4 bytes a gradient's element, and P from the cache; FUSED reads and writes M and V as well.
+    FUSED: the program continues with the moments and the factors, and R is never stored. It reads and writes M and V.
+
+    Otherwise R ``[all channels, RANK]`` and |G_c|^2 ``[all channels]`` are stored, in float32. There is then a program
+    for each block of ranks, and that of the first block stores the norms. A program of ``rescale`` owns SPLIT times as
+    many channels, and program_id(1) says which part of them this one has.
+
+    Reads 2 or 4 bytes for each element of the gradient, and P from the cache.
     """
-    # Blocks of ranks next to each other, so that those of one block of channels read G from memory once together.
+    # The programs of a block of channels, one for each block of ranks, are neighbours: they read G from memory once.
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
     program, rank_block = tl.program_id(0) // RANK_BLOCKS, tl.program_id(0) % RANK_BLOCKS
     matrix = tl.load(p_programs + program)
@@ -219,7 +228,7 @@ def sketch_kernel(
     row_stride = tl.load(p_row + GRADIENT_ROW_STRIDE)
     p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))
     if ALIGNED:
-        # An address from a table has lost its alignment, and loads would be an element wide.
+        # Triton does not know the alignment of an address from a table. Without this, loads would be one element wide.
         p_G = tl.multiple_of(p_G, 16)
         columns, row_stride = tl.multiple_of(columns, 8), tl.multiple_of(row_stride, 8)
         column_stride = 1
@@ -268,5 +277,5 @@ def sketch_kernel(
 
 
 def entry_scale(rank: int, kind: int) -> float:
-    """What R is multiplied by: 1 / sqrt(rank) where the kernel's entries have unit variance, 1 for svd's."""
+    """The factor of R: 1 / sqrt(rank) if the kernel's P has entries of unit variance, 1 for svd's P."""
     return 1.0 if kind == SINGULAR_VECTORS.value else 1 / math.sqrt(rank)

@@ -1,4 +1,4 @@
-"""This package where programs ask for ``apollo_torch``."""
+"""Lets programs that import ``apollo_torch`` use this package."""
 
 from .redirect import as_apollo_torch, main
 

@@ -1,11 +1,11 @@
-"""apollo_triton where programs ask for ``apollo_torch``: one call, or none for programs that cannot be edited.
+"""Lets programs that import ``apollo_torch`` use apollo_triton: by one call, or without editing them:
 
     python -m apollo_triton.compat train.py --optim apollo_adamw ...
     python -m apollo_triton.compat -m some.module ...
     python -m apollo_triton.compat torchrun --nproc-per-node 2 train.py ...
 
-A folder with a package ``apollo_torch`` goes to the front of the path, so that ``import``, ``find_spec`` and
-``importlib.metadata`` find it as they find any package, in this process and in those that it starts.
+This puts a folder with a package ``apollo_torch`` first on the path. ``import``, ``find_spec`` and
+``importlib.metadata`` then find it like any package, in this process and in those that it starts.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ _FOLDER = str(Path(__file__).parent / "stand_in")
 
 
 def as_apollo_torch() -> None:
-    """From here on ``import apollo_torch`` gives this package's ``APOLLOAdamW`` and ``QAPOLLOAdamW``.
+    """Make ``import apollo_torch`` give this package's ``APOLLOAdamW`` and ``QAPOLLOAdamW`` from here on.
 
-    Call it before anything imports ``apollo_torch``, or asks whether it is there: transformers remembers the answer.
-    It is found as version 1.0.3+apollo.triton: it has the names and arguments of 1.0.3. Started processes inherit it.
-    A rank above a weight's width, an error of ``APOLLOAdamW``, is there a warning, for programs that ran with it run.
+    Call it before anything imports ``apollo_torch`` or looks for it, because transformers remembers whether it is
+    there. The stand-in has the names and arguments of version 1.0.3, and is found as version 1.0.3+apollo.triton.
+    Processes that this one starts find it too. A rank above a weight's width, which is an error in ``APOLLOAdamW``, is
+    only a warning there, so that programs which ran with apollo-torch still run.
 
-    Warns if apollo-torch is installed, which stays unused. Raises RuntimeError if it has been imported already.
+    Warns if apollo-torch is installed; it is then not used. Raises RuntimeError if it has been imported already.
 
     >>> as_apollo_torch()  # doctest: +SKIP
     >>> import apollo_torch  # doctest: +SKIP
@@ -58,8 +59,9 @@ def as_apollo_torch() -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a program as Python would, with ``apollo_torch`` there: a script, ``-m`` and a module, or a command. It takes
-    this process's place. Exits with 2 and says what is missing if there is none."""
+    """Run a program in this process's place, with ``apollo_torch`` as the stand-in. ``arguments`` are a script, ``-m``
+    and a module, or a command, each with its own arguments. Exits with 2 and says what is missing if there is no such
+    program."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if arguments else 2)

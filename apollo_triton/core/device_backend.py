@@ -1,4 +1,4 @@
-"""Which engine updates a parameter, and why: the Triton kernels where there is a GPU for them, PyTorch elsewhere."""
+"""Which backend updates a parameter, and why: the Triton kernels where there is a GPU for them, PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ _LEAST_CAPABILITY = (8, 0)  # bfloat16 products
 
 
 class Backend(NamedTuple):
-    """Which engine updates a parameter, "triton" or "reference", and why."""
+    """The backend that updates a parameter, "triton" or "reference", and the reason for it."""
 
     name: str
     reason: str
 
 
 def device_backend(parameter: Tensor, asked: str) -> Backend:
-    """The engine for ``parameter`` in a group with ``backend=asked``.
+    """The backend for ``parameter`` in a group with ``backend=asked`` ("auto", "triton" or "reference").
 
-    Raises ValueError where "triton" is asked for and cannot be had, with the reason.
+    Raises ValueError if "triton" is asked for and the kernels cannot run on the parameter's device. The text says why.
+
+    >>> device_backend(torch.zeros(2, 2), "reference").name
+    'reference'
     """
     if asked == "reference":
         return Backend("reference", 'backend="reference"')
@@ -35,11 +38,11 @@ def device_backend(parameter: Tensor, asked: str) -> Backend:
         return Backend("reference", obstacle)
     if interpreting() and parameter.device.type == "cpu":
         return Backend("triton", 'backend="triton", in Triton\'s interpreter')
-    raise ValueError(f'backend="triton" cannot be had here: {obstacle}; use backend="auto"')
+    raise ValueError(f'backend="triton" cannot run here: {obstacle}; use backend="auto"')
 
 
 def interpreting() -> bool:
-    """Whether TRITON_INTERPRET=1 has the kernels run on a CPU: slowly, to try them and to test them."""
+    """Whether the kernels run on a CPU, in Triton's interpreter (TRITON_INTERPRET=1): slow, for trials and tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1" and _triton_obstacle() is None
 
 
@@ -59,10 +62,10 @@ def _obstacle(device: torch.device) -> str | None:
 
 @functools.cache
 def _triton_obstacle() -> str | None:
-    """What is wrong with triton; None for nothing."""
+    """Why triton cannot be used; None if it can."""
     try:
         import triton
-    except Exception as error:  # a broken installation must not stop a training that can do without
+    except Exception as error:  # a broken triton must not stop a training that does not need it
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "triton is not installed: in a checkout pip install -c constraints.txt '.[triton]'"
         return f"triton cannot be imported: {error!r}"

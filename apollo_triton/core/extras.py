@@ -1,4 +1,4 @@
-"""Optional libraries: asked for only by what uses them, and the error says which extra to install."""
+"""Optional libraries: only the code that needs one imports it, and the error says which extra to install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, or raise ModuleNotFoundError that names the extra which brings it.
+    """Import ``module``. If it is missing, raise ModuleNotFoundError that names the extra which installs it.
 
     >>> require("math", "demo").floor(1.5)
     1

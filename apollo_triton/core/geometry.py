@@ -1,7 +1,7 @@
-"""Any weight seen as matrices of channels x width: which dimension is kept, which is projected.
+"""Any weight seen as matrices of channels x width: which dimension is kept, and which is projected.
 
-A 2-D weight is one matrix, ``[experts, rows, columns]`` one per expert, a convolution ``[out, in, *kernel]`` is
-flattened to ``[out, in * prod(kernel)]``. Everything after this file sees 2-D matrices only.
+A 2-D weight is one matrix. A weight ``[experts, rows, columns]`` is one matrix per expert. A convolution
+``[out, in, *kernel]`` is flattened to ``[out, in * prod(kernel)]``. All other code sees only 2-D matrices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """How one weight is cut up: ``matrices`` of ``[rows, columns]``, keeping rows or columns as channels.
+    """One weight as ``matrices`` matrices of ``[rows, columns]``. Their channels are the rows if ``keeps_rows``, else
+    the columns.
 
     >>> Geometry.of((512, 1376), "std")
     Geometry(matrices=1, rows=512, columns=1376, keeps_rows=False)
@@ -31,8 +32,9 @@ class Geometry:
     def of(cls, shape: Sequence[int], proj_type: str) -> Geometry:
         """The geometry of a weight of two or more dimensions.
 
-        ``std`` projects the shorter side (a square keeps its rows), ``reverse_std`` the longer; ``right``
-        always keeps rows, ``left`` always columns. Spec of apollo-torch 1.0.3, made to work in every case.
+        ``proj_type`` says which side is projected. ``std`` projects the shorter side (a square matrix keeps its rows),
+        ``reverse_std`` the longer side. ``right`` always keeps the rows, ``left`` always the columns. These are the
+        rules of apollo-torch 1.0.3, made to work for every shape.
         """
         matrices = shape[0] if len(shape) == 3 else 1
         rows = shape[1] if len(shape) == 3 else shape[0]
@@ -49,7 +51,7 @@ class Geometry:
 
     @property
     def channels(self) -> int:
-        """How many independent channels a matrix has: the length of the kept dimension."""
+        """The number of channels of a matrix, which are independent: the length of the kept dimension."""
         return self.rows if self.keeps_rows else self.columns
 
     @property
@@ -59,10 +61,10 @@ class Geometry:
 
 
 def as_matrices(tensor: Tensor, geometry: Geometry) -> list[Tensor]:
-    """The ``[rows, columns]`` matrices of a weight or gradient: views where strides allow, else copies.
+    """The ``[rows, columns]`` matrices of a weight or gradient: views if its strides allow it, else copies.
 
-    Only convolutions whose memory is not laid out row by row (``channels_last``) need a copy; whoever writes
-    into the matrices must then bring them back (see ``Batch.write_back``).
+    Only convolutions that are not row-major in memory (``channels_last``) need a copy. Code that writes into such a
+    copy must then copy it back into the weight (see ``Batch.write_back``).
     """
     if tensor.dim() != 3:
         return [tensor if tensor.dim() == 2 else tensor.reshape(geometry.rows, geometry.columns)]
@@ -70,5 +72,5 @@ def as_matrices(tensor: Tensor, geometry: Geometry) -> list[Tensor]:
 
 
 def per_matrix(state: Tensor, dimensions: int) -> list[Tensor]:
-    """The state of a weight, whose state of one matrix has so many dimensions, cut into one view per matrix."""
+    """A state tensor of a weight, as one view per matrix; the state of one matrix has ``dimensions`` dimensions."""
     return [state] if state.dim() == dimensions else list(state.unbind(0))

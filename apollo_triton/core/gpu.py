@@ -1,4 +1,4 @@
-"""What a launch needs to know of its device."""
+"""Starting a kernel on a device, and what the device offers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
 @functools.cache
 def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may have 160 KiB of shared memory: on data centers' GPUs of NVIDIA's, which have 163 KiB and
-    more; others have 99, AMD's 64."""
+    """Whether a program may use 160 KiB of shared memory. NVIDIA's data-center GPUs have 163 KiB or more, its other
+    GPUs 99 KiB, AMD's 64 KiB."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """In what PyTorch would multiply float32; not every ROCm device that the kernels run on has TF32."""
+    """The precision of products of ``dtype``, as PyTorch would take it: "tf32" for float32 if
+    ``torch.set_float32_matmul_precision`` allows it, else "ieee". On ROCm it is always "ieee", because not every ROCm
+    device that runs the kernels has TF32."""
     exact = torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None
     return "ieee" if exact or dtype != torch.float32 else "tf32"

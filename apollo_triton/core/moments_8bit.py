@@ -1,19 +1,21 @@
-"""8-bit moments in bitsandbytes' blockwise dynamic format: a byte an element, and one float32 for every 256.
+"""8-bit moments in bitsandbytes' blockwise dynamic format: one byte an element, and one float32 for every 256 elements.
 
-A tensor in row-major order is cut into blocks of 256 elements. A block keeps its absmax; an element x the index of
-the entry of a table of 256 float32 that is nearest to x / absmax. The tables are those of Dettmers et al., "8-bit
-optimizers via block-wise quantization" (arXiv 2110.02861), after Dettmers, arXiv 1511.04561.
+A tensor in row-major order is cut into blocks of 256 elements. Each block stores its absmax, the largest magnitude in
+it. Each element x stores an index into a table of 256 float32: that of the entry nearest to x / absmax. The tables are
+those of Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), after Dettmers,
+arXiv 1511.04561.
 
-What decides the bits, where the nearest entry is not plain:
+Three rules fix the bits where "nearest" leaves a choice:
 
 - x / absmax is x times the float32 reciprocal of absmax, as in bitsandbytes' CUDA kernel: one division a block.
-- Midpoints are rounded to float32. A tie goes to the even index: there that kernel's search ends. bitsandbytes' PyTorch
-  and Triton kernels give ties to the lower index. Its CPU library (0.50) does not find the nearest entry at all: it
-  first rounds x / absmax to one of 65536 equal steps from -1 to 1, so that 0 becomes 1.6e-5 or 2.1e-5 of absmax and
-  small entries of the tables are never used. It is not followed.
-- A block whose absmax is not a normal number keeps it, and the entry 0 throughout: it reads as zeros where absmax is 0
-  or subnormal (below 1.2e-38; its reciprocal might overflow), and as NaN throughout where the block has an infinity or
-  a NaN, for which absmax is infinite. bitsandbytes writes -0.99 absmax for the zeros of subnormal blocks and for NaN.
+- The midpoint of two entries is rounded to float32, and a tie goes to the even index, as in that kernel's search.
+  bitsandbytes' PyTorch and Triton kernels give ties to the lower index. Its CPU library (0.50) does not find the
+  nearest entry: it first rounds x / absmax to one of 65536 equal steps from -1 to 1. 0 then becomes 1.6e-5 or 2.1e-5 of
+  absmax, and the small entries of the tables are never used. We do not follow it.
+- If a block's absmax is not a normal number, all its elements get the entry 0. If absmax is 0 or subnormal (below
+  1.2e-38; its reciprocal might overflow), the block then reads as zeros. If the block holds an infinity or a NaN, its
+  absmax is infinite, and the block reads as NaN. bitsandbytes writes -0.99 absmax for the zeros of subnormal blocks
+  and for NaN.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ _LEAST_NORMAL = 2.0**-126
 
 
 def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
-    """The sorted table ``[256]``, float32: from -0.993 to 1 for the first moment, from 0 to 1 for the second.
+    """The sorted table ``[256]``, float32: signed from -0.993 to 1 for the first moment, unsigned from 0 to 1 for the
+    second.
 
-    It is made once a device, and shared: do not write to it. The first call copies it there.
+    The first call for a device copies the table there. Later calls share that copy: do not write to it.
 
     >>> dynamic_code(signed=True)[[0, 126, 127, 128, 255]]
     tensor([-9.9297e-01, -5.5000e-07,  0.0000e+00,  5.5000e-07,  1.0000e+00])
@@ -43,14 +46,14 @@ def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
 
 @cache
 def _dynamic_code(signed: bool, device: torch.device) -> Tensor:
-    """Decade e, from 1e-6 to 1, holds the middles of 2^e equal parts of [0.1, 1], without a sign twice as many."""
+    """Decade e, from 1e-6 to 1, holds the midpoints of 2^e equal parts of [0.1, 1]; an unsigned one of 2^(e + 1)."""
     if device.type != "cpu":
         return _dynamic_code(signed, torch.device("cpu")).to(device)
     entries = [torch.tensor([0.0, 1.0], device="cpu")]
     for decade in range(_DECADES):
         parts = 2**decade if signed else 2 ** (decade + 1)
-        # In float32 and by linspace, since the bits of bitsandbytes' tables come from there: float64 rounds a third
-        # of the entries otherwise.
+        # In float32 and by linspace, as bitsandbytes makes its tables. Computed in float64, a third of the entries
+        # would be rounded differently.
         edges = torch.linspace(0.1, 1.0, parts + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - _DECADES + 1)
         entries += [middles, -middles] if signed else [middles]
@@ -67,9 +70,9 @@ def _thresholds(signed: bool, device: torch.device) -> Tensor:
 
 
 def quantize_blockwise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Indices uint8 in the shape of ``values``, and absmax float32 ``[ceil(elements / 256)]``.
+    """Quantise: the indices, uint8 in the shape of ``values``, and the absmaxes, float32 ``[ceil(elements / 256)]``.
 
-    Nothing is read back to the host. Takes some five times the memory of ``values`` in float32 meanwhile.
+    Nothing is read back to the host. Temporaries take about five times the memory of ``values`` in float32.
     """
     flat = values.reshape(-1).to(torch.float32)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
@@ -81,35 +84,35 @@ def quantize_blockwise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blockwise(q: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """float32 values in the shape of ``q`` (uint8), of ``absmax`` float32 ``[ceil(elements / 256)]``."""
+    """The float32 values of ``q`` (uint8), in its shape; ``absmax`` is float32 ``[ceil(elements / 256)]``."""
     entries = dynamic_code(signed, q.device).index_select(0, q.reshape(-1).to(torch.int32))
     return (entries * absmax.repeat_interleave(BLOCK)[: q.numel()]).view(q.shape)
 
 
 def absmax_count(elements: int) -> int:
-    """How many blocks so many elements have."""
+    """The number of blocks of a tensor of ``elements`` elements."""
     return -(-elements // BLOCK)
 
 
 def whole_blocks(rank: int) -> int:
-    """The least number of channels, of ``rank`` moments each, that are whole blocks."""
+    """The least number of channels, of ``rank`` moments each, that fill whole blocks."""
     return BLOCK // gcd(rank, BLOCK)
 
 
 class Blockwise(NamedTuple):
-    """A moment of one matrix: q, uint8 ``[channels, rank]``, and the absmax of its blocks."""
+    """M or V of one matrix: q, uint8 ``[channels, rank]``, and the absmaxes of its blocks."""
 
     q: Tensor
     absmax: Tensor
     signed: bool
 
     def floats(self, channels: slice) -> Tensor:
-        """Some channels in float32 ``[channels, rank]``; they begin with a block."""
+        """Some channels in float32 ``[channels, rank]``. The first of them must begin a block."""
         return dequantize_blockwise(self.q[channels], self.absmax[self._blocks(channels)], self.signed)
 
     def store(self, channels: slice, values: Tensor, changed: Tensor) -> None:
-        """Write float32 ``values``. Blocks without a channel that is ``changed`` (boolean ``[channels]``) keep their
-        bits: -absmax is no entry of the table, and each rounding anew would shrink it by 0.7 %."""
+        """Write float32 ``values``. ``changed`` is boolean ``[channels]``: a block without a changed channel keeps its
+        bits. Otherwise a value of -absmax, which is no entry of the table, would shrink by 0.7 % at each rounding."""
         q, absmax = quantize_blockwise(values, self.signed)
         elements = changed[:, None].expand(q.shape).reshape(-1)
         moves = torch.nn.functional.pad(elements, (0, -len(elements) % BLOCK)).view(-1, BLOCK).any(1)

@@ -22,22 +22,23 @@ def apollo_param_groups(
     target_modules: str | Iterable[str] = ("attn", "mlp"),
     **group_keys: Any,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups: the targeted weights of ``model`` at ``rank``, and everything else, dense.
+    """Two parameter groups: the targeted weights of ``model``, with a ``rank``, and everything else, dense.
 
     Args:
-        model: any module; LLaMA, Qwen, Gemma and their like fit the default targets.
-        rank: of the low-rank group.
-        target_modules: as in the Hugging Face Trainer. A list of substrings or regular expressions (matched
-            whole) of module names; one regular expression; or "all-linear" for every ``nn.Linear`` but the head.
+        model: any module. The default targets fit LLaMA, Qwen, Gemma and similar models.
+        rank: the rank of the low-rank group.
+        target_modules: which modules are low-rank, as in the Hugging Face Trainer. A list of substrings or regular
+            expressions of module names (a regular expression must match the whole name); one regular expression; or
+            "all-linear" for every ``nn.Linear`` except the head.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``, ``scale=128``.
 
-    Of a targeted module the low-rank weights are its own parameters of two or more dimensions, so that expert tensors
-    ``[experts, rows, columns]`` count too. Biases, norms, embeddings, 1-D convolutions and the rest stay dense.
-    So does a weight narrower than ``rank`` (a mixture's router, a small key projection), with a warning: its low-rank
-    state would be larger than AdamW's. ``rank_above_width=True`` makes them low-rank all the same.
+    The low-rank weights of a targeted module are its own parameters of two or more dimensions, including expert tensors
+    ``[experts, rows, columns]``. Biases, norms, embeddings, 1-D convolutions and everything else stay dense. A weight
+    narrower than ``rank`` (a mixture's router, a small key projection) stays dense too, with a warning, because its
+    low-rank state would be larger than AdamW's. ``rank_above_width=True`` makes it low-rank all the same.
 
-    Raises ValueError for a bad regular expression, if nothing is targeted, or everything targeted is narrower than
-    ``rank``.
+    Raises TypeError if ``model`` is not a module. Raises ValueError for a bad regular expression or group key, if no
+    weight matches, and if every targeted weight is narrower than ``rank``.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
     >>> low_rank, dense = apollo_param_groups(model, rank=8)

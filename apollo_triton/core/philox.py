@@ -19,7 +19,7 @@ _ROUNDS = 10
 
 
 class Stream(enum.IntEnum):
-    """The third counter word: keeps the uses of one (seed, epoch or step) key apart."""
+    """The third counter word. It keeps apart what is drawn under the same key, (seed, epoch) or (seed, step)."""
 
     GAUSSIAN = 0
     RADEMACHER = 1
@@ -30,7 +30,7 @@ class Stream(enum.IntEnum):
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Ten rounds of Philox4x32 over integers or broadcastable int64 tensors: four 32-bit words, or tensors of them.
+    """Ten rounds of Philox4x32 on integers or broadcastable int64 tensors: four 32-bit words, or tensors of them.
 
     >>> [hex(word) for word in philox((0, 0, 0, 0), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -56,10 +56,10 @@ def parameter_seed(seed: int, index: int) -> int:
 
 
 def random_halves(start: int, count: int, seed: int, step: int, stream: Stream, device: torch.device) -> Tensor:
-    """The 16 random bits of elements ``start`` to ``start + count`` of a parameter, int32.
+    """16 random bits for each of the elements ``start`` to ``start + count`` of a parameter, int32 ``[count]``.
 
-    Element i takes them from Philox counter ``i // 8`` under key ``(seed, step)``: word ``(i % 8) // 2``, the low half
-    first.
+    Element i takes its bits from Philox counter ``i // 8`` under key ``(seed, step)``: word ``(i % 8) // 2``, the low
+    half first.
     """
     first = start // 8
     calls = torch.arange(first, (start + count + 7) // 8, dtype=torch.int64, device=device)
@@ -71,7 +71,7 @@ def random_halves(start: int, count: int, seed: int, step: int, stream: Stream, 
 def round_stochastic(values: Tensor, seed: int, step: int, stream: Stream, start: int) -> Tensor:
     """Round float32 ``values`` to bfloat16, up or down with probability equal to the fraction lost.
 
-    ``start`` is the index of the first value within the whole parameter, so blocks of any size round alike.
+    ``start`` is the index of the first value in the whole parameter, so that blocks of any size round alike.
     Infinities and NaNs stay what they are.
     """
     flat = values.reshape(-1)

@@ -1,7 +1,7 @@
-"""The random projection P, made from four numbers, and the transient cache of materialised ones.
+"""The random projection P, made from four numbers, and a cache of the projections that steps keep in memory.
 
-P is never state: ``projection_matrix`` makes any slice of it from (seed, epoch, rank index, width index).
-``top_singular_vectors`` is the one projection that cannot be made again, for ``proj="svd"``.
+P is never state: ``projection_matrix`` makes any slice of it from (seed, epoch, rank index, width index). The one
+projection that cannot be made again is that of ``proj="svd"``, from ``top_singular_vectors``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from .philox import Stream, philox
 
 # From this rank on P is multiplied on tensor cores. Its normals then have the 8 significant bits of bfloat16, so that
-# bfloat16 products are exact: the rounded matrix *is* the projection, of every dtype and on every path.
+# bfloat16 products are exact: the rounded matrix *is* the projection, for every dtype and in both backends.
 TENSOR_CORE_RANK = 16
 _WIDTH_PER_CALL = {"gaussian": 4, "rademacher": 128}
 
@@ -34,13 +34,15 @@ def projection_matrix(
 ) -> Tensor:
     """Columns ``start`` to ``stop`` of the projection matrix P that a step uses: ``[rank, stop - start]``.
 
-    Entries have mean 0 and variance ``1 / rank``: normal by Box-Muller, from rank 16 on with 8 significant bits before
-    the division by ``sqrt(rank)``, or ``+-1 / sqrt(rank)`` for ``rademacher``. Step t of an optimizer uses
-    ``epoch = (t - 1) // update_proj_gap``. The same numbers give the same entry on every device, in every slice, in
-    every version. APOLLO, arXiv 2412.05270, section 4; Philox4x32-10 keyed by (seed, epoch), counted by (width
-    index, rank index).
+    Entries have mean 0 and variance ``1 / rank``. With ``distribution="gaussian"`` they are normal (Box-Muller); from
+    rank 16 on they are rounded to 8 significant bits before the division by ``sqrt(rank)``. With "rademacher" they are
+    ``+-1 / sqrt(rank)``. Step t (1, 2, ...) of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same
+    numbers give the same entry on every device, in every slice and in every version.
 
-    Raises ValueError for a negative or too large number, an unknown distribution, or a slice outside the width.
+    Source: APOLLO, arXiv 2412.05270, section 4. The random words are Philox4x32-10 with the key (seed, epoch) and the
+    counter (width index, rank index).
+
+    Raises ValueError for a number outside its range, an unknown distribution, or a slice outside the width.
 
     >>> whole = projection_matrix(0, 0, rank=4, width=10)
     >>> torch.equal(projection_matrix(0, 0, rank=4, width=10, start=3, stop=8), whole[:, 3:8])
@@ -48,7 +50,7 @@ def projection_matrix(
     """
     stop = width if stop is None else stop
     _check(seed, epoch, rank, width, distribution, start, stop)
-    if torch.device(device).type == "mps":  # no float64 there
+    if torch.device(device).type == "mps":  # which has no float64
         return projection_matrix(
             seed, epoch, rank, width, distribution=distribution, dtype=dtype, start=start, stop=stop
         ).to(device)
@@ -66,9 +68,9 @@ def projection_matrix(
 
 
 def _gaussian(calls: Tensor, ranks: Tensor, key: tuple[int, int]) -> Tensor:
-    """Four normals a call, by Box-Muller on 24-bit uniforms, which float32 holds exactly: ``[rank, calls, 4]``.
+    """Four normals for each call of Philox, ``[rank, calls, 4]``: Box-Muller on 24-bit uniforms, exact in float32.
 
-    In float64 and rounded at the end, so that devices and vector widths cannot differ in the last bit.
+    Computed in float64 and rounded at the end, so that devices and vector widths cannot differ in the last bit.
     """
     uniforms = [word >> 8 for word in philox((calls, ranks, int(Stream.GAUSSIAN), 0), key)]
     normals = []
@@ -80,7 +82,8 @@ def _gaussian(calls: Tensor, ranks: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _signs(calls: Tensor, ranks: Tensor, key: tuple[int, int]) -> Tensor:
-    """128 signs a call, 32 consecutive widths a word, lowest bit first; a set bit is +1: ``[rank, calls, 4, 32]``."""
+    """128 signs for each call of Philox, ``[rank, calls, 4, 32]``: 32 consecutive widths a word, lowest bit first. A
+    set bit is +1."""
     words = torch.stack(philox((calls, ranks, int(Stream.RADEMACHER), 0), key), dim=-1)
     bits = words[..., None] >> torch.arange(32, device=words.device) & 1
     return (2 * bits - 1).double()
@@ -102,10 +105,11 @@ def _check(seed: int, epoch: int, rank: int, width: int, distribution: str, star
 
 
 class ProjectionCache:
-    """The materialised projections that steps use: a cache, never state, rebuilt whenever it is missing.
+    """The projections that steps keep in memory. This is a cache, never state: a missing projection is made again.
 
-    One matrix ``[rank, width]`` in float32 per distinct (seed, epoch, rank, columns, distribution, device): with the
-    default shared seed one per width, under ``seed_per_param`` one per parameter.
+    There is one float32 matrix ``[rank, stop - start]`` for each distinct (seed, epoch, rank, start, stop,
+    distribution, device). By default all parameters share a seed, and there is one matrix per width. With
+    ``seed_per_param`` there is one per parameter.
     """
 
     def __init__(self) -> None:
@@ -115,7 +119,7 @@ class ProjectionCache:
     def get(
         self, seed: int, epoch: int, rank: int, start: int, stop: int, distribution: str, device: torch.device
     ) -> Tensor:
-        """Columns ``start`` to ``stop`` of P, made at their first use."""
+        """Columns ``start`` to ``stop`` of P, ``[rank, stop - start]``, made at their first use."""
         key = (seed, epoch, rank, start, stop, distribution, device)
         self._used.add(key)
         if key not in self._matrices:
@@ -125,7 +129,7 @@ class ProjectionCache:
         return self._matrices[key]
 
     def end_step(self) -> None:
-        """Forget what no parameter used since the last call: the epochs that are over."""
+        """Forget the projections that no parameter used since the last call: those of earlier epochs."""
         self._matrices = {key: matrix for key, matrix in self._matrices.items() if key in self._used}
         self._used.clear()
 
@@ -133,8 +137,8 @@ class ProjectionCache:
 def top_singular_vectors(gradient: Tensor, rank: int, keeps_rows: bool) -> Tensor:
     """The top ``rank`` singular vectors of a ``[rows, columns]`` gradient along its projected side: ``[rank, width]``.
 
-    Orthonormal rows, float32 (``proj="svd"``; Fira and GaLore, arXiv 2403.03507, equation 12). Non-finite
-    entries count as 0, since a decomposition would raise on them.
+    The rows are orthonormal, in float32. This is ``proj="svd"``, as in Fira and GaLore (arXiv 2403.03507, equation 12).
+    Non-finite entries count as 0, because the decomposition would raise on them.
     """
     matrix = torch.nan_to_num(gradient.to(torch.float32), nan=0.0, posinf=0.0, neginf=0.0)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Float32 blocks of weights and gradients, in memory that is used again: no temporary has a weight's size."""
+"""Float32 blocks of weights and gradients in memory that is reused, so that no temporary has a weight's size."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# The most that is converted to float32 at a time, whatever a weight's size: 4 MB. Smaller blocks cost more in
-# operations than they save in cache (LLaMA-60M's gradients in bfloat16, 2 cores, project and norm: 6.4 ms with blocks
-# of 2**20 elements, 10.6 ms with 2**18, 16 ms with 2**16).
+# At most this many elements are converted to float32 at a time, whatever a weight's size: 4 MB. With smaller blocks
+# the calls cost more time than the cache saves (LLaMA-60M's gradients in bfloat16, 2 cores, project and norm: 6.4 ms
+# with blocks of 2**20 elements, 10.6 ms with 2**18, 16 ms with 2**16).
 BLOCK_ELEMENTS = 1 << 20
 
 
 class Scratch:
-    """A few float32 buffers a device, made once: fresh ones would cost their page faults at every block
-    (LLaMA-60M in bfloat16 at rank 128: 78 ms of a step's 200 were spent in conversions so)."""
+    """A few float32 buffers for each device, made once. With fresh memory for every block, page faults made conversions
+    take 78 of a step's 200 ms (LLaMA-60M in bfloat16 at rank 128)."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, int], Tensor] = {}
 
     def blocks(self, tensor: Tensor, slot: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows of ``tensor`` in float32, each with its slice; the next block takes the last one's memory."""
+        """Blocks of rows of ``tensor`` in float32, each with its slice. The next block reuses its memory."""
         for rows in row_blocks(tensor.shape):
             whole = rows.stop - rows.start == len(tensor)
             yield rows, self.floats(tensor if whole else tensor[rows], slot)
 
     def floats(self, values: Tensor, slot: int) -> Tensor:
-        """``values`` in float32: themselves if they are, else a copy in the buffer ``slot``."""
+        """``values`` in float32: the same tensor if it is float32, else a copy in the buffer ``slot``."""
         if values.dtype == torch.float32:
             return values
         return self.empty(values.shape, values.device, slot).copy_(values)
 
     def empty(self, shape: Sequence[int], device: torch.device, slot: int) -> Tensor:
-        """Float32 memory of ``shape``: of the buffer ``slot`` unless one row is longer than a block."""
+        """Uninitialised float32 memory of ``shape``: from the buffer ``slot``, or new if it is longer than a block."""
         elements = math.prod(shape)
         if elements > BLOCK_ELEMENTS:
             return torch.empty(tuple(shape), dtype=torch.float32, device=device)
@@ -45,7 +45,7 @@ class Scratch:
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first dimension that hold ``BLOCK_ELEMENTS`` at most, or one row."""
+    """Slices of the first dimension, each of at most ``BLOCK_ELEMENTS`` elements, or of one row if that is longer."""
     length, elements = shape[0], math.prod(shape)
     step = max(1, BLOCK_ELEMENTS * length // max(1, elements))
     for start in range(0, length, step):

@@ -1,8 +1,8 @@
 """A parameter group's hyperparameters: their defaults, what is allowed, and the texts of the errors.
 
-A group is an ordinary ``torch.optim`` dictionary. ``complete_group`` fills in what it leaves out, and
-``Settings.of`` reads it, checked, into one frozen object per step, which is what all other code sees.
-A group with a ``rank`` is low-rank (APOLLO); one without is dense AdamW.
+A group is an ordinary ``torch.optim`` dictionary. ``complete_group`` fills in the keys that it leaves out.
+``Settings.of`` checks it and reads it into a frozen object, anew at each step. All other code sees only that object.
+A group with a ``rank`` is low-rank (APOLLO). A group without one is dense (AdamW).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Settings:
     """The checked hyperparameters of one group, in the words of the paper (arXiv 2412.05270).
 
-    ``lr`` is a float or a one-element tensor; ``rank`` is None for a dense group, whose other low-rank
-    fields then hold their defaults and mean nothing.
+    ``lr`` is a float or a one-element tensor. ``rank`` is None for a dense group; its other low-rank fields then hold
+    their defaults and are not used.
     """
 
     lr: float | Tensor
@@ -66,10 +66,10 @@ class Settings:
 
     @classmethod
     def of(cls, group: dict[str, Any], where: str = "") -> Settings:
-        """Read and check a completed group; ``where`` ("parameter group 1") opens the error messages.
+        """Read and check a completed group. ``where`` ("parameter group 1") opens the error messages.
 
-        Raises ValueError naming the key, its value and what is allowed. Keys that are not ours are ignored,
-        as ``torch.optim`` does.
+        Raises ValueError that names the key, its value and what is allowed. Unknown keys are ignored, as in
+        ``torch.optim``.
         """
         values = {name: group[name] for name in FIELD_NAMES if name in group}
         for name, value in values.items():
@@ -83,11 +83,11 @@ class Settings:
         return cls(**values)
 
     def step_size(self, step: int) -> float | Tensor:
-        """h of the update: the learning rate with Adam's bias correction (paper, algorithm 1)."""
+        """h of the update: the learning rate times Adam's bias correction (paper, algorithm 1)."""
         return self.lr * self.bias_correction(step)
 
     def with_lr_for(self, device: torch.device) -> Settings:
-        """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor there."""
+        """The settings with a learning rate that kernels on ``device`` can read: a number, or a tensor on it."""
         lr = self.lr
         if not isinstance(lr, Tensor) or (self.capturable and lr.device == device):
             return self
@@ -97,7 +97,7 @@ class Settings:
         return self if lr.device == device else replace(self, lr=lr.to(device, non_blocking=True))
 
     def bias_correction(self, step: int) -> float:
-        """What the learning rate is multiplied by at step ``step``: sqrt(1 - b2^t) / (1 - b1^t), or 1."""
+        """The factor of the learning rate at step ``step``: sqrt(1 - b2^t) / (1 - b1^t), or 1 without correction."""
         if not self.correct_bias:
             return 1.0
         beta1, beta2 = self.betas
@@ -109,7 +109,8 @@ class Settings:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(Settings))
-# What schedulers change, OneCycleLR the betas too: each launch is given them anew, and nothing is made again.
+# Schedulers change these, OneCycleLR even the betas. Each launch gets their current values, so a change costs nothing;
+# a change of any other setting makes a new plan.
 PER_STEP = ("lr", "weight_decay", "betas", "eps")
 STRUCTURAL = tuple(name for name in FIELD_NAMES if name not in PER_STEP)
 
@@ -138,9 +139,10 @@ class SettingsReader:
 
 
 def complete_group(group: dict[str, Any]) -> None:
-    """Fill in the low-rank keys that a low-rank group leaves out; keys that are there stay as they are.
+    """Fill in the low-rank keys that a low-rank group leaves out. Keys that are there stay as they are.
 
-    ``state_dtype`` becomes its name: torch.distributed.checkpoint's full_state_dict takes no dtype in a group.
+    A ``state_dtype`` is replaced by its name, because torch.distributed.checkpoint's full_state_dict accepts no dtype
+    in a group.
     """
     if isinstance(group.get("state_dtype"), torch.dtype):
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
@@ -150,7 +152,7 @@ def complete_group(group: dict[str, Any]) -> None:
 
 
 class Check(NamedTuple):
-    """What a hyperparameter may be: the test, and the same in words."""
+    """What a hyperparameter may be: as a test, in words, and how the error for a wrong value begins."""
 
     allows: Callable[[Any], bool]
     allowed: str
@@ -174,7 +176,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _lr_allowed(value: Any) -> bool:
-    # A tensor's value stays unread: a step never waits for the device. ``add_param_group`` reads it once.
+    # A tensor's value is not read here, so that a step never waits for the device. ``add_param_group`` reads it once.
     return value.numel() == 1 if isinstance(value, Tensor) else _is_number(value) and value >= 0
 
 
@@ -209,9 +211,9 @@ _AT_LEAST_ZERO = "a finite number, 0 or more"
 CHECKS: dict[str, Check] = {
     "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a tensor of one element", _lr_complaint),
     "betas": Check(_betas_allowed, "two numbers in [0, 1)", _betas_complaint),
-    "eps": Check(  # 0, as less is in float32, would make 0 / 0 of a zero gradient
+    "eps": Check(  # with 0, or with less than this, which is 0 in float32, a gradient of zeros would give 0 / 0
         lambda value: _is_number(value) and value >= torch.finfo(torch.float32).tiny,
-        "a finite number of 1.2e-38, float32's least, or more",
+        "a finite number of at least 1.2e-38, the smallest normal float32",
         lambda name, value: f"Invalid epsilon value: {value}",
     ),
     "weight_decay": Check(

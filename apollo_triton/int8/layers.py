@@ -14,8 +14,9 @@ from .weight import Int8Weight, check_group_size
 class Int8Linear(nn.Linear):
     """``nn.Linear`` with an ``Int8Weight``; made by ``quantize_model``.
 
-    Its ``state_dict`` holds plain tensors, ``weight`` (uint8), ``weight_scale`` and ``weight_zero``, which safetensors
-    and ``torch.load(weights_only=True)`` take. It loads those, or a float ``weight``, which it rounds to the nearest.
+    Its ``state_dict`` holds plain tensors, which safetensors and ``torch.load(weights_only=True)`` accept: ``weight``
+    (uint8), ``weight_scale`` (float32) and ``weight_zero`` (uint8). It loads these three, or a float ``weight``, which
+    it rounds to the nearest.
     """
 
     weight: nn.Parameter
@@ -43,12 +44,12 @@ class Int8Linear(nn.Linear):
                 *_, errors = arguments
                 errors.append(
                     f"{name} has {q.numel()} entries, and {name}_scale is {scale.dtype} of shape {tuple(scale.shape)}, "
-                    f"{name}_zero of shape {tuple(zero.shape)}: one of each is needed for every group of entries"
+                    f"{name}_zero of shape {tuple(zero.shape)}: every group needs one float scale and one zero"
                 )
                 del state_dict[name]
             else:
-                own = q.numel() // scale.numel(), weight.dtype, weight.stochastic_rounding
-                state_dict[name] = Int8Weight(q, scale, zero, *own)
+                group_size = q.numel() // scale.numel()
+                state_dict[name] = Int8Weight(q, scale, zero, group_size, weight.dtype, weight.stochastic_rounding)
         elif name in state_dict and not state_dict[name].is_floating_point():
             *_, errors = arguments
             errors.append(f"{name} is {state_dict.pop(name).dtype}, without the {name}_scale and {name}_zero it needs")
@@ -65,19 +66,24 @@ def quantize_model(
     group_size: int = 128,
     stochastic_rounding: bool = True,
 ) -> nn.Module:
-    """Replace linear layers of ``model`` by ``Int8Linear`` in place, one by one, and return it: Q-APOLLO's weights.
+    """Replace linear layers of ``model`` by ``Int8Linear`` in place, one at a time, and return the model.
+
+    The weights are those of Q-APOLLO (arXiv 2412.05270).
 
     Args:
-        model: any module. Do this before making the optimizer, whose parameters are then the int8 ones.
-        target_modules: as in ``apollo_param_groups``. Layers it does not name, and all that is not ``nn.Linear``, stay.
-        group_size: consecutive weights that share a scale and a zero point; must divide every weight.
-        stochastic_rounding: how the optimizer rounds updates; to the nearest, small ones would be lost.
+        model: any module. Quantise it before you make the optimizer, which needs the int8 parameters.
+        target_modules: as in ``apollo_param_groups``. Layers that it does not name, and modules other than
+            ``nn.Linear``, stay as they are.
+        group_size: how many consecutive weights share a scale and a zero point. It must divide the number of elements
+            of every weight.
+        stochastic_rounding: whether the optimizer rounds updates stochastically. Rounding to the nearest would lose
+            small updates.
 
-    A model on the meta device becomes an int8 one there, which ``to_empty`` and ``load_state_dict`` then fill.
-    Layers that share a weight share the int8 one; frozen ones stay frozen.
+    A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
+    that share a weight share the int8 weight. Frozen weights stay frozen.
 
-    Raises ValueError, before anything changes, if nothing matches, the group size does not divide a weight, or a weight
-    is shared with something that is not converted.
+    Raises ValueError, before anything changes, if no layer matches, if the group size does not divide a weight, or if a
+    weight is shared with something that is not converted.
 
     >>> model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(256, 64)}))
     >>> model["mlp"].weight
@@ -85,7 +91,7 @@ def quantize_model(
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     matching = {id(module) for name, module in _linears(model) if is_target(targets, name, module)}
-    chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under all its names
+    chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under each name
     if not chosen:
         raise ValueError(f"target_modules={targets!r}: no nn.Linear of the model matches")
     for name, module in chosen.items():
@@ -106,8 +112,16 @@ def quantize_model(
 
 
 def dequantize_model(model: nn.Module) -> nn.Module:
-    """Replace every ``Int8Linear`` of ``model`` by ``nn.Linear`` in place, one by one, and return it."""
-    names = [name for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, Int8Linear)]
+    """Replace every ``Int8Linear`` of ``model`` by ``nn.Linear`` in place, one at a time, and return the model.
+
+    The float weights have the dtype of activations, ``Int8Weight.dtype``.
+
+    >>> model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(256, 64)}))
+    >>> dequantize_model(model)["mlp"]
+    Linear(in_features=256, out_features=64, bias=True)
+    """
+    named = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in named if isinstance(module, Int8Linear)]
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Linear] = {}
     for name in names:
@@ -132,13 +146,13 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _take_over(old: nn.Linear, new: nn.Linear) -> None:
-    """The mode and the hooks of the layer that ``new`` replaces; handles of hooks go on to remove them."""
+    """Give ``new`` the mode and the hooks of the layer that it replaces. The hooks' handles can still remove them."""
     new.training = old.training
     vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
 
 
 def _check_sharing(model: nn.Module, chosen: set[int]) -> None:
-    """Raise ValueError if a weight that is to be converted is also some other module's."""
+    """Raise ValueError if a weight that is to be converted also belongs to a module that is not."""
     converted: dict[int, str] = {}
     others: dict[int, str] = {}
     for module_name, module in model.named_modules():

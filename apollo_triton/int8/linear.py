@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class _Int8Linear(torch.autograd.Function):
-    """Weights are dequantised a tile at a time in the kernels, a block of rows at a time by PyTorch; their gradient is
-    a float tensor like any other."""
+    """The kernels dequantise the weight a tile at a time, PyTorch a block of rows at a time. The weight's gradient is
+    an ordinary float tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
@@ -49,22 +49,22 @@ class _Int8Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         if needs_weight and torch.is_grad_enabled():
             raise NotImplementedError(
-                "create_graph=True through an int8 weight that is trained: the gradient of its input depends on it, "
-                "which is not followed; freeze the weight, or train a float one (dequantize_model)"
+                "create_graph=True through an int8 weight that is trained: second derivatives with respect to the "
+                "weight are not computed; freeze the weight, or train a float one (dequantize_model)"
             )
         flat = gradient.reshape(-1, gradient.shape[-1])
-        of_x = input_gradient(gradient, weight) if needs_x else None
-        of_weight = of_bias = None
+        x_gradient = input_gradient(gradient, weight) if needs_x else None
+        weight_gradient = bias_gradient = None
         if needs_weight:
-            of_weight = flat.mT @ x.reshape(-1, x.shape[-1])
+            weight_gradient = flat.mT @ x.reshape(-1, x.shape[-1])
         if needs_bias:
-            of_bias = flat.sum(0)
-        return of_x, of_weight, of_bias
+            bias_gradient = flat.sum(0)
+        return x_gradient, weight_gradient, bias_gradient
 
 
 def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
     """dY ``[..., out]`` -> dY W ``[..., in]`` in the dtype of dY."""
-    # With create_graph not by the kernels: what they compute cannot be differentiated again.
+    # Under create_graph PyTorch computes it, because the kernels' results cannot be differentiated again.
     if _has_kernels(gradient, weight) and not torch.is_grad_enabled():
         from . import matmul as int8_matmul
 

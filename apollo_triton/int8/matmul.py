@@ -1,4 +1,5 @@
-"""Launches of the kernels of a linear layer with an int8 weight. Imports triton: only where the kernels can run."""
+"""Launches of the kernels of a linear layer with an int8 weight. Imports triton, so import it only where kernels
+run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def forward(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
 
 
 def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
-    """dy ``[..., out]`` -> dy W ``[..., in]`` in the dtype of dy."""
+    """dY ``[..., out]`` -> dY W ``[..., in]`` in the dtype of dY, rounded once."""
     outputs, inputs = weight.shape
     result = gradient.new_empty(*gradient.shape[:-1], inputs)
     _launch(kernels.input_gradient_kernel, gradient, weight, (result,), outputs, inputs)
@@ -30,14 +31,15 @@ def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
 
 
 def _launch(
-    kernel: Any, activations: Tensor, weight: Int8Weight, arguments: tuple[Any, ...], summed: int, kept: int
+    kernel: Any, activations: Tensor, weight: Int8Weight, arguments: tuple[Any, ...], contracted: int, kept: int
 ) -> None:
-    """``kernel`` with ``arguments`` after the weight's; ``summed`` and ``kept`` are the sides of the weight."""
-    if activations.shape[-1] != summed:  # else the kernel would read beyond the end
+    """Launch ``kernel``, with ``arguments`` after the weight's. The product sums over ``contracted``, the length of one
+    side of the weight, and keeps the other side, ``kept``."""
+    if activations.shape[-1] != contracted:  # otherwise the kernel would read beyond the end
         raise RuntimeError(
             f"shapes cannot be multiplied: {tuple(activations.shape)}, and an int8 weight of {tuple(weight.shape)}"
         )
-    rows = activations.numel() // summed
+    rows = activations.numel() // contracted
     if rows == 0:
         return
     precision = gpu.precision(activations.dtype)

@@ -1,9 +1,10 @@
-"""Int8 weights: uint8 with a scale and a zero point per group, and the tensor that a model holds of them.
+"""Int8 weights: uint8 values with a scale and a zero point per group, and the tensor class that a model holds.
 
-    w = (q - zero) * scale        groups are consecutive elements of the row-major flattened weight
+    w = (q - zero) * scale        a group is ``group_size`` consecutive elements of the row-major flattened weight
 
-The format is Q-APOLLO's (arXiv 2412.05270), except that a group's range always reaches to 0: there the zero point is
-clamped to 0 to 255, which saturates a group of one sign. Groups of both signs are the same to the bit.
+The format is Q-APOLLO's (arXiv 2412.05270) with one exception: a group's range always includes 0. Q-APOLLO clamps the
+zero point to 0 to 255 instead, which saturates a group whose values all have the same sign. A group with both signs has
+the same bits in both.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 from ..core.philox import Stream, random_halves
 
 _LEAST_RANGE = 1e-5
-# Elements that are dequantised at a time: 4 MB in float32, whatever the weight's size.
+# How many elements are dequantised at a time: 4 MB in float32, whatever the weight's size.
 BLOCK_ELEMENTS = 1 << 20
 
 
 def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, uint8 ``[groups, group_size]``, scale, float32 ``[groups]``, and zero, uint8 ``[groups]``, of float32 values.
+    """Quantise float32 ``groups`` ``[groups, group_size]``: q, uint8 of the same shape, scale, float32 ``[groups]``,
+    and zero, uint8 ``[groups]``.
 
-    To the nearest, or with ``noise`` in [0, 1) of the values' shape up with a probability of the fraction.
+    Values are rounded to the nearest. With ``noise``, uniform in [0, 1) and of the values' shape, a value is rounded up
+    if its fraction is above its noise, which happens with a probability equal to the fraction.
 
     >>> q, scale, zero = quantized(torch.tensor([[-1.0, 0.0, 1.55]]))
     >>> q.tolist(), zero.tolist()
@@ -46,23 +49,23 @@ def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Float32 values ``[groups, group_size]`` of q with the scales and zero points of its groups."""
+    """The float32 values ``[groups, group_size]`` of q, with one scale and one zero point per group."""
     return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
 
 
-# Functions of torch that take an int8 weight as it is: ``linear.py`` enters its own.
+# Functions of torch that accept an int8 weight as it is. ``linear.py`` adds its own.
 FUNCTIONS: dict[Any, Any] = {}
 
 
 class Int8Weight(Tensor):
-    """A weight ``[out, in]`` that lies in memory as int8, and is for the rest of PyTorch a float tensor of its shape.
+    """A weight ``[out, in]`` that is int8 in memory. To the rest of PyTorch it is a float tensor of the same shape.
 
-    ``q`` uint8 ``[out, in]``, ``scale`` float32 and ``zero`` uint8 ``[out * in / group_size]``. ``dtype`` is that of
-    activations and gradients. A tensor subclass, so that it is a parameter like any other: with a true ``.grad``,
-    hooks and a name, moved and copied by ``to``, ``deepcopy`` and ``swap_tensors``. What would make a float copy of it
-    without being asked is refused; ``dequantize()`` is how to ask.
+    ``q`` is uint8 ``[out, in]``; ``scale`` (float32) and ``zero`` (uint8) are ``[out * in / group_size]``. ``dtype`` is
+    the dtype of activations and gradients. As a tensor subclass the weight is a parameter like any other: it has a
+    ``.grad``, hooks and a name, and ``to``, ``deepcopy`` and ``swap_tensors`` move and copy it. An operation that would
+    silently make a float copy raises NotImplementedError. ``dequantize()`` makes one on request.
 
-    ``stochastic_rounding``: how the optimizer stores its updates.
+    ``stochastic_rounding``: whether the optimizer rounds stochastically when it stores an update.
     """
 
     q: Tensor
@@ -101,9 +104,13 @@ class Int8Weight(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, group_size: int = 128, stochastic_rounding: bool = True) -> Int8Weight:
-        """``weight``, float ``[out, in]``, rounded to the nearest; blocks at a time, so that no float copy is made.
+        """The int8 weight of ``weight``, float ``[out, in]``, rounded to the nearest.
 
-        Raises ValueError if ``group_size`` does not divide the number of its elements.
+        It is converted a block at a time, so that no other float copy is made. A weight on the meta device gives an
+        int8 weight there. Raises ValueError if ``group_size`` does not divide the number of elements.
+
+        >>> Int8Weight.of(torch.ones(4, 32), group_size=32).scale.shape
+        torch.Size([4])
         """
         check_group_size(weight, group_size)
         result = cls(
@@ -120,11 +127,11 @@ class Int8Weight(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """What it takes in memory, scales and zero points included."""
+        """Bytes in memory, including scales and zero points."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
     def blocks(self, elements: int | None = None) -> Iterator[slice]:
-        """Slices of rows that hold whole groups, of about so many ``elements``."""
+        """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``)."""
         rows, columns = self.shape
         whole = self.group_size // math.gcd(columns, self.group_size)
         step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
@@ -132,14 +139,14 @@ class Int8Weight(Tensor):
             yield slice(start, min(start + step, rows))
 
     def floats(self, rows: slice) -> Tensor:
-        """The rows, which hold whole groups, in float32 ``[rows, in]``."""
+        """The ``rows``, which must hold whole groups, in float32 ``[rows, in]``."""
         groups = self._groups(rows)
         q = self.q[rows]
         return dequantized(q.reshape(-1, self.group_size), self.scale[groups], self.zero[groups]).view(q.shape)
 
     def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changed: Tensor | None = None) -> None:
-        """Write float32 ``values [rows, in]`` with fresh scales and zero points, rounded as ``quantized`` does; only
-        groups of which a value is ``changed``, a boolean of their shape, if it is given."""
+        """Write float32 ``values [rows, in]`` with new scales and zero points, rounded as in ``quantized``. If
+        ``changed`` is given, boolean of the same shape, only groups with a changed value are written."""
         shape = (-1, self.group_size)
         new = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
         groups = self._groups(rows)
@@ -150,8 +157,8 @@ class Int8Weight(Tensor):
             target.copy_(value if mask is None else torch.where(mask, target, value))
 
     def noise(self, rows: slice, seed: int, step: int) -> Tensor:
-        """What stochastic rounding of the rows at ``step`` compares fractions with: float32 multiples of 2**-16, by
-        the counter of the optimizer's other roundings."""
+        """The noise of stochastic rounding for the ``rows`` at ``step``: float32 multiples of 2**-16 in [0, 1), of
+        shape ``[rows, in]``, drawn by the index of each element as for the optimizer's other roundings."""
         columns = self.shape[1]
         first, count = rows.start * columns, (rows.stop - rows.start) * columns
         halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
@@ -167,7 +174,12 @@ class Int8Weight(Tensor):
             self.store(rows, weight[rows].detach().to(self.q.device, torch.float32))
 
     def dequantize(self) -> Tensor:
-        """A float copy in ``dtype``."""
+        """A float copy ``[out, in]`` in ``dtype``.
+
+        >>> Int8Weight.of(torch.zeros(2, 4), group_size=4).dequantize()
+        tensor([[0., 0., 0., 0.],
+                [0., 0., 0., 0.]])
+        """
         result = torch.empty(self.shape, dtype=self.dtype, device=self.q.device)
         for rows in self.blocks():
             result[rows] = self.floats(rows)
@@ -227,14 +239,14 @@ def _refusal(function: Any) -> NotImplementedError:
 
 
 def _view(weight: Int8Weight, size: Sequence[int]) -> Int8Weight:
-    """Of its own shape, as ``swap_tensors`` makes one to find the gradient's node."""
+    """A view, of the same shape only: ``swap_tensors`` makes one to find the gradient's node."""
     if tuple(size) != tuple(weight.shape):
         raise _refusal(_aten.view.default)
     return weight._with(lambda part: part)
 
 
 def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Int8Weight:
-    """To another device; another dtype is that of activations and gradients, and costs nothing."""
+    """A copy on another device. Another ``dtype`` is that of activations and gradients only, and costs nothing."""
     if dtype is not None and not dtype.is_floating_point:
         raise NotImplementedError(f"an int8 weight stands for floats, and cannot be {dtype}; take its q instead")
     place = {name: value for name, value in options.items() if name in ("device", "non_blocking")}
@@ -253,18 +265,17 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def _like(make: Any) -> Any:
-    """``zeros_like`` and its kin make float tensors: gradients and moments."""
+    """``zeros_like`` and similar functions make float tensors, for gradients and moments."""
 
     def make_like(weight: Int8Weight, *values: Any, memory_format: Any = None, **options: Any) -> Tensor:
-        given = {name: value for name, value in options.items() if value is not None}
-        place = {"dtype": weight.dtype, "device": weight.device} | given
-        return make(weight.shape, *values, **place)
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return make(weight.shape, *values, **{"dtype": weight.dtype, "device": weight.device} | chosen)
 
     return make_like
 
 
 def _empty_like(weight: Int8Weight, *, device: torch.device | None = None, **options: Any) -> Int8Weight:
-    """As ``nn.Module.to_empty`` wants it."""
+    """An int8 weight without values, as ``nn.Module.to_empty`` needs it."""
     return weight._with(lambda part: torch.empty_like(part, device=device))
 
 

@@ -1,6 +1,6 @@
-"""What a parameter and its gradient may be, and errors that name the parameter and what to do.
+"""What a parameter and its gradient may be. The errors name the parameter and say what to do.
 
-Nothing here changes anything: the optimizer calls these before it does.
+Nothing here changes anything. The optimizer calls these functions before it changes anything itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _NO_ZERO = (
 
 
 def is_flattened(parameter: Tensor) -> bool:
-    """Whether it is FSDP1's one flat parameter, or with use_orig_params=True one of its shards, a vector a weight."""
+    """Whether ``parameter`` is FSDP1's flat parameter or, with use_orig_params=True, a weight's shard of it, a
+    vector."""
     return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
 
 
@@ -37,31 +38,31 @@ def holds_matrix(group: dict[str, Any]) -> bool:
 
 
 def check_groups(groups: list[dict[str, Any]], had_matrix: list[bool]) -> None:
-    """Raise ValueError for a low-rank group that once had matrices and now has vectors alone: AdamW would train them
-    without a word. FSDP1's are left to ``check_parameter``, which knows them."""
-    first = 0
-    for number, (group, had) in enumerate(zip(groups, had_matrix, strict=False)):  # groups may have been replaced
+    """Raise ValueError for a low-rank group that was given matrices and now holds only vectors, since AdamW would train
+    them silently. ``check_parameter`` reports FSDP1's vectors, with advice for FSDP1."""
+    first_index = 0
+    for group_index, (group, had) in enumerate(zip(groups, had_matrix, strict=False)):  # groups may have been replaced
         flattened = had and group.get("rank") is not None and group["params"] and not holds_matrix(group)
         if flattened and not is_flattened(group["params"][0]):
             raise ValueError(
-                f"parameter group {number} was given matrices, and its parameter {first} is now a vector of shape "
-                f"{tuple(group['params'][0].shape)}, as DeepSpeed ZeRO makes of them: {_NO_ZERO}"
+                f"parameter group {group_index} was given matrices, and its parameter {first_index} is now a vector of "
+                f"shape {tuple(group['params'][0].shape)}, as DeepSpeed ZeRO makes of them: {_NO_ZERO}"
             )
-        first += len(group["params"])
+        first_index += len(group["params"])
 
 
 def check_parameter(param: Param, settings: Settings) -> None:
-    """Raise ValueError unless the parameter's dtype, layout and shape suit its group."""
+    """Raise ValueError unless the parameter's dtype, sharding and shape suit its group."""
     parameter = param.tensor
     trained = parameter.requires_grad or parameter.grad is not None
-    if trained and parameter.dtype not in WEIGHT_DTYPES:  # frozen ones, quantised say, may be anything
+    if trained and parameter.dtype not in WEIGHT_DTYPES:  # a frozen one may be of any dtype, e.g. quantised
         raise ValueError(
             f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
-            f"{param} is int8 and its group has no 'rank': AdamW's updates are not made for it; put it into a low-rank "
+            f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "
             "group, or leave it out of quantize_model's target_modules"
         )
     shard = find_shard(param, settings)
@@ -101,7 +102,8 @@ def check_parameter(param: Param, settings: Settings) -> None:
 
 
 def check_gradient(param: Param, gradient: Tensor) -> None:
-    """Raise RuntimeError or ValueError unless the gradient is a dense real one like its parameter."""
+    """Raise RuntimeError or ValueError unless the gradient is dense, real and floating-point, and matches its
+    parameter."""
     parameter = param.tensor
     if is_dtensor(gradient) != is_dtensor(parameter):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Who is updated: a parameter under its name, and what of it is on this rank."""
+"""What is updated: a parameter with its name and indices, and the part of it that is on this rank."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Gradient = Tensor | ImplicitGradient
 
 @dataclass(frozen=True, eq=False)
 class Param:
-    """A parameter, the index of its group, its own index over all groups, and its name if the optimizer was given
-    names.
+    """A parameter, the index of its group, its index among the parameters of all groups, and its name.
 
-    As a string it is what an error calls the parameter.
+    The name is "" if the optimizer was not given names. ``str(param)`` is what an error calls the parameter:
+    "parameter 3 ('mlp.weight') of shape (64, 32)".
     """
 
     group: int
@@ -37,9 +37,9 @@ class Param:
 class Member(NamedTuple):
     """A parameter that takes part in a step: its state, its shard on this rank, and the backend that updates it.
 
-    ``backend`` is "reference", "triton", or "none" for a parameter without elements. ``given`` has the gradients of the
-    current step that are not in ``.grad``, by parameter; the engine fills it. ``weight``, ``gradient`` and
-    ``local_state`` are what is on this rank. ``geometry`` is that of the shard, None for dense AdamW.
+    ``backend`` is "reference", "triton", or "none" for a parameter without elements. ``given`` maps parameters to
+    gradients of the current step that are not in ``.grad``; the engine fills it. ``weight``, ``gradient`` and
+    ``local_state`` are this rank's shards. ``geometry`` is the shard's geometry, None for dense AdamW.
     """
 
     param: Param
@@ -68,7 +68,7 @@ class Member(NamedTuple):
 
     @property
     def formed_gradient(self) -> Tensor:
-        """The gradient of a member that has one as a tensor."""
+        """The gradient of a member whose gradient is a tensor, not an ``ImplicitGradient``."""
         gradient = self.gradient
         assert isinstance(gradient, Tensor)
         return gradient
@@ -78,12 +78,12 @@ class Member(NamedTuple):
 
 
 def gradient_of(parameter: Tensor, given: Mapping[Tensor, ImplicitGradient]) -> Gradient | None:
-    """The gradient of a step: the given one, else ``.grad``."""
+    """The gradient for this step: the one in ``given`` if there is one, else ``.grad``."""
     return given.get(parameter, parameter.grad) if given else parameter.grad
 
 
 def params_of(groups: list[dict[str, Any]], first_group: int = 0, first_index: int = 0) -> Iterator[Param]:
-    """Every parameter in order. ``first_group`` and ``first_index`` are the indices of the first one.
+    """Every parameter of ``groups`` in order. The first one has the indices ``first_group`` and ``first_index``.
 
     Raises ValueError for a group with more or fewer names than parameters.
     """
@@ -108,7 +108,7 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
 
 
 def find_shard(param: Param, settings: Settings) -> LocalShard:
-    """What of the parameter is on this rank; raises ValueError for a sharding that cannot be updated."""
+    """The parameter's shard on this rank. Raises ValueError for a sharding that cannot be updated."""
     try:
         return local_shard(param.tensor, geometry_of(param.tensor, settings))
     except ValueError as error:

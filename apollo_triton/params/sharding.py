@@ -1,8 +1,9 @@
-"""Weights that are cut over devices: which piece this rank holds, and along which mesh dimensions its sums are split.
+"""Weights that are sharded over devices: the shard on this rank, and the mesh dimensions over which its sums are split.
 
-A ``DTensor`` weight (FSDP2, tensor parallel, both) is a piece of matrices whose orientation follows from the whole. Cut
-along the kept dimension, everything but the limiter's sums is local. Cut along the projected dimension, the sketch is a
-sum over ranks, and each rank keeps the moments of its own slice of the channels: they shrink with the ranks either way.
+The local tensor of a ``DTensor`` weight (FSDP2, tensor parallel, or both) is a shard of matrices. The shape of the
+whole weight decides which dimension is kept. If the kept dimension is sharded, everything except the limiter's sums is
+local. If the projected dimension is sharded, the sketch is a sum over ranks, and each rank keeps the moments of its own
+slice of the channels. In both cases the moments on a rank shrink as ranks are added.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor
 
 from ..core.geometry import Geometry
 
-# The types of a tensor that is whole; all others are asked whether they are DTensors, which costs more.
+# The types of a whole tensor. A tensor of any other type is asked whether it is a DTensor, which takes longer.
 _WHOLE = (torch.nn.Parameter, Tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a ``DTensor``, without importing what defines it."""
+    """Whether the tensor is a ``DTensor``, without importing the module that defines it."""
     return type(tensor) not in _WHOLE and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: of a ``DTensor`` its piece, anything else itself."""
+    """The part of a tensor on this rank: a ``DTensor``'s local shard, any other tensor itself."""
     if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
@@ -36,7 +37,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One mesh dimension: the ranks that hold pieces along it, known by the name of their process group."""
+    """One mesh dimension: the ranks that hold shards along it, identified by the name of their process group."""
 
     name: str
     size: int
@@ -46,14 +47,17 @@ class MeshAxis:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """What a rank holds of a weight: a whole weight is a piece without axes.
+    """What this rank holds of a weight. With one GPU you can skip this class: a whole weight is a shard without axes.
 
-    ``geometry`` is that of the piece's matrices and ``whole`` the weight's, both None for dense AdamW.
-    ``first_matrix``, ``first_channel`` and ``first_width`` say where it begins in the weight, and ``first_element``
-    counts the elements of the pieces before it. ``spread``: every axis that cuts the weight; ``summed``: those that
-    a matrix's sums are split over, which is all but an axis that deals out experts; ``scattered``: those that cut the
-    projected dimension; ``mesh_axes``: all of its mesh.
-    ``first_moment`` and ``moments``: the first channel and the number of channels whose moments are here.
+    ``geometry`` describes the shard's matrices, ``whole`` those of the whole weight. Both are None for dense AdamW.
+    ``first_matrix``, ``first_channel`` and ``first_width`` are the indices in the weight at which the shard begins.
+    ``first_element`` is the number of elements in all shards before it.
+
+    ``mesh_axes`` are all axes of the weight's mesh, and ``shard_axes`` those that shard the weight. ``sum_axes`` are
+    those over which a matrix's sums are split: all shard axes except one that distributes experts. ``width_axes`` are
+    those that shard the projected dimension.
+
+    This rank keeps the moments of ``moments`` channels, from ``first_moment`` on.
     """
 
     geometry: Geometry | None
@@ -71,33 +75,37 @@ class LocalShard:
 
     @property
     def rounding_offsets(self) -> list[int]:
-        """For each matrix the number of its first channel: element i of the matrix is then element ``number * width +
-        i`` for stochastic rounding. Pieces of whole channels count as the unsharded weight does."""
+        """For each matrix, the index of the shard's first channel in the whole, unsharded parameter. Times the width,
+        it is the index of the first element, from which the bits for stochastic rounding are drawn.
+
+        Shards of whole channels are thus rounded as the unsharded weight is. Shards of a part of the width get indices
+        behind all elements of the shards before them, so that no two shards share bits.
+        """
         if self.geometry is None:
             return [0]
         before = 0
-        if self.first_width:  # behind all elements of the pieces before
+        if self.first_width:
             assert self.whole is not None
             channels = self.whole.matrices * self.whole.channels
             before = -(-channels * self.first_width // max(1, self.geometry.width))
-        return [before + number for number in self._counted(self.first_channel)]
+        return [before + index for index in self._indices_in_whole(self.first_channel)]
 
     @property
     def moment_rounding_offsets(self) -> list[int]:
-        """For each matrix the number of the first channel whose moments are here, counted through the whole weight."""
-        return self._counted(self.first_moment)
+        """For each matrix, the index in the whole parameter of the first channel whose moments are on this rank."""
+        return self._indices_in_whole(self.first_moment)
 
-    def _counted(self, first: int) -> list[int]:
+    def _indices_in_whole(self, channel: int) -> list[int]:
         assert self.geometry is not None
         assert self.whole is not None
         matrices = range(self.first_matrix, self.first_matrix + self.geometry.matrices)
-        return [matrix * self.whole.channels + first for matrix in matrices]
+        return [matrix * self.whole.channels + channel for matrix in matrices]
 
 
 def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
-    """Which piece of ``parameter``, whose whole ``geometry`` is given, this rank holds.
+    """This rank's shard of ``parameter``. ``geometry`` is that of the whole parameter.
 
-    Raises ValueError for placements that leave no matrices to work on.
+    Raises ValueError for placements whose shards are not matrices.
     """
     channels = 0 if geometry is None else geometry.channels
     if not is_dtensor(parameter):
@@ -111,20 +119,20 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
     )
     shard_axes = tuple(axis for _, axis, _ in cuts)
     if geometry is None:
-        first_element = -(-first_element // 8) * 8  # kernels draw rounding bits by eights
+        first_element = -(-first_element // 8) * 8  # kernels draw the bits of eight elements in one call
         return LocalShard(
             None, None, first_element=first_element, shard_axes=shard_axes, sum_axes=shard_axes, mesh_axes=mesh_axes
         )
     if any(dim >= 2 for dim, _, _ in cuts) and parameter.dim() != 3:
         raise ValueError(
-            "is cut along a dimension of its kernel, so its pieces are no matrices; use Shard(0) or Shard(1)"
+            "is sharded along a dimension of its kernel, so its shards are not matrices; use Shard(0) or Shard(1)"
         )
     experts = parameter.dim() == 3
     if experts and parameter.shape[0] == 1 and any(dim == 0 for dim, _, _ in cuts):
-        raise ValueError("is one matrix that is cut along a dimension of length 1; make it 2-D")
+        raise ValueError("is one matrix, sharded along a dimension of length 1; make it 2-D")
     rows, columns = (1, 2) if experts else (0, 1)
     kept = rows if geometry.keeps_rows else columns
-    # Elements of a matrix for each step along dimension ``columns``: the kernel of a convolution.
+    # Columns of the matrix for each index of dimension ``columns``: the size of a convolution's kernel, else 1.
     inner = math.prod(parameter.shape[columns + 1 :])
     shard = Geometry(shape[0] if experts else 1, shape[rows], math.prod(shape[columns:]), geometry.keeps_rows)
     first_row, first_column = offset[rows], offset[columns] * inner
@@ -155,7 +163,8 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
 
 
 def _cuts(parameter: Any) -> list[tuple[int, MeshAxis, int]]:
-    """The cuts of a ``DTensor`` in the order in which they were made: dimension, axis and mesh dimension."""
+    """How a ``DTensor`` was sharded, cut by cut in their order: tensor dimension, mesh axis, index of the mesh
+    dimension."""
     mesh = parameter.device_mesh
     order: list[int] = []
     for index in reversed(range(mesh.ndim)):
@@ -164,7 +173,7 @@ def _cuts(parameter: Any) -> list[tuple[int, MeshAxis, int]]:
             raise ValueError(f"has placements {parameter.placements}: partial sums are no weight; redistribute it")
         if placement.is_replicate():
             continue
-        # A strided shard was cut after mesh dimensions to its right, into as many pieces as split_factor says.
+        # A strided shard was cut after mesh dimensions to its right, which had made ``split_factor`` shards by then.
         strides, at, shards = getattr(placement, "split_factor", 1), 0, 1
         while shards < strides and at < len(order):
             if parameter.placements[order[at]].dim == placement.dim:
@@ -180,14 +189,14 @@ def _axis(mesh: Any, index: int) -> MeshAxis:
 
 
 def _chunk(length: int, axis: MeshAxis) -> tuple[int, int]:
-    """Where this rank's part of ``length`` begins, and its length: ``torch.chunk``'s partition, as ``DTensor``'s."""
+    """Where this rank's part of ``length`` begins, and its length. ``DTensor`` splits as ``torch.chunk`` does."""
     size = -(-length // axis.size)
     first = min(axis.rank * size, length)
     return first, min(size, length - first)
 
 
 def _place(parameter: Any, cuts: list[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
-    """Shape of the piece and where it begins in each dimension."""
+    """The shape of the local shard, and the index at which it begins in each dimension."""
     shape, offset = list(parameter.shape), [0] * parameter.dim()
     for dim, axis, _ in cuts:
         first, shape[dim] = _chunk(shape[dim], axis)
@@ -195,14 +204,14 @@ def _place(parameter: Any, cuts: list[tuple[int, MeshAxis, int]]) -> tuple[list[
     found = list(local(parameter).shape)
     if found != shape:
         raise ValueError(
-            f"has a local piece of shape {found} where {parameter.placements} of DTensor makes {shape}; "
+            f"has a local shard of shape {found}, and {parameter.placements} makes one of shape {shape}; "
             "shard it with fully_shard, parallelize_module or distribute_tensor"
         )
     return shape, offset
 
 
 class StatePlacement(NamedTuple):
-    """Where a state tensor lies: ``DTensor`` placements, and the local piece's first indices and shape."""
+    """How a state tensor is sharded: its ``DTensor`` placements, and the local shard's first indices and shape."""
 
     placements: tuple[Any, ...]
     first: tuple[int, ...]
@@ -210,10 +219,11 @@ class StatePlacement(NamedTuple):
 
 
 def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int]) -> StatePlacement:
-    """The layout of the state tensor ``name``, of this whole ``shape``, of a ``DTensor`` weight.
+    """How the state tensor ``name`` of a ``DTensor`` weight is sharded; ``shape`` is that of the whole state tensor.
 
-    Dense moments lie as the weight. Those of low rank are cut along their channels, first by what cuts the kept
-    dimension and then by what cuts the projected one; ``update_norm`` and svd's projection along the experts alone.
+    Dense moments are sharded as the weight is. Low-rank moments are sharded along their channels, first by the axes
+    that shard the kept dimension and then by those that shard the projected one. ``update_norm`` and svd's projection
+    are sharded along the experts only.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -224,15 +234,15 @@ def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequenc
         return StatePlacement(tuple(parameter.placements), tuple(first), tuple(local_shape))
     experts = len(shape) == (1 if name == "update_norm" else 3)
     is_moment = name in ("exp_avg", "exp_avg_sq")
-    dealt = [index for dim, axis, index in cuts if axis not in shard.sum_axes]
-    kept = [index for _, axis, index in cuts if axis in shard.sum_axes and axis not in shard.width_axes]
-    width_axes = sorted(index for _, axis, index in cuts if axis in shard.width_axes)
+    over_experts = [index for _, axis, index in cuts if axis not in shard.sum_axes]
+    over_kept = [index for _, axis, index in cuts if axis in shard.sum_axes and axis not in shard.width_axes]
+    over_width = sorted(index for _, axis, index in cuts if axis in shard.width_axes)
     placements: list[Any] = [Replicate()] * mesh.ndim
-    for order, dim in ((dealt, 0), (kept + width_axes if is_moment else [], int(experts))):
+    for order, dim in ((over_experts, 0), (over_kept + over_width if is_moment else [], int(experts))):
         for position, index in enumerate(order):
             if mesh.size(index) == 1:
                 continue
-            # A mesh dimension to the right that has cut before makes this cut a strided one.
+            # If mesh dimensions to the right cut before this one, it is a strided shard.
             factor = math.prod(mesh.size(i) for i in order[:position] if i > index)
             placements[index] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
     first = [shard.first_matrix] if experts else []
@@ -246,34 +256,39 @@ def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequenc
 
 def sharded_zeros(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros for the state tensor ``name`` of a ``DTensor`` weight."""
-    layout = state_placement(name, parameter, shard, shape)
-    return _as_dtensor(torch.zeros(layout.shape, dtype=dtype, device=parameter.device), parameter, layout, shape)
+    placement = state_placement(name, parameter, shard, shape)
+    return _as_dtensor(torch.zeros(placement.shape, dtype=dtype, device=parameter.device), parameter, placement, shape)
 
 
 def resharded(name: str, value: Tensor, parameter: Tensor, shard: LocalShard) -> Tensor:
-    """A saved state tensor, whole or a ``DTensor`` of any placement, as ``parameter`` needs it: a copy.
+    """A copy of a saved state tensor, whole or a ``DTensor`` of any placement, sharded as ``parameter`` needs it.
 
-    Whole ones are cut without communication; another placement costs gathering that tensor.
+    A whole tensor is sliced without communication. A ``DTensor`` of another placement is gathered first.
     """
     value = value.detach()
     if is_dtensor(value):
         if is_dtensor(parameter):
-            layout = state_placement(name, parameter, shard, value.shape)
-            if (value.device_mesh, tuple(value.placements)) == (parameter.device_mesh, layout.placements):  # type: ignore[attr-defined]
+            placement = state_placement(name, parameter, shard, value.shape)
+            if (value.device_mesh, tuple(value.placements)) == (parameter.device_mesh, placement.placements):  # type: ignore[attr-defined]
                 return value.to(parameter.device, copy=True)
         value = value.full_tensor()  # type: ignore[attr-defined]
     if not is_dtensor(parameter):
         return value.to(parameter.device, copy=True)
-    layout = state_placement(name, parameter, shard, value.shape)
-    cut = tuple(slice(first, first + length) for first, length in zip(layout.first, layout.shape, strict=True))
-    mine = value[cut].to(parameter.device, copy=True, memory_format=torch.contiguous_format)
-    return _as_dtensor(mine, parameter, layout, value.shape)
+    placement = state_placement(name, parameter, shard, value.shape)
+    slices = tuple(slice(first, first + length) for first, length in zip(placement.first, placement.shape, strict=True))
+    local_value = value[slices].to(parameter.device, copy=True, memory_format=torch.contiguous_format)
+    return _as_dtensor(local_value, parameter, placement, value.shape)
 
 
-def _as_dtensor(mine: Tensor, parameter: Any, layout: StatePlacement, shape: Sequence[int]) -> Tensor:
+def _as_dtensor(local_value: Tensor, parameter: Any, placement: StatePlacement, shape: Sequence[int]) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     return DTensor.from_local(
-        mine, parameter.device_mesh, layout.placements, run_check=False, shape=torch.Size(shape), stride=strides
+        local_value,
+        parameter.device_mesh,
+        placement.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=strides,
     )

@@ -1,6 +1,7 @@
-"""The optimizer's state of one parameter: made at its first step, checked, and brought back from a checkpoint.
+"""The optimizer's state of one parameter: made at its first step, checked, and restored from a checkpoint.
 
-Tensors and numbers only, channel-major whichever side is kept; P is not among them, except for svd.
+The state is tensors and numbers only. Low-rank moments are ``[channels, rank]``, whichever side is kept. P is not part
+of the state, except with ``proj="svd"``.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from .checks import SHARDED_8BIT
 from .member import Param, geometry_of
 from .sharding import LocalShard, is_dtensor, resharded, sharded_zeros
 
-# The names of the state's tensors. ``step`` is the one more, on the host.
+# The names of the state's tensors, except ``step``, a scalar on the host.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # where moments are 8-bit
-SHARDED = (*MOMENTS, "update_norm", "projection")  # those that a DTensor weight has as DTensors
+ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # only with 8-bit moments
+SHARDED = (*MOMENTS, "update_norm", "projection")  # DTensors if the weight is one
 
 
 def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -43,7 +44,7 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
 
 
 def _absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
-    """Of the absmax of 8-bit moments: their blocks never span two matrices."""
+    """The shape of the absmaxes of 8-bit moments. A block never spans two matrices."""
     geometry = geometry_of(parameter, settings)
     if geometry is None:
         return (absmax_count(parameter.numel()),)
@@ -52,18 +53,19 @@ def _absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
 
 
 def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> bool:
-    """Whether its moments are 8-bit: as they are, or where there are none yet, as they will be made."""
+    """Whether the parameter's moments are 8-bit or, before its first step, whether they will be."""
     if "exp_avg" in state:
         return state["exp_avg"].dtype == torch.uint8
     return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= settings.min_8bit_size
 
 
 def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str, Any]:
-    """Zeros of the right shapes: float32 ``step`` on the host, ``seed``, the moments, and u_prev for low rank.
+    """A new state: float32 ``step`` on the host, ``seed``, zero moments and, for low rank, a zero ``update_norm``
+    (u_prev).
 
-    Moments of a dense weight keep its memory layout; those of a ``DTensor`` are ``DTensor``s of the same mesh. 8-bit
-    ones are row-major, with an ``exp_avg_absmax`` and an ``exp_avg_sq_absmax``. svd's projection comes with the first
-    gradient.
+    Moments of a dense weight have its memory layout. Moments of a ``DTensor`` are ``DTensor``s on the same mesh. 8-bit
+    moments are row-major and come with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``. svd's projection is added at the
+    first gradient.
     """
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
@@ -88,13 +90,13 @@ def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str,
 
 
 def check_state(param: Param, state: Mapping[str, Any], settings: Settings) -> None:
-    """Raise ValueError unless the state fits the parameter's shape and settings. Foreign keys are left alone."""
+    """Raise ValueError unless the state fits the parameter's shape and settings. Other keys are ignored."""
     for name, shape in state_shapes(param.tensor, settings).items():
         value = state.get(name)
         if isinstance(value, Tensor):
             if tuple(value.shape) != shape:
                 raise ValueError(_complaint(param, name, f"has shape {tuple(value.shape)}, not {shape}"))
-        elif name != "projection":  # made at the next step: a group may turn to svd at any time
+        elif name != "projection":  # made at the next step, since a group may change to svd at any time
             raise ValueError(_complaint(param, name, "is missing"))
     for name in ("step", "seed"):
         if name not in state:
@@ -111,7 +113,7 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings) -> N
 
 
 def check_numbers(param: Param, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a saved state's ``step`` and ``seed`` can be counted on with."""
+    """Raise ValueError unless a saved state's ``step`` and ``seed`` are numbers that training can continue from."""
     limits = {"step": (2**53, "a whole number"), "seed": (2**32, "an integer below 2**32")}
     for name, (limit, allowed) in limits.items():
         value = state[name]
@@ -122,7 +124,7 @@ def check_numbers(param: Param, state: Mapping[str, Any]) -> None:
 
 
 def check_device(param: Param, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the state is where the parameter is: kernels take addresses as they are."""
+    """Raise ValueError unless the state is on the parameter's device: kernels do not check the addresses they get."""
     device = param.tensor.device
     for name in (*SHARDED, *ABSMAXES):
         value = state.get(name)
@@ -141,9 +143,9 @@ def _complaint(param: Param, name: str, problem: str) -> str:
 
 
 def restored(name: str, value: Any, parameter: Tensor, shard: LocalShard) -> Any:
-    """A saved value as a copy where and as the parameter is: on its device, sharded like it or whole.
+    """A copy of a saved value: on the parameter's device, and sharded if the parameter is.
 
-    ``step`` stays float32 on the host; ``torch.optim`` itself would cast moments to the parameter's dtype.
+    ``step`` stays float32 on the host. Moments keep their dtype; ``torch.optim`` would cast them to the parameter's.
     """
     if name == "step":
         return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)

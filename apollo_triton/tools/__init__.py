@@ -1,1 +1,1 @@
-"""Layer 8: programs that use the optimizer: demo, validation, memory tables, report of the environment."""
+"""Layer 8: programs that use the optimizer: the demo, the validation, memory tables, the report of the environment."""

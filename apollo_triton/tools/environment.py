@@ -1,7 +1,7 @@
 """The versions, devices and settings that a report of a bug needs, in Markdown.
 
-Nothing here may fail: what cannot be found out is a line that says why. Of packages the installed version is read, and
-none but torch and triton is imported.
+Nothing here may fail: if something cannot be found out, its line says why. Packages are not imported, except torch and
+triton; their installed version is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from ..core.device_backend import device_backend
 from ..version import __version__
 
-# What trains with this package, or is trained by it; others change nothing here.
+# Packages that train with this one, or whose models it trains. Other packages change nothing here.
 _PACKAGES = (
     "triton",
     "numpy",
@@ -65,13 +65,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def markdown(found: dict[str, str]) -> str:
-    """A table of two columns, as an issue shows it."""
+    """A Markdown table of two columns, for an issue."""
     first, *rest = (f"| {name} | {' '.join(value.split()).replace('|', '/')} |" for name, value in found.items())
     return "\n".join([first, "|---|---|", *rest])
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """Name and value of everything that is known here, the package's own version first."""
+    """Name and value of everything that is known here. This package's version comes first."""
     yield "apollo-triton", __version__
     yield "checkout", _or_why(_checkout)
     yield "python", f"{platform.python_version()} ({platform.python_implementation()})"
@@ -84,7 +84,7 @@ def facts() -> Iterator[tuple[str, str]]:
         yield str(device), _or_why(_about, device)
     for name, value in sorted(os.environ.items()):
         if name in _NAMES or name.startswith(_PREFIXES):
-            # An @ is how an address holds a user and a password.
+            # An address with an @ may hold a user and a password.
             yield name, "(set)" if "@" in value or any(word in name for word in _SECRET) else value
 
 
@@ -108,12 +108,12 @@ def _processor() -> str:
 def _or_why(ask: Callable[..., str], *arguments: Any) -> str:
     try:
         return ask(*arguments)
-    except Exception as error:  # a broken driver or library is what the report may be about
+    except Exception as error:  # the report may be about a broken driver or library
         return f"not known: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _checkout() -> str:
-    """The commit of the folder that the package is imported from, if that is a checkout."""
+    """The commit of the checkout that the package is imported from, if it is one."""
     folder = Path(__file__).parents[1]
     if not (folder.parent / ".git").exists():
         return f"none, installed in {folder}"
@@ -132,7 +132,7 @@ def _torch() -> str:
 
 
 def _version(package: str) -> str:
-    """The installed version, "" for none; of a triton that is another package, as on ROCm and XPU, its own."""
+    """The installed version, or "". On ROCm and XPU triton comes as another package; then it is imported and asked."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -145,17 +145,17 @@ def _devices() -> list[torch.device]:
     devices = [torch.device("cpu")]
     for kind in ("cuda", "xpu"):
         try:
-            devices += [torch.device(kind, number) for number in range(getattr(torch, kind).device_count())]
-        except Exception:  # no driver: then there is none of them
+            devices += [torch.device(kind, index) for index in range(getattr(torch, kind).device_count())]
+        except Exception:  # without a driver there are no such devices
             continue
     return devices
 
 
 def _about(device: torch.device) -> str:
     backend = device_backend(torch.empty(0, device=device), "auto")
-    engine = f'backend="auto" is {backend.name}: {backend.reason}'
+    choice = f'backend="auto" is {backend.name}: {backend.reason}'
     if device.type == "cpu":
-        return engine
+        return choice
     properties = getattr(torch, device.type).get_device_properties(device)
     capability = f", capability {properties.major}.{properties.minor}" if device.type == "cuda" else ""
-    return f"{properties.name}{capability}, {properties.total_memory / 1e9:.1f} GB; {engine}"
+    return f"{properties.name}{capability}, {properties.total_memory / 1e9:.1f} GB; {choice}"

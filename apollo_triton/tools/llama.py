@@ -1,4 +1,4 @@
-"""Models without their weights: the paper's LLaMA sizes and any Hugging Face config, built on the meta device."""
+"""Models without memory for their weights: the paper's LLaMA sizes and any Hugging Face config, on the meta device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..core.extras import require
 
 @cache
 def paper_figures() -> dict[str, Any]:
-    """What ``paper.json`` copies from the paper (arXiv 2412.05270 v4): LLaMA sizes, ranks, perplexities, memory.
+    """The content of ``paper.json``, from the paper (arXiv 2412.05270 v4): LLaMA sizes, ranks, perplexities, memory.
 
     >>> paper_figures()["llama"]["60M"]["hidden"]
     512
@@ -37,7 +37,7 @@ def named_sizes() -> tuple[str, ...]:
 
 
 def default_rank(model: str) -> int:
-    """APOLLO's rank for ``model``: a quarter of the hidden size for 60M to 1B, as in the paper; else its 256.
+    """APOLLO's rank for ``model``, as in the paper: a quarter of the hidden size for 60M to 1B, else 256.
 
     >>> default_rank("1B"), default_rank("7B"), default_rank("config.json")
     (512, 256, 256)
@@ -46,16 +46,16 @@ def default_rank(model: str) -> int:
 
 
 def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model, with every shape and name in place and no memory behind its weights.
+    """The model on the meta device: all shapes and names, and no memory for its weights.
 
     Args:
-        model: a size of ``named_sizes()``; a ``config.json`` or the directory that holds one; or the id of a
-            Hugging Face hub model, "owner/name", of which the config alone is fetched.
-        dtype: of the weights.
+        model: a size of ``named_sizes()``; the path of a ``config.json`` or of the directory that holds one; or the id
+            of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
+        dtype: the dtype of the weights.
 
-    A named size is the paper's LLaMA, whose output head is a matrix of its own, not the embedding's.
+    A named size is the paper's LLaMA, whose output head does not share the embedding's weight.
 
-    Raises ValueError for a name that is none of these, or a config that no model class fits; OSError for a
+    Raises ValueError for a name that is none of these, and for a config that no model class fits. Raises OSError for a
     config that cannot be read or fetched.
 
     >>> model = meta_model("60M")  # doctest: +SKIP
@@ -67,7 +67,7 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         config = _llama_config(transformers, model.upper())
     else:
         config = _loaded_config(transformers, model)
-    # Here, and not lazily on the meta device, where torch 2.6 cannot import what this imports.
+    # Import it here: under torch.device("meta") torch 2.6 cannot import what this imports.
     require("transformers.modeling_utils", "demo")
     with torch.device("meta"):
         return _from_config(transformers, config, model).to(dtype)
@@ -99,7 +99,9 @@ def _loaded_config(transformers: Any, model: str) -> Any:
         return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=only_cached)
     except ImportError:
         raise
-    except Exception as error:  # which one depends on the value: huggingface_hub's own, ZeroDivisionError, TypeError...
+    except (
+        Exception
+    ) as error:  # its type depends on the value: huggingface_hub's errors, ZeroDivisionError, TypeError...
         if is_path:
             raise ValueError(f"{model!r} is not a config that transformers can read: {_first_line(error)}") from error
         raise OSError(
@@ -110,7 +112,7 @@ def _loaded_config(transformers: Any, model: str) -> Any:
 
 @cache
 def _hub_answers() -> bool:
-    """Whether there is a network: without one the hub's own client tries for half a minute and prints every try."""
+    """Whether the hub can be reached. If not, its client would try for half a minute and print every try."""
     constants = require("huggingface_hub.constants", "demo")
     if constants.HF_HUB_OFFLINE:
         return False
@@ -119,20 +121,20 @@ def _hub_answers() -> bool:
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # there; the client has certificates of its own
+        return isinstance(error.reason, ssl.SSLError)  # the hub is there, and its client has other certificates
     except OSError:
         return False
     return True
 
 
 def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
-    """The config's language model with its head; for other kinds of models, the bare one."""
+    """The config's language model with its head or, for other kinds of models, the model without a head."""
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         try:
             return auto.from_config(config)
         except ImportError:
             raise
-        except Exception as error:  # which one depends on the value: torch has RuntimeError for a negative size
+        except Exception as error:  # its type depends on the value: torch raises RuntimeError for a negative size
             problem = error
     raise ValueError(
         f"no model can be made of {model!r}, a {type(config).__name__}: {_first_line(problem)}"
@@ -140,6 +142,6 @@ def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    """What matters of transformers' errors, which go on for paragraphs; a line that ends in a colon needs the next."""
+    """The first line of one of transformers' long errors, and the second if the first ends in a colon."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

@@ -8,7 +8,7 @@ COLUMNS = 79  # of a small terminal
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Columns two spaces apart, all to the right but those numbered in ``left``."""
+    """The rows as aligned columns, two spaces apart: flush right, except the columns whose indices are in ``left``."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from apollo_triton.tools.demo.training import Plan
+from apollo_triton.tools.demo.training import RunConfig
 from bench import pretrain, pretrain_data
 from bench.pretrain import VARIANTS, results_of, train
 from bench.pretrain_data import load_tokens, sample, train_tokenizer
@@ -31,8 +31,8 @@ def in_process(corpus, monkeypatch):
     return corpus
 
 
-def plan(corpus, method, seed=0, rate=1e-2):
-    return Plan(method, rate, None, "tiny", STEPS, 2, 16, seed, "cpu", corpus.fingerprint)
+def config(corpus, method, seed=0, rate=1e-2):
+    return RunConfig(method, rate, None, "tiny", STEPS, 2, 16, seed, "cpu", corpus.fingerprint)
 
 
 def test_tokens_are_integers_of_the_vocabulary_and_decode_to_the_text(corpus, tmp_path):
@@ -68,7 +68,7 @@ def test_the_sources_of_the_environment_leave_out_another_one_s(monkeypatch, tmp
 
 
 def test_every_variant_starts_from_the_same_weights_and_ends_elsewhere(in_process):
-    rows = {name: train(plan(in_process, name)) for name in VARIANTS}
+    rows = {name: train(config(in_process, name)) for name in VARIANTS}
     first = {row["curve"]["0"] for name, row in rows.items() if not name.startswith("Q-")}
     rounded = {row["curve"]["0"] for name, row in rows.items() if name.startswith("Q-")}
     assert len(first) == len(rounded) == 1
@@ -81,14 +81,14 @@ def test_every_variant_starts_from_the_same_weights_and_ends_elsewhere(in_proces
 
 
 def test_a_run_gives_the_same_numbers_again_and_another_seed_others(in_process):
-    one, again, other = (train(plan(in_process, "APOLLO", seed)) for seed in (0, 0, 1))
+    one, again, other = (train(config(in_process, "APOLLO", seed)) for seed in (0, 0, 1))
     assert one["curve"] == again["curve"]
     assert one["curve"]["0"] != other["curve"]["0"]
 
 
 def test_a_run_that_fails_is_a_row_that_says_why(corpus):
-    plans = [plan(corpus, "AdamW"), plan(corpus, "AdamW", rate=-1.0)]
-    rows = {each.learning_rate: row for each, row in results_of(plans, corpus, workers=1)}
+    configs = [config(corpus, "AdamW"), config(corpus, "AdamW", rate=-1.0)]
+    rows = {each.learning_rate: row for each, row in results_of(configs, corpus, workers=1)}
     assert rows[1e-2]["held_out_loss"] > 0
     assert "Invalid learning rate: -1.0" in rows[-1.0]["skipped"]
 
@@ -98,8 +98,8 @@ def test_finished_runs_are_not_run_again(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "Results", lambda *a, **k: Results(*a, **k, folder=tmp_path))
     ran = []
 
-    def stand_in(plans, corpus, workers):
-        for each in plans:
+    def stand_in(configs, corpus, workers):
+        for each in configs:
             ran.append(each.method)
             yield each, {"variant": each.method, "seed": each.seed, "held_out_loss": 1.0, "seconds": 1}
 

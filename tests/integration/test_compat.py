@@ -66,7 +66,7 @@ def test_a_rank_above_the_width_which_the_official_one_takes() -> None:
 def test_names_of_others_and_names_of_nobody() -> None:
     call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
     error = python("-c", call + "from apollo_torch import GaLoreAdamW8bit", code=1).stderr
-    assert "pip install galore-torch, and from galore_torch import GaLoreAdamW8bit" in error
+    assert "pip install galore-torch, then from galore_torch import GaLoreAdamW8bit" in error
     error = python("-c", call + "import apollo_torch; apollo_torch.nothing", code=1).stderr
     assert "AttributeError: module 'apollo_torch', for which apollo_triton stands in, has no 'nothing'" in error
 

@@ -21,7 +21,7 @@ from apollo_triton.tools.demo import command as demo
 from apollo_triton.tools.demo import training as demo_training
 from apollo_triton.tools.demo.corpus import Corpus, load_corpus, split
 from apollo_triton.tools.demo.report import Result, draw, table
-from apollo_triton.tools.demo.training import History, Plan, Run
+from apollo_triton.tools.demo.training import History, Run, RunConfig
 
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
@@ -65,8 +65,8 @@ def rows_of(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def plan(corpus: Corpus, method: str = "apollo", **changes) -> Plan:
-    made = Plan(method, 1e-2, 4.0 if method == "mini" else None, "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
+def config(corpus: Corpus, method: str = "apollo", **changes) -> RunConfig:
+    made = RunConfig(method, 1e-2, 4.0 if method == "mini" else None, "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
     return dataclasses.replace(made, data=corpus.fingerprint, **changes)
 
 
@@ -115,7 +115,7 @@ def test_without_gradients_the_curve_is_the_same(text):
     corpus = load_corpus(text, 65)
     curves = []
     for gradients in demo_training.GRADIENTS:
-        run = Run(plan(corpus, "mini", gradients=gradients, scale=128.0, batch=8, sequence=64, steps=600), corpus)
+        run = Run(config(corpus, "mini", gradients=gradients, scale=128.0, batch=8, sequence=64, steps=600), corpus)
         for _ in range(50):
             run.advance()
             assert gradients == "stored" or all(p.grad is None for p in run.model.parameters())
@@ -136,9 +136,9 @@ def test_methods_share_initial_weights_and_batches(text, tmp_path, monkeypatch):
         return windows
 
     def record_advance(run):
-        current.append(run.plan.method)
+        current.append(run.config.method)
         if run.step == 0:
-            seen[run.plan.method] = [p.detach().clone() for p in run.model.parameters()]
+            seen[run.config.method] = [p.detach().clone() for p in run.model.parameters()]
         advance(run)
 
     current: list[str] = []
@@ -174,7 +174,7 @@ def test_resume_equals_an_uninterrupted_run(
 
     def interrupted(run):
         advance(run)
-        if run.plan.method == method and run.step == steps_done:
+        if run.config.method == method and run.step == steps_done:
             raise KeyboardInterrupt
 
     out = tmp_path / "interrupted"
@@ -252,7 +252,7 @@ def test_state_bytes_are_those_of_the_real_tensors(finished):
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth(text):
-    rates = [plan(load_corpus(text, 17), steps=100).learning_rate_at(step) for step in range(1, 101)]
+    rates = [config(load_corpus(text, 17), steps=100).learning_rate_at(step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(1e-3)
     assert max(rates) == rates[9] == pytest.approx(1e-2)
     assert rates[-1] == pytest.approx(1e-3)
@@ -261,21 +261,21 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(text):
 
 def test_paper_settings_reach_the_optimizer(text):
     corpus = load_corpus(text, 17)
-    apollo = Run(plan(corpus), corpus).optimizer.param_groups[0]
+    apollo = Run(config(corpus), corpus).optimizer.param_groups[0]
     assert (apollo["rank"], apollo["scale_type"], apollo["scale"], apollo["update_proj_gap"]) == (
         8,
         "channel",
         1.0,
         200,
     )
-    mini = Run(plan(corpus, "mini"), corpus).optimizer.param_groups[0]
+    mini = Run(config(corpus, "mini"), corpus).optimizer.param_groups[0]
     assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", 4.0, False)
-    assert Run(plan(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
+    assert Run(config(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
 
 
 def test_held_out_loss_is_that_of_the_next_byte(text):
     corpus = load_corpus(text, 17)
-    run = Run(plan(corpus), corpus)
+    run = Run(config(corpus), corpus)
     run.evaluate()
     windows = corpus.held_out_windows(17)
     expected = run.model(input_ids=windows, labels=windows).loss
@@ -284,7 +284,7 @@ def test_held_out_loss_is_that_of_the_next_byte(text):
 
 def test_a_failed_save_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
     corpus = load_corpus(text, 17)
-    run = Run(plan(corpus), corpus)
+    run = Run(config(corpus), corpus)
     run.save(tmp_path / "a.checkpoint")
 
     def half_written(saved, path):
@@ -381,7 +381,7 @@ def test_table_fits_into_80_columns():
 
     history = History([2.0], {1: 2.0}, [12.3456], [1e-3])
     results = [
-        Result(Plan(method, 1.25e-05, None, "1M", 1, 64, 1024, 0, "cpu", ""), history, 10**9, 10**9 - 1)
+        Result(RunConfig(method, 1.25e-05, None, "1M", 1, 64, 1024, 0, "cpu", ""), history, 10**9, 10**9 - 1)
         for method in METHODS
     ]
     console = Console(file=io.StringIO(), width=80)
@@ -400,7 +400,7 @@ def test_the_picture_keeps_to_its_methods_colours_and_within_its_edges(tmp_path,
     results, seeds = [], {}
     for index, method in enumerate(METHODS):
         curve = {step: 8.0 / step - index / 20 for step in range(600 // evaluations, 601, 600 // evaluations)}
-        made = Plan(method, 1e-2, None, "1M", 600, 8, 128, 7, "cpu", "")
+        made = RunConfig(method, 1e-2, None, "1M", 600, 8, 128, 7, "cpu", "")
         results.append(Result(made, History(held_out_loss=curve), 10**9, 10 ** (9 - index)))
         seeds[method] = {7: curve[600], 8: curve[600] + 0.03}
     machine = "Some Vendor's Very Large Processor 9999X with 128 Cores @ 3.70 GHz, 128 cores"

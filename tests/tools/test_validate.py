@@ -159,7 +159,7 @@ def test_a_bug_of_the_reference_path_is_found_too(few, capsys, monkeypatch):
     [
         (["--seed", "-1"], "a seed is 0 to 2**32 - 1"),
         (["--device", "nonsense"], "--device nonsense: "),
-        (["--device", "meta"], 'backend="triton" cannot be had here: it is on meta'),
+        (["--device", "meta"], 'backend="triton" cannot run here: it is on meta'),
         pytest.param(["--device", "cuda"], "--device cuda: ", marks=in_interpreter),
     ],
 )
@@ -190,7 +190,7 @@ def test_without_triton_the_message_names_the_extra():
 def test_triton_imported_to_compile_is_an_error_that_says_so():
     found = in_a_new_process("import sys, triton")
     assert found.returncode == 2
-    assert "triton was imported before, to compile: set TRITON_INTERPRET=1 before that" in found.stderr
+    assert "triton was imported before, to compile; set TRITON_INTERPRET=1 before that" in found.stderr
 
 
 def test_the_command_imports_triton_only_when_it_runs():

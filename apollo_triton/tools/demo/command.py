@@ -1,8 +1,9 @@
 """Train a small LLaMA with AdamW, APOLLO and APOLLO-Mini and compare them: three minutes on two free CPU cores.
 
-All three start from the same weights and see the same batches, each at the learning rate that the sweep in
-docs/demo.md chose for it. The text is the source of Python's standard library, which is on every machine; a byte is a
-token. Checkpoints in the output folder let ``--resume`` continue an interrupted demo to the same bits.
+All three start from the same weights and see the same batches. Each has the learning rate that the sweep in
+docs/demo.md chose for it. The text is the source of Python's standard library, which is on every machine. A byte is a
+token. With the checkpoints in the output folder ``--resume`` continues an interrupted demo, and ends with the same
+bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from ...core.extras import require
 from .corpus import Corpus, load_corpus
 from .report import Result, table, write_results
-from .training import GRADIENTS, LABELS, SIZES, Plan, Run, read_checkpoint
+from .training import GRADIENTS, LABELS, SIZES, Run, RunConfig, read_checkpoint
 
 # Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
 LEARNING_RATES = {"adamw": 3e-3, "apollo": 2e-2, "mini": 1e-2}
@@ -52,24 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, report, and return the exit status; 130 after Ctrl-C."""
+    """Train and report. Returns the exit status: 0, or 130 after Ctrl-C."""
     started = time.perf_counter()
     console = require("rich.console", "demo").Console(highlight=False)
-    for module in ("transformers", "matplotlib"):  # better missed now than after the training
+    for module in ("transformers", "matplotlib"):  # if one is missing, say so before the training
         with console.status(f"loading {module}"):
             require(module, "demo")
     corpus = load_corpus(options.data, _at_least("sequence", options.sequence, 1) + 1)
-    plans = make_plans(options, corpus)
-    checkpoints = _prepare(options.out, plans, options.resume)
-    first = plans[0]
+    configs = make_configs(options, corpus)
+    checkpoints = _prepare(options.out, configs, options.resume)
+    first = configs[0]
     console.print(
         f"{corpus.name}: {len(corpus.train) / 1e6:.2f} MB to train on, {len(corpus.held_out) / 1e6:.2f} MB held out\n"
         f"LLaMA {first.model}, float32 on {first.device}, {first.steps} steps of {first.batch} x {first.sequence} bytes"
     )
     results: list[Result] = []
     try:
-        for plan in plans:
-            results.append(train(plan, corpus, checkpoints[plan.method], options.resume, console))
+        for config in configs:
+            results.append(train(config, corpus, checkpoints[config.method], options.resume, console))
     except KeyboardInterrupt:
         if any(path.exists() for path in checkpoints.values()):
             advice = "Nothing is lost: give the same command again with [bold]--resume[/bold] added."
@@ -83,9 +84,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def train(plan: Plan, corpus: Corpus, checkpoint: Path, resume: bool, console: Any) -> Result:
-    """Train ``plan`` to its end, from ``checkpoint`` if it is there and to be resumed, saving as it goes."""
-    run = Run(plan, corpus)
+def train(config: RunConfig, corpus: Corpus, checkpoint: Path, resume: bool, console: Any) -> Result:
+    """Train to the end of ``config`` and save checkpoints. With ``resume`` start from ``checkpoint``, if it exists."""
+    run = Run(config, corpus)
     if resume and checkpoint.exists():
         run.load(checkpoint)
     saved = time.monotonic()
@@ -103,13 +104,13 @@ def train(plan: Plan, corpus: Corpus, checkpoint: Path, resume: bool, console: A
             run.advance()
 
 
-def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
-    """One plan a method, from the command line.
+def make_configs(options: argparse.Namespace, corpus: Corpus) -> list[RunConfig]:
+    """One config for each method, from the command line.
 
-    Raises ValueError naming the option, its value and what is allowed.
+    Raises ValueError that names the option, its value and what is allowed.
     """
     if options.model not in SIZES:
-        raise ValueError(f"--model {options.model}: not a size I know (allowed: {', '.join(SIZES)})")
+        raise ValueError(f"--model {options.model}: unknown size (allowed: {', '.join(SIZES)})")
     methods = list(dict.fromkeys(options.methods.split(",")))
     learning_rates = LEARNING_RATES | _parse_learning_rates(options.lr)
     if not 0 < options.mini_scale < float("inf"):
@@ -121,7 +122,7 @@ def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
     for method in methods:
         _check_method("methods", method)
     return [
-        Plan(
+        RunConfig(
             method=method,
             learning_rate=learning_rates[method],
             scale=options.mini_scale if method == "mini" else None,
@@ -140,14 +141,15 @@ def make_plans(options: argparse.Namespace, corpus: Corpus) -> list[Plan]:
 
 @contextmanager
 def _progress(run: Run, console: Any) -> Iterator[Any]:
-    """Yields a function to call after every step: a moving bar on a terminal, a line per evaluation elsewhere."""
-    plan, history, label = run.plan, run.history, LABELS[run.plan.method]
+    """Yields a function to call after every step. It moves a bar on a terminal, and prints a line per evaluation
+    elsewhere."""
+    config, history, label = run.config, run.history, LABELS[run.config.method]
 
     def loss() -> str:
         return f"held-out loss {next(reversed(history.held_out_loss.values())):.3f}"
 
     if not console.is_terminal:
-        yield lambda evaluated: evaluated and print(f"{label:<12} step {run.step}/{plan.steps}  {loss()}", flush=True)
+        yield lambda evaluated: evaluated and print(f"{label:<12} step {run.step}/{config.steps}  {loss()}", flush=True)
         return
     progress = require("rich.progress", "demo")
     columns = (
@@ -158,21 +160,21 @@ def _progress(run: Run, console: Any) -> Iterator[Any]:
         progress.TextColumn("{task.fields[loss]}"),
     )
     with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=plan.steps, completed=run.step, loss="")
+        task = bar.add_task(label, total=config.steps, completed=run.step, loss="")
         yield lambda evaluated: bar.update(task, completed=run.step, loss=loss())
 
 
-def _prepare(folder: Path, plans: list[Plan], resume: bool) -> dict[str, Path]:
-    """Make the output folder ready: each method's checkpoint, of this very plan or gone."""
-    paths = {plan.method: folder / f"{plan.method}.checkpoint" for plan in plans}
-    existing = [plan for plan in plans if paths[plan.method].exists()]
+def _prepare(folder: Path, configs: list[RunConfig], resume: bool) -> dict[str, Path]:
+    """Make the output folder ready. Its checkpoints are checked against ``configs`` or, without ``resume``, deleted."""
+    paths = {config.method: folder / f"{config.method}.checkpoint" for config in configs}
+    existing = [config for config in configs if paths[config.method].exists()]
     if resume and not existing:
         raise ValueError(f"--resume: {folder} holds no run of {', '.join(paths)} to continue")
-    for plan in existing:
+    for config in existing:
         if resume:
-            read_checkpoint(paths[plan.method], plan)
+            read_checkpoint(paths[config.method], config)
         else:
-            paths[plan.method].unlink()
+            paths[config.method].unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

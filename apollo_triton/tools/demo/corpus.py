@@ -16,7 +16,7 @@ VOCABULARY = 256
 HELD_OUT_WINDOWS = 128
 HELD_OUT_SHARE = 0.1
 TEXT_SUFFIXES = frozenset({".c", ".cpp", ".h", ".html", ".java", ".js", ".md", ".py", ".rs", ".rst", ".tex", ".txt"})
-# Generated tables, copies of other modules, tests: text that would make the task too easy, or no text at all.
+# Generated tables, copies of other modules and tests: they would make the task too easy, or are no text.
 STANDARD_LIBRARY_EXCLUDED = frozenset(
     {"site-packages", "dist-packages", "ensurepip", "test", "tests", "idle_test"}
     | {"encodings", "pydoc_data", "lib2to3", "__phello__"}
@@ -25,8 +25,8 @@ STANDARD_LIBRARY_EXCLUDED = frozenset(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two strings of tokens, as tensors of integers, that come from different files; ``name`` is for people. A token is
-    a byte, or one of a larger ``vocabulary``."""
+    """Two strings of tokens from different files, as 1-D tensors of integers. ``name`` is for people. A token is a
+    byte, or one of a larger ``vocabulary``."""
 
     name: str
     train: Tensor
@@ -35,27 +35,27 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Tells this text from any other, whatever it is called."""
+        """Sixteen hex digits that identify the text, whatever its name."""
         digest = hashlib.sha256(self.train.numpy().tobytes())
         digest.update(self.held_out.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def batch(self, seed: int, step: int, size: int, length: int) -> Tensor:
-        """The windows ``[size, length]`` of step ``step``: a function of its arguments alone, so that all methods see
-        the same ones and a resumed run needs no random state."""
-        # The generator reads 32 bits of its seed: a shift by 32 would lose ours.
+        """The windows ``[size, length]`` of step ``step``. They depend only on the arguments, so that all methods see
+        the same windows and a resumed run needs no random state."""
+        # The generator reads only 32 bits of its seed, so seed << 32 would lose ours.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(self.train) - length + 1, (size,), generator=generator)
         return _windows(self.train, starts, length)
 
     def held_out_windows(self, length: int) -> Tensor:
-        """The same evenly spaced windows every time, ``[HELD_OUT_WINDOWS, length]``; they overlap in a short text."""
+        """Evenly spaced windows ``[HELD_OUT_WINDOWS, length]``, the same each time. In a short text they overlap."""
         starts = torch.linspace(0, len(self.held_out) - length, HELD_OUT_WINDOWS, dtype=torch.float64).long()
         return _windows(self.held_out, starts, length)
 
 
 def load_corpus(source: Path | None, length: int) -> Corpus:
-    """Read ``source`` (a file, or a folder's text files, or None for the standard library) and split it.
+    """Read ``source`` (a file, a folder of text files, or None for the standard library) and split it.
 
     Raises ValueError if there is no such path, or too little text for windows of ``length`` bytes.
     """
@@ -81,8 +81,9 @@ def load_corpus(source: Path | None, length: int) -> Corpus:
 def split(texts: list[bytes]) -> tuple[bytes, bytes]:
     """Join ``texts`` into one to train on and one, about a tenth, to hold out.
 
-    Equal texts count once. The order is that of their hashes, so neither the file system nor names matter. Whole texts
-    are held out while they fit into a tenth; if none does, the smallest is; of a single text, it is the last tenth.
+    Equal texts count once. Texts are ordered by their hashes, so that neither the file system nor their names matter.
+    Whole texts are held out while they fit into a tenth. If none fits, the smallest one is held out. Of a single text
+    the last tenth is held out.
 
     >>> split([b"only one here"])
     (b'only one her', b'e')

@@ -16,16 +16,17 @@ from ...core.extras import require
 from ...version import __version__
 from ..environment import machine_name
 from ..pictures import draw_curve, picture, shifts, styles
-from .training import LABELS, SIZES, History, Plan, Run
+from .training import LABELS, SIZES, History, Run, RunConfig
 
 CSV_COLUMNS = ("method", "step", "tokens", "training_loss", "held_out_loss")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run, without its tensors. Seconds are medians over the steps; the step's include the optimizer's."""
+    """A finished run, without its tensors. Seconds are medians over the steps. Those of a step include the
+    optimizer's."""
 
-    plan: Plan
+    config: RunConfig
     history: History
     parameters: int
     state_bytes: int
@@ -33,15 +34,15 @@ class Result:
     @classmethod
     def of(cls, run: Run) -> Result:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
-        return cls(run.plan, run.history, parameters, run.state_bytes())
+        return cls(run.config, run.history, parameters, run.state_bytes())
 
     @property
     def label(self) -> str:
-        return LABELS[self.plan.method]
+        return LABELS[self.config.method]
 
     @property
     def held_out_loss(self) -> float:
-        return self.history.held_out_loss[self.plan.steps]
+        return self.history.held_out_loss[self.config.steps]
 
     @property
     def optimizer_seconds(self) -> float:
@@ -49,7 +50,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.plan.batch * self.plan.sequence / median(self.history.step_seconds)
+        return self.config.batch * self.config.sequence / median(self.history.step_seconds)
 
 
 def write_results(results: list[Result], corpus_name: str, folder: Path) -> list[Path]:
@@ -60,31 +61,31 @@ def write_results(results: list[Result], corpus_name: str, folder: Path) -> list
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         writer.writerows(row for result in results for row in csv_rows(result))
-    draw(results, machine_name(results[0].plan.device), paths[2])
+    draw(results, machine_name(results[0].config.device), paths[2])
     return paths
 
 
 def csv_rows(result: Result) -> Iterable[tuple[Any, ...]]:
-    """A row a step, from 0; the losses in full precision, empty where there is none."""
-    plan, history = result.plan, result.history
+    """A row for each step, from 0. Losses are in full precision, and empty if there is none."""
+    config, history = result.config, result.history
     for step, loss in enumerate(["", *history.training_loss]):
-        yield plan.method, step, step * plan.batch * plan.sequence, loss, history.held_out_loss.get(step, "")
+        yield config.method, step, step * config.batch * config.sequence, loss, history.held_out_loss.get(step, "")
 
 
 def summary(results: list[Result], corpus_name: str) -> dict[str, Any]:
-    """What results.json holds: the settings and the table's numbers, unrounded."""
+    """The content of results.json: the settings, and the table's figures, not rounded."""
     return {
         "versions": {"apollo_triton": __version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "text": corpus_name,
         "parameters": results[0].parameters,
         "methods": {
-            result.plan.method: {
+            result.config.method: {
                 "held_out_loss": result.held_out_loss,
                 "state_bytes": result.state_bytes,
                 "optimizer_step_seconds": result.optimizer_seconds,
                 "tokens_per_second": result.tokens_per_second,
-                "settings": asdict(result.plan),
+                "settings": asdict(result.config),
             }
             for result in results
         },
@@ -92,17 +93,17 @@ def summary(results: list[Result], corpus_name: str) -> dict[str, Any]:
 
 
 def table(results: list[Result]) -> Any:
-    """The rich table that the demo ends with; at most 80 columns wide."""
+    """The table that the demo prints at its end, a rich ``Table`` at most 80 columns wide."""
     rich_table = require("rich.table", "demo")
     first = results[0]
-    shown = rich_table.Table(title=f"LLaMA {first.plan.model}, {first.plan.steps} steps", title_justify="left")
+    shown = rich_table.Table(title=f"LLaMA {first.config.model}, {first.config.steps} steps", title_justify="left")
     shown.add_column("optimizer", no_wrap=True)
     for heading in ("lr", "held-out loss", "state", "optimizer step", "tokens/s"):
         shown.add_column(heading, justify="right")
     for result in results:
         shown.add_row(
             result.label,
-            f"{result.plan.learning_rate:g}",
+            f"{result.config.learning_rate:g}",
             f"{result.held_out_loss:.3f}{_against(result, first)}",
             as_bytes(result.state_bytes),
             f"{1e3 * result.optimizer_seconds:.1f} ms",
@@ -112,7 +113,7 @@ def table(results: list[Result]) -> Any:
 
 
 def as_bytes(count: float) -> str:
-    """A number of bytes for people.
+    """``count`` bytes as text, for people.
 
     >>> as_bytes(7_340_032)
     '7.34 MB'
@@ -131,16 +132,16 @@ def draw(
 
     ``seeds`` has, by method and seed, the final losses of more runs: marks to the right of the curves' ends.
     """
-    plan = results[0].plan
-    title = f"LLaMA {plan.model} on bytes, {len(results)} optimizers: same initial weights, same batches"
+    config = results[0].config
+    title = f"LLaMA {config.model} on bytes, {len(results)} optimizers: same initial weights, same batches"
     about = (
-        f"{machine}, {plan.dtype}, {plan.steps:,} steps of {plan.batch} x {plan.sequence} bytes; "
-        f"curves: one run, seed {plan.seed}"
+        f"{machine}, {config.dtype}, {config.steps:,} steps of {config.batch} x {config.sequence} bytes; "
+        f"curves: one run, seed {config.seed}"
     )
     looks = styles(result.label for result in results)
     with picture(path, title, about, 5, ncols=2, width_ratios=(2.2, 1)) as (_, (losses, states)):
         # The first tenth falls from log 256 and would flatten the rest.
-        shown_from = plan.steps / 10
+        shown_from = config.steps / 10
         for result in results:
             points = {step: loss for step, loss in result.history.held_out_loss.items() if step >= shown_from}
             look = {**looks[result.label], "linewidth": 2, "markersize": 5}
@@ -148,9 +149,9 @@ def draw(
             draw_curve(losses, list(points), list(points.values()), label=label, **look)
         if seeds:
             for shift, result in zip(shifts(len(results), 12), results, strict=True):
-                finals = list(seeds[result.plan.method].values())
+                finals = list(seeds[result.config.method].values())
                 look = {**looks[result.label], "linestyle": "none", "fillstyle": "none"}
-                draw_curve(losses, [1.06 * plan.steps] * len(finals), finals, shift, **look)
+                draw_curve(losses, [1.06 * config.steps] * len(finals), finals, shift, **look)
             known = sorted(set().union(*seeds.values()))
             label = f"seeds {', '.join(map(str, known))} at the end"
             losses.plot([], [], "o", color="#999999", fillstyle="none", label=label)
@@ -168,7 +169,7 @@ def draw(
 
 
 def _with_rank(result: Result) -> str:
-    rank = {"apollo": SIZES[result.plan.model].hidden // 4, "mini": 1}.get(result.plan.method)
+    rank = {"apollo": SIZES[result.config.model].hidden // 4, "mini": 1}.get(result.config.method)
     return result.label if rank is None else f"{result.label}, rank {rank}"
 
 

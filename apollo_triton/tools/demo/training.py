@@ -31,23 +31,26 @@ class Size(NamedTuple):
     heads: int
 
 
-# Two for CPUs, and the paper's (its table 11, the vocabulary apart).
+# Two sizes for CPUs, and the paper's (its table 11, except the vocabulary).
 SIZES = {"tiny": Size(32, 88, 2, 2), "1M": Size(192, 528, 2, 6)} | {
     name: Size(shape["hidden"], shape["intermediate"], shape["layers"], shape["heads"])
     for name, shape in paper_figures()["llama"].items()
 }
 
-OptimizerMaker = Callable[["Plan", torch.nn.Module], torch.optim.Optimizer]
+OptimizerMaker = Callable[["RunConfig", torch.nn.Module], torch.optim.Optimizer]
 LABELS = {"adamw": "AdamW", "apollo": "APOLLO", "mini": "APOLLO-Mini"}
 
-# Of APOLLO and Mini: kept until the step, freed within backward, never made.
+# Gradients of APOLLO and Mini: kept until the step, freed within backward, or never formed.
 GRADIENTS = ("stored", "freed", "none")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides a run's numbers. Two runs of one plan are equal bit for bit on one CPU; ``data`` is the text's
-    fingerprint, ``scale`` is Mini's and None for the others. ``gradients`` is one of ``GRADIENTS``."""
+class RunConfig:
+    """Everything that determines a run's results. Two runs of one config on one CPU are equal bit for bit.
+
+    ``data`` is the text's fingerprint. ``scale`` is Mini's, and None for the other methods. ``gradients`` is one of
+    ``GRADIENTS``.
+    """
 
     method: str
     learning_rate: float
@@ -67,7 +70,8 @@ class Plan:
         return max(1, self.steps // EVALUATIONS)
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up over the first tenth of the steps, then a cosine down to a tenth (step is 1, 2, ...)."""
+        """The learning rate of ``step`` (1, 2, ...): linear warm-up over a tenth of the steps, then a cosine to a
+        tenth."""
         warm_up = max(1, self.steps // 10)
         if step <= warm_up:
             return self.learning_rate * step / warm_up
@@ -77,8 +81,8 @@ class Plan:
 
 @dataclass
 class History:
-    """What a run has measured. ``training_loss`` has an entry a step; ``held_out_loss`` maps a step to the loss then;
-    the seconds, an entry a step, are wall time and so not reproducible."""
+    """What a run has measured. ``training_loss`` and the seconds have one entry per step; ``held_out_loss`` maps a step
+    to the loss then. Losses are in nats per token. Seconds are wall time, so they are not reproducible."""
 
     training_loss: list[float] = field(default_factory=list)
     held_out_loss: dict[int, float] = field(default_factory=dict)
@@ -87,35 +91,36 @@ class History:
 
 
 class Run:
-    """A model being trained by ``plan`` on ``corpus``, with the optimizer that ``build`` makes of plan and model."""
+    """A model being trained by ``config`` on ``corpus``, with the optimizer that ``build`` makes of config and
+    model."""
 
-    def __init__(self, plan: Plan, corpus: Corpus, build: OptimizerMaker | None = None) -> None:
-        self.plan, self.corpus = plan, corpus
+    def __init__(self, config: RunConfig, corpus: Corpus, build: OptimizerMaker | None = None) -> None:
+        self.config, self.corpus = config, corpus
         self.step = 0
         self.history = History()
-        model = make_model(plan.model, plan.sequence, plan.seed, corpus.vocabulary)
-        self.model = model.to(plan.device, getattr(torch, plan.dtype))
-        self.optimizer = (build or make_optimizer)(plan, self.model)
-        if plan.gradients != "stored" and isinstance(self.optimizer, APOLLOAdamW):
-            attach_layerwise(self.model, self.optimizer, gradients=plan.gradients)
-        self._held_out = corpus.held_out_windows(plan.sequence + 1).to(plan.device)
+        model = make_model(config.model, config.sequence, config.seed, corpus.vocabulary)
+        self.model = model.to(config.device, getattr(torch, config.dtype))
+        self.optimizer = (build or make_optimizer)(config, self.model)
+        if config.gradients != "stored" and isinstance(self.optimizer, APOLLOAdamW):
+            attach_layerwise(self.model, self.optimizer, gradients=config.gradients)
+        self._held_out = corpus.held_out_windows(config.sequence + 1).to(config.device)
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.plan.steps
+        return self.step >= self.config.steps
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the loss on the held-out text belongs to this step and is not known yet."""
-        due = self.step % self.plan.evaluation_gap == 0 or self.finished
+        """Whether the loss on the held-out text is to be measured at this step, and has not been yet."""
+        due = self.step % self.config.evaluation_gap == 0 or self.finished
         return due and self.step not in self.history.held_out_loss
 
     def advance(self) -> None:
         """One step of training."""
-        plan, started = self.plan, time.perf_counter()
-        windows = self.corpus.batch(plan.seed, self.step, plan.batch, plan.sequence + 1).to(plan.device)
+        config, started = self.config, time.perf_counter()
+        windows = self.corpus.batch(config.seed, self.step, config.batch, config.sequence + 1).to(config.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.learning_rate_at(self.step + 1)
+            group["lr"] = config.learning_rate_at(self.step + 1)
         self.optimizer.zero_grad()
         loss = self._loss(windows)
         loss.backward()
@@ -141,11 +146,12 @@ class Run:
         return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; whatever happens meanwhile, ``path`` holds the old one or the new one, whole."""
+        """Write a checkpoint. If the program dies meanwhile, ``path`` still holds the whole old one or the whole new
+        one."""
         unfinished = path.with_suffix(".tmp")
         torch.save(
             {
-                "plan": asdict(self.plan),
+                "config": asdict(self.config),
                 "step": self.step,
                 "history": asdict(self.history),
                 "model": self.model.state_dict(),
@@ -156,8 +162,8 @@ class Run:
         os.replace(unfinished, path)
 
     def load(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``; raises what ``read_checkpoint`` does."""
-        saved = read_checkpoint(path, self.plan)
+        """Continue from the checkpoint at ``path``. Raises ValueError as ``read_checkpoint`` does."""
+        saved = read_checkpoint(path, self.config)
         self.step, self.history = saved["step"], History(**saved["history"])
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -167,23 +173,23 @@ class Run:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
     def _wait(self) -> None:
-        if self.plan.device.startswith("cuda"):
+        if self.config.device.startswith("cuda"):
             torch.cuda.synchronize()
 
 
-def read_checkpoint(path: Path, plan: Plan) -> dict[str, Any]:
+def read_checkpoint(path: Path, config: RunConfig) -> dict[str, Any]:
     """What ``Run.save`` wrote to ``path``.
 
-    Raises ValueError if it cannot be read, or, naming what differs, if it is from another plan than ``plan``.
+    Raises ValueError if it cannot be read, and if its config is not ``config``; the text names what differs.
     """
     try:
-        saved = torch.load(path, map_location=plan.device, weights_only=True)
+        saved = torch.load(path, map_location=config.device, weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # which one depends on the bytes: UnpicklingError, RuntimeError, EOFError, KeyError...
+    except Exception as error:  # its type depends on the bytes: UnpicklingError, RuntimeError, EOFError, KeyError...
         raise ValueError(f"{path} is not a whole checkpoint; delete it, or leave --resume away") from error
-    for name, value in asdict(plan).items():
-        was = saved["plan"].get(name, getattr(Plan, name, None))  # a checkpoint may be older than an option
+    for name, value in asdict(config).items():
+        was = saved["config"].get(name, getattr(RunConfig, name, None))  # an older checkpoint may lack an option
         if was != value:
             raise ValueError(
                 f"{path} was made with {name.replace('_', ' ')} {was!r}, not {value!r}: "
@@ -193,13 +199,13 @@ def read_checkpoint(path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def make_model(name: str, sequence: int, seed: int, vocabulary: int = VOCABULARY) -> torch.nn.Module:
-    """transformers' LLaMA of size ``name``, float32; the same weights whenever ``seed`` is the same."""
-    # Nothing is downloaded; this keeps the library from so much as trying.
+    """transformers' LLaMA of size ``name``, in float32. The same ``seed`` gives the same weights."""
+    # Nothing is downloaded. This keeps the library from trying to.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = require("transformers", "demo")
     transformers.logging.set_verbosity_error()
     size = SIZES[name]
-    config = transformers.LlamaConfig(
+    llama_config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -208,20 +214,20 @@ def make_model(name: str, sequence: int, seed: int, vocabulary: int = VOCABULARY
         max_position_embeddings=sequence,
         bos_token_id=None,
         eos_token_id=None,
-        # The usual 0.02 suits widths of thousands. A narrow model then spends these few steps on a plateau: AdamW's
-        # held-out loss after 200 steps was 2.56, and 2.15 with 0.06 (hidden 160, 3 layers).
+        # The usual 0.02 suits widths of thousands. A narrow model would spend its few steps on a plateau: AdamW's
+        # held-out loss after 200 steps was 2.56 with 0.02 and 2.15 with 0.06 (hidden 160, 3 layers).
         initializer_range=size.hidden**-0.5,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(llama_config)
 
 
-def make_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of ``plan.method``: the paper's settings, without weight decay."""
-    if plan.method == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.0)
-    options: dict[str, Any] = {"lr": plan.learning_rate, "update_proj_gap": 200, "seed": plan.seed}
-    if plan.method == "apollo":
-        return APOLLOAdamW.apollo(model, rank=SIZES[plan.model].hidden // 4, **options)
-    return APOLLOAdamW.mini(model, scale=plan.scale, **options)
+def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of ``config.method``, with the paper's settings and no weight decay."""
+    if config.method == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    options: dict[str, Any] = {"lr": config.learning_rate, "update_proj_gap": 200, "seed": config.seed}
+    if config.method == "apollo":
+        return APOLLOAdamW.apollo(model, rank=SIZES[config.model].hidden // 4, **options)
+    return APOLLOAdamW.mini(model, scale=config.scale, **options)

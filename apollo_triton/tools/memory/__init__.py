@@ -1,4 +1,4 @@
-"""Memory of training, counted without allocating it."""
+"""The memory of a training, counted without allocating it."""
 
 from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
 

@@ -1,7 +1,8 @@
 """Activation memory of a training step, measured without a GPU and without allocating it.
 
-Forward and backward of the real model run on the meta device while a dispatch mode watches storages come and go, so
-that the count holds for any Hugging Face model and follows what its code and autograd do, not a formula.
+Forward and backward of the real model run on the meta device, and a dispatch mode follows the storages that they make
+and free. The count therefore holds for any Hugging Face model: it comes from the model's code and autograd, not from a
+formula.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes alive at the worst moment of a step beyond weights, buffers and optimizer state.
+    """Bytes alive at the peak of a step, in addition to weights, buffers and optimizer state.
 
-    ``saved`` was made by the forward pass: the inputs of checkpointed layers, the logits, what the loss keeps;
-    ``working`` by the backward: a layer's recomputed activations and gradients of activations; ``gradients`` are those
-    of weights. Each storage is in one part, at its size rounded up to 512 bytes.
+    ``saved`` was made by the forward pass: the inputs of checkpointed layers, the logits, and what the loss keeps.
+    ``working`` was made by the backward pass: a layer's recomputed activations, and gradients of activations.
+    ``gradients`` are the weights' gradients. Each storage counts in one part, with its size rounded up to 512 bytes.
+
+    >>> Peak(saved=1024, working=512, gradients=2048).activations
+    1536
     """
 
     saved: int
@@ -45,12 +49,12 @@ class Peak:
 
     @property
     def activations(self) -> int:
-        """All but the gradients of weights."""
+        """Bytes of everything except the weights' gradients."""
         return self.saved + self.working
 
     @property
     def total(self) -> int:
-        """All three parts."""
+        """Bytes of all three parts together."""
         return self.activations + self.gradients
 
 
@@ -62,33 +66,33 @@ def training_peak(
     layerwise: bool = True,
     without_gradient: Iterable[str] = (),
 ) -> Peak:
-    """What forward and backward of one training step allocate at most on a CUDA device.
+    """The most that forward and backward of one training step allocate on a CUDA device at a time.
 
     Args:
-        model: a Hugging Face language model on the meta device, as ``meta_model`` makes it; it stays as it is. Trace
-            before ``quantize_model``: the kernels of int8 weights allocate what those of plain layers do.
-        batch, sequence: the shape of the tokens, which are the labels too.
-        checkpointing: keep of each decoder layer its input alone, and compute the rest again in backward.
-        layerwise: free each weight's gradient once it is complete, as ``attach_layerwise`` does; otherwise all are
+        model: a Hugging Face language model on the meta device, as ``meta_model`` makes it. It is not changed. Trace it
+            before ``quantize_model``: the kernels of int8 weights allocate as much as those of plain layers.
+        batch, sequence: the shape of the tokens, which are also the labels.
+        checkpointing: keep only the input of each decoder layer, and compute the rest again in backward.
+        layerwise: free each weight's gradient once it is complete, as ``attach_layerwise`` does. Otherwise all are
             kept.
         without_gradient: names of the linear layers whose weights have no gradient, as with
-            ``attach_layerwise(..., gradients="none")``; what their updates take in passing is not counted.
+            ``attach_layerwise(..., gradients="none")``. Temporary memory of their updates is not counted.
 
-    Attention is what CUDA takes: the flash kernel for 16-bit floats without a mask, else the memory-efficient one,
-    neither of which has the matrix of scores. Not counted: what lives within one kernel (cuBLAS' workspaces of 8 to 32
-    MB) or outside the allocator (the CUDA context).
+    Attention is counted as CUDA computes it: with the flash kernel for 16-bit floats without a mask, else with the
+    memory-efficient kernel. Neither allocates the matrix of scores. Memory that lives within one kernel (cuBLAS'
+    workspaces of 8 to 32 MB) or outside the allocator (the CUDA context) is not counted.
 
-    Raises ValueError for a shape below 1, a model that is not on the meta device or takes no tokens and labels, and
-    one whose computation depends on values, as that of a mixture of experts may.
+    Raises ValueError for a shape below 1, for a model that is not on the meta device or takes no tokens and labels, and
+    for a model whose computation depends on values, as a mixture of experts' may.
 
-    >>> from apollo_triton.llama import meta_model  # doctest: +SKIP
+    >>> from apollo_triton.tools.llama import meta_model  # doctest: +SKIP
     >>> training_peak(meta_model("7B"), batch=1, sequence=256)  # doctest: +SKIP
     Peak(saved=75634176, working=18481664, gradients=262144000)
     """
     _check(model, batch, sequence)
-    model = copy.deepcopy(model).train()  # of tensors without memory
+    model = copy.deepcopy(model).train()  # cheap: its tensors have no memory
     _set_checkpointing(model, checkpointing)
-    updater = _Nothing()  # which forwards do not keep alive
+    updater = _NoUpdates()  # kept here, because the layers do not keep it alive
     for name in without_gradient:
         layer: Any = model.get_submodule(name)
         layer.forward = LinearForward(layer, updater)
@@ -105,8 +109,8 @@ def training_peak(
     return allocations.peak()
 
 
-class _Nothing:
-    """Takes every weight and leaves it as it is."""
+class _NoUpdates:
+    """An updater of linear layers that accepts every weight and changes none."""
 
     def takes(self, weight: Tensor) -> bool:
         return True
@@ -117,16 +121,16 @@ class _Nothing:
     def check(self, weight: Tensor, ran_once: bool) -> None:
         pass
 
-    def update(self, weight: Tensor, operands: ImplicitGradient) -> None:
+    def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         pass
 
 
 def _set_checkpointing(model: Any, on: bool) -> None:
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers before 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.2x
     if not on:
         getattr(model, f"{kind}_checkpointing_disable")()
         return
-    # The check would compare devices, which _AsOnCuda hides from the model but not from autograd.
+    # The determinism check compares devices. _AsOnCuda hides them from the model, but not from autograd.
     options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), _AsOnCuda())}
     getattr(model, f"{kind}_checkpointing_enable")(options)
 
@@ -152,10 +156,11 @@ class _Allocation:
 
 
 class Allocations(TorchDispatchMode):
-    """Follows every storage that is made while the mode is on, but for the weights and buffers of ``model``.
+    """Follows every storage that is made while the mode is on, except the weights and buffers of ``model``.
 
-    ``torch.distributed._tools.mem_tracker`` finds the same total. Here the storages alive at the peak are kept, so
-    that one which turns out to be a weight's gradient only later, when it reaches ``.grad``, is still told apart.
+    ``torch.distributed._tools.mem_tracker`` finds the same total. This class keeps the list of storages at the peak.
+    A storage is known to be a weight's gradient only later, when it reaches ``.grad``; in the list it can still be
+    marked as one.
 
     >>> layer = nn.Linear(256, 256, bias=False)
     >>> with Allocations(layer, layerwise=False) as allocations:
@@ -175,7 +180,7 @@ class Allocations(TorchDispatchMode):
         self._at_peak: list[_Allocation] = []
         self._size = self._peak_size = 0
         self._hooks: list[Any] = []
-        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._of_model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __enter__(self) -> Allocations:
         for parameter in self._model.parameters():
@@ -190,11 +195,11 @@ class Allocations(TorchDispatchMode):
             hook.remove()
 
     def end_forward(self) -> None:
-        """From here on, what is made is made by the backward."""
+        """Call this between forward and backward: storages made from here on count as the backward's."""
         self._made_by = "working"
 
     def peak(self) -> Peak:
-        """The parts of the largest total so far."""
+        """The largest total so far, by parts."""
         sizes = dict.fromkeys(("saved", "working", "gradients"), 0)
         for allocation in self._at_peak:
             sizes[allocation.part] += allocation.size
@@ -202,16 +207,16 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _call(func, args, kwargs or {})
-        for each in tree_leaves(result):
-            if isinstance(each, Tensor):
-                self._watch(each.untyped_storage())
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._watch(value.untyped_storage())
         if self._size > self._peak_size:
             self._peak_size, self._at_peak = self._size, list(self._alive.values())
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
-        if address in self._own or address in self._alive:
+        if address in self._of_model or address in self._alive:
             return
         size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
         self._alive[address] = _Allocation(size, self._made_by)
@@ -231,24 +236,27 @@ class Allocations(TorchDispatchMode):
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run ``func`` on the meta device if any of its tensors is there, and else as it is.
+    """Run ``func`` on the meta device if any of its tensors is there, else unchanged.
 
-    So integers that depend on no weight, as positions and masks made of them, keep their values: models look at them
-    to leave out a mask.
+    Integers that depend on no weight, such as positions and the masks made of them, so keep their values. Models read
+    them to decide whether a mask is needed.
     """
-    if not any(isinstance(each, Tensor) and each.is_meta for each in tree_leaves((args, kwargs))):
+    if not any(isinstance(value, Tensor) and value.is_meta for value in tree_leaves((args, kwargs))):
         return func(*args, **kwargs)
     if "device" in kwargs:
         kwargs = kwargs | {"device": torch.device("meta")}
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             return aten.alias.default(*args)  # a move from the device to itself
-    args, kwargs = tree_map_only(Tensor, lambda each: each.to("meta"), (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     return func(*args, **kwargs)
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Takes CUDA's attention kernels, and hides the meta device, which autocast does not know and which would take
-    the values of positions and masks away: to the model, all is on one device, and ``_call`` brings it together."""
+    """Uses CUDA's attention kernels, and hides the meta device from the model.
+
+    Autocast does not know the meta device, and positions and masks would lose their values on it. The model sees all
+    tensors on one device, and ``_call`` moves those of an operation to the meta device if necessary.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.device.__get__:
@@ -268,7 +276,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that ``scaled_dot_product_attention`` takes on a CUDA device."""
+    """The kernel that ``scaled_dot_product_attention`` uses on a CUDA device."""
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= FLASH_HEAD:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:

@@ -1,6 +1,6 @@
-"""Count the bytes of weights, gradients and optimizer state, exactly, with AdamW, AdamW-8bit and APOLLO.
+"""Count the exact bytes of weights, gradients and optimizer state, with AdamW, AdamW-8bit and APOLLO.
 
-Nothing is allocated: models live on the meta device, and the shapes are those that the optimizer itself uses.
+Nothing is allocated: models are on the meta device, and the shapes come from the optimizer itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from ..text import COLUMNS, table
 from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 
-OWN = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison alone
+COMPARISON_ONLY = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison of methods
 
 
 @dataclass(frozen=True)
 class Report:
-    """The four methods' memory for one model: ``kind`` is its class, ``state_dtype`` that of APOLLO's moments."""
+    """One model's memory with the four methods. ``kind`` is the model's class, ``state_dtype`` APOLLO's moments'
+    dtype."""
 
     model: str
     kind: str
@@ -73,15 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what the options ask for; 0. Raises ValueError or OSError for a model or rank that cannot be."""
+    """Print what the options ask for, and return 0. Raises ValueError or OSError for a wrong model, rank or option."""
     if not options.single_card:
         _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
     if options.paper:
-        _refuse(options, *OWN, "single_card", reason="--paper has the paper's own settings")
+        _refuse(options, *COMPARISON_ONLY, "single_card", reason="--paper has the paper's own settings")
         print(_paper_json() if options.json else _paper_text())
         return 0
     if options.single_card:
-        _refuse(options, *OWN, reason="--single-card has the recipe's own settings")
+        _refuse(options, *COMPARISON_ONLY, reason="--single-card has the recipe's own settings")
         return _run_single_card(options)
     with _notes():
         reports = [_report(model, options) for model in options.model or named_sizes()]
@@ -101,15 +102,15 @@ def _run_single_card(options: argparse.Namespace) -> int:
     with _notes():
         counted = [single_card.count(model, **shape) for model in options.model or ["7B"]]
     if options.json:
-        print(json.dumps([single_card.as_dict(each) for each in counted], indent=2))
+        print(json.dumps([single_card.as_dict(card) for card in counted], indent=2))
     else:
-        print("\n\n".join(single_card.text(each) for each in counted))
+        print("\n\n".join(single_card.text(card) for card in counted))
     return 0
 
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Warnings go to standard error, each once and without its line of code."""
+    """Print warnings to standard error, each text once and without its line of code."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -126,16 +127,16 @@ def _refuse(options: argparse.Namespace, *names: str, reason: str) -> None:
 def _report(name: str, options: argparse.Namespace) -> Report:
     dtype, state_dtype = options.dtype or "bfloat16", options.state_dtype or "float32"
     rank = default_rank(name) if options.rank is None else options.rank
-    own: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
+    apollo_options: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
     if options.target_modules:
         targets = options.target_modules
-        own["target_modules"] = targets[0] if targets == ["all-linear"] else targets
+        apollo_options["target_modules"] = targets[0] if targets == ["all-linear"] else targets
     model = meta_model(name, getattr(torch, dtype))
     methods = {
         "AdamW": adamw(model),
         "AdamW-8bit": adamw_8bit(model),
-        "APOLLO": apollo(model, rank, **own),
-        "APOLLO-Mini": apollo_mini(model, **own),
+        "APOLLO": apollo(model, rank, **apollo_options),
+        "APOLLO-Mini": apollo_mini(model, **apollo_options),
     }
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, methods)
@@ -147,7 +148,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
 
 
 def _details(report: Report) -> str:
-    """Exact bytes, one method a column."""
+    """The table of exact bytes, with one column per method."""
     names = [f"APOLLO r={report.rank}" if name == "APOLLO" else name for name in report.methods]
     memories = list(report.methods.values())
     rows = [["bytes", *names]]
@@ -164,7 +165,7 @@ def _details(report: Report) -> str:
 
 
 def _summary(reports: Sequence[Report]) -> str:
-    """One line a model: the totals in GB."""
+    """The table of totals in GB, with one line per model."""
     rows = [["GB", "weights", "rank", *reports[0].methods]]
     for report in reports:
         totals = [f"{memory.total / GB:.2f}" for memory in report.methods.values()]

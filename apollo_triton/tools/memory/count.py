@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state, exactly, with AdamW, AdamW-8bit and APOLLO."""
+"""Exact bytes of weights, gradients and optimizer state, with AdamW, AdamW-8bit and APOLLO."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from ...params.member import Param, find_shard
 from ...params.state import MOMENTS, make_state, state_shapes
 
 FLOAT32_BYTES = 4
-# bitsandbytes: what is smaller keeps float32 moments.
+# bitsandbytes keeps float32 moments for tensors of fewer elements.
 SMALLEST_8BIT = 4096
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a model in training, without activations and what lives only during a step.
+    """Bytes of a model in training, without activations and without memory that is used only during a step.
 
-    ``moments`` are the first and second moments; ``other`` is the rest of the optimizer's state: per parameter a
-    float32 ``step`` (on the host) and APOLLO's ``update_norm``, a stored svd projection, 8-bit scales and maps.
+    ``moments`` are the first and second moments. ``other`` is the rest of the optimizer's state: for each parameter a
+    float32 ``step`` (on the host) and APOLLO's ``update_norm``; a stored svd projection; 8-bit scales and maps.
+
+    >>> Memory(weights=32, gradients=32, moments=64, other=4).total
+    132
     """
 
     weights: int
@@ -34,17 +37,17 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What the optimizer keeps."""
+        """Bytes of the optimizer's state: moments and other."""
         return self.moments + self.other
 
     @property
     def total(self) -> int:
-        """Weights, gradients and state."""
+        """Bytes of weights, gradients and state."""
         return self.weights + self.gradients + self.state
 
 
 def adamw(model: nn.Module) -> Memory:
-    """With ``torch.optim.AdamW``, whose moments have the dtype of the weights.
+    """Bytes with ``torch.optim.AdamW``, whose moments have the dtype of the weights.
 
     >>> adamw(nn.Linear(4, 2, bias=False))
     Memory(weights=32, gradients=32, moments=64, other=4)
@@ -54,9 +57,9 @@ def adamw(model: nn.Module) -> Memory:
 
 
 def adamw_8bit(model: nn.Module) -> Memory:
-    """With ``bitsandbytes.optim.AdamW8bit`` (0.44 or newer): a byte per moment, a float32 scale per 256 of them.
+    """Bytes with ``bitsandbytes.optim.AdamW8bit`` (0.44 or newer): a byte per moment, a float32 scale per 256 of them.
 
-    Tensors of fewer than 4096 elements keep float32 moments; the two maps of 256 float32 values are shared by all.
+    Tensors of fewer than 4096 elements keep float32 moments. All parameters share two maps of 256 float32 values.
 
     >>> adamw_8bit(nn.Linear(64, 64, bias=False)).other == 4 * (2 * 16 + 2 * 256)
     True
@@ -69,7 +72,7 @@ def adamw_8bit(model: nn.Module) -> Memory:
 
 
 def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
-    """With ``APOLLOAdamW.apollo(model, rank, **options)``: ``[channels, rank]`` moments for attention and MLP weights.
+    """Bytes with ``APOLLOAdamW.apollo(model, rank, **options)``: moments of attention and MLP are ``[channels, rank]``.
 
     >>> apollo(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)}), rank=4)
     Memory(weights=8192, gradients=8192, moments=2048, other=8)
@@ -78,7 +81,7 @@ def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
 
 
 def apollo_mini(model: nn.Module, **options: Any) -> Memory:
-    """With ``APOLLOAdamW.mini(model, **options)``: moments of rank 1.
+    """Bytes with ``APOLLOAdamW.mini(model, **options)``: moments of rank 1.
 
     >>> apollo_mini(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)})).moments == 4 * 2 * 64
     True
@@ -87,7 +90,7 @@ def apollo_mini(model: nn.Module, **options: Any) -> Memory:
 
 
 def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
-    """Bytes of the moments and of all other state that the optimizer will make at its first step."""
+    """Bytes of the moments, and of all other state, that the optimizer makes at its first step."""
     moments = other = 0
     for group in optimizer.param_groups:
         settings = Settings.of(group)
@@ -99,7 +102,7 @@ def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
             tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
             moments += sum(tensor.nbytes for name, tensor in tensors.items() if name in MOMENTS)
             other += sum(tensor.nbytes for name, tensor in tensors.items() if name not in MOMENTS)
-            # svd's projection comes with the first gradient
+            # svd's projection is made at the first gradient
             other += FLOAT32_BYTES * prod(state_shapes(parameter, settings).get("projection", (0,)))
     return moments, other
 

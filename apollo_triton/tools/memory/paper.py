@@ -1,9 +1,9 @@
-"""The memory column of the paper's tables beside exact counts under its own convention.
+"""The memory column of the paper's tables beside exact counts under the paper's convention.
 
-The convention, as far as there is one (docs/memory.md): everything in bfloat16; all weights, AdamW's two moments,
-and of the low-rank methods the moments of the projected matrices (and a stored projection), but no moments of the
-embeddings, head and norms, although those are trained with AdamW. Whether a G is 10**9 or 2**30 bytes varies from
-cell to cell, so both are counted; a cell that is neither gets a note of what its figure would take.
+The convention, as far as there is one (docs/memory.md): everything is in bfloat16. All weights count, and AdamW's two
+moments. For the low-rank methods the moments of the projected matrices count, and a stored projection. The moments of
+embeddings, head and norms do not count for them, although these are trained with AdamW. A G is 10**9 bytes in some
+cells and 2**30 in others, so both are tried. A cell that agrees with neither gets a note of what its figure would take.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BFLOAT16_BYTES = 2
 class Cell:
     """One printed figure, and the bytes it stands for.
 
-    ``printed`` keeps the paper's digits; ``counted`` is our count in bytes under the paper's convention; ``note``
-    says what the printed figure would take, which matters where it is reproduced in neither unit.
+    ``printed`` has the paper's digits. ``counted`` is our count in bytes under the paper's convention. ``note`` says
+    what the printed figure would take; it is shown if the count agrees in neither unit.
 
     >>> Cell("APOLLO-Mini", "350M", "0.69", 736_448_512).reproduced
     'GiB'
@@ -49,8 +49,8 @@ class Cell:
 
 
 def pretraining_cells() -> list[Cell]:
-    """Weights and states of the C4 pre-training table, 60M to 1B. GaLore and Fira keep the tensors of APOLLO svd,
-    and the paper prints the same figure for all three: one cell stands for them."""
+    """Weights and states of the C4 pre-training table, 60M to 1B. GaLore and Fira keep the same tensors as APOLLO svd,
+    and the paper prints the same figure for all three, so they share one cell."""
     printed = paper_figures()["pretrain_c4_perplexity"]
     cells = []
     for size in printed["AdamW"]:
@@ -76,7 +76,7 @@ def pretraining_cells() -> list[Cell]:
 
 
 def state_cells() -> list[Cell]:
-    """The states, without weights, that the 7B table prints. Of 8-bit Adam it counts a byte per moment."""
+    """The states, without weights, that the 7B table prints. For 8-bit Adam it counts one byte per moment."""
     printed = paper_figures()["state_gb_7b"]
     model = meta_model("7B")
     counted = {
@@ -88,7 +88,7 @@ def state_cells() -> list[Cell]:
 
 
 def _low_rank_and_dense(optimizer: APOLLOAdamW) -> tuple[int, int]:
-    """Bytes of the projected matrices' states and of the dense rest's moments, in bfloat16."""
+    """Bytes in bfloat16 of the projected matrices' states, and of the dense parameters' moments."""
     low_rank = dense = 0
     for group in optimizer.param_groups:
         settings = Settings.of(group)

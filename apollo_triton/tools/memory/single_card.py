@@ -1,4 +1,4 @@
-"""The memory of the recipe that trains on one small card, part by part, before anything is allocated.
+"""Predicts, part by part, the memory of the recipe that trains on one small card.
 
 The recipe is ``examples/pretrain_c4.py --config 7b_one_card``: int8 weights without gradients, APOLLO-Mini, layer-wise
 updates of the others and checkpointed decoder layers. ``apollo-triton memory --single-card`` prints it.
@@ -22,14 +22,14 @@ from .activations import training_peak
 from .count import apollo_mini
 from .paper import GB
 
-TARGETS = "attn", "mlp"  # whose weights are int8, and have no gradient
-OPTIONS: dict[str, Any] = {"state_bits": 8}  # the recipe's, of APOLLOAdamW.mini
-CARDS = 11, 12  # GB, of the small cards that it is for
+TARGETS = "attn", "mlp"  # modules whose weights are int8 and have no gradient
+OPTIONS: dict[str, Any] = {"state_bits": 8}  # of APOLLOAdamW.mini, in the recipe
+CARDS = 11, 12  # GB of the small cards that the recipe is for
 
 
 @dataclass(frozen=True)
 class SingleCard:
-    """Bytes at the worst moment of a step, each in one of ``parts``, for tokens of shape ``[batch, sequence]``."""
+    """Bytes at the peak of a step, for tokens of shape ``[batch, sequence]``. Each byte is in one of ``parts``."""
 
     model: str
     batch: int
@@ -39,7 +39,7 @@ class SingleCard:
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
 
@@ -50,11 +50,12 @@ def count(
 
     Args:
         model: as in ``meta_model``.
-        batch, sequence: the shape of the tokens of a step.
-        dtype: of the weights that are not int8, of activations and gradients.
-        options: of ``APOLLOAdamW.mini``, instead of ``OPTIONS``.
+        batch, sequence: the shape of a step's tokens.
+        dtype: the dtype of activations, gradients, and weights that are not int8.
+        options: options of ``APOLLOAdamW.mini``, instead of ``OPTIONS``.
 
-    Raises what ``meta_model``, ``training_peak`` and ``quantize_model`` raise for a model or shape that cannot be.
+    Raises ValueError or OSError for a wrong model or shape, as ``meta_model``, ``training_peak`` and ``quantize_model``
+    do.
 
     >>> count("7B", batch=1, sequence=256).total  # doctest: +SKIP
     8255340940
@@ -85,13 +86,13 @@ def count(
 
 
 def rows(counted: SingleCard) -> list[list[str]]:
-    """Name, bytes and GB (1e9 bytes) of each part and of the total."""
+    """Name, bytes and GB (1e9 bytes) of each part and of the total, as text."""
     sizes = counted.parts | {"total": counted.total}
     return [[name, f"{size:,}", f"{size / GB:.3f}"] for name, size in sizes.items()]
 
 
 def text(counted: SingleCard) -> str:
-    """The table of ``apollo-triton memory --single-card``, and which cards it fits."""
+    """The table of ``apollo-triton memory --single-card``, and which cards the recipe fits."""
     title = (
         f"{counted.model}: a step of {counted.batch} x {counted.sequence} tokens in {counted.dtype}, int8 weights "
         "without gradients, APOLLO-Mini, layer-wise updates, checkpointed layers"

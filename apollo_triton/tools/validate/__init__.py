@@ -1,1 +1,1 @@
-"""``apollo-triton validate``: the kernels against the reference path, and both against float64."""
+"""``apollo-triton validate``: compares the kernels and the reference backend with float64."""

@@ -1,4 +1,4 @@
-"""The two paths that ``apollo-triton validate`` compares, on parameters that both draw alike, and their errors."""
+"""One backend's run of a case of ``apollo-triton validate``, and the errors of both backends' runs."""
 
 from __future__ import annotations
 
@@ -16,57 +16,59 @@ from ...optimizer import APOLLOAdamW
 from .cases import DTYPES, GAP, Case
 from .float64 import STRADDLING, STRAGGLERS, Matrix
 
-PATHS = {"kernels": "triton", "reference": "reference"}
-# As in a language model. A step's update is then half the weight, and the weight's own rounding hides little of it.
+BACKENDS = {"kernels": "triton", "reference": "reference"}  # a run's name, and the optimizer's ``backend``
+# Scales as in a language model. A step's update is then half the weight, and the weight's rounding hides little of it.
 LEARNING_RATE, WEIGHT_SCALE, GRADIENT_SCALE = 1e-2, 0.02, 1e-2
 SPIKE = 4  # the step whose gradient holds an infinity
 
 
 class Errors:
-    """Of one case: each measure's limit and the largest error of each path; a NaN counts as infinite."""
+    """One case's errors: for each measure the limit, and the largest error of each run. A NaN counts as infinite."""
 
     def __init__(self) -> None:
         self.limits: dict[str, float] = {}
         self.found: dict[str, dict[str, float]] = {}
         self._counts: dict[tuple[str, str], list[float]] = {}
 
-    def add(self, path: str, measure: str, error: Tensor | float, limit: float) -> None:
-        """Note an error."""
+    def add(self, backend: str, measure: str, error: Tensor | float, limit: float) -> None:
+        """Note an error of the run named ``backend``."""
         value = float(error)
-        found = self.found.setdefault(measure, dict.fromkeys(PATHS, 0.0))
-        found[path] = max(found[path], math.inf if math.isnan(value) else value)
+        found = self.found.setdefault(measure, dict.fromkeys(BACKENDS, 0.0))
+        found[backend] = max(found[backend], math.inf if math.isnan(value) else value)
         self.limits[measure] = max(limit, self.limits.get(measure, 0.0))
 
     def add_rounded(
-        self, path: str, measure: str, got: Tensor, expected: Tensor, slack: Tensor, apt: Tensor | None = None
+        self, backend: str, measure: str, got: Tensor, expected: Tensor, slack: Tensor, excused: Tensor | None = None
     ) -> None:
-        """Note how many 16-bit numbers are not those expected, as a share of all of the case. Infinite if one is off by
-        more than a unit in the last place and ``slack``, which is float32's own error where numbers cancel. ``apt`` is
-        the error that a badly conditioned R excuses."""
-        numbers = torch.finfo(got.dtype)
-        unit = numbers.eps * expected.double().abs() + numbers.smallest_normal * numbers.eps
+        """Note which share of a case's 16-bit values are not as expected.
+
+        The share is infinite if a value is off by more than a unit in the last place plus ``slack``, the error that
+        float32 makes if values cancel. ``excused`` is the error that a badly conditioned R excuses.
+        """
+        finfo = torch.finfo(got.dtype)
+        unit = finfo.eps * expected.double().abs() + finfo.smallest_normal * finfo.eps
         near = (got.double() - expected.double()).abs() <= unit + slack
-        counts = self._counts.setdefault((path, measure), [0, 0, STRAGGLERS])
+        counts = self._counts.setdefault((backend, measure), [0, 0, STRAGGLERS])
         counts[0] += int((got != expected).sum()) if bool(near.all()) else math.inf
         counts[1] += got.numel()
-        if apt is not None:
-            counts[2] += float((apt / (unit / 2)).clamp(max=1).sum())  # a unit is ``unit`` or half of it
-        self.found.setdefault(measure, dict.fromkeys(PATHS, 0.0))[path] = counts[0] / counts[1]
-        limits = [STRADDLING + few / size for (_, name), (_, size, few) in self._counts.items() if name == measure]
-        self.limits[measure] = max(limits)
+        if excused is not None:
+            counts[2] += float((excused / (unit / 2)).clamp(max=1).sum())  # a unit is ``unit`` or half of it
+        self.found.setdefault(measure, dict.fromkeys(BACKENDS, 0.0))[backend] = counts[0] / counts[1]
+        counted = [values for (_, name), values in self._counts.items() if name == measure]
+        self.limits[measure] = max(STRADDLING + stragglers / size for _, size, stragglers in counted)
 
     def share(self, measure: str) -> float:
-        """The larger error as a share of the limit."""
+        """The larger of the two runs' errors, as a share of the limit."""
         error, limit = max(self.found[measure].values()), self.limits[measure]
         return error / limit if limit else math.inf if error else 0.0
 
     def worst(self) -> list[str]:
-        """The measures, nearest to its limit first."""
+        """The measures, the one nearest to its limit first."""
         return sorted(self.found, key=self.share, reverse=True)
 
 
 class BackendRun:
-    """One engine with parameters of its own, which both paths draw alike."""
+    """A case run by one backend. Each run has its own parameters, with the same values in both."""
 
     def __init__(self, case: Case, name: str, device: torch.device, seed: int) -> None:
         self.case, self.name, self.device, self.t = case, name, device, 0
@@ -74,23 +76,23 @@ class BackendRun:
         dtype, self.gradient_dtype = DTYPES[case.dtypes]
         weights = [_laid_out(self.drawn(shape, WEIGHT_SCALE).to(device, dtype), case.layout) for shape in case.shapes]
         self.parameters = [nn.Parameter(weight) for weight in weights]
-        # A common part makes the moments point somewhere.
+        # All gradients share this part, so that the moments have a direction.
         self.common = [self.drawn(shape, GRADIENT_SCALE) for shape in case.shapes]
         options: dict[str, Any] = {"lr": LEARNING_RATE, **case.options}
-        if options.get("capturable"):  # the kernels' alone; the learning rate is a tensor then
+        if options.get("capturable"):  # only for the kernels; the learning rate is then a tensor
             options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
-        own = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
-        group = {"params": self.parameters, **({"update_proj_gap": GAP} | own if own else {})}
-        self.optimizer = APOLLOAdamW([group], backend=PATHS[name], seed=seed, **options)
+        low_rank_options = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
+        group = {"params": self.parameters, **({"update_proj_gap": GAP} | low_rank_options if low_rank_options else {})}
+        self.optimizer = APOLLOAdamW([group], backend=BACKENDS[name], seed=seed, **options)
         self.settings = Settings.of(self.optimizer.param_groups[0])
         self.keeps_rows = [self.geometry(parameter).keeps_rows for parameter in self.parameters]
 
     def drawn(self, shape: tuple[int, ...], scale: float) -> Tensor:
-        """Normals, the same on both paths."""
+        """Normals times ``scale``, the same in both runs."""
         return torch.randn(shape, generator=self.generator) * scale
 
     def geometry(self, parameter: Tensor) -> Geometry:
-        """How it is cut up; a vector, as if it were one number."""
+        """The parameter's geometry; a vector's is that of a 1 x 1 matrix."""
         return Geometry.of(parameter.shape if parameter.dim() > 1 else (1, 1), self.settings.proj_type)
 
     def is_low_rank(self, index: int) -> bool:
@@ -98,7 +100,7 @@ class BackendRun:
         return self.settings.rank is not None and self.parameters[index].dim() > 1
 
     def new_gradients(self) -> None:
-        """Those of the next step, in place of the last."""
+        """Set the gradients of the next step."""
         self.t += 1
         for index, parameter in enumerate(self.parameters):
             gradient = self.common[index] + self.drawn(tuple(parameter.shape), GRADIENT_SCALE)
@@ -107,18 +109,18 @@ class BackendRun:
             self.set_gradient(parameter, _laid_out(gradient.to(self.device, self.gradient_dtype), self.case.layout))
 
     def set_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Also of another dtype than the parameter's."""
+        """Set ``.grad``, which may have another dtype than the parameter."""
         parameter.grad = None
         if gradient.dtype != parameter.dtype:
             parameter.grad_dtype = gradient.dtype
         parameter.grad = gradient
 
     def matrices(self, index: int, tensor: Tensor) -> list[Tensor]:
-        """Those of a weight or gradient, channels first; a dense one as it is."""
+        """The matrices of a weight or gradient, channels first; a dense one as it is."""
         if not self.is_low_rank(index):
             return [tensor]
         matrices = list(tensor) if tensor.dim() == 3 else [tensor.reshape(len(tensor), -1)]
-        return [each if self.keeps_rows[index] else each.T for each in matrices]
+        return [matrix if self.keeps_rows[index] else matrix.T for matrix in matrices]
 
     def snapshot(self) -> list[list[Matrix]]:
         """Copies of the matrices of each parameter, with their state, in float64."""
@@ -137,7 +139,8 @@ class BackendRun:
         return result
 
     def projections(self, index: int) -> list[Tensor]:
-        """P of this step for each matrix of a parameter, which svd has made by now."""
+        """P of this step for each matrix of a parameter. For svd it is read from the state, so call this after the
+        step."""
         settings = self.settings
         assert settings.rank is not None
         parameter = self.parameters[index]
@@ -151,7 +154,7 @@ class BackendRun:
         return [P] * geometry.matrices
 
     def rounded(self, values: Tensor, dtype: torch.dtype, stream: Stream, position: int, transposed: bool) -> Tensor:
-        """float64 values as a step stores them: rounded once, to nearest or by the random bits of their places."""
+        """float64 values as a step stores them: rounded once, to nearest or by the random bits of their elements."""
         values = values.T if transposed else values
         stochastic = stream != Stream.WEIGHT or self.settings.stochastic_rounding
         if stochastic and dtype == torch.bfloat16:
@@ -163,7 +166,7 @@ class BackendRun:
 
 
 def _laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same values, elsewhere in memory."""
+    """The same values with another memory layout."""
     if layout == "transposed":
         return values.mT.contiguous().mT if values.dim() > 1 else values
     if layout == "gaps":

@@ -1,4 +1,4 @@
-"""What ``apollo-triton validate`` tries: shapes, dtypes, ranks and options, each line of its table one ``Case``."""
+"""The cases of ``apollo-triton validate``: shapes, dtypes, ranks and options. Each line of its table is a ``Case``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 Shape = tuple[int, ...]
 
-# Of weights and gradients.
+# The dtypes of weights and of gradients.
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -19,15 +19,15 @@ DTYPES = {
     "fp32/bf16": (torch.float32, torch.bfloat16),
 }
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
-STEPS, GAP = 8, 3  # two refreshes of P, and two steps with the last one
+STEPS, GAP = 8, 3  # two refreshes of P, and two steps after the last one
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line: ``kind`` is what is run ("projection", "verbs", "steps" or "operands"), ``options`` what the
-    optimizer is given.
+    """One line of the table. ``kind`` is what is run: "projection", "verbs", "steps" or "implicit". ``options`` are the
+    optimizer's.
 
-    ``layout`` is how weights and gradients lie in memory; ``spike`` has the fourth gradient hold an infinity.
+    ``layout`` is the memory layout of weights and gradients. With ``spike`` the fourth gradient holds an infinity.
     """
 
     kind: str
@@ -46,13 +46,13 @@ def _verbs(shape: Shape, dtypes: str = "fp32", name: str = "", **options: Any) -
 
 
 def _steps(name: str, *shapes: Shape, dtypes: str = "fp32", **rest: Any) -> Case:
-    """``rest``: a case's own fields, and the optimizer's options."""
-    own = {key: rest.pop(key) for key in ("layout", "spike", "steps") if key in rest}
-    return Case("steps", f"{_size(shapes[0])} {dtypes} {name}", shapes, dtypes, rest, **own)
+    """``rest`` holds fields of ``Case`` and options of the optimizer."""
+    case_fields = {key: rest.pop(key) for key in ("layout", "spike", "steps") if key in rest}
+    return Case("steps", f"{_size(shapes[0])} {dtypes} {name}", shapes, dtypes, rest, **case_fields)
 
 
-def _operands(name: str, shape: Shape, dtypes: str = "bf16", **options: Any) -> Case:
-    return Case("operands", f"{_size(shape)} {dtypes} {name}", (shape,), dtypes, options)
+def _implicit(name: str, shape: Shape, dtypes: str = "bf16", **options: Any) -> Case:
+    return Case("implicit", f"{_size(shape)} {dtypes} {name}", (shape,), dtypes, options)
 
 
 def _size(shape: Shape) -> str:
@@ -67,7 +67,7 @@ def _projections() -> Iterator[Case]:
 
 
 def default_cases(on_gpu: bool) -> list[Case]:
-    """One case for each thing that could go wrong: about 85 s in the interpreter, 2 cores."""
+    """One case for each thing that could go wrong: about 85 s in the interpreter on 2 cores."""
     f32, bf16, tall, wide = "fp32", "bf16", (96, 64), (64, 96)
     cases = [
         *_projections(),
@@ -125,17 +125,17 @@ def default_cases(on_gpu: bool) -> list[Case]:
         _steps("dense, capturable", tall, dtypes=bf16, capturable=True),
     ]
     cases += [
-        _operands("Mini", (200, 130), **MINI),
-        _operands("Mini", (130, 200), "fp32", **MINI),
-        _operands("rank 16, stochastic", (130, 200), rank=16, stochastic_rounding=True, weight_decay=0.1),
-        _operands("rank 4", (70, 40), "fp32/bf16", rank=4),
+        _implicit("Mini", (200, 130), **MINI),
+        _implicit("Mini", (130, 200), "fp32", **MINI),
+        _implicit("rank 16, stochastic", (130, 200), rank=16, stochastic_rounding=True, weight_decay=0.1),
+        _implicit("rank 4", (70, 40), "fp32/bf16", rank=4),
     ]
-    if on_gpu:  # shapes of a 7B model: more than one program a row, sums of many blocks, offsets of many megabytes
+    if on_gpu:  # shapes of a 7B model: several programs a row, sums of many blocks, offsets of many megabytes
         for shape in ((4096, 4096), (11008, 4096), (4096, 11008)):
             for dtypes in (f32, bf16):
                 cases.append(_steps("Mini", shape, dtypes=dtypes, **MINI, steps=4))
                 cases.append(_steps("rank 256", shape, dtypes=dtypes, rank=256, steps=4))
-            cases.append(_operands("rank 256", shape, rank=256))
+            cases.append(_implicit("rank 256", shape, rank=256))
         cases.append(_steps("dense", (32000, 1024), dtypes=bf16, steps=4))
     return cases
 
@@ -163,7 +163,7 @@ _FULL_PROJECTIONS: dict[str, dict[str, Any]] = {
 
 
 def full_cases(on_gpu: bool) -> list[Case]:
-    """The default cases, then the product of everything: over ten thousand trajectories."""
+    """The default cases, then all combinations: over ten thousand trajectories."""
     cases = default_cases(on_gpu)
     product = itertools.product(
         _FULL_SHAPES, DTYPES, (1, 4, 16, 20, 64, 320), ("right", "left"), ("channel", "tensor"), _FULL_PROJECTIONS

@@ -1,7 +1,7 @@
-"""Check the Triton kernels and the reference path against float64, on the GPU here or in Triton's interpreter.
+"""Check the Triton kernels and the reference backend against float64, on the GPU here or in Triton's interpreter.
 
-What is run: ``validate_cases.py``; how: ``validate_runs.py``; the algorithm in float64, and the limits with the reason
-for each: ``validate_float64.py``. Triton is imported by ``run`` alone, which has it interpret where there is no GPU.
+The cases are in ``cases.py``, and ``runs.py`` runs them. ``float64.py`` has the algorithm in float64, and the limits
+with the reason for each. Only ``run`` imports Triton. Without a GPU it makes Triton interpret the kernels.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _LABEL = 40
 _LINE = f"{{:<{_LABEL}}} {{:<8}}{{:>8}}{{:>10}}{{:>8}} {{}}"
 HEADINGS = {
     "projection": "P, made in the kernel or in memory, against projection_matrix: the largest error",
-    "verbs": "Verb by verb, each from what the one before it made",
-    "steps": "Trajectories of 8 steps with two refreshes of P, each from the path's own state",
-    "operands": "Steps from X and dY without a gradient; the reference path is given G",
+    "verbs": "Verb by verb, each given the result of the verb before it",
+    "steps": "Trajectories of 8 steps with two refreshes of P; each step from the run's state",
+    "implicit": "Steps from X and dY without a gradient; the reference backend gets G",
 }
-# What a line shows: of these measures the one nearest its limit. All others count as well, and are shown if they miss.
+# A line shows the one of these measures that is nearest its limit. All others count too, and are shown if they miss.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "projection": {"": ("P", "R")},
     "verbs": {
@@ -43,7 +43,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "apply": ("W", "u_prev"),
     },
     "steps": {"": ("W", "W at end", "u_prev")},
-    "operands": {"sketch": ("R", "|G_c|^2", "by K"), "apply": ("W", "u_prev")},
+    "implicit": {"sketch": ("R", "|G_c|^2", "by K"), "apply": ("W", "u_prev")},
 }
 _PROGRESS_SECONDS = 30  # between the lines that --full shows
 
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the cases and print a line for each; 0 if every error is within its limit, else 1.
+    """Run the cases and print a line for each. Returns 0 if every error is within its limit, else 1.
 
-    Raises ValueError or ModuleNotFoundError where the kernels cannot run.
+    Raises ValueError or ModuleNotFoundError if the kernels cannot run here.
     """
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed {options.seed}: a seed is 0 to 2**32 - 1")
@@ -81,22 +81,22 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _ready(asked: str | None) -> torch.device:
-    """The device to run on, with Triton imported to compile for it, or to interpret on a CPU."""
+    """The device to run on. Triton is imported then, to compile for a GPU or to interpret on a CPU."""
     require("torch", "triton")
     device = _default_device() if asked is None else _device(asked)
     interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton defines its functions, and ours
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's functions and ours are defined
     elif interpreting and device.type in ("cuda", "xpu"):
         raise ValueError(
-            f"--device {device}: TRITON_INTERPRET=1 is set, with which kernels run on a CPU alone; unset it"
+            f"--device {device}: TRITON_INTERPRET=1 is set, with which kernels run only on a CPU; unset it"
         )
     try:
         if device.type == "cpu":
-            require("numpy", "triton")  # Triton's interpreter imports it, and triton does not bring it
+            require("numpy", "triton")  # Triton's interpreter imports it, and triton does not install it
         triton = require("triton", "triton")
         if device.type == "cpu" and isinstance(triton.language.zeros, triton.runtime.JITFunction):
-            raise ValueError("triton was imported before, to compile: set TRITON_INTERPRET=1 before that, or use a GPU")
+            raise ValueError("triton was imported before, to compile; set TRITON_INTERPRET=1 before that, or use a GPU")
         device_backend(torch.empty(1, device=device), "triton")
     except (ValueError, ModuleNotFoundError):
         if not interpreting:
@@ -120,17 +120,21 @@ def _default_device() -> torch.device:
 def _device(name: str) -> torch.device:
     try:
         torch.device(name)
-    except RuntimeError:  # torch's text lists all kinds of devices there are
+    except RuntimeError:  # torch's text lists all kinds of devices
         raise ValueError(f"--device {name}: not a device; allowed are cpu, cuda, cuda:1, xpu and the like") from None
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has all of them for what is not there
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch raises any of these for a missing device
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: {reason}") from None
 
 
 def _heading(device: torch.device, seed: int) -> str:
-    """What is run, and on what."""
+    """The title, with device and versions, and what the figures mean."""
     triton = require("triton", "triton")
     if device.type == "cpu":
         where = f"{platform.machine()} CPU, in Triton's interpreter"
@@ -138,16 +142,16 @@ def _heading(device: torch.device, seed: int) -> str:
         where = f"{torch.get_device_module(device).get_device_name(device)} ({device}), compiled"
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     explained = (
-        "Errors are against float64, as shares of what float32 arithmetic rounds; of W in 16 bits, and of 16-bit M and "
-        "V, the share of entries that are not float64's rounded once. Of all that a case measures, the line shows what "
-        "is nearest its limit. Why each limit is what it is: apollo_triton/validate_float64.py."
+        "Errors are differences from float64, relative to what float32 arithmetic rounds. For 16-bit W, M and V the "
+        "figure is the share of entries that differ from float64's, rounded once. Each line shows the measure that is "
+        "nearest its limit. The reason for each limit: apollo_triton/tools/validate/float64.py."
     )
     title = f"apollo-triton {__version__} on {where}; {versions}; seed {seed}"
     return f"{fill(title, COLUMNS)}\n\n{fill(explained, COLUMNS)}"
 
 
 class Report:
-    """Runs cases and prints lines for each; with ``full`` for those that miss, and the progress. Keeps count."""
+    """Runs cases, prints lines for each, and counts. With ``full`` it prints only misses and the progress."""
 
     def __init__(self, total: int, device: torch.device, options: argparse.Namespace) -> None:
         self.total, self.device, self.options = total, device, options
@@ -158,7 +162,7 @@ class Report:
         self._start = self._shown = time.monotonic()
 
     def add(self, case: Case) -> None:
-        """Run a case and print what came out."""
+        """Run a case and print its lines."""
         from .runs import measured
 
         weight, gradient = DTYPES[case.dtypes]
@@ -170,7 +174,7 @@ class Report:
             columns = ("kernels", "reference", "limit")
             print(f"\n{HEADINGS[case.kind]}")
             print(_LINE.format("", "", *columns, "").rstrip())
-        with warnings.catch_warnings():  # the interpreter's numpy warns of infinities
+        with warnings.catch_warnings():  # NumPy, in the interpreter, warns of infinities
             warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
             errors = measured(case, self.device, self.options.seed)
         worst = errors.worst()
@@ -181,15 +185,15 @@ class Report:
         self._print(case, errors, worst, missed)
 
     def _print(self, case: Case, errors: Errors, worst: list[str], missed: list[str]) -> None:
-        """A line for each stage, of what is nearest its limit there, and for each miss."""
+        """Print a line for each miss or, if there is none, for each stage its measure that is nearest its limit."""
         lines = [("", measure) for measure in missed]
         if not missed and not self.options.full:
             stages = STAGES[case.kind].items()
-            lines = [(stage, next(each for each in worst if each in measures)) for stage, measures in stages]
-        for number, (stage, measure) in enumerate(lines):
+            lines = [(stage, next(measure for measure in worst if measure in of_stage)) for stage, of_stage in stages]
+        for index, (stage, measure) in enumerate(lines):
             found = (f"{error:.1e}" for error in errors.found[measure].values())
-            label = f"{case.name if missed or not number else '':<32} {stage}".rstrip()
-            if len(label) > _LABEL:  # of --full alone
+            label = f"{case.name if missed or index == 0 else '':<32} {stage}".rstrip()
+            if len(label) > _LABEL:  # only with --full
                 print(label)
                 label = ""
             verdict = "MISS" if missed else "ok"
@@ -200,7 +204,7 @@ class Report:
             print(f"{self.done} of {self.total}, {self.missed} missed; {left:.0f} minutes to go", flush=True)
 
     def summary(self) -> str:
-        """Counts, the largest share, and the time."""
+        """The counts, the largest share of a limit, and the time."""
         share, where = self._largest
         left_out = ", ".join(f"{count} {dtypes}" for dtypes, count in self._left_out.items())
         parts = [

@@ -1,7 +1,7 @@
-"""The official package's names, answered by apollo_triton; on the path only where ``apollo_triton.compat`` put it.
+"""The official package's names, provided by apollo_triton. On the path only if ``apollo_triton.compat`` put it there.
 
-The classes are apollo_triton's, but that they take a rank above a weight's width, as the official ones do: the
-Trainer's own default of 128 is above the width of many a small model.
+The classes are apollo_triton's with one difference: they accept a rank above a weight's width, as the official ones do.
+The Trainer's default rank of 128 is above the width of many small models.
 """
 
 import warnings
@@ -17,7 +17,7 @@ _GALORE = ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit")
 
 
 class APOLLOAdamW(apollo_triton.APOLLOAdamW):
-    """``apollo_triton.APOLLOAdamW``; a rank above a weight's width is a warning."""
+    """``apollo_triton.APOLLOAdamW``, except that a rank above a weight's width is a warning."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict) and param_group.get("rank") is not None:
@@ -27,12 +27,13 @@ class APOLLOAdamW(apollo_triton.APOLLOAdamW):
 
 
 class QAPOLLOAdamW(apollo_triton.QAPOLLOAdamW, APOLLOAdamW):
-    """``apollo_triton.QAPOLLOAdamW``; a rank above a weight's width is a warning."""
+    """``apollo_triton.QAPOLLOAdamW``, except that a rank above a weight's width is a warning."""
 
 
 def _warn_of_wide_ranks(group: dict[str, Any]) -> None:
     settings = Settings.of(group)
-    widths = [geometry.width for each in group["params"] if (geometry := geometry_of(each, settings)) is not None]
+    geometries = (geometry_of(parameter, settings) for parameter in group["params"])
+    widths = [geometry.width for geometry in geometries if geometry is not None]
     narrow = [width for width in widths if settings.rank is not None and settings.rank > width]
     if narrow:
         warnings.warn(
@@ -45,7 +46,7 @@ def _warn_of_wide_ranks(group: dict[str, Any]) -> None:
 def __getattr__(name: str) -> Any:
     if name in _GALORE:
         raise ImportError(
-            f"{name} is another algorithm's, which apollo_triton does not have: pip install galore-torch, and "
+            f"{name} belongs to GaLore, which apollo_triton does not have: pip install galore-torch, then "
             f"from galore_torch import {name}"
         )
     raise AttributeError(f"module 'apollo_torch', for which apollo_triton stands in, has no {name!r}")
