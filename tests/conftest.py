@@ -44,8 +44,10 @@ FULL_ALONE: dict[str, str] = {
     "test_frameworks": "foreign program; the plain loop has cases",
     "test_sanitizer": "the recorder's self-test; test_sanitizer_smoke has cases",
     "test_sanitizer_bytes": "the recorder's self-test; test_sanitizer_smoke has cases",
+    "test_site": "mkdocs, which make test does not install; test_docs looks at links",
     "test_tools": "foreign program",
     "test_trainer": "foreign program; one run of the Trainer has a case",
+    "test_wheel": "installs twice; test_package looks at what the wheel is to hold",
 }
 
 
