@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -15,36 +16,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apollo_triton import APOLLOAdamW, __version__
+from apollo_triton.core.extras import require
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def run_python(code):
-    return run("-c", code)
-
-
+@pytest.mark.slow
 def test_import_needs_torch_alone():
     """Modules that ``import torch`` does not load already are not loaded by us either."""
     code = "import torch, sys; before = set(sys.modules); import apollo_triton; print(*set(sys.modules) - before)"
-    brought = {name.partition(".")[0] for name in run_python(code).split()}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    brought = {name.partition(".")[0] for name in found.split()}
     assert brought == {"apollo_triton"}
     assert [line for line in requires("apollo-triton") if "extra ==" not in line] == ["torch>=2.6"]
 
 
-def test_missing_extras_are_named():
-    code = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "from apollo_triton.core.extras import require\n"
-        "try: require('transformers', 'demo')\n"
-        "except ModuleNotFoundError as error: print(error)"
-    )
-    found = run_python(code)
-    assert "in a checkout pip install -c constraints.txt '.[demo]'" in found
-    assert "pip install 'apollo-triton[demo]'" in found
+def test_missing_extras_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        require("transformers", "demo")
+    assert "in a checkout pip install -c constraints.txt '.[demo]'" in str(error.value)
+    assert "pip install 'apollo-triton[demo]'" in str(error.value)
 
 
 def test_the_extra_of_triton_brings_what_its_interpreter_imports():
@@ -79,7 +71,7 @@ def test_every_other_file_of_the_package_is_installed():
 
 
 def test_kernels_are_a_subpackage_and_nothing_else_takes_their_name():
-    assert "kernels" in run_python("import apollo_triton.kernels as k; print(k.__name__)")
+    assert importlib.import_module("apollo_triton.kernels").__name__ == "apollo_triton.kernels"
     assert '"""' in (ROOT / "kernels/__init__.py").read_text()
     code = compile((ROOT / "kernels/__init__.py").read_text(), "kernels", "exec")
     assert code.co_names in ((), ("__doc__",))
