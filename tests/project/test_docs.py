@@ -32,8 +32,8 @@ from apollo_triton.core.settings import LOW_RANK_DEFAULTS
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
-# Pages whose blocks make test runs; make test-all runs those of all.
-FAST = ("README.md", "CONTRIBUTING.md", "index.md", "options.md")
+# Pages whose blocks make test-all runs: foreign programs, and what takes seconds.
+FULL = ("distributed.md", "frameworks.md", "int8.md", "tools.md", "troubleshooting.md")
 SHARDING_PAGES = ("README.md", "distributed.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -217,7 +217,7 @@ def test_a_block_that_is_wrong_fails(text: str, alone: Path, monkeypatch: pytest
 
 def marks_of(page: Path) -> list[pytest.MarkDecorator]:
     sharding = [needs_fsdp_on_a_cpu] if page.name in SHARDING_PAGES else []
-    return sharding + ([] if page.name in FAST else [pytest.mark.full])
+    return sharding + ([pytest.mark.full] if page.name in FULL else [])
 
 
 @pytest.mark.filterwarnings("ignore")  # what a block warns of is for its reader
