@@ -43,6 +43,7 @@ def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_plain_loop(run: Run) -> None:
     """A part of the state that is not saved, batches that are seen twice, a schedule that starts again."""
@@ -56,6 +57,7 @@ def test_plain_loop(run: Run) -> None:
     assert same_weights(saved[0]["model"], saved[1]["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_plain_loop_with_updates_in_the_backward_pass(run: Run) -> None:
     """Two updates a step, or a step that moves what hooks have moved."""

@@ -57,6 +57,7 @@ def packer_of(texts: list[str], rank: int, ranks: int) -> data.Packer:
     return data.Packer(open_documents, data.load_encode("bytes", 256), lambda text: True, "text")
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(st.text("abc", min_size=1, max_size=9), min_size=3, max_size=9),
@@ -239,6 +240,7 @@ def test_plain_loop_says_that_there_is_nothing_to_do(run: Run) -> None:
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # where nobody listens
 
 
+@pytest.mark.slow
 def test_without_a_network_it_says_what_to_do(texts: Path) -> None:
     """A minute of attempts, and a traceback of a library's."""
     example, home = str(ROOT / "examples" / "pretrain_c4.py"), str(texts.parent / "home")

@@ -37,19 +37,8 @@ def test_there_is_a_config_for_every_recipe() -> None:
 METHODS = ("apollo", "mini", "q-apollo", "q-mini")
 
 
-def is_a_repetition(config: str, method: str) -> bool:
-    """Each config has a case with one method, and each method one with a config, outside of ``full``."""
-    return method != "apollo" and config != "60m"
-
-
-@pytest.mark.parametrize(
-    ("config", "method"),
-    [
-        pytest.param(config, method, marks=pytest.mark.full if is_a_repetition(config, method) else ())
-        for config in SIZES
-        for method in METHODS
-    ],
-)
+@pytest.mark.parametrize("config", SIZES)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_config_has_the_papers_figures(config: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure that was mistyped, or a default of the optimizer's that is not the paper's."""
     size = SIZES[config]
@@ -99,8 +88,9 @@ def test_the_learning_rate_is_the_papers() -> None:
     assert factor(1000, 1000) == pytest.approx(end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", ["60m", *(pytest.param(name, marks=pytest.mark.full) for name in SIZES if name != "60m")]
+    "config", [pytest.param(name, marks=() if name in ("60m", "1b") else pytest.mark.full) for name in SIZES]
 )
 def test_each_config_trains(config: str, run: Run) -> None:
     """A shape that the optimizer or the model cannot take. One layer; whole widths up to 350M, an eighth above; all
@@ -119,7 +109,7 @@ def test_each_config_trains(config: str, run: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    ["q-mini", *(pytest.param(name, marks=pytest.mark.full) for name in ("apollo", "mini", "q-apollo", "adamw"))],
+    ["apollo", "q-mini", *(pytest.param(name, marks=pytest.mark.full) for name in ("mini", "q-apollo", "adamw"))],
 )
 def test_each_method_learns_and_goes_on_bit_for_bit(method: str, run: Run) -> None:
     """A part of the state that is not saved, a schedule or data that begin again, a report that says so wrongly."""
@@ -231,6 +221,7 @@ def test_two_ranks_under_ddp_and_fsdp(run: Run) -> None:
 # One card
 
 
+@pytest.mark.slow
 def test_the_one_card_recipe_runs_on_a_cpu_at_a_size_that_it_can_train(run: Run) -> None:
     """A model that is not filled, a part that is not counted, gradients that stay alive."""
     pytest.importorskip("bitsandbytes")
