@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from distributed_cases import needs_fsdp_on_a_cpu
-from programs import ended_well, run_program
+from programs import ROOT, ended_well, run_program
 from recipe_cases import Run
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -71,6 +74,29 @@ def test_pretraining_goes_on_on_another_number_of_ranks(
         assert found[step] == pytest.approx(loss, abs=2e-4), f"step {step}"
     assert expected[8] < expected[1] - 0.3, "it does not learn"
     assert [path.name for path in folder.iterdir()] == ["step-8"]
+
+
+def test_ranks_share_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that two ranks have, or none; batches that depend on the number of ranks."""
+    example = runpy.run_path(str(ROOT / "examples" / "fsdp2_pretrain.py"))
+    monkeypatch.setattr(sys, "argv", ["fsdp2_pretrain.py", "--folder=run", *SMALL])
+    options = example["parse_options"]()
+
+    def first_batch(rank: int, ranks: int) -> torch.Tensor:
+        dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        try:
+            step, tokens = next(example["batches"](options, 0, torch.device("cpu")))
+        finally:
+            dist.destroy_process_group()
+        assert step == 1
+        return tokens
+
+    whole = first_batch(0, 1)
+    assert whole.shape == (SIZES["batch"], SIZES["length"])
+    assert whole.unique(dim=0).shape == whole.shape
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            assert torch.equal(first_batch(rank, ranks), whole[rank::ranks])
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(
