@@ -103,6 +103,7 @@ def test_streams_are_loaded_and_stored_16_bytes_at_a_time(rows, kernel, streams)
         for row in of(rows, kernel)
         if "unaligned" not in row["what"] and not (kernel == "rescale" and rank(row) < 8)
     ]
+    assert aligned
     check(aligned, lambda row: all(re.fullmatch(r"\d+ x 128", row["widths"].get(name, "none")) for name in streams))
 
 
@@ -213,6 +214,7 @@ def test_layers_fit(rows):
 def test_operands_are_loaded_16_bytes_at_a_time(rows, kernel, streams):
     """But where a tile has no more for a thread, and transposed for TF32, which shared memory cannot do."""
     aligned = [row for row in of(rows, kernel) if not re.search("unaligned|tf32", row["what"])]
+    assert aligned
     for name in streams:
         few = name[0] == "s" or kernel == "apply_int8_operands"
         width = "128|64|32" if few else "128"
