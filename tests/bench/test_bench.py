@@ -130,6 +130,7 @@ def case(monkeypatch, results):
     whole_step.bandwidth.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_peer_that_fails_does_not_stop_the_others(case, results, together, monkeypatch):
     if not together:

@@ -192,6 +192,7 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "R.md").exists()
 
 
+@pytest.mark.slow
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
     counted, machines = load()
     text = report.report(counted, machines, tmp_path / "pictures")

@@ -54,6 +54,7 @@ def missed(capsys, *arguments):
     return status, {line.split()[0] for line in lines}, {line[41:49].strip() for line in lines}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_it_prints_a_line_for_each_stage_and_fits_80_columns(few, capsys):
     assert main(["validate"]) == 0
@@ -77,6 +78,7 @@ def test_full_prints_misses_and_progress_alone(few, capsys, monkeypatch):
     assert "2 of 3, 0 missed; 0 minutes to go" in output
 
 
+@pytest.mark.slow
 @needs_triton
 def test_ctrl_c_prints_what_was_done_so_far(few, capsys, monkeypatch):
     add = validate.Report.add
@@ -121,13 +123,14 @@ def late_refresh(fused, monkeypatch):
     monkeypatch.setattr(projections, "refresh", planted)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     ("plant", "case", "measures"),
     [
         (off_by(1e-5), VERBS, {"s_c", "sums"}),
-        (off_by(1e-5), WHOLE, {"W", "W at end"}),
-        (wrong_decay, VERBS, {"W"}),
+        pytest.param(off_by(1e-5), WHOLE, {"W", "W at end"}, marks=pytest.mark.full),
+        pytest.param(wrong_decay, VERBS, {"W"}, marks=pytest.mark.full),
         (wrong_decay, WHOLE, {"W", "W at end"}),
         (late_refresh, dataclasses.replace(WHOLE, options={"rank": 16}), {"W", "W at end", "M", "V", "u_prev"}),
     ],
