@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from .codegen_variants import ESSENTIAL, TARGETS, Kernel, launches, variants
+from .codegen_variants import ESSENTIAL, TARGETS, Kernel, few, launches, variants
 from .results_file import RESULTS, Results
 
 Row = dict[str, Any]
@@ -166,12 +166,16 @@ def measure(kernel: Kernel, target: str) -> Row:
     }
 
 
-def measured(targets: Iterable[str], sampled: Iterable[str] = (), workers: int = 2) -> list[Row]:
-    """The rows of all variants for ``targets`` and of the essential ones for ``sampled``, each kernel once."""
+def measured(
+    targets: Iterable[str], sampled: Iterable[str] = (), few_of: Iterable[str] = (), workers: int = 2
+) -> list[Row]:
+    """The rows of all variants for ``targets``, of the essential ones for ``sampled``, and of one variant of each kernel
+    for ``few_of``. Each kernel has one row for a target."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, under which nothing is compiled")
-    kernels = [launches(**variant) for variant in variants()]
+    kernels = [launches(**variant) for variant in variants()] if targets or sampled else []
     jobs = [(target, kernels) for target in targets] + [(target, kernels[:ESSENTIAL]) for target in sampled]
+    jobs += [(target, [launches(**variant) for variant in few()]) for target in few_of]
     pairs = [(kernel, target) for target, some in jobs for kernel in dict.fromkeys(itertools.chain(*some))]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         return list(pool.map(measure, *zip(*pairs, strict=True)))
@@ -199,11 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS), help="compile all variants")
     parser.add_argument("--sampled", nargs="*", choices=TARGETS, default=[], help="compile the essential variants")
+    parser.add_argument("--few", nargs="*", choices=TARGETS, default=[], help="compile a variant of each kernel")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     # Triton's cache may hold code compiled from other sources, whose line numbers would be wrong here.
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
-        rows = measured(arguments.targets, arguments.sampled)
+        rows = measured(arguments.targets, arguments.sampled, arguments.few)
     results = Results("codegen", device=None, fresh=True, folder=arguments.out)
     for row in rows:
         results.add(f"{row['target']}: {row['kernel']} {row['what']}", **row)

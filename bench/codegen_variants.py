@@ -93,6 +93,18 @@ def variants() -> Iterator[dict[str, Any]]:
     yield from ({"group": mini, **eight}, {"group": {"rank": 3}, **eight}, {"group": {"rank": 256} | columns, **eight})
 
 
+def few() -> Iterator[dict[str, Any]]:
+    """A variant of each kernel: what ``make test`` compiles. The sketch makes P in one and reads it in another."""
+    mini, columns = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
+    yield {"linear": codegen_linear.VARIANTS[0]}
+    yield {"operands": codegen_operands.VARIANTS[0]}
+    yield {"operands": {"group": mini, "int8": 128}}
+    yield from ({"group": mini}, {"group": {"rank": 128}}, {})
+    yield {"group": mini, "int8": 128}
+    yield {"group": {"rank": 128, "proj_type": "right"}, "sharded": True}  # the only one here whose rescale is a launch
+    yield {"group": {"rank": 256} | columns, "state_bits": 8, "min_8bit_size": 0}
+
+
 def launches(
     group: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.bfloat16,

@@ -2,7 +2,7 @@
 the same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere new
 ones. Without a GPU Triton's interpreter runs the kernels.
 
-The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
+The fixture ``backend`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
 """
 
 import importlib
@@ -39,7 +39,16 @@ ENGINES = [
 
 
 # Modules that may have test functions without a case in ``make test``, and why.
-FULL_ALONE: dict[str, str] = {}
+FULL_ALONE: dict[str, str] = {
+    "test_accelerate_fsdp": "foreign program",
+    "test_frameworks": "foreign program; the plain loop has cases",
+    "test_sanitizer": "the recorder's self-test; test_sanitizer_smoke has cases",
+    "test_sanitizer_bytes": "the recorder's self-test; test_sanitizer_smoke has cases",
+    "test_site": "mkdocs, which make test does not install; test_docs looks at links",
+    "test_tools": "foreign program",
+    "test_trainer": "foreign program; one run of the Trainer has a case",
+    "test_wheel": "installs twice; test_package looks at what the wheel is to hold",
+}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -56,8 +65,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def engine(request):
-    """Which engine updates parameters of groups with ``backend="auto"``, and where tensors are made."""
+def backend(request):
+    """Which backend updates parameters of groups with ``backend="auto"``, and where tensors are made."""
     if (request.param == "cuda") != torch.cuda.is_available() and request.param != "reference":
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
@@ -67,6 +76,9 @@ def engine(request):
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)
+
+
+engine = backend  # its name in tests that have not been renamed yet
 
 
 @pytest.fixture

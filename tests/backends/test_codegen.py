@@ -1,6 +1,7 @@
 """The kernels compiled for GPUs that are not here (bench/codegen.py): every variant compiles, and into what it should.
 
-sm_90 in full and the essential variants for the other targets; ``python -m bench.codegen`` has all of it.
+``make test`` compiles a variant of each kernel for sm_90. ``make test-all`` compiles all variants for sm_90 and the
+essential ones for the other targets. ``python -m bench.codegen`` has all of it.
 """
 
 import fcntl
@@ -20,8 +21,11 @@ if "constexprs" not in compiler.ASTSource.__init__.__code__.co_varnames:
 
 from apollo_triton.kernels.sketch import SMALL_RANK  # noqa: E402
 
+pytestmark = pytest.mark.slow  # the first test waits for the compiler
 SOURCE = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "bench.codegen", "--targets", "sm_90", "--sampled", "sm_80", "sm_100", "gfx942"]
+COMMAND = [sys.executable, "-m", "bench.codegen", "--targets"]
+FEW = ["--few", "sm_90"]
+ALL = ["sm_90", "--sampled", "sm_80", "sm_100", "gfx942"]
 
 # Instructions an element, as static code. An H200 stays memory-bound below about 13 for each 2 bytes that are streamed:
 # the sketch streams 2 bytes, apply 6, dense 22 or 28 of which no more than 44 instructions are to be spent. gfx942 has
@@ -37,18 +41,19 @@ LINEAR = ("forward", "input_gradient")
 PRODUCTS = ("apply_operands", "apply_int8_operands", "tile_norms", "gram", "gram_norms", "collect")
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.full)])
+def rows(request, tmp_path_factory):
     """The table of ``bench.codegen``, from a process in which Triton does not interpret; one for all pytest workers."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = tmp_path_factory.mktemp("codegen") if run is None else tmp_path_factory.getbasetemp().parent / run
-    folder.mkdir(exist_ok=True)
+    shared = tmp_path_factory.mktemp("codegen") if run is None else tmp_path_factory.getbasetemp().parent / run
+    folder = shared / request.param
+    folder.mkdir(parents=True, exist_ok=True)
     table = folder / "every-machine" / "codegen.json"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not table.exists():
             environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "cache")}
-            command = [*COMMAND, "--out", str(folder)]
+            command = [*COMMAND, *(FEW if request.param == "few" else ALL), "--out", str(folder)]
             done = subprocess.run(command, cwd=SOURCE, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(table.read_text())["rows"]
@@ -71,8 +76,9 @@ def rank(row):
     return int(re.search(r"rank (\d+)", row["what"])[1])
 
 
-def test_every_variant_compiles_for_every_target(rows):
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+def test_every_variant_compiles_for_every_target(rows, request):
+    few = request.node.callspec.params["rows"] == "few"
+    assert {row["target"] for row in rows} == ({"sm_90"} if few else {"sm_80", "sm_90", "sm_100", "gfx942"})
     kernels = {"sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm", "projection"}
     kernels |= {"rescale_blockwise", "project", *LINEAR, *PRODUCTS}
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
@@ -97,6 +103,7 @@ def test_streams_are_loaded_and_stored_16_bytes_at_a_time(rows, kernel, streams)
         for row in of(rows, kernel)
         if "unaligned" not in row["what"] and not (kernel == "rescale" and rank(row) < 8)
     ]
+    assert aligned
     check(aligned, lambda row: all(re.fullmatch(r"\d+ x 128", row["widths"].get(name, "none")) for name in streams))
 
 
@@ -207,6 +214,7 @@ def test_layers_fit(rows):
 def test_operands_are_loaded_16_bytes_at_a_time(rows, kernel, streams):
     """But where a tile has no more for a thread, and transposed for TF32, which shared memory cannot do."""
     aligned = [row for row in of(rows, kernel) if not re.search("unaligned|tf32", row["what"])]
+    assert aligned
     for name in streams:
         few = name[0] == "s" or kernel == "apply_int8_operands"
         width = "128|64|32" if few else "128"

@@ -67,6 +67,7 @@ def test_the_sources_of_the_environment_leave_out_another_one_s(monkeypatch, tmp
     assert sorted(pretrain_data._texts(None)) == sorted([str(library).encode(), str(packages).encode()])
 
 
+@pytest.mark.slow
 def test_every_variant_starts_from_the_same_weights_and_ends_elsewhere(in_process):
     rows = {name: train(config(in_process, name)) for name in VARIANTS}
     first = {row["curve"]["0"] for name, row in rows.items() if not name.startswith("Q-")}
@@ -86,6 +87,7 @@ def test_a_run_gives_the_same_numbers_again_and_another_seed_others(in_process):
     assert one["curve"]["0"] != other["curve"]["0"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_row_that_says_why(corpus):
     configs = [config(corpus, "AdamW"), config(corpus, "AdamW", rate=-1.0)]
     rows = {each.learning_rate: row for each, row in results_of(configs, corpus, workers=1)}

@@ -33,7 +33,12 @@ def test_the_document_shows_the_figures_that_were_counted(rows):
     assert communication.in_document(text) == communication.document(rows)
 
 
-@pytest.mark.parametrize("case", [("7B", (8, 1), "APOLLO"), ("7B", (128, 8), "APOLLO-Mini")], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [("7B", (8, 1), "APOLLO"), pytest.param(("7B", (128, 8), "APOLLO-Mini"), marks=pytest.mark.full)],
+    ids=str,
+)
 def test_counting_again_gives_the_same(rows, case):
     """Figures of code that has changed since; a collective a weight; moments that are whole on a rank."""
     assert communication.counted(*case) == rows[communication.identity_of(*case)]

@@ -24,7 +24,7 @@ pytest.importorskip("accelerate", minversion="1.6")
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-pytestmark = needs_fsdp_on_a_cpu
+pytestmark = [needs_fsdp_on_a_cpu, pytest.mark.full]
 STEPS, BATCH = 6, 8
 
 

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from programs import ROOT, run_program
 
+from apollo_triton.compat import redirect
+
+pytestmark = pytest.mark.slow  # processes that import torch
+
 ASK = """
 import importlib.metadata, importlib.util, apollo_torch, apollo_triton
 for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
@@ -63,12 +67,22 @@ def test_a_rank_above_the_width_which_the_official_one_takes() -> None:
     python("-c", WIDE)
 
 
+NAMES = """
+import apollo_triton.compat as c; c.as_apollo_torch()
+import apollo_torch
+for name in ("GaLoreAdamW8bit", "nothing"):
+    try:
+        getattr(apollo_torch, name)
+    except (AttributeError, ImportError) as error:
+        print(f"{type(error).__name__}: {error}")
+from apollo_torch import GaLoreAdamW8bit
+"""
+
+
 def test_names_of_others_and_names_of_nobody() -> None:
-    call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
-    error = python("-c", call + "from apollo_torch import GaLoreAdamW8bit", code=1).stderr
-    assert "pip install galore-torch, then from galore_torch import GaLoreAdamW8bit" in error
-    error = python("-c", call + "import apollo_torch; apollo_torch.nothing", code=1).stderr
-    assert "AttributeError: module 'apollo_torch', for which apollo_triton stands in, has no 'nothing'" in error
+    found = python("-c", NAMES, code=1)
+    assert "pip install galore-torch, then from galore_torch import GaLoreAdamW8bit" in found.stderr
+    assert "AttributeError: module 'apollo_torch', for which apollo_triton stands in, has no 'nothing'" in found.stdout
 
 
 def test_an_installed_one_is_not_shadowed_without_a_word(tmp_path: Path) -> None:
@@ -81,27 +95,54 @@ def test_an_installed_one_is_not_shadowed_without_a_word(tmp_path: Path) -> None
     first = os.pathsep.join([str(tmp_path), str(ROOT), *(path for path in sys.path if path)])
     call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
     assert "apollo-torch 1.0.9 is installed and stays unused" in python("-c", call + ASK, PYTHONPATH=first).stderr
-    error = python("-c", "import apollo_torch\n" + call, code=1, PYTHONPATH=first).stderr
+    # Left alone where nobody asks, and refused where it is too late.
+    late = "import apollo_triton, apollo_torch\nassert apollo_torch.APOLLOAdamW[0] == 't'\n" + call
+    error = python("-c", late, code=1, PYTHONPATH=first).stderr
     assert f"apollo_torch is imported already, from {package}" in error
-    # And left alone where nobody asks.
-    python("-c", "import apollo_triton, apollo_torch\nassert apollo_torch.APOLLOAdamW[0] == 't'", PYTHONPATH=first)
 
 
-def test_scripts_modules_and_commands(tmp_path: Path) -> None:
+def test_a_script(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     beside = tmp_path / "beside.py"
     beside.write_text("VALUE = 7")
     script.write_text(ASK + "import sys, beside\nprint(sys.argv[1:], __name__, beside.VALUE)")
-    run = ["-m", "apollo_triton.compat"]
-    assert python(*run, str(script), "--a", "b").stdout == "['--a', 'b'] __main__ 7\n"
-    assert "usage: python -m json.tool" in python(*run, "-m", "json.tool", "--help").stdout
-    assert python(*run, "pytest", "--version").returncode == 0
-    assert "nothing.py: no such file, and no command of this name" in python(*run, "nothing.py", code=2).stderr
-    assert "python -m apollo_triton.compat" in python(*run, code=2).stdout
-    assert "Argument expected for the -m option" in python(*run, "-m", code=2).stderr
+    found = python("-m", "apollo_triton.compat", str(script), "--a", "b").stdout
+    assert found == "['--a', 'b'] __main__ 7\n"
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), ValueError("of the script")])
+def test_what_takes_the_place_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module taken for a script, a command that is not found beside Python, a wrong name that is started."""
+    started: list[list[str]] = []
+
+    def begin(path: str, command: list[str]) -> None:
+        assert path == command[0]
+        started.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(redirect, "as_apollo_torch", lambda: None)
+    monkeypatch.setattr(os, "execv", begin)
+    tool = tmp_path / "tool"
+    tool.write_text("")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for arguments in (["-m", "json.tool", "--help"], ["tool", "--version"], ["-m"]):
+        with pytest.raises(SystemExit):
+            redirect.main(arguments)
+    python = sys.executable
+    assert started == [[python, "-m", "json.tool", "--help"], [str(tool), "--version"], [python, "-m"]]
+    for arguments, said in ((["nothing.py"], "nothing.py: no such file, and no command of this name"), ([], "")):
+        with pytest.raises(SystemExit) as error:
+            redirect.main(arguments)
+        assert error.value.code == 2
+        found = capsys.readouterr()
+        assert said in found.err
+    assert "python -m apollo_triton.compat" in found.out
+    assert len(started) == 3
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), pytest.param(ValueError("of the script"), marks=pytest.mark.full)])
 def test_a_script_ends_as_it_would_by_itself(error: BaseException, tmp_path: Path) -> None:
     script = tmp_path / "ends.py"
     script.write_text(f"raise {error!r}")

@@ -43,6 +43,7 @@ def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_plain_loop(run: Run) -> None:
     """A part of the state that is not saved, batches that are seen twice, a schedule that starts again."""
@@ -56,6 +57,7 @@ def test_plain_loop(run: Run) -> None:
     assert same_weights(saved[0]["model"], saved[1]["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_plain_loop_with_updates_in_the_backward_pass(run: Run) -> None:
     """Two updates a step, or a step that moves what hooks have moved."""
@@ -65,6 +67,7 @@ def test_plain_loop_with_updates_in_the_backward_pass(run: Run) -> None:
     assert same_weights(*saved)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 def test_accelerate_loop(run: Run) -> None:
     """An optimizer, a scheduler or a place in the data that Accelerate does not bring back."""
@@ -79,6 +82,7 @@ def test_accelerate_loop(run: Run) -> None:
     assert same_weights(*(load_file(f"{name}/model.safetensors") for name in ("whole", "parts")))
 
 
+@pytest.mark.full
 def test_accelerate_on_two_processes(tmp_path: Path) -> None:
     """An optimizer that Accelerate cannot prepare for DDP, or a second process that is not one of two."""
     pytest.importorskip("accelerate")
@@ -92,6 +96,7 @@ def test_accelerate_on_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "accelerate_loop" / "random_states_1.pkl").exists()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_lightning_module(precision: str, run: Run) -> None:

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 
 from apollo_triton import APOLLOAdamW  # noqa: E402
 
+pytestmark = pytest.mark.full
 PAGE = (ROOT / "docs" / "tools.md").read_text()
 WIDTH, RANK, STEPS = 320, 256, 8
 BIASES, DENSE, MATRICES = 4, 5, 7  # of attention; embedding, head and three norms; attention and MLP
@@ -76,7 +77,7 @@ def run(tool: str, arguments: list[str], keys: dict[str, Any], place: Path, fold
 def installed(tool: str) -> Path:
     folder = ROOT / ".venv" / "tools" / tool
     if not (folder / tool).is_dir():
-        pytest.skip(f"{tool} is not in {folder}; make tests installs it where this Python can run it")
+        pytest.skip(f"{tool} is not in {folder}; make test-all installs it where this Python can run it")
     return folder
 
 

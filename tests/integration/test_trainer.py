@@ -12,18 +12,19 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "by_its_string",
-        "resumed",
-        "layer_by_layer",
-        "directly",
-        "accumulated_in_bfloat16",
-        "compiled",
-        "as_transformers_tests_it",
-    ],
+FAST = "by_its_string"
+REPETITIONS = (
+    "resumed",
+    "layer_by_layer",
+    "directly",
+    "accumulated_in_bfloat16",
+    "compiled",
+    "as_transformers_tests_it",
 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [FAST, *(pytest.param(each, marks=pytest.mark.full) for each in REPETITIONS)])
 def test_a_trainer_that_nothing_patches(program: str, tmp_path: Path) -> None:
     found = run_program("-m", "apollo_triton.compat", "tests/support/trainer_program.py", program, str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
@@ -38,11 +39,13 @@ def two_processes(program: str, folder: Path) -> str:
     return found.stdout
 
 
+@pytest.mark.full
 def test_two_processes_of_torchrun_inherit_the_stand_in(tmp_path: Path) -> None:
     """DDP: torchrun starts the processes, which no call of ours prepares."""
     assert two_processes("by_its_string", tmp_path).count("'train_loss'") == 1  # the first of two speaks
 
 
+@pytest.mark.full
 @needs_fsdp_on_a_cpu
 def test_fsdp2_through_accelerate(tmp_path: Path) -> None:
     """The optimizer is made of whole weights, and Accelerate puts the sharded ones into its groups."""

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import io
 import json
 import os
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
+from demo_cases import BATCH, METHODS, SEQUENCE, STEPS, arguments, config, rows_of
 from pictures import check_picture, record_figures
 
 from apollo_triton import cli
-from apollo_triton.tools.demo import command as demo
 from apollo_triton.tools.demo import training as demo_training
 from apollo_triton.tools.demo.corpus import Corpus, load_corpus, split
 from apollo_triton.tools.demo.report import Result, draw, table
@@ -26,48 +20,6 @@ from apollo_triton.tools.demo.training import History, Run, RunConfig
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-
-METHODS = ("adamw", "apollo", "mini")
-STEPS, BATCH, SEQUENCE = 12, 2, 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """A small file to train on."""
-    path = tmp_path_factory.mktemp("text") / "argparse.py"
-    path.write_bytes((Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_bytes()[:20_000])
-    return path
-
-
-def arguments(text: Path, out: Path, *more: str) -> list[str]:
-    small = ["--model", "tiny", "--steps", str(STEPS), "--batch", str(BATCH), "--sequence", str(SEQUENCE)]
-    return ["demo", "--data", str(text), "--out", str(out), *small, *more]
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted demo."""
-    out = tmp_path_factory.mktemp("finished")
-    assert cli.main(arguments(text, out)) == 0
-    return out
-
-
-def rows_of(out: Path) -> list[dict[str, str]]:
-    with (out / "losses.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def config(corpus: Corpus, method: str = "apollo", **changes) -> RunConfig:
-    made = RunConfig(method, 1e-2, 4.0 if method == "mini" else None, "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
-    return dataclasses.replace(made, data=corpus.fingerprint, **changes)
 
 
 def test_split_keeps_each_text_whole_on_one_side_whatever_the_order():
@@ -85,6 +37,7 @@ def test_split_holds_out_the_smaller_of_two_texts_and_the_end_of_one():
     assert split([b"a" * 90 + b"b" * 10]) == (b"a" * 90, b"b" * 10)
 
 
+@pytest.mark.slow
 def test_standard_library_is_there_and_the_same_twice():
     corpus = load_corpus(None, 129)
     assert corpus.fingerprint == load_corpus(None, 129).fingerprint
@@ -110,6 +63,7 @@ def test_held_out_windows_reach_from_end_to_end(text):
     assert torch.equal(windows[-1], corpus.held_out[-17:].long())
 
 
+@pytest.mark.slow
 def test_without_gradients_the_curve_is_the_same(text):
     """50 steps of Mini, `make demo ARGS="--gradients none"`: within a few bits of float32, 6e-8 each (seen: 1.6e-7)."""
     corpus = load_corpus(text, 65)
@@ -126,6 +80,7 @@ def test_without_gradients_the_curve_is_the_same(text):
     assert stored[-1] < 0.8 * stored[0]
 
 
+@pytest.mark.slow
 def test_methods_share_initial_weights_and_batches(text, tmp_path, monkeypatch):
     seen: dict[str, list[torch.Tensor]] = {}
     advance, batch = Run.advance, Corpus.batch
@@ -160,62 +115,6 @@ def test_initial_weights_depend_on_the_seed_alone():
     torch.rand(5)
     assert torch.equal(first, weights(0))
     assert not torch.equal(first, weights(1))
-
-
-@pytest.mark.parametrize("seconds_between_checkpoints", [0, 1000])
-@pytest.mark.parametrize(("method", "steps_done"), [("adamw", 1), ("apollo", 7), ("mini", 11)])
-def test_resume_equals_an_uninterrupted_run(
-    text, finished, tmp_path, monkeypatch, capsys, method, steps_done, seconds_between_checkpoints
-):
-    monkeypatch.setattr(demo, "SECONDS_BETWEEN_CHECKPOINTS", seconds_between_checkpoints)
-    monkeypatch.setattr(demo_training, "EVALUATIONS", 4)
-    assert cli.main(arguments(text, tmp_path / "whole")) == 0
-    advance = Run.advance
-
-    def interrupted(run):
-        advance(run)
-        if run.config.method == method and run.step == steps_done:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "interrupted"
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "advance", interrupted)
-        assert cli.main(arguments(text, out)) == 130
-    assert "--resume" in capsys.readouterr().out
-    assert not (out / "losses.csv").exists()
-    steps_after = 0
-
-    def counted(run):
-        nonlocal steps_after
-        steps_after += 1
-        advance(run)
-
-    monkeypatch.setattr(Run, "advance", counted)
-    assert cli.main(arguments(text, out, "--resume")) == 0
-    methods_left = len(METHODS) - METHODS.index(method)
-    assert steps_after < methods_left * STEPS or steps_done < 3
-    assert (out / "losses.csv").read_bytes() == (tmp_path / "whole" / "losses.csv").read_bytes()
-    for name in METHODS:
-        one, other = (torch.load(folder / f"{name}.checkpoint") for folder in (out, tmp_path / "whole"))
-        assert one["step"] == STEPS
-        assert all(torch.equal(one["model"][key], other["model"][key]) for key in other["model"])
-        for state, expected in zip(
-            one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True
-        ):
-            assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(expected[key])) for key in expected)
-
-
-def test_an_interrupted_demo_without_a_checkpoint_does_not_offer_to_resume(text, tmp_path, monkeypatch, capsys):
-    """Ctrl-C before the first evaluation has ended: --resume would be refused."""
-
-    def interrupted(run):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "evaluate", interrupted)
-    assert cli.main(arguments(text, tmp_path)) == 130
-    found = capsys.readouterr().out
-    assert "No checkpoint was saved yet" in found
-    assert "--resume" not in found
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(text, tmp_path, capsys):
@@ -282,23 +181,6 @@ def test_held_out_loss_is_that_of_the_next_byte(text):
     assert run.history.held_out_loss[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
-    corpus = load_corpus(text, 17)
-    run = Run(config(corpus), corpus)
-    run.save(tmp_path / "a.checkpoint")
-
-    def half_written(saved, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    run.advance()
-    monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(OSError, match="disk full"):
-        run.save(tmp_path / "a.checkpoint")
-    run.load(tmp_path / "a.checkpoint")
-    assert run.step == 0
-
-
 def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
     inner = tmp_path / "text" / "inner"
     inner.mkdir(parents=True)
@@ -345,37 +227,6 @@ def test_a_wrong_input_is_one_line_and_status_2(text, tmp_path, capsys, more, me
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--steps", "13"], "steps 12, not 13"),
-        (["--lr", "mini=0.5"], "learning rate"),
-        (["--mini-scale", "3"], "scale"),
-        (["--seed", "1"], "seed 0, not 1"),
-    ],
-)
-def test_resume_with_other_settings_names_them_and_changes_nothing(text, finished, capsys, more, message):
-    before = {path.name: path.read_bytes() for path in finished.iterdir()}
-    assert cli.main(arguments(text, finished, "--resume", *more)) == 2
-    assert message in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
-
-
-def test_resume_looks_at_all_checkpoints_before_it_trains(text, finished, tmp_path, capsys):
-    (tmp_path / "mini.checkpoint").write_bytes((finished / "mini.checkpoint").read_bytes())
-    assert cli.main(arguments(text, tmp_path, "--resume", "--seed", "1")) == 2
-    assert "mini.checkpoint was made with seed 0" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mini.checkpoint"]
-
-
-@pytest.mark.parametrize("kept", [0, 1000, -1000])
-def test_resume_of_a_damaged_checkpoint_says_so(text, finished, tmp_path, capsys, kept):
-    whole = (finished / "adamw.checkpoint").read_bytes()
-    (tmp_path / "adamw.checkpoint").write_bytes(whole[:kept] if kept else b"half")
-    assert cli.main(arguments(text, tmp_path, "--resume")) == 2
-    assert "adamw.checkpoint is not a whole checkpoint" in capsys.readouterr().err
-
-
 def test_table_fits_into_80_columns():
     from rich.console import Console
 
@@ -415,9 +266,3 @@ def test_the_picture_keeps_to_its_methods_colours_and_within_its_edges(tmp_path,
     assert "less is better" in states.get_title(loc="left")
     labels = [text.get_text().partition(":")[0] for text in losses.get_legend().get_texts()]
     assert labels == ["AdamW", "APOLLO, rank 48", "APOLLO-Mini, rank 1", "seeds 7, 8 at the end"][: 3 + shows_seeds]
-
-
-def test_importing_the_demo_needs_torch_alone():
-    names = "{'transformers', 'rich', 'matplotlib'}"
-    code = f"import sys, apollo_triton.tools.demo.command; print(sorted({names} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

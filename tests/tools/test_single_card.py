@@ -35,6 +35,7 @@ def seven():
     return single_card.count("7B")
 
 
+@pytest.mark.slow
 def test_the_parts_of_7b_counted_by_hand(seven):
     """A part that is missing or counted twice, the wrong dtype, a gradient that is not the head's."""
     channels = 32 * (4 * 4096 + 3 * 11008)  # rank 1: two moments a channel of the longer side
@@ -54,6 +55,7 @@ def test_the_parts_of_7b_counted_by_hand(seven):
     assert seven.total == sum(seven.parts.values())
 
 
+@pytest.mark.slow
 def test_activations_and_state_are_those_of_their_own_modules(seven):
     peak = training_peak(meta_model("7B"), 1, 256)
     assert peak.total == sum(list(seven.parts.values())[-4:-1])
@@ -75,6 +77,7 @@ def test_an_update_takes_in_passing_what_is_said(seven):
     assert 0.8 < (allocations.peak().total + 2 * dense_8bit.CHUNK) / seven.parts["in passing, by an update"] <= 1
 
 
+@pytest.mark.slow
 def test_options_and_shapes_go_through():
     plain = single_card.count("60M")
     wide = single_card.count("60M", state_dtype=torch.float32)
@@ -88,6 +91,7 @@ def test_options_and_shapes_go_through():
     assert (longer.batch, longer.sequence, longer.dtype) == (2, 512, "float32")
 
 
+@pytest.mark.slow
 def test_the_table_adds_up_and_fits_a_small_terminal(capsys, seven):
     assert call() == 0
     output = capsys.readouterr().out

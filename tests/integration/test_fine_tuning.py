@@ -1,0 +1,116 @@
+"""examples/finetune_sft.py: settings, targets, resume, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipe_cases import Run, assert_same_bits
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def questions(texts: Path) -> Path:
+    path = texts.parent / "questions.json"
+    asked = [{"instruction": f"{a} + {b}?", "input": "", "output": str(a + b)} for a in range(8) for b in range(8)]
+    path.write_text(json.dumps(asked))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "rank", "scale", "batch"),
+    [pytest.param("apollo", 32, 1.0, 16, marks=pytest.mark.full), ("mini", 1, 64.0, 32)],
+)
+def test_fine_tuning(
+    method: str, rank: int, scale: float, batch: int, questions: Path, tiny_model: Path, run: Run, monkeypatch: Any
+) -> None:
+    """Settings that do not reach the optimizer or the Trainer, frozen weights that move, targets that do not; a run
+    that does not go on as it was; a loss over the questions."""
+    import transformers
+
+    trainers: list[Any] = []
+
+    class Kept(transformers.Trainer):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            trainers.append(self)
+            self.batches = 0
+
+        def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+            self.batches += 1
+            return super().training_step(*arguments, **named)
+
+    monkeypatch.setattr(transformers, "Trainer", Kept)
+    same = [f"--model={tiny_model}", "--data=questions.json", f"--method={method}", "--lr=3e-3", "--save-every=4"]
+    same += ["--scale=64"] if method == "mini" else []  # 128 is what Mini has anyway
+    begun = run(*same, "--folder=whole", "--resume", name="finetune_sft")
+    assert "--resume: --folder whole holds no checkpoint, so this begins at step 1" in begun
+    (trainer,) = trainers
+    low_rank = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
+    (group,) = (group for group in low_rank.param_groups if "rank" in group)
+    assert (group["rank"], group["scale"], group["weight_decay"]) == (rank, scale, 0.0)
+    assert trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps == batch
+    assert (trainer.args.num_train_epochs, trainer.args.lr_scheduler_type) == (3, "linear")
+    examples = 64 - 6
+    assert trainer.state.global_step == 3 * math.ceil(examples / batch)
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained("whole").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert moved == {name for name in before if any(target in name for target in targets)}
+    question, answer = trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["labels"]
+    assert 2 <= sum(label != -100 for label in answer) <= 3  # one or two digits, and the end
+    assert answer[-1] == question[-1] == 256
+    run(*same, "--folder=parts", name="finetune_sft")
+    newest = max(Path("parts").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for path in (*newest.iterdir(), newest):
+        path.rmdir() if path.is_dir() else path.unlink()
+    run(*same, "--folder=parts", "--resume", name="finetune_sft")
+    again = transformers.AutoModelForCausalLM.from_pretrained("parts").state_dict()
+    assert_same_bits(again, after)
+    assert trainers[2].batches < trainers[0].batches == trainers[1].batches
+
+
+BAD_DATA = {
+    "has too few examples, 1; 2 are needed at least": '[{"instruction": "1 + 1?", "output": "2"}]',
+    "cannot be read as json, or has no examples": "[]",
+    "bad.json cannot be read as json": "",
+    "--data bad.json cannot be read": "instructions {",
+    "the instruction of example 2 is None, not a text": (
+        '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": null, "output": "2"}]'
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_DATA)
+def test_data_that_cannot_be_fine_tuned_on(message: str, questions: Path, tiny_model: Path, run: Run) -> None:
+    Path("bad.json").write_text(BAD_DATA[message])
+    with pytest.raises(SystemExit, match=message):
+        run(f"--model={tiny_model}", "--data=bad.json", name="finetune_sft")
+
+
+BAD_TUNING = {
+    "argument --batch: at least 1 is needed, not 0": ["--batch=0"],
+    "argument --lr: a finite number, 0 or more, is needed, not -1": ["--lr=-1"],
+    "--rank 500, --target-modules: ": ["--rank=500"],
+    "no weight matches": ["--target-modules", "nope"],
+    "this folder holds no tokenizer that can be loaded": ["--model=bare"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_TUNING)
+def test_wrong_options_of_fine_tuning(
+    message: str, questions: Path, tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bare").mkdir()
+    (Path("bare") / "config.json").write_text((tiny_model / "config.json").read_text())
+    with pytest.raises(SystemExit) as error:
+        run(f"--model={tiny_model}", "--data=questions.json", *BAD_TUNING[message], name="finetune_sft")
+    assert message in f"{error.value} {capsys.readouterr().err}"
