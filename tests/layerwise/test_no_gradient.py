@@ -99,8 +99,8 @@ def test_the_sketchs_norm_is_that_of_the_rescaled_sketch(backend, scale_type):
     ],
 )
 def test_a_whole_model_goes_the_ordinary_way(kind, name, steps):
-    """Across one refresh, or four: input gradients of weights that have moved already, biases or norms left out, a weight
-    that is moved twice or not at all."""
+    """Across one refresh, or four: input gradients of weights that have moved already, biases or norms left out, a
+    weight that is moved twice or not at all."""
     pytest.importorskip("transformers")
     models = [language_model(kind) for _ in range(2)]
     start = copies(models[0])
