@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-APOLLO = {"rank": 2, "update_proj_gap": 5, "weight_decay": 0.05}
-MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 5, "distribution": "rademacher"}
-SAVED, END = 7, 16  # refreshes lie before the save and after it
+APOLLO = {"rank": 2, "update_proj_gap": 3, "weight_decay": 0.05}
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 3, "distribution": "rademacher"}
+SAVED, END = 5, 9  # refreshes lie before the save and after it
 
 SHAPES = {
     "tall": ((10, 3), APOLLO),
@@ -89,10 +89,10 @@ def size(mesh_shape):
 full, slow = pytest.mark.full, pytest.mark.slow
 JOURNEYS = [
     pytest.param((2,), [(2,), ()], marks=slow),
-    pytest.param((2, 2), [(3,)], marks=[slow, needs_uneven_strides]),
+    pytest.param((2, 2), [()], marks=[slow, needs_uneven_strides]),
     pytest.param((2,), [(3,)], marks=full),
     pytest.param((2,), [(2, 2)], marks=[full, needs_uneven_strides]),
-    pytest.param((2, 2), [(2, 2), ()], marks=[full, needs_uneven_strides]),
+    pytest.param((2, 2), [(2, 2), (3,)], marks=[full, needs_uneven_strides]),
     pytest.param((), [(3,)], marks=full),
 ]
 
