@@ -34,10 +34,10 @@ def backend_params(
 
 
 def pairs_first(*values: list[Any]) -> list[Any]:
-    """Every combination of the values, marked ``full`` where all of its pairs are in unmarked ones before it.
+    """Every combination of the values. Those that add no pair to the ones before them are marked ``full``.
 
-    So each pair of values of two parameters has a case in ``make test``, and each combination one in
-    ``make test-all``. Greedy: the combination with the most new pairs comes first.
+    So ``make test`` has a case for each pair of values of two parameters, and ``make test-all`` has every combination.
+    The combination with the most new pairs comes first.
     """
 
     def pairs(choice: tuple[int, ...]) -> set[Any]:
