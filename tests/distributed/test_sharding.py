@@ -251,7 +251,8 @@ def test_kernels_follow_the_reference_of_a_single_process(mesh_shape):
         ]
         for cut in cuts
     } | {"bias": ((5,), {}, "0" * len(mesh_shape)), "plain": ((10, 3), APOLLO | gap, "plain")}
-    results = run(through_the_kernels, torch.Size(mesh_shape).numel(), mesh_shape=mesh_shape, cases=cases, steps=steps)
+    world = torch.Size(mesh_shape).numel()
+    results = run(through_the_kernels, world, mesh_shape=mesh_shape, cases=cases, steps=steps, timeout=240)
     assert_ranks_agree(results)
     assert_close(results[0], Weights(cases, backend="reference").train_for(steps).everything(), 2e-6, str(mesh_shape))
 
@@ -281,7 +282,7 @@ def counted(mesh_shape, cases, options):
 )
 def test_two_collectives_a_step_and_mesh_dimension(mesh_shape, options):
     """A collective a weight or a group: latency that grows with the model. An agreement check at every step."""
-    cases = few_cases_of(len(mesh_shape))
+    cases = {name: case for name, case in few_cases_of(len(mesh_shape)).items() if name.rsplit("_", 1)[0] in FEW}
     for counts in run(counted, torch.Size(mesh_shape).numel(), mesh_shape=mesh_shape, cases=cases, options=options):
         assert sum(counts[0].values()) > 0, "the harness saw nothing"
         for step, groups in enumerate(counts[1:], 2):
