@@ -204,20 +204,20 @@ def test_options_of_the_constructor(mesh_shape, options):
 
 def rounded_on_a_mesh(mesh_shape, backend):
     options = {"backend": backend, "state_dtype": torch.bfloat16, "stochastic_rounding": True}
-    model = Weights(DENSE_CASES, init_device_mesh("cpu", mesh_shape), **options)
+    model = Weights(ROUNDED_CASES, init_device_mesh("cpu", mesh_shape), **options)
     return model.bfloat16().train_for(3).everything()
 
 
-DENSE_CASES = {"rows": ((16, 64), {}, "0"), "vector": ((24,), {}, "0")}
+ROUNDED_CASES = {"rows": ((16, 64), {}, "0"), "vector": ((24,), {}, "0"), "experts": ((3, 6, 4), APOLLO, "0")}
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_dense_shard_rounds_as_its_place_in_the_whole_does(backend):
+def test_a_shard_rounds_as_its_place_in_the_whole_does(backend):
     """Random bits that belong to a place in the local shard: ranks would round alike."""
     pytest.importorskip("triton")
     results = run(rounded_on_a_mesh, 3, mesh_shape=(3,), backend=backend)
     options = {"backend": backend, "state_dtype": torch.bfloat16, "stochastic_rounding": True}
-    expected = Weights(DENSE_CASES, **options).bfloat16().train_for(3).everything()
+    expected = Weights(ROUNDED_CASES, **options).bfloat16().train_for(3).everything()
     for name, value in results[0].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected[name])), name
 
