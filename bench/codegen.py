@@ -169,8 +169,8 @@ def measure(kernel: Kernel, target: str) -> Row:
 def measured(
     targets: Iterable[str], sampled: Iterable[str] = (), few_of: Iterable[str] = (), workers: int = 2
 ) -> list[Row]:
-    """The rows of all variants for ``targets``, of the essential ones for ``sampled``, and of one variant of each kernel
-    for ``few_of``. Each kernel has one row for a target."""
+    """The rows of all variants for ``targets``, of the essential ones for ``sampled``, and of one variant of each
+    kernel for ``few_of``. Each kernel has one row for a target."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, under which nothing is compiled")
     kernels = [launches(**variant) for variant in variants()] if targets or sampled else []

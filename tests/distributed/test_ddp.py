@@ -104,7 +104,7 @@ DDP = {
 
 
 @pytest.mark.parametrize("case", DDP)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_ddp_is_a_single_process_bit_for_bit(world, case):
     """Needless communication on plain tensors, a plan that keeps a bucket's address, anything drawn from the random
     state of a rank."""
@@ -163,7 +163,7 @@ def without_zero(steps):
 
 
 @pytest.mark.parametrize("bucket_view", [False, True])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_zero_redundancy_optimizer(world, bucket_view):
     """Group keys lost when ZeRO makes the optimizer of its part of the groups, an agreement check that stumbles over
     ranks with different parameters (or hangs), state that consolidation mixes up."""

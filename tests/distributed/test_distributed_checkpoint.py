@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-APOLLO = {"rank": 2, "update_proj_gap": 5, "weight_decay": 0.05}
-MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 5, "distribution": "rademacher"}
-SAVED, END = 7, 16  # refreshes lie before the save and after it
+APOLLO = {"rank": 2, "update_proj_gap": 3, "weight_decay": 0.05}
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 3, "distribution": "rademacher"}
+SAVED, END = 5, 9  # refreshes lie before the save and after it
 
 SHAPES = {
     "tall": ((10, 3), APOLLO),
@@ -86,11 +86,14 @@ def size(mesh_shape):
     return max(1, torch.Size(mesh_shape).numel())
 
 
+full, slow = pytest.mark.full, pytest.mark.slow
 JOURNEYS = [
-    ((2,), [(2,), (3,), ()]),
-    pytest.param((2,), [(2, 2)], marks=needs_uneven_strides),
-    pytest.param((2, 2), [(2, 2), (3,), ()], marks=needs_uneven_strides),
-    ((), [(3,)]),
+    pytest.param((2,), [(2,), ()], marks=slow),
+    pytest.param((2, 2), [()], marks=[slow, needs_uneven_strides]),
+    pytest.param((2,), [(3,)], marks=full),
+    pytest.param((2,), [(2, 2)], marks=[full, needs_uneven_strides]),
+    pytest.param((2, 2), [(2, 2), (3,)], marks=[full, needs_uneven_strides]),
+    pytest.param((), [(3,)], marks=full),
 ]
 
 
@@ -130,7 +133,12 @@ def plain_dictionaries(mesh_shape, folder):
     return end, resumed
 
 
-@pytest.mark.parametrize("mesh_shape", [(3,), pytest.param((2, 2), marks=needs_uneven_strides)], ids=str)
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [pytest.param((2,), marks=slow), pytest.param((3,), marks=full),
+     pytest.param((2, 2), marks=[full, needs_uneven_strides])],
+    ids=str,
+)  # fmt: skip
 def test_plain_state_dicts_of_each_rank_resume_exactly(mesh_shape, tmp_path):
     """``load_state_dict`` that casts or copies local parts only, or takes a DTensor's global shape for a wrong one;
     state that still shares memory with the optimizer it came from."""
@@ -163,14 +171,19 @@ def load_full(mesh_shape, path):
     return model.everything(), model.train_for(END - SAVED).everything()
 
 
-def test_one_full_file_loads_sharded_and_unsharded(tmp_path):
+@pytest.mark.parametrize(
+    ("world", "destinations"),
+    [pytest.param(2, [(2, 2), ()], marks=slow), pytest.param(3, [(3,), (), (2, 2)], marks=full)],
+    ids=str,
+)
+def test_one_full_file_loads_sharded_and_unsharded(world, destinations, tmp_path):
     """A consolidated state whose moments were gathered in another order than their channels."""
     path = str(tmp_path / "full.pt")
-    saved, end = run(save_full, 3, mesh_shape=(3,), path=path)[0]
+    saved, end = run(save_full, world, mesh_shape=(world,), path=path)[0]
     for name, value in torch.load(path)[1]["state"]["tall_0"].items():
         expected = saved[f"tall_0.{name}"]
         assert torch.equal(value, expected) if isinstance(value, torch.Tensor) else value == expected, name
-    for destination in [(3,), (), (2, 2)]:
+    for destination in destinations:
         results = run(load_full, size(destination), mesh_shape=destination, path=path)
         assert_ranks_agree([result[1] for result in results])
         assert_same_bits(results[0][0], saved, f"full, on {destination}")

@@ -21,8 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 transformers = pytest.importorskip("transformers")
 
-APOLLO = {"rank": 4, "update_proj_gap": 5, "weight_decay": 0.05}
-MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 5}
+APOLLO = {"rank": 4, "update_proj_gap": 3, "weight_decay": 0.05}
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 3}
 
 
 def tiny_llama():
@@ -154,17 +154,25 @@ def check(results, mesh_dims):
 
 
 @needs_fsdp_on_a_cpu
-@pytest.mark.parametrize("low_rank", [APOLLO, MINI], ids=["apollo", "mini"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "low_rank"),
+    [
+        pytest.param(2, APOLLO, marks=pytest.mark.slow, id="2-apollo"),
+        pytest.param(2, MINI, marks=pytest.mark.full, id="2-mini"),
+        pytest.param(4, APOLLO, marks=pytest.mark.full, id="4-apollo"),
+        pytest.param(4, MINI, marks=pytest.mark.full, id="4-mini"),
+    ],
+)
 def test_fully_shard(world, low_rank):
     """FSDP2's Shard(0): wide weights lose the dimension that is projected, tied embeddings are updated twice, biases
     of 12 elements leave an empty share of state."""
-    results = run(beside_a_plain_copy, world, kind="fsdp", steps=12, low_rank=low_rank, options={})
+    results = run(beside_a_plain_copy, world, kind="fsdp", steps=8, low_rank=low_rank, options={})
     assert all(cut == [0] for cut in results[0]["cut"].values()), "the harness shards nothing"
     check(results, 1)
 
 
 @needs_fsdp_on_a_cpu
+@pytest.mark.slow
 def test_fully_shard_with_three_ranks_clips_by_the_norm_of_the_model():
     """24 rows on three ranks are even, 33 of the vocabulary too, 40 are not: a norm that counts padding or shards."""
     results = run(beside_a_plain_copy, 3, kind="fsdp", steps=8, low_rank=APOLLO, options={"max_grad_norm": 0.1})
@@ -177,24 +185,34 @@ def test_fully_shard_with_three_ranks_clips_by_the_norm_of_the_model():
 
 
 @needs_fsdp_on_a_cpu
-def test_hybrid_sharding():
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, pytest.param(8, marks=pytest.mark.full)])
+def test_hybrid_sharding(steps):
     """Replicas of shards: [Replicate, Shard(0)]. Sums over the replicas as well would double every sketch."""
-    check(run(beside_a_plain_copy, 4, kind="hybrid", steps=8, low_rank=APOLLO, options={}), 2)
+    check(run(beside_a_plain_copy, 4, kind="hybrid", steps=steps, low_rank=APOLLO, options={}), 2)
 
 
-@pytest.mark.parametrize("low_rank", [APOLLO, MINI], ids=["apollo", "mini"])
+@pytest.mark.parametrize(
+    "low_rank",
+    [
+        pytest.param(APOLLO, marks=pytest.mark.full, id="apollo"),
+        pytest.param(MINI, marks=pytest.mark.slow, id="mini"),
+    ],
+)
 def test_tensor_parallel(low_rank):
     """Shard(1) of row-parallel weights, replicated biases beside them, norms that stay plain tensors."""
-    results = run(beside_a_plain_copy, 2, kind="tensor", steps=12, low_rank=low_rank, options={})
+    results = run(beside_a_plain_copy, 2, kind="tensor", steps=8, low_rank=low_rank, options={})
     assert all(cut in results[0]["cut"].values() for cut in ([0], [1], "plain")), "the harness shards nothing"
     check(results, 1)
 
 
 @needs_fsdp_on_a_cpu
-def test_fsdp_and_tensor_parallel():
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, pytest.param(8, marks=pytest.mark.full)])
+def test_fsdp_and_tensor_parallel(steps):
     """A 2-D mesh, where FSDP2 cuts the shards of tensor parallelism once more along the same dimension, and some
     parameters lie on one mesh dimension only."""
-    check(run(beside_a_plain_copy, 4, kind="both", steps=8, low_rank=APOLLO, options={}), 2)
+    check(run(beside_a_plain_copy, 4, kind="both", steps=steps, low_rank=APOLLO, options={}), 2)
 
 
 def whole_model_constructors(make):
@@ -218,7 +236,9 @@ def whole_model_constructors(make):
 
 
 @needs_fsdp_on_a_cpu
-@pytest.mark.parametrize("make", ["apollo", "mini"])
+@pytest.mark.parametrize(
+    "make", [pytest.param("apollo", marks=pytest.mark.slow), pytest.param("mini", marks=pytest.mark.full)]
+)
 def test_constructors_choose_the_same_weights_as_without_sharding(make):
     """``APOLLOAdamW.apollo(model)`` after fully_shard: module names that FSDP changes, ranks checked against shards."""
     results = run(whole_model_constructors, 2, make=make)
@@ -250,6 +270,7 @@ def accumulated(steps):
 
 
 @needs_fsdp_on_a_cpu
+@pytest.mark.slow
 def test_gradient_accumulation_under_fsdp():
     """A kept plan that holds on to the address of a gradient of an earlier pass."""
     for result in run(accumulated, 2, steps=6):

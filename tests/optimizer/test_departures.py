@@ -73,7 +73,7 @@ def test_non_finite_gradient(
     keys: dict, dtype: torch.dtype, value: float, values_are_read: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It moves nothing and spoils no state, the skip is counted, and its neighbours do not notice."""
-    if not values_are_read:  # the reference engine reads flags where they are host memory
+    if not values_are_read:  # the reference backend reads flags where they are host memory
         monkeypatch.setattr(reference, "_on_host", lambda values: None)
 
     def check(kind: type, bad: int) -> None:
@@ -198,32 +198,19 @@ def test_every_side(shape: tuple[int, int], proj_type: str, scale_type: str) -> 
 
 
 @APOLLO_AND_MINI
-@pytest.mark.parametrize("options", [{}, BFLOAT16_STATE, {"proj": "svd"}], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bit_exact(keys: dict, options: dict, dtype: torch.dtype) -> None:
-    """State is tensors and numbers, so it loads with ``weights_only``, and the run goes on bit for bit with new weights
-    and a new optimizer: saved after 4 steps, inside the second projection period."""
-    shapes = [(8, 5), (5, 8), (8,)] if dtype == torch.float32 else [(3, 6, 4), (8, 3, 2, 2), (8, 5), (8,)]
-    sequences = [gradients(*shape, dtype=dtype, steps=9) for shape in shapes]
+def test_state_loads_with_weights_only(keys: dict) -> None:
+    """State is tensors and numbers: a file that may run code is not needed. What it resumes to: test_resume.py."""
+    shapes = [(8, 5), (5, 8), (8,)]
 
     def check(kind: type) -> None:
-        parameters, file = [weight(*shape, dtype=dtype) for shape in shapes], io.BytesIO()
-        optimizer = several(kind, parameters, {}, **keys, **options)
-        train(optimizer, parameters, [given[:4] for given in sequences])
-        torch.save([[each.detach() for each in parameters], optimizer.state_dict()], file)
-        train(optimizer, parameters, [given[4:] for given in sequences])
+        parameters, file = [weight(*shape) for shape in shapes], io.BytesIO()
+        optimizer = several(kind, parameters, {}, **keys)
+        train(optimizer, parameters, [gradients(*shape, steps=2) for shape in shapes])
+        torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        saved_weights, saved_state = torch.load(file, weights_only=True)
-        resumed = [Parameter(each) for each in saved_weights]
-        optimizer = several(kind, resumed, {}, **keys, **options)
-        optimizer.load_state_dict(saved_state)
-        train(optimizer, resumed, [given[4:] for given in sequences])
-        assert all(torch.equal(*pair) for pair in zip(parameters, resumed, strict=True))
+        several(kind, parameters, {}, **keys).load_state_dict(torch.load(file, weights_only=True))
 
-    if options or dtype == torch.bfloat16:
-        check(APOLLOAdamW)
-    else:
-        departs(check, UnpicklingError, "Weights only load failed")
+    departs(check, UnpicklingError, "Weights only load failed")
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40)], ids=str)

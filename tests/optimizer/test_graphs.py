@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backend_cases import pairs_first
 from fused_cases import (
     DEVICE,
     assert_same_bits,
@@ -32,10 +33,9 @@ class NoHostRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("limit", [None, 1.0])
-@pytest.mark.parametrize("rank", [1, 16])
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)])
+@pytest.mark.parametrize(
+    ("capturable", "limit", "rank", "lr"), pairs_first([False, True], [None, 1.0], [1, 16], [1e-2, torch.tensor(1e-2)])
+)
 def test_a_step_never_reads_the_device(capturable, limit, rank, lr, monkeypatch):
     """Nor does it look into host tensors by a path that would wait for a device."""
     monkeypatch.setattr(gpu, "launch", lambda *arguments, **constants: None)
@@ -50,8 +50,16 @@ def test_a_step_never_reads_the_device(capturable, limit, rank, lr, monkeypatch)
         assert optimizer.state[parameters[0]]["step"] == 3
 
 
-@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
-@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scale_type", "rank"),
+    [
+        ("channel", 16),
+        ("tensor", 1),
+        pytest.param("channel", 1, marks=pytest.mark.full),
+        pytest.param("tensor", 16, marks=pytest.mark.full),
+    ],
+)
 def test_capturable_computes_the_same(scale_type, rank):
     """t and lr from the device: bias correction in float32 by expm1, and P refreshed by the kernel itself."""
     weights, dense = parameters_of([(24, 16), (16, 24)]), parameters_of([(8,)])
@@ -66,8 +74,16 @@ def test_capturable_computes_the_same(scale_type, rank):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a real graph to try")
-@pytest.mark.parametrize("rank", [1, 16])
-@pytest.mark.parametrize("limit", [None, 0.05])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "limit"),
+    [
+        (16, None),
+        (1, 0.05),
+        pytest.param(16, 0.05, marks=pytest.mark.full),
+        pytest.param(1, None, marks=pytest.mark.full),
+    ],
+)
 def test_a_replayed_step_follows_scheduler_step_count_and_refresh(rank, limit):
     from replay import Graph
 
@@ -138,9 +154,10 @@ def test_capturable_needs_the_kernels_and_no_svd():
         optimizer_of([weight], constructor={"capturable": True}, rank=1, proj="svd").step()
 
 
-@pytest.mark.parametrize("limit", [None, 0.05])
-@pytest.mark.parametrize("unscale_first", [False, True])
-@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "unscale_first", "capturable"), pairs_first([None, 0.05], [False, True], [False, True])
+)
 def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_first, capturable, monkeypatch):
     """Against gradients that were never scaled; the overflow costs a step that nothing remembers."""
     with kernels_everywhere(monkeypatch):

@@ -1,42 +1,22 @@
-"""A real ``torch.optim.Optimizer``: schedulers, hooks, scalers, copies, pickles, state dictionaries, clipping."""
+"""A real ``torch.optim.Optimizer``: schedulers, hooks, scalers, groups, and what a script has set or done around it:
+default dtypes and devices, tensor learning rates, frozen and late parameters."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
+from optimizer_cases import OPTIONS, make_model, same_weights, train
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups
-
-OPTIONS = {
-    "channel": {"rank": 4, "scale_type": "channel", "update_proj_gap": 5},
-    "tensor": {"rank": 1, "scale_type": "tensor", "scale": 128.0, "update_proj_gap": 5},
-    "svd": {"rank": 4, "proj": "svd", "update_proj_gap": 5},
-}
+from apollo_triton.core import projection
 
 
-def make_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 12)), "norm": nn.LayerNorm(12)})
-    return model.to(dtype)
-
-
-def train(model, optimizer, steps, first=0):
-    for step in range(first, first + steps):
-        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
-        loss = (model["norm"](model["mlp"](x)) - x.flip(1)).float().square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return loss.item()
-
-
-def same_weights(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+@pytest.fixture(autouse=True)
+def restore_defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("group", OPTIONS.values(), ids=OPTIONS.keys())
@@ -45,59 +25,6 @@ def test_training_reduces_the_loss(group):
     optimizer = APOLLOAdamW(apollo_param_groups(model, **group), lr=1e-2)
     first = train(model, optimizer, 1)
     assert train(model, optimizer, 150, first=1) < 0.7 * first
-
-
-@pytest.mark.parametrize("group", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "options", [{}, {"state_dtype": torch.bfloat16, "stochastic_rounding": True}], ids=["plain", "bf16"]
-)
-def test_resume_is_bit_exact_in_the_middle_of_a_period(group, dtype, options):
-    models = [make_model(dtype) for _ in range(2)]
-    whole = APOLLOAdamW(apollo_param_groups(models[0], **group), lr=1e-2, seed=3, **options)
-    train(models[0], whole, 12)
-    first = APOLLOAdamW(apollo_param_groups(models[1], **group), lr=1e-2, seed=3, **options)
-    train(models[1], first, 7)
-    file = io.BytesIO()
-    torch.save({"optimizer": first.state_dict(), "model": models[1].state_dict()}, file)
-    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    resumed_model = make_model(dtype, seed=9)
-    resumed_model.load_state_dict(saved["model"])
-    resumed = APOLLOAdamW(apollo_param_groups(resumed_model, **group), lr=0.5, seed=77)  # all comes from the file
-    resumed.load_state_dict(saved["optimizer"])
-    train(resumed_model, resumed, 5, first=7)
-    assert same_weights(models[0], resumed_model)
-
-
-def test_resume_at_another_dtype_keeps_the_moments_as_they_were():
-    model = make_model()
-    optimizer = APOLLOAdamW(apollo_param_groups(model, rank=4), lr=1e-2)
-    train(model, optimizer, 3)
-    half = make_model(torch.bfloat16)
-    other = APOLLOAdamW(apollo_param_groups(half, rank=4), lr=1e-2)
-    other.load_state_dict(optimizer.state_dict())
-    for p, q in zip(model.parameters(), half.parameters(), strict=True):
-        for name, value in optimizer.state[p].items():
-            loaded = other.state[q][name]
-            if isinstance(value, torch.Tensor):
-                assert loaded.dtype == value.dtype, name
-                assert torch.equal(loaded, value)
-                assert loaded.data_ptr() != value.data_ptr()  # loading copies
-            else:
-                assert loaded == value
-    train(half, other, 2, first=3)
-
-
-def test_deepcopy_and_pickle_go_on_alike():
-    model = make_model()
-    optimizer = APOLLOAdamW(apollo_param_groups(model, rank=4), lr=1e-2, max_grad_norm=0.1)
-    train(model, optimizer, 4)
-    pair = copy.deepcopy((model, optimizer))
-    pickled = pickle.loads(pickle.dumps((model, optimizer)))
-    train(model, optimizer, 8, first=4)
-    for other_model, other_optimizer in (pair, pickled):
-        train(other_model, other_optimizer, 8, first=4)
-        assert same_weights(model, other_model)
 
 
 def test_schedulers_drive_the_learning_rate():
@@ -164,41 +91,6 @@ def test_grad_scaler_skips_and_unscales():
             assert not optimizers[1].state
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("limit", [1e-3, 1e3])
-@pytest.mark.parametrize("group", OPTIONS.values(), ids=OPTIONS.keys())
-def test_clipping_equals_clip_grad_norm(limit, group):
-    models = [make_model() for _ in range(2)]
-    inside = APOLLOAdamW(apollo_param_groups(models[0], **group), lr=1e-2, max_grad_norm=limit)
-    outside = APOLLOAdamW(apollo_param_groups(models[1], **group), lr=1e-2)
-    for step in range(6):
-        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-            q.grad = p.grad.clone()
-        given = [p.grad.clone() for p in models[0].parameters()]
-        norm = nn.utils.clip_grad_norm_(models[1].parameters(), limit)
-        inside.step()
-        outside.step()
-        torch.testing.assert_close(inside.gradient_norm, norm)
-        for p, gradient in zip(models[0].parameters(), given, strict=True):
-            assert torch.equal(p.grad, gradient)  # gradients are read, never written
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-5, atol=1e-6)
-
-
-def test_clipping_ignores_gradients_that_are_not_finite():
-    models = [make_model() for _ in range(2)]
-    optimizers = [APOLLOAdamW(apollo_param_groups(model, rank=4), max_grad_norm=0.01) for model in models]
-    for model in models:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-    models[0]["norm"].weight.grad[3] = torch.nan
-    models[1]["norm"].weight.grad = None
-    for optimizer in optimizers:
-        optimizer.step()
-    assert optimizers[0].skipped_updates.item() == 1
-    assert same_weights(*models)
 
 
 def test_seed_per_param_gives_each_weight_its_own_projection():
@@ -296,7 +188,7 @@ def test_float32_weights_take_bfloat16_gradients():
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
 
 
-def test_backend_for_names_the_engine_and_the_reason():
+def test_backend_for_names_the_backend_and_the_reason():
     model = make_model()
     optimizer = APOLLOAdamW(apollo_param_groups(model, rank=4))
     backend = optimizer.backend_for(model["norm"].weight)
@@ -333,3 +225,118 @@ def test_whole_model_constructors_pass_everything_on(make):
     )
     assert (low_rank["rank"], low_rank["scale_type"]) == ((6, "channel") if "rank" in options else (1, "tensor"))
     assert "rank" not in dense
+
+
+def test_a_group_without_names_can_join_named_ones():
+    optimizer = APOLLOAdamW(apollo_param_groups(nn.ModuleDict({"mlp": nn.Linear(8, 8)}), rank=2))
+    late = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(6, 4))]
+    optimizer.add_param_group({"params": late, "rank": 2})
+    for weight in late:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert all((weight < 1).any() for weight in late)
+
+
+def test_frozen_weights_may_have_any_dtype_until_they_are_trained():
+    frozen = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64), requires_grad=False)
+    quantised = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.ones(4)
+    optimizer = APOLLOAdamW([weight, frozen, quantised])
+    optimizer.step()
+    frozen.requires_grad_().grad = torch.ones(4, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"parameter 1 of shape \(4, 4\) has dtype torch.float64"):
+        optimizer.step()
+    assert optimizer.state[weight]["step"].item() == 1
+
+
+def parameters(dtype=torch.float32):
+    """Two orientations of a matrix, and a vector, with gradients; the second matrix's gradient is broken."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in ((24, 10), (10, 24), (24, 10), (7,)):
+        weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype))
+        weight.grad = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        made.append(weight)
+    made[1].grad[2, 3] = torch.nan
+    return made
+
+
+def after_two_steps(dtype, **options):
+    weights = parameters(dtype)
+    optimizer = APOLLOAdamW([{"params": weights[:3], "rank": 3}, {"params": weights[3:]}], weight_decay=0.1, **options)
+    optimizer.step()
+    optimizer.step()
+    state = [optimizer.state[w][name] for w in weights for name in ("exp_avg", "exp_avg_sq")]
+    return [*(weight.detach() for weight in weights), *state], optimizer
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 0.5, "state_dtype": torch.bfloat16, "stochastic_rounding": True}]
+)
+def test_the_default_dtype_does_not_matter(default, dtype, options):
+    expected, _ = after_two_steps(dtype, **options)
+    torch.set_default_dtype(default)
+    found, optimizer = after_two_steps(dtype, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert optimizer.gradient_norm is None or optimizer.gradient_norm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "seed_per_param": True}])
+def test_the_default_device_does_not_matter(options):
+    expected, _ = after_two_steps(torch.float32, **options)
+    torch.set_default_device("meta")  # whatever is made there can neither be computed with nor read
+    found, optimizer = after_two_steps(torch.float32, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert optimizer.skipped_updates.item() == 2
+    assert APOLLOAdamW(parameters()).skipped_updates.item() == 0
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_learning_rate_of_any_shape_is_the_number_in_it(shape, lr_dtype, dtype):
+    expected, _ = after_two_steps(dtype, lr=2**-7)
+    found, _ = after_two_steps(dtype, lr=torch.full(shape, 2**-7, dtype=lr_dtype))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-8)
+
+
+def count_projections(monkeypatch):
+    made = []
+    original = projection.projection_matrix
+
+    def counted(seed, epoch, *args, **kwargs):
+        made.append(epoch)
+        return original(seed, epoch, *args, **kwargs)
+
+    monkeypatch.setattr(projection, "projection_matrix", counted)
+    return made
+
+
+def test_each_projection_is_made_once_however_many_epochs_are_under_way(monkeypatch):
+    made = count_projections(monkeypatch)
+    early, late = (nn.Parameter(torch.ones(12, 8)) for _ in range(2))
+    other = nn.Parameter(torch.ones(12, 8))
+    groups = [{"params": [early, late], "rank": 2, "update_proj_gap": 10}]
+    optimizer = APOLLOAdamW([*groups, {"params": [other], "rank": 2, "update_proj_gap": 5}])
+    for step in range(30):
+        early.grad, other.grad = torch.ones(12, 8), torch.ones(12, 8)
+        late.grad = torch.ones(12, 8) if step >= 5 else None
+        optimizer.step()
+    # Epochs 0 to 2 of the gap of 10, from step 0 and again from step 5, are under way as 0 to 5 of the gap of 5 pass.
+    # One whose last user has gone on may be needed again by a late parameter: 0, 1 and 2 at most twice.
+    assert sorted(set(made)) == [0, 1, 2, 3, 4, 5]
+    assert len(made) <= 9
+
+
+def test_projections_that_are_over_are_forgotten():
+    weight = nn.Parameter(torch.ones(12, 8))
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2, "update_proj_gap": 1}])
+    for _ in range(5):
+        weight.grad = torch.ones(12, 8)
+        optimizer.step()
+    assert len(optimizer._caches.projections._matrices) == 1
