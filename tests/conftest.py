@@ -2,7 +2,7 @@
 the same everywhere and two workers fit two cores. In CI hypothesis draws the same examples every time, elsewhere new
 ones. Without a GPU Triton's interpreter runs the kernels.
 
-The fixture ``engine`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
+The fixture ``backend`` repeats a test on the reference path, on the kernels in the interpreter, and on a GPU if any.
 """
 
 import importlib
@@ -31,7 +31,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     # The kernels become the interpreter's when they are imported: now, and not in a test that changes the environment.
     importlib.import_module("apollo_triton.backends.triton.verbs")
-ENGINES = [
+BACKENDS = [
     "reference",
     pytest.param("interpreter", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -58,18 +58,24 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"no case of these is left in make test, all are marked full: {sorted(lost)}")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request):
-    """Which engine updates parameters of groups with ``backend="auto"``, and where tensors are made."""
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    """Which backend updates parameters of groups with ``backend="auto"``, and where tensors are made."""
     if (request.param == "cuda") != torch.cuda.is_available() and request.param != "reference":
         pytest.skip("there is no CUDA device" if request.param == "cuda" else "kernels are compiled here")
     name = "reference" if request.param == "reference" else "triton"
     with pytest.MonkeyPatch.context() as patch:
-        backend = Backend(name, "the test asks so")
-        patch.setattr("apollo_triton.backends.selection.device_backend", lambda parameter, asked: backend)
+        chosen = Backend(name, "the test asks so")
+        patch.setattr("apollo_triton.backends.selection.device_backend", lambda parameter, asked: chosen)
         torch.set_default_device("cuda" if request.param == "cuda" else None)
         yield request.param
         torch.set_default_device(None)
+
+
+@pytest.fixture(scope="module")
+def engine(backend):
+    """The old name of ``backend``."""
+    return backend
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_cases import assert_same_bits, drawn, new_gradients, optimizer_of, parameters_of, train
+from kernel_cases import assert_same_bits, drawn, new_gradients, optimizer_of, parameters_of, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

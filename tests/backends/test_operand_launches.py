@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fused_cases import drawn
-from operand_cases import MINI, layer_of, operands_of, step
+from kernel_cases import drawn
+from implicit_cases import MINI, layer_of, operands_of, step
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, optimizer_of, parameters_of
+from kernel_cases import DEVICE, drawn, optimizer_of, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

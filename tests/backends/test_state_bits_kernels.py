@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_cases import assert_same_bits, optimizer_of, parameters_of
+from kernel_cases import assert_same_bits, optimizer_of, parameters_of
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

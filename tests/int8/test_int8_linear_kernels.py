@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, kernels_everywhere
+from kernel_cases import DEVICE, drawn, kernels_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,11 +72,11 @@ def on_pytorch():
         yield
 
 
-def results(x, weight, bias, gradient, engine):
+def results(x, weight, bias, gradient, backend):
     """y and the gradients of x, the weight and the bias, and the recorder."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     bias = None if bias is None else bias.detach().requires_grad_()
-    with engine as recorder:
+    with backend as recorder:
         y = linear(x, weight, bias)
         y.backward(gradient)
     return (y.detach(), x.grad, weight.grad, None if bias is None else bias.grad), recorder
@@ -173,9 +173,9 @@ def test_autocast():
     weight, x, bias = weight_of(24, 48, 16), drawn((6, 48), 2), drawn((24,), 4)
     gradient = drawn((6, 24), 3, torch.bfloat16)
     ends = []
-    for engine in (on_kernels, on_pytorch):
+    for backend in (on_kernels, on_pytorch):
         with torch.autocast(DEVICE, torch.bfloat16):
-            found, _ = results(x, weight, bias, gradient, engine())
+            found, _ = results(x, weight, bias, gradient, backend())
         assert [each.dtype for each in found] == [torch.bfloat16, *[torch.float32] * 3]
         ends.append(found)
     for mine, theirs in zip(*ends, strict=True):
@@ -319,9 +319,9 @@ def test_a_gradient_of_a_gradient_is_that_of_pytorch():
     """Kernels leave no graph: a penalty on the input's gradient would lose its terms without a word."""
     weight, gradient = weight_of(24, 48, 16), drawn((6, 24), 3)
     ends = []
-    for engine in (on_kernels, on_pytorch):
+    for backend in (on_kernels, on_pytorch):
         x, scale = drawn((6, 48), 2).requires_grad_(), torch.ones(24, device=DEVICE, requires_grad=True)
-        with engine():
+        with backend():
             (of_x,) = torch.autograd.grad(linear(x, weight) * scale, x, gradient, create_graph=True)
             of_x.square().sum().backward()
         ends.append(scale.grad)

@@ -1,4 +1,4 @@
-"""The fused step as a whole: any layout and dtype, plans kept and given up in time, mixed engines, torch.compile."""
+"""The fused step as a whole: any layout and dtype, plans kept and given up in time, mixed backends, torch.compile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from fused_cases import (
+from kernel_cases import (
     DEVICE,
     drawn,
     kernels_everywhere,
@@ -45,7 +45,7 @@ def assert_close_to_reference(ours, theirs, start):
 def both(parameters, **options):
     start = [each.detach().clone() for each in parameters]
     ours, optimizer = train(parameters, **options)
-    theirs, reference = train(parameters, engine="reference", **options)
+    theirs, reference = train(parameters, backend="reference", **options)
     assert_close_to_reference([x.detach() for x in ours], [x.detach() for x in theirs], start)
     for mine, other in zip(ours, theirs, strict=True):
         states = state_tensors(optimizer, mine), state_tensors(reference, other)
@@ -97,7 +97,7 @@ def test_stochastic_rounding_takes_the_references_bits(rank):
         steps=1,
         rank=rank,
         constructor=constructor,
-        engine="reference",
+        backend="reference",
     )
     for mine, other in zip(ours, theirs, strict=True):
         # A float32 sum that differs in its last bit changes one rounding in 2**16.
@@ -146,10 +146,10 @@ def test_experts_and_convolutions(shape, memory_format, group):
         return values.contiguous(memory_format=formats[values.dim()]) if values.dim() in formats else values
 
     results = []
-    for engine in ("triton", "reference"):
+    for backend in ("triton", "reference"):
         weight = nn.Parameter(changed(drawn(shape, 0)))
         optimizer = (
-            optimizer_of([weight], engine=engine, **group) if group else optimizer_of([], [weight], engine=engine)
+            optimizer_of([weight], backend=backend, **group) if group else optimizer_of([], [weight], backend=backend)
         )
         for step in (1, 2):
             weight.grad = changed(drawn(shape, step, scale=1e-2))
@@ -164,9 +164,9 @@ def test_empty_and_tiny_parameters(shape):
     tiny = nn.Parameter(drawn(shape, 0))
     group = [{"params": [tiny, *rest], "rank": 1}]
     optimizers = []
-    for engine in ("triton", "reference"):
+    for backend in ("triton", "reference"):
         copies = [nn.Parameter(each.detach().clone()) for each in group[0]["params"]]
-        optimizers.append((copies, APOLLOAdamW([{"params": copies, "rank": 1}], lr=1e-2, backend=engine)))
+        optimizers.append((copies, APOLLOAdamW([{"params": copies, "rank": 1}], lr=1e-2, backend=backend)))
         for step in range(2):
             new_gradients(copies, step)
             optimizers[-1][1].step()
@@ -267,7 +267,7 @@ def events():
 def test_a_plan_is_given_up_when_it_no_longer_holds(event, rank):
     """Against the reference path, which has no tables."""
     results = []
-    for engine in ("triton", "reference"):
+    for backend in ("triton", "reference"):
         parameters = [
             nn.Parameter(each.detach().clone())
             for each in parameters_of([(24, 16), (24, 16), (16, 24), (16, 16), (5,)])
@@ -275,7 +275,7 @@ def test_a_plan_is_given_up_when_it_no_longer_holds(event, rank):
         optimizer = APOLLOAdamW(
             [{"params": parameters[:4], "rank": rank, "update_proj_gap": 2}, {"params": parameters[4:]}],
             lr=1e-2,
-            backend=engine,
+            backend=backend,
         )
         new_gradients(parameters, 99)
         optimizer.step()
@@ -337,11 +337,11 @@ def test_a_step_inside_torch_compile(monkeypatch):
 def test_groups_of_one_seed_and_rank_have_the_projection_of_their_own_distribution(rank):
     """They would share what is in memory, were it known by seed, rank and width alone."""
     ends = []
-    for engine in ("triton", "reference"):
+    for backend in ("triton", "reference"):
         weights = parameters_of([(40, 24)] * 2)
         kinds = ("gaussian", "rademacher")
         groups = [{"params": [w], "rank": rank, "distribution": kind} for w, kind in zip(weights, kinds, strict=True)]
-        optimizer = APOLLOAdamW(groups, lr=0.01, backend=engine)
+        optimizer = APOLLOAdamW(groups, lr=0.01, backend=backend)
         for step in range(3):
             new_gradients(weights, step)
             optimizer.step()
@@ -349,7 +349,7 @@ def test_groups_of_one_seed_and_rank_have_the_projection_of_their_own_distributi
     assert_close_to_reference(*ends, [each.detach() for each in parameters_of([(40, 24)] * 2)])
 
 
-def test_engines_can_be_mixed_in_one_optimizer():
+def test_backends_can_be_mixed_in_one_optimizer():
     weights = parameters_of([(24, 16), (24, 16), (8,)])
     groups = [
         {"params": weights[:1], "rank": 2, "backend": "triton"},

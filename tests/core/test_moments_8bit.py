@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_cases import DEVICE
+from kernel_cases import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -245,7 +245,7 @@ def test_what_sets_bitsandbytes_on_the_cpu_apart_is_its_steps(functional, signed
 
 def kernels():
     pytest.importorskip("triton")
-    import blockwise_kernels as module
+    import moments_8bit_kernels as module
 
     return module
 

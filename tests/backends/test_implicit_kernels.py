@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, kernels_everywhere
-from operand_cases import (
+from kernel_cases import DEVICE, drawn, kernels_everywhere
+from implicit_cases import (
     MINI,
     by_channel,
     copy_of,
