@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE
+from tiers import pairs
 
 from apollo_triton.core import moments_8bit as blockwise
 from apollo_triton.core.moments_8bit import BLOCK, dequantize_blockwise, dynamic_code, quantize_blockwise
@@ -282,10 +283,8 @@ def test_kernels_know_the_block():
     assert kernels()._BLOCK.value == BLOCK == blockwise.BLOCK
 
 
-@SIGNED
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_kernels_give_the_bits_of_the_twin(signed, kind, size):
+@pytest.mark.parametrize(("kind", "size", "signed"), pairs(KINDS, SIZES, [True, False]))
+def test_kernels_give_the_bits_of_the_twin(kind, size, signed):
     check_kernels(drawn(kind, size), signed)
 
 

@@ -12,6 +12,7 @@ from apollo_triton import APOLLOAdamW
 from apollo_triton.core import device_backend as backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 
 
 def drawn(shape, seed, dtype=torch.float32, scale=1.0):
@@ -53,7 +54,7 @@ def new_gradients(parameters, seed, scale=1e-2):
         set_gradient(parameter, drawn(parameter.shape, seed * 1000 + offset, dtype, scale))
 
 
-def train(low_rank, dense=(), steps=3, seed=1, backend="triton", **options):
+def train(low_rank, dense=(), steps=2, seed=1, backend="triton", **options):
     """Copies of the parameters after some steps with drawn gradients, and the optimizer of the copies."""
     copies = [[nn.Parameter(each.detach().clone()) for each in group] for group in (low_rank, dense)]
     optimizer = optimizer_of(*copies, backend=backend, **options)
