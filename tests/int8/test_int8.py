@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiers import pairs, values
+from tiers import values
 from torch import nn
 
 from apollo_triton import APOLLOAdamW
@@ -126,13 +126,15 @@ def with_the_general_arithmetic(batch, multipliers, moved, decay):
         reference.shrink(weight, decay)
 
 
-@pytest.mark.parametrize(("name", "stochastic", "dtype"), pairs(KEYS, [True, False], [torch.float32, torch.bfloat16]))
-def test_the_update_is_the_float_update_requantised(name, stochastic, dtype, monkeypatch):
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_is_the_float_update_requantised(keys, stochastic, dtype, monkeypatch):
     """Bit for bit, with the random numbers of the elements' places: factors of other rows, decay left out, noise by the
     block, an old scale, the sign of the update."""
     monkeypatch.setattr(reference, "_apply_scalars", with_the_general_arithmetic)
     for shape in SHAPES[:4]:
-        (int8, ours), (plain, theirs) = pair(shape, 4, dtype, stochastic, KEYS[name], weight_decay=0.1, seed=7)
+        (int8, ours), (plain, theirs) = pair(shape, 4, dtype, stochastic, keys, weight_decay=0.1, seed=7)
         for step in range(1, 7):
             gradient = normal(*shape, seed=step).to(dtype)
             with torch.no_grad():
