@@ -86,7 +86,9 @@ def poisoned(monkeypatch):
     ("shape", "name", "dtype"),
     tiers(
         [(*case, dtype) for dtype in DTYPES for case in CASES],
-        lambda shape, name, dtype: dtype == torch.bfloat16 or (name == "rank 16" and shape in (SHAPES[2], SHAPES[5])),
+        lambda shape, name, dtype: (
+            (dtype == torch.bfloat16 and name != "front") or (name == "rank 16" and shape in (SHAPES[2], SHAPES[5]))
+        ),
     ),
     ids=str,
 )
@@ -124,8 +126,8 @@ def test_sketch_and_norms(shape, dtype, name, poisoned):
     [
         ((24, 1100), "right", torch.bfloat16),
         pytest.param((24, 1100), "right", torch.float32, marks=pytest.mark.full),
-        pytest.param((1100, 24), "left", torch.bfloat16, marks=pytest.mark.full),
-        ((1100, 24), "left", torch.float32),
+        ((1100, 24), "left", torch.bfloat16),
+        pytest.param((1100, 24), "left", torch.float32, marks=pytest.mark.full),
     ],
 )
 def test_long_sums_in_parts(sides, side, dtype, poisoned):
@@ -192,7 +194,7 @@ def assert_as_close_as(found, expected, before, share=0.01):
     ),
     ids=str,
 )
-def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poisoned, monkeypatch):
+def test_steps_are_those_of_the_reference_path(shape, dtypes, name, poisoned, monkeypatch):
     """Factors of the wrong side, the limiter or decay left out, u_prev and random bits of other elements."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "has_large_shared_memory", lambda device: dtypes[-1] in "cy")
@@ -204,7 +206,7 @@ def test_three_steps_are_those_of_the_reference_path(shape, dtypes, name, poison
     constructor["stochastic_rounding"] = "stochastic" in dtypes
     mine = layer_of(sides, first, constructor=constructor, **group)
     theirs = copy_of(mine)
-    for number in (1, 2, 3):
+    for number in (1, 2):
         before = mine.weight.detach().clone()
         operands = operands_of(tokens, sides, second, seed=number)
         operands = ImplicitGradient(

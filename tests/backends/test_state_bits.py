@@ -19,6 +19,7 @@ from torch import nn
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 from apollo_triton.backends.reference import dense_8bit
 from apollo_triton.backends.reference import verbs as reference
+from apollo_triton.core import gpu
 from apollo_triton.core.moments_8bit import BLOCK, Blockwise, dequantize_blockwise, quantize_blockwise
 
 EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}  # the interpreter takes a second for 4096
@@ -66,8 +67,8 @@ def integers(shape, seed):
         ((2, 70, 8), {"rank": 4}),  # experts, whose blocks are their own
         ((70, 64), {"rank": 64}),
         pytest.param((5, 260), {"rank": 256, "proj_type": "right"}, marks=pytest.mark.full),
-        ((1, 516), {"rank": 512, "proj_type": "right"}),  # sketched in two blocks of ranks
-        pytest.param((1, 1026), {"rank": 1024, "proj_type": "right"}, marks=pytest.mark.full),  # in four
+        # Sketched in four blocks of ranks.
+        pytest.param((1, 1026), {"rank": 1024, "proj_type": "right"}, marks=pytest.mark.full),
     ],
 )
 def test_both_backends_store_the_bits_of_the_formula(shape, group, backend):
@@ -114,7 +115,7 @@ def test_both_backends_store_the_bits_of_the_formula(shape, group, backend):
         M, V = moments(optimizer, weight)
 
 
-@pytest.mark.parametrize("rank", tiers([1, 2, 3, 6, 17, 100, 260], (1, 3, 17).__contains__))
+@pytest.mark.parametrize("rank", tiers([1, 2, 3, 6, 17, 100, 260], (1, 6, 100).__contains__))
 def test_any_rank_moves_the_weight_as_float_moments_do(rank, backend):
     """For one step, whose moments were zeros: what is stored does not enter yet. Then within 8 bits."""
     shape = (-(-300 // rank) + 60, max(rank, 20))
@@ -152,7 +153,8 @@ def test_state_is_that_of_bitsandbytes(backend, bitsandbytes):
         assert torch.equal(read, values)
 
 
-def test_small_tensors_keep_float_moments(backend, bitsandbytes):
+def test_small_tensors_keep_float_moments(backend, bitsandbytes, monkeypatch):
+    monkeypatch.setattr(gpu, "launch", lambda *arguments, **constants: None)  # what the state is made of is enough
     shapes = [(4095, 2), (4096, 2), (256, 17), (255, 17)]
     weights = parameters_of(shapes)
     dense = parameters_of([(4095,), (4096,), (64, 64), (63, 65)])

@@ -273,7 +273,7 @@ def test_kernels_follow_the_reference(case, stochastic):
     shape, size, dtype, keys = KERNEL_CASES[case]
     ends = []
     for backend in ("reference", "triton"):
-        starts = [normal(*shape), normal(shape[0] + 3 * size, shape[1], seed=1), normal(*shape, seed=2)]
+        starts = [normal(*shape), normal(shape[0] + 24, shape[1], seed=1), normal(*shape, seed=2)]
         weights = [nn.Parameter(Int8Weight.of(each.to(dtype), size, stochastic)) for each in starts]
         options = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 5.0, "backend": backend}
         optimizer = APOLLOAdamW([{"params": weights, **keys}], **options)
