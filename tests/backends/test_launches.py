@@ -130,7 +130,7 @@ INT8 = [(33, 48), (48, 96), (6, 48)]  # groups of 48 and 12 straddle the program
 RUNS = {
     **{
         f"{name}, {str(dtype)[6:]}": by_gradient(
-            fitting(group)[: 2 if name in ("mini", "bfloat16 moments") else 3],
+            fitting(group)[: 1 if name == "bfloat16 moments" else 2],
             [(4104,), (7,), (3, 5)] if name in ("mini", "clipped") else [],
             dtype,
             **group,

@@ -287,7 +287,7 @@ def events():
 
 
 # At rank 16 P is in memory as well: what moves a weight, its state, or the epoch.
-AT_RANK_16 = ("new_address", "state_is_cleared", "step_is_set")
+AT_RANK_16 = ("state_is_cleared", "step_is_set")
 
 
 @pytest.mark.parametrize(
