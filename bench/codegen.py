@@ -169,7 +169,8 @@ def measured(targets: Iterable[str], sampled: Iterable[str] = (), workers: int =
     """All variants for ``targets``, and the essential ones for ``sampled``, each kernel once."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET=1 is set, under which nothing is compiled")
-    kernels = [launches(**each) for each in variants()]
+    targets = list(targets)
+    kernels = [launches(**each) for each in itertools.islice(variants(), None if targets else ESSENTIAL)]
     jobs = [(target, kernels) for target in targets] + [(target, kernels[:ESSENTIAL]) for target in sampled]
     pairs = [(each, target) for target, some in jobs for each in dict.fromkeys(itertools.chain(*some))]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:

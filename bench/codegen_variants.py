@@ -27,7 +27,7 @@ from .fake_mesh import fake_mesh
 
 TARGETS = {f"sm_{number}": ("cuda", number, 32) for number in (80, 90, 100)} | {"gfx942": ("hip", "gfx942", 64)}
 ESSENTIAL = (
-    5 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
+    7 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
 )  # the first so many variants are those that CI compiles for every target
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -50,6 +50,10 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": {"rank": 256}, "dtype": float32}  # three products with the largest tile
     yield {"group": {"rank": 128, "proj": "svd"}}  # float32 throughout
     yield {}
+    # Int8 weights, and 8-bit moments: kernels of their own.
+    eight = {"state_bits": 8, "min_8bit_size": 0}
+    yield {"group": mini, "int8": 128}
+    yield {"group": {"rank": 256} | columns, **eight}
     yield from layers[codegen_linear.ESSENTIAL :]
     yield from from_operands[codegen_operands.ESSENTIAL :]
     # Rank 1, where instructions an element decide.
@@ -83,14 +87,9 @@ def variants() -> Iterator[dict[str, Any]]:
     yield {"group": mini | rows, "sharded": True}
     yield {"group": {"rank": 128} | rows, "sharded": True}
     # Int8 weights; groups that are no power of two go element by element.
-    yield from (
-        {"group": mini, "int8": 128},
-        {"group": {"rank": 128}, "int8": 256},
-        {"group": mini | columns, "int8": 64},
-    )
+    yield from ({"group": {"rank": 128}, "int8": 256}, {"group": mini | columns, "int8": 64})
     # 8-bit moments: two launches again, and what a program of the second owns the sketch of rank 1 cuts in four.
-    eight = {"state_bits": 8, "min_8bit_size": 0}
-    yield from ({"group": mini, **eight}, {"group": {"rank": 3}, **eight}, {"group": {"rank": 256} | columns, **eight})
+    yield from ({"group": mini, **eight}, {"group": {"rank": 3}, **eight})
 
 
 def launches(
