@@ -21,6 +21,7 @@ if "constexprs" not in compiler.ASTSource.__init__.__code__.co_varnames:
 
 from apollo_triton.kernels.sketch import SMALL_RANK  # noqa: E402
 
+pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "bench.codegen", "--targets"]
 # What is compiled: the essential variants of each kernel for one GPU, and with sm_90 in full for all four.

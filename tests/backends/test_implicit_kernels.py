@@ -82,6 +82,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", nans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "name", "dtype"),
     tiers(
@@ -296,6 +297,7 @@ def test_int8_weights_whose_groups_cross_tiles_are_the_reference_paths(monkeypat
         assert chosen(torch.zeros(3, 5)).name == "triton"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "bad", "limiter_norm"),
     values([MINI, {"rank": 4}, {"rank": 16, "disable_nl": True}], [math.inf, math.nan], ["exact", "sketch"]),
@@ -403,6 +405,7 @@ def test_parts_cover_a_sum_once(length, programs):
     assert part >= length or count > 1
 
 
+@pytest.mark.slow
 def test_layers_share_a_projection_and_write_their_own_epoch():
     """Layer-wise updates run an engine for each weight: one P a width, and never the P of another epoch."""
     caches = Caches()

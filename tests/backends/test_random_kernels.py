@@ -99,6 +99,7 @@ FAST_PROJECTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "distribution", "seed"),
     tiers(

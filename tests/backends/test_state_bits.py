@@ -56,6 +56,7 @@ def integers(shape, seed):
 # --- low rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "group"),
     [
@@ -115,6 +116,7 @@ def test_both_backends_store_the_bits_of_the_formula(shape, group, backend):
         M, V = moments(optimizer, weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", tiers([1, 2, 3, 6, 17, 100, 260], (1, 6, 100).__contains__))
 def test_any_rank_moves_the_weight_as_float_moments_do(rank, backend):
     """For one step, whose moments were zeros: what is stored does not enter yet. Then within 8 bits."""
@@ -138,6 +140,7 @@ def test_any_rank_moves_the_weight_as_float_moments_do(rank, backend):
             assert error <= 0.02 * (step + 1), signed
 
 
+@pytest.mark.slow
 def test_state_is_that_of_bitsandbytes(backend, bitsandbytes):
     """Its own dequantiser reads it."""
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -175,6 +178,7 @@ def test_small_tensors_keep_float_moments(backend, bitsandbytes, monkeypatch):
         assert ("exp_avg_absmax" in state) == ("exp_avg_sq_absmax" in state) == (state["exp_avg"].dtype == uint8)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_not_finite_leave_blocks_as_they_are(backend):
     """A channel keeps its moments, a block of such channels its bits; a block with others is rounded anew."""
     (weight,) = parameters_of([(288, 16)])  # rank 4: 64 channels a block
@@ -273,6 +277,7 @@ def losses(model, optimizer, count, first=0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_resumes_bit_for_bit(int8, backend, bitsandbytes):
     def make():
@@ -299,6 +304,7 @@ def test_resumes_bit_for_bit(int8, backend, bitsandbytes):
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
+@pytest.mark.slow
 def test_layer_by_layer_is_the_same_bit_for_bit(backend, bitsandbytes):
     ends = []
     for layerwise in (False, True):
@@ -370,6 +376,7 @@ def test_bits_of_a_state_are_its_own_whatever_the_group_says_later(backend):
     assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_for_dense_8bit_moments_alone():
     program = """
 import sys, torch

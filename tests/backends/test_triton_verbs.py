@@ -59,6 +59,7 @@ def both(parameters, **options):
     return optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtypes", "group"),
     values(
@@ -292,6 +293,7 @@ def events():
 AT_RANK_16 = ("state_is_cleared", "step_is_set")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "rank"),
     tiers(

@@ -70,6 +70,7 @@ def test_any_group_errs_by_half_a_step_at_most(values):
     assert (error <= 0.5001 * scale.double()[:, None]).all()
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_takes_the_two_neighbours_with_their_probabilities():
     """Bits that favour one side, a neighbour's neighbour, values of the grid that move."""
     groups = torch.cat((torch.tensor([-1.0, 1.55]), torch.linspace(-0.9, 1.4, 62), torch.zeros(64)))[None]

@@ -84,6 +84,7 @@ def test_the_weight_is_dequantised_to_the_bit(case, dtype):
     assert torch.equal(x.grad, W)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_shape(data):
