@@ -33,6 +33,8 @@ class StepHooks(Protocol):
 
     def refuse_grad_scaler(self) -> None: ...
 
+    def forget(self) -> None: ...
+
     def end_step(self) -> None: ...
 
 
@@ -312,6 +314,7 @@ class APOLLOAdamW(Optimizer):
             for handle in handles:
                 handle.remove()
         if self._layerwise is not None:
+            self._layerwise.forget()
             self._layerwise.end_step()
 
     @torch.no_grad()

@@ -78,8 +78,6 @@ def backend(request):
         torch.set_default_device(None)
 
 
-
-
 @pytest.fixture
 def bitsandbytes():
     """Skips where bitsandbytes cannot update 8-bit moments here."""

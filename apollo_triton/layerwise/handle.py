@@ -157,6 +157,10 @@ class Layerwise:
         """How many updates the hooks have skipped: int64 scalars to be added up."""
         return [count for engine in self._engines.values() for count in engine.skipped()]
 
+    def forget(self) -> None:
+        """Drop what the engines keep between steps, the skips that they have counted included."""
+        self._engines.clear()
+
     def end_step(self) -> None:
         """Start over with all of the optimizer's parameters as they are now: a hook for each that wants a gradient."""
         self._updated.clear()

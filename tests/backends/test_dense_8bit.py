@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, parameters_of
+from kernel_cases import DEVICE, drawn, parameters_of
 from torch import nn
 
 from apollo_triton import APOLLOAdamW

@@ -3,10 +3,10 @@ the tests of the algorithm there."""
 
 from __future__ import annotations
 
-import operand_cases as cases
+import implicit_cases as cases
 import pytest
 import torch
-from fused_cases import assert_same_bits, drawn, optimizer_of, parameters_of
+from kernel_cases import assert_same_bits, drawn, optimizer_of, parameters_of
 from torch import nn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -102,9 +102,9 @@ def test_a_step_allocates_next_to_nothing_at_7b_shapes(group):
 def test_7b_shapes_against_the_reference_path(shape, group):
     (weight,) = parameters_of([shape], torch.bfloat16)
     results = []
-    for engine in ("triton", "reference"):
+    for backend in ("triton", "reference"):
         copy = nn.Parameter(weight.detach().clone())
-        optimizer = optimizer_of([copy], engine=engine, **group)
+        optimizer = optimizer_of([copy], backend=backend, **group)
         for step in range(3):
             copy.grad = drawn(shape, step, torch.bfloat16, 1e-3)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""8-bit moments (``state_bits=8``): the low-rank ones of both engines, and the dense ones that bitsandbytes updates."""
+"""8-bit moments (``state_bits=8``): the low-rank ones on both backends, the dense ones that bitsandbytes updates."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import sys
 
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, new_gradients, optimizer_of, parameters_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE, drawn, new_gradients, optimizer_of, parameters_of
+from tiers import tiers
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 from apollo_triton.backends.reference import dense_8bit
 from apollo_triton.backends.reference import verbs as reference
+from apollo_triton.core import gpu
 from apollo_triton.core.moments_8bit import BLOCK, Blockwise, dequantize_blockwise, quantize_blockwise
 
 EIGHT_BITS = {"state_bits": 8, "min_8bit_size": 257}  # the interpreter takes a second for 4096
@@ -54,6 +56,7 @@ def integers(shape, seed):
 # --- low rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "group"),
     [
@@ -64,23 +67,24 @@ def integers(shape, seed):
         ((24, 150), {"rank": 16}),
         ((2, 70, 8), {"rank": 4}),  # experts, whose blocks are their own
         ((70, 64), {"rank": 64}),
-        ((5, 260), {"rank": 256, "proj_type": "right"}),
-        ((1, 1026), {"rank": 1024, "proj_type": "right"}),  # sketched in four blocks of ranks
+        pytest.param((5, 260), {"rank": 256, "proj_type": "right"}, marks=pytest.mark.full),
+        # Sketched in four blocks of ranks.
+        pytest.param((1, 1026), {"rank": 1024, "proj_type": "right"}, marks=pytest.mark.full),
     ],
 )
-def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
+def test_both_backends_store_the_bits_of_the_formula(shape, group, backend):
     """R is exact (whole numbers, signs, roots of powers of four), and so are steps of betas of 3/4."""
     weight = nn.Parameter(drawn(shape, 1))
     optimizer = optimizer_of(
         [weight],
-        engine="auto",
+        backend="auto",
         distribution="rademacher",
         **group,
         constructor={**EIGHT_BITS, "betas": (0.75, 0.75)},
     )
     exact = optimizer_of(
         [nn.Parameter(weight.detach().clone())],
-        engine="reference",
+        backend="reference",
         distribution="rademacher",
         **group,
         betas=(0.5, 0.5),
@@ -105,21 +109,22 @@ def test_both_engines_store_the_bits_of_the_formula(shape, group, engine):
             expected = [quantize_blockwise(matrix, signed) for matrix in matrices]
             q, absmax = (torch.stack(each) for each in zip(*expected, strict=True))
             assert torch.equal(held[name].view(q.shape), q)
-            if engine == "cuda":  # which multiplies and adds in one rounding
+            if backend == "cuda":  # which multiplies and adds in one rounding
                 torch.testing.assert_close(held[f"{name}_absmax"].view(absmax.shape), absmax, rtol=2**-23, atol=0)
             else:
                 assert torch.equal(held[f"{name}_absmax"].view(absmax.shape), absmax)
         M, V = moments(optimizer, weight)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 6, 17, 100, 260])
-def test_any_rank_moves_the_weight_as_float_moments_do(rank, engine):
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", tiers([1, 2, 3, 6, 17, 100, 260], (1, 6, 100).__contains__))
+def test_any_rank_moves_the_weight_as_float_moments_do(rank, backend):
     """For one step, whose moments were zeros: what is stored does not enter yet. Then within 8 bits."""
     shape = (-(-300 // rank) + 60, max(rank, 20))
     (weight,) = parameters_of([shape])
     found, other = (nn.Parameter(weight.detach().clone()) for _ in range(2))
-    ours = optimizer_of([found], engine="auto", rank=rank, proj_type="right", **EIGHT)
-    float32 = optimizer_of([other], engine="auto", rank=rank, proj_type="right")
+    ours = optimizer_of([found], backend="auto", rank=rank, proj_type="right", **EIGHT)
+    float32 = optimizer_of([other], backend="auto", rank=rank, proj_type="right")
     assert ours.state == {}
     for step in range(2):
         gradient = drawn(shape, step)
@@ -135,11 +140,12 @@ def test_any_rank_moves_the_weight_as_float_moments_do(rank, engine):
             assert error <= 0.02 * (step + 1), signed
 
 
-def test_state_is_that_of_bitsandbytes(engine, bitsandbytes):
+@pytest.mark.slow
+def test_state_is_that_of_bitsandbytes(backend, bitsandbytes):
     """Its own dequantiser reads it."""
     functional = pytest.importorskip("bitsandbytes.functional")
     (weight,) = parameters_of([(300, 30)])
-    optimizer = optimizer_of([weight], engine="auto", rank=3, **EIGHT)
+    optimizer = optimizer_of([weight], backend="auto", rank=3, **EIGHT)
     optimizer.step()
     new_gradients([weight], 5)
     optimizer.step()
@@ -150,7 +156,8 @@ def test_state_is_that_of_bitsandbytes(engine, bitsandbytes):
         assert torch.equal(read, values)
 
 
-def test_small_tensors_keep_float_moments(engine, bitsandbytes):
+def test_small_tensors_keep_float_moments(backend, bitsandbytes, monkeypatch):
+    monkeypatch.setattr(gpu, "launch", lambda *arguments, **constants: None)  # what the state is made of is enough
     shapes = [(4095, 2), (4096, 2), (256, 17), (255, 17)]
     weights = parameters_of(shapes)
     dense = parameters_of([(4095,), (4096,), (64, 64), (63, 65)])
@@ -171,10 +178,11 @@ def test_small_tensors_keep_float_moments(engine, bitsandbytes):
         assert ("exp_avg_absmax" in state) == ("exp_avg_sq_absmax" in state) == (state["exp_avg"].dtype == uint8)
 
 
-def test_gradients_that_are_not_finite_leave_blocks_as_they_are(engine):
+@pytest.mark.slow
+def test_gradients_that_are_not_finite_leave_blocks_as_they_are(backend):
     """A channel keeps its moments, a block of such channels its bits; a block with others is rounded anew."""
     (weight,) = parameters_of([(288, 16)])  # rank 4: 64 channels a block
-    optimizer = optimizer_of([weight], engine="auto", rank=4, lr=0.1, **EIGHT)
+    optimizer = optimizer_of([weight], backend="auto", rank=4, lr=0.1, **EIGHT)
     for seed in range(2):
         new_gradients([weight], seed)
         optimizer.step()
@@ -239,7 +247,7 @@ def test_the_reference_path_cuts_large_moments_between_their_blocks(monkeypatch)
     for elements in (reference.BLOCK_ELEMENTS, 300):  # the latter less than a block's channels
         monkeypatch.setattr(reference, "BLOCK_ELEMENTS", elements)
         (weight,) = parameters_of([(700, 20)])
-        optimizer = optimizer_of([weight], engine="reference", rank=3, **EIGHT)
+        optimizer = optimizer_of([weight], backend="reference", rank=3, **EIGHT)
         optimizer.step()
         optimizer.step()
         held = optimizer.state[weight]
@@ -269,8 +277,9 @@ def losses(model, optimizer, count, first=0):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_resumes_bit_for_bit(int8, engine, bitsandbytes):
+def test_resumes_bit_for_bit(int8, backend, bitsandbytes):
     def make():
         model = model_of()
         if int8:
@@ -295,7 +304,8 @@ def test_resumes_bit_for_bit(int8, engine, bitsandbytes):
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
-def test_layer_by_layer_is_the_same_bit_for_bit(engine, bitsandbytes):
+@pytest.mark.slow
+def test_layer_by_layer_is_the_same_bit_for_bit(backend, bitsandbytes):
     ends = []
     for layerwise in (False, True):
         model = model_of()
@@ -357,15 +367,16 @@ def test_a_broken_state_is_refused():
             optimizer.load_state_dict(broken)
 
 
-def test_bits_of_a_state_are_its_own_whatever_the_group_says_later(engine):
+def test_bits_of_a_state_are_its_own_whatever_the_group_says_later(backend):
     (weight,) = parameters_of([(300, 3)])
-    optimizer = optimizer_of([weight], engine="auto", rank=2)
+    optimizer = optimizer_of([weight], backend="auto", rank=2)
     optimizer.step()
     optimizer.param_groups[0]["state_bits"] = 8
     optimizer.step()
     assert optimizer.state[weight]["exp_avg"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_for_dense_8bit_moments_alone():
     program = """
 import sys, torch

@@ -35,8 +35,8 @@ from bench import (
     whole_step,
 )
 from bench.contenders import CONTENDERS, MINI, Contender, bytes_to_move, state_bytes
-from bench.results_file import Results
 from bench.parameter_sets import Shapes, llama_shapes, make_weights
+from bench.results_file import Results
 
 ROOT = Path(__file__).parents[2]
 

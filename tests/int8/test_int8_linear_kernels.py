@@ -5,20 +5,19 @@ On a machine with a GPU the numbers are those of the compiled kernels; what need
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
-from fused_cases import DEVICE, drawn, kernels_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_linear_cases import assert_a_product, floats, on_kernels, on_pytorch, results, weight_of
+from kernel_cases import DEVICE, drawn
+from tiers import tiers, values
 
 pytest.importorskip("triton")
 
 from apollo_triton.kernels.linear import blocks, run_length
 from sanitizer import Recorder
 
-from apollo_triton.core import device_backend as backends
 from apollo_triton.core import gpu
 from apollo_triton.int8.linear import linear
 from apollo_triton.int8.weight import Int8Weight
@@ -43,56 +42,7 @@ CASES = [
 in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the recorder needs Triton's interpreter")
 
 
-def weight_of(outputs, inputs, group_size, dtype=torch.float32, seed=0):
-    """Every group has a scale and zero point of its own size, so that one taken for another shows."""
-    values = drawn((outputs * inputs // group_size, group_size), seed) + drawn((outputs * inputs // group_size, 1), 1)
-    sizes = 1 + torch.arange(len(values), device=DEVICE)[:, None] % 7
-    return Int8Weight.of((values * sizes).view(outputs, inputs).to(dtype), group_size)
-
-
-def floats(weight, dtype):
-    return weight.floats(slice(0, weight.shape[0])).to(dtype)
-
-
-@contextlib.contextmanager
-def on_kernels(recorder=None):
-    """``recorder``, or a new one, over what runs on the kernels; None on a GPU."""
-    with pytest.MonkeyPatch.context() as patch, kernels_everywhere(patch):
-        if torch.cuda.is_available():
-            yield None
-        else:
-            with recorder or Recorder() as recorder:
-                yield recorder
-
-
-@contextlib.contextmanager
-def on_pytorch():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_obstacle", lambda device: "the test asks so")
-        yield
-
-
-def results(x, weight, bias, gradient, engine):
-    """y and the gradients of x, the weight and the bias, and the recorder."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    bias = None if bias is None else bias.detach().requires_grad_()
-    with engine as recorder:
-        y = linear(x, weight, bias)
-        y.backward(gradient)
-    return (y.detach(), x.grad, weight.grad, None if bias is None else bias.grad), recorder
-
-
-def assert_a_product(found, left, right, addend=0.0):
-    """``found`` is left @ right + addend in float64, rounded once, but for sums in float32."""
-    left, right = left.double(), right.double()
-    exact = left @ right + addend
-    slack = 1e-5 * (left.abs() @ right.abs()) + torch.finfo(found.dtype).tiny
-    assert found.shape == exact.shape
-    assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(found.dtype).eps * exact.abs() + slack).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), values(CASES, DTYPES), ids=str)
 def test_forward_and_gradients(case, dtype):
     """Wrong tiles at the ends, scales of a neighbour, W or a sum not rounded where it should be, or twice."""
     rows, outputs, inputs, group_size = case
@@ -116,8 +66,7 @@ def test_forward_and_gradients(case, dtype):
         assert [launch.kernel for launch in recorder.launches] == ["forward_kernel", "input_gradient_kernel"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES[1:-1], ids=str)
+@pytest.mark.parametrize(("case", "dtype"), values(CASES[1:-1], DTYPES), ids=str)
 def test_the_weight_is_dequantised_to_the_bit(case, dtype):
     """Products with the identity give back what the tiles held: any scale, zero point or rounding that is off."""
     _, outputs, inputs, group_size = case
@@ -135,6 +84,7 @@ def test_the_weight_is_dequantised_to_the_bit(case, dtype):
     assert torch.equal(x.grad, W)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -173,9 +123,9 @@ def test_autocast():
     weight, x, bias = weight_of(24, 48, 16), drawn((6, 48), 2), drawn((24,), 4)
     gradient = drawn((6, 24), 3, torch.bfloat16)
     ends = []
-    for engine in (on_kernels, on_pytorch):
+    for backend in (on_kernels, on_pytorch):
         with torch.autocast(DEVICE, torch.bfloat16):
-            found, _ = results(x, weight, bias, gradient, engine())
+            found, _ = results(x, weight, bias, gradient, backend())
         assert [each.dtype for each in found] == [torch.bfloat16, *[torch.float32] * 3]
         ends.append(found)
     for mine, theirs in zip(*ends, strict=True):
@@ -184,8 +134,13 @@ def test_autocast():
 
 
 @in_interpreter
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("rows", "turns"), [(7, 1), (128, 1), (130, 2)])
+@pytest.mark.parametrize(
+    ("rows", "turns", "dtype"),
+    tiers(
+        [(*rows, dtype) for rows in ((7, 1), (128, 1), (130, 2)) for dtype in (torch.bfloat16, torch.float32)],
+        lambda rows, turns, dtype: (rows, dtype) in {(7, torch.bfloat16), (130, torch.bfloat16), (128, torch.float32)},
+    ),
+)
 def test_bytes_moved(rows, turns, dtype, monkeypatch):
     """Through memory go q, once for each block of rows, a scale and a zero point per run, and activations; nothing
     else is read, and only the result written. A float copy of the weight anywhere fails."""
@@ -214,21 +169,6 @@ def test_scales_are_loaded_once_for_as_many_columns_as_share_one():
     assert run_length(48, 96, 64) == 16
     assert run_length(12, 25, 64) == 1
     assert run_length(400, 100, 64) == 64  # four rows: no row is of two groups
-
-
-@in_interpreter
-@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 40), (torch.bfloat16, 140)])
-def test_programs_in_any_order_leave_the_same_bits(dtype, rows):
-    """A program that reads or adds to what another writes."""
-    weight = weight_of(150, 136, 12, dtype)
-    x, gradient = drawn((rows, 136), 2, dtype), drawn((rows, 150), 3, dtype)
-    ends = []
-    for order in (None, 1):
-        found, recorder = results(x, weight, None, gradient, on_kernels(Recorder(shuffle=order)))
-        recorder.assert_clean()
-        assert min(launch.programs for launch in recorder.launches) >= 4
-        ends.append(found[:2])
-    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
 
 
 @in_interpreter
@@ -319,9 +259,9 @@ def test_a_gradient_of_a_gradient_is_that_of_pytorch():
     """Kernels leave no graph: a penalty on the input's gradient would lose its terms without a word."""
     weight, gradient = weight_of(24, 48, 16), drawn((6, 24), 3)
     ends = []
-    for engine in (on_kernels, on_pytorch):
+    for backend in (on_kernels, on_pytorch):
         x, scale = drawn((6, 48), 2).requires_grad_(), torch.ones(24, device=DEVICE, requires_grad=True)
-        with engine():
+        with backend():
             (of_x,) = torch.autograd.grad(linear(x, weight) * scale, x, gradient, create_graph=True)
             of_x.square().sum().backward()
         ends.append(scale.grad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backend_cases import pairs_first
-from fused_cases import (
+from kernel_cases import (
     DEVICE,
     assert_same_bits,
     drawn,
@@ -149,7 +149,7 @@ def test_a_capture_wants_capturable_and_a_step_before_it(monkeypatch):
 def test_capturable_needs_the_kernels_and_no_svd():
     (weight,) = parameters_of([(24, 16)])
     with pytest.raises(ValueError, match="capturable=True needs the Triton kernels"):
-        optimizer_of([weight], engine="reference", constructor={"capturable": True}, rank=1).step()
+        optimizer_of([weight], backend="reference", constructor={"capturable": True}, rank=1).step()
     with pytest.raises(ValueError, match="svd"):
         optimizer_of([weight], constructor={"capturable": True}, rank=1, proj="svd").step()
 
@@ -213,7 +213,7 @@ def test_parameters_share_a_launch_by_the_steps_they_have_taken_on_the_device():
 
 
 def test_scaler_takes_its_own_way_where_the_reference_path_updates():
-    assert not optimizer_of(parameters_of([(8, 8)]), rank=1, engine="reference")._step_supports_amp_scaling
+    assert not optimizer_of(parameters_of([(8, 8)]), rank=1, backend="reference")._step_supports_amp_scaling
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a real graph to try")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from fused_cases import DEVICE, drawn
+from kernel_cases import DEVICE, drawn
 from torch import nn
 
 from apollo_triton import APOLLOAdamW

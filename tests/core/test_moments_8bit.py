@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_cases import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DEVICE
+from tiers import pairs
 
 from apollo_triton.core import moments_8bit as blockwise
 from apollo_triton.core.moments_8bit import BLOCK, dequantize_blockwise, dynamic_code, quantize_blockwise
@@ -245,7 +246,7 @@ def test_what_sets_bitsandbytes_on_the_cpu_apart_is_its_steps(functional, signed
 
 def kernels():
     pytest.importorskip("triton")
-    import blockwise_kernels as module
+    import moments_8bit_kernels as module
 
     return module
 
@@ -282,10 +283,8 @@ def test_kernels_know_the_block():
     assert kernels()._BLOCK.value == BLOCK == blockwise.BLOCK
 
 
-@SIGNED
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_kernels_give_the_bits_of_the_twin(signed, kind, size):
+@pytest.mark.parametrize(("kind", "size", "signed"), pairs(KINDS, SIZES, [True, False]))
+def test_kernels_give_the_bits_of_the_twin(kind, size, signed):
     check_kernels(drawn(kind, size), signed)
 
 

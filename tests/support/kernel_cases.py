@@ -12,6 +12,7 @@ from apollo_triton import APOLLOAdamW
 from apollo_triton.core import device_backend as backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
 
 
 def drawn(shape, seed, dtype=torch.float32, scale=1.0):
@@ -39,12 +40,12 @@ def parameters_of(shapes, dtype=torch.float32, seed=0, gradient_dtype=None, scal
     return parameters
 
 
-def optimizer_of(low_rank, dense=(), engine="triton", lr=1e-2, constructor=None, **group):
+def optimizer_of(low_rank, dense=(), backend="triton", lr=1e-2, constructor=None, **group):
     """``low_rank`` parameters in one group and ``dense`` ones in another."""
     groups = [{"params": list(low_rank), **group}] if low_rank else []
     if dense:
         groups.append({"params": list(dense)})
-    return APOLLOAdamW(groups, lr=lr, backend=engine, **(constructor or {}))
+    return APOLLOAdamW(groups, lr=lr, backend=backend, **(constructor or {}))
 
 
 def new_gradients(parameters, seed, scale=1e-2):
@@ -53,10 +54,10 @@ def new_gradients(parameters, seed, scale=1e-2):
         set_gradient(parameter, drawn(parameter.shape, seed * 1000 + offset, dtype, scale))
 
 
-def train(low_rank, dense=(), steps=3, seed=1, engine="triton", **options):
+def train(low_rank, dense=(), steps=2, seed=1, backend="triton", **options):
     """Copies of the parameters after some steps with drawn gradients, and the optimizer of the copies."""
     copies = [[nn.Parameter(each.detach().clone()) for each in group] for group in (low_rank, dense)]
-    optimizer = optimizer_of(*copies, engine=engine, **options)
+    optimizer = optimizer_of(*copies, backend=backend, **options)
     everything = copies[0] + copies[1]
     for step in range(steps):
         for offset, (parameter, given) in enumerate(zip(everything, [*low_rank, *dense], strict=True)):
