@@ -6,7 +6,6 @@ The fixture ``backend`` repeats a test on the reference path, on the kernels in 
 """
 
 import importlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -22,20 +21,16 @@ from apollo_triton.backends.reference import dense_8bit
 from apollo_triton.core.device_backend import Backend
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+from tiers import BACKEND_MARKS, HAS_TRITON
+
 torch.set_num_threads(1)
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     # The kernels become the interpreter's when they are imported: now, and not in a test that changes the environment.
     importlib.import_module("apollo_triton.backends.triton.verbs")
-BACKENDS = [
-    "reference",
-    pytest.param("interpreter", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 # Modules that may have test functions without a case in ``make test``, and why.
@@ -64,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"no case of these is left in make test, all are marked full: {sorted(lost)}")
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=marks) for name, marks in BACKEND_MARKS.items()])
 def backend(request):
     """Which backend updates parameters of groups with ``backend="auto"``, and where tensors are made."""
     if (request.param == "cuda") != torch.cuda.is_available() and request.param != "reference":

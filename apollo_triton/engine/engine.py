@@ -168,10 +168,9 @@ def _norm(squared_norms: ByMember, device: torch.device) -> Tensor:
 
 def _no_autocast(devices: Iterable[torch.device]) -> AbstractContextManager[object]:
     """Autocast off wherever it is on. Where it is off a context would cost 7 us."""
-    types = {device.type for device in devices}
     stack = ExitStack()
-    for device_type in types:
-        if torch.is_autocast_enabled(device_type):
+    for device_type in {device.type for device in devices}:
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
     return stack
 

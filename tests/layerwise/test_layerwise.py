@@ -9,8 +9,8 @@ import weakref
 
 import pytest
 import torch
-from backend_cases import backend_params
 from layerwise_cases import assert_same, loss_of, make_model, make_optimizer, pair, train
+from tiers import backend_params
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from backend_cases import backend_params
 from no_gradient_cases import (
     GROUPS,
     SHAPES,
@@ -17,6 +16,7 @@ from no_gradient_cases import (
     optimizer_of,
 )
 from oracle import OracleMatrix
+from tiers import backend_params
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

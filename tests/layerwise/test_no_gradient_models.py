@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from no_gradient_cases import GROUPS, assert_close, copies, language_model, low_rank, optimizer_of, train
+from tiers import INTERPRETER_FULL
 
 from apollo_triton import attach_layerwise
 
@@ -44,7 +45,7 @@ def all_none(model):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETER_FULL, indirect=True)
 def test_a_whole_model_on_either_backend(backend):
     models = [language_model() for _ in range(2)]
     start = copies(models[0])

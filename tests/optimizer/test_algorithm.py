@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from backend_cases import pairs_first
 from drawn_tensors import gradients_for, normals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import OracleMatrix, oracle_adamw
+from tiers import pairs
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.backends.reference import verbs as reference
@@ -127,7 +127,7 @@ def test_one_float32_step_is_exact_to_rounding(shape, scale_type):
 
 @pytest.mark.parametrize(
     ("dtype", "scale_type", "weight_decay", "shape"),
-    pairs_first([torch.bfloat16, torch.float16], ["channel", "tensor"], [0.0, 0.1], [(130, 64), (64, 130)]),
+    pairs([torch.bfloat16, torch.float16], ["channel", "tensor"], [0.0, 0.1], [(130, 64), (64, 130)]),
 )
 def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, weight_decay, shape):
     start = normals(shape, 0).to(dtype)
@@ -147,7 +147,7 @@ def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, wei
 
 @pytest.mark.parametrize(
     ("dtype", "correct_bias", "shape"),
-    pairs_first(
+    pairs(
         [torch.float32, torch.bfloat16],
         [True, False],
         [(7,), (5, 3), (), (2, 3, 4), (0, 4), (5, 4, "gaps"), (5, 4, "transposed")],
@@ -272,7 +272,7 @@ def test_expert_tensors_are_one_matrix_an_expert(shape):
 
 @pytest.mark.parametrize(
     ("dtype", "scale_type", "poison"),
-    pairs_first([torch.float32, torch.bfloat16], ["channel", "tensor"], [None, torch.nan, torch.inf]),
+    pairs([torch.float32, torch.bfloat16], ["channel", "tensor"], [None, torch.nan, torch.inf]),
 )
 def test_masking_as_accelerators_do_equals_skipping_as_a_cpu_does(monkeypatch, dtype, scale_type, poison):
     """Where flags are not host memory every matrix runs through the same operations, masked."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_cases import pairs_first
 from kernel_cases import (
     DEVICE,
     assert_same_bits,
@@ -16,6 +15,7 @@ from kernel_cases import (
     set_gradient,
     train,
 )
+from tiers import pairs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +34,7 @@ class NoHostRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("capturable", "limit", "rank", "lr"), pairs_first([False, True], [None, 1.0], [1, 16], [1e-2, torch.tensor(1e-2)])
+    ("capturable", "limit", "rank", "lr"), pairs([False, True], [None, 1.0], [1, 16], [1e-2, torch.tensor(1e-2)])
 )
 def test_a_step_never_reads_the_device(capturable, limit, rank, lr, monkeypatch):
     """Nor does it look into host tensors by a path that would wait for a device."""
@@ -155,9 +155,7 @@ def test_capturable_needs_the_kernels_and_no_svd():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("limit", "unscale_first", "capturable"), pairs_first([None, 0.05], [False, True], [False, True])
-)
+@pytest.mark.parametrize(("limit", "unscale_first", "capturable"), pairs([None, 0.05], [False, True], [False, True]))
 def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_first, capturable, monkeypatch):
     """Against gradients that were never scaled; the overflow costs a step that nothing remembers."""
     with kernels_everywhere(monkeypatch):

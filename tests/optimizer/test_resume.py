@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from backend_cases import backend_params
+from tiers import backend_params
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from drawn_tensors import gradients_for, normals
+from tiers import INTERPRETER_FULL
 
 from apollo_triton import APOLLOAdamW
 
@@ -27,7 +28,7 @@ def test_equal_experts_round_apart(shape):
     assert not torch.equal(*weight.detach())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETER_FULL, indirect=True)
 @pytest.mark.parametrize("scale_type", ["channel", pytest.param("tensor", marks=pytest.mark.full)])
 def test_bfloat16_moments_follow_float32_moments(scale_type):
     """Stored with stochastic rounding, b2 = 0.999 moves them; rounded to nearest, V would stand still."""
@@ -46,7 +47,7 @@ def test_bfloat16_moments_follow_float32_moments(scale_type):
     torch.testing.assert_close(rounded, exact, rtol=0.15, atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", INTERPRETER_FULL, indirect=True)
 @pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.full)])
 def test_stochastic_rounding_moves_weights_that_rounding_to_nearest_cannot(steps):
     gradient = normals((64, 32), 0).bfloat16()

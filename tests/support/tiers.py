@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib.util
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import combinations, product
 from typing import Any
 
 import pytest
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BACKEND_MARKS = {
+    "reference": [],
+    "interpreter": [pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")],
+    "cuda": [pytest.mark.gpu],
+}
+# For what the interpreter only repeats, slowly: ``parametrize("backend", INTERPRETER_FULL, indirect=True)``.
+INTERPRETER_FULL = [
+    pytest.param(name, marks=[*marks, *([pytest.mark.full] if name == "interpreter" else [])])
+    for name, marks in BACKEND_MARKS.items()
+]
 
 
 def tiers(cases: Iterable[Any], fast: Callable[..., bool]) -> list[Any]:
@@ -23,6 +36,22 @@ def values(*factors: Iterable[Any]) -> list[Any]:
 def pairs(*factors: Iterable[Any]) -> list[Any]:
     """The product of ``factors``, of which as many cases are fast as it takes to have every pair of values in one."""
     return _covering([list(factor) for factor in factors], 2)
+
+
+def backend_params(
+    names: Iterable[str], full: Mapping[str, Collection[str]] = {}, slow: Collection[str] = ()
+) -> list[Any]:
+    """Every name on every backend, for ``parametrize(("backend", "name"), ..., indirect=["backend"])``.
+
+    ``full``: the names that are repetitions, by backend. ``slow``: the backends that take more than a second a case.
+    """
+    params = []
+    for name in names:
+        for backend, marks in BACKEND_MARKS.items():
+            more = [pytest.mark.full] if name in full.get(backend, ()) else []
+            more += [pytest.mark.slow] if backend in slow else []
+            params.append(pytest.param(backend, name, marks=[*marks, *more], id=f"{backend}-{name}"))
+    return params
 
 
 def _row(row: tuple[Any, ...], is_fast: bool) -> Any:
