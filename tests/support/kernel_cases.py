@@ -10,6 +10,7 @@ from torch import nn
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.core import device_backend as backends
+from apollo_triton.int8.weight import Int8Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
@@ -69,6 +70,10 @@ def train(low_rank, dense=(), steps=2, seed=1, backend="triton", **options):
 
 def state_tensors(optimizer, parameter):
     return {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+
+
+def parts_of(weight):
+    return (weight.q, weight.scale, weight.zero) if isinstance(weight, Int8Weight) else (weight.detach(),)
 
 
 def assert_same_bits(ours, theirs, optimizers=None):
