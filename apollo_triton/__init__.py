@@ -1,4 +1,4 @@
-"""APOLLO (arXiv 2412.05270) for PyTorch: AdamW's quality at SGD's memory.
+"""APOLLO (arXiv 2412.05270) for PyTorch: it replaces AdamW where AdamW's memory does not fit.
 
 >>> from apollo_triton import APOLLOAdamW
 >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP

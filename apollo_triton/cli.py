@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     input; 130 after Ctrl-C; 141, silently, if the reader of standard output has gone.
     """
     parser = argparse.ArgumentParser(
-        prog="apollo-triton", description="APOLLO for PyTorch: AdamW's quality at SGD's memory."
+        prog="apollo-triton", description="APOLLO for PyTorch: it replaces AdamW where AdamW's memory does not fit."
     )
     parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
     modules = {"demo": demo, "env": environment, "memory": memory, "validate": validate}

@@ -39,7 +39,7 @@ class StepHooks(Protocol):
 
 
 class APOLLOAdamW(Optimizer):
-    """APOLLO and APOLLO-Mini (arXiv 2412.05270): AdamW's quality at SGD's memory.
+    """APOLLO and APOLLO-Mini (arXiv 2412.05270), which replace AdamW where AdamW's memory does not fit.
 
     A group with a ``rank`` is low-rank: the gradient of each weight matrix is projected to ``[channels, rank]``,
     Adam's moments live there, and their ratio to the projected gradient rescales the gradient per channel
