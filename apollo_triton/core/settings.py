@@ -181,7 +181,7 @@ def _lr_allowed(value: Any) -> bool:
 
 
 def _lr_complaint(name: str, value: Any) -> str:
-    return "Tensor lr must be 1-element" if isinstance(value, Tensor) else f"Invalid learning rate: {value}"
+    return "Tensor lr must be 1-element" if isinstance(value, Tensor) else f"Invalid learning rate: {value!r}"
 
 
 def _is_pair(value: Any) -> bool:
@@ -196,7 +196,7 @@ def _betas_complaint(name: str, value: Any) -> str:
     if _is_pair(value):
         for index, beta in enumerate(value):
             if not (_is_number(beta) and 0 <= beta < 1):
-                return f"Invalid beta parameter at index {index}: {beta}"
+                return f"Invalid beta parameter at index {index}: {beta!r}"
     return f"Invalid betas: {value!r}"
 
 
@@ -214,12 +214,12 @@ CHECKS: dict[str, Check] = {
     "eps": Check(  # with 0, or with less than this, which is 0 in float32, a gradient of zeros would give 0 / 0
         lambda value: _is_number(value) and value >= torch.finfo(torch.float32).tiny,
         "a finite number of at least 1.2e-38, the smallest normal float32",
-        lambda name, value: f"Invalid epsilon value: {value}",
+        lambda name, value: f"Invalid epsilon value: {value!r}",
     ),
     "weight_decay": Check(
         lambda value: _is_number(value) and value >= 0,
         _AT_LEAST_ZERO,
-        lambda name, value: f"Invalid weight_decay value: {value}",
+        lambda name, value: f"Invalid weight_decay value: {value!r}",
     ),
     "correct_bias": _FLAG,
     "scale_front": _FLAG,

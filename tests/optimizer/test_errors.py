@@ -35,7 +35,7 @@ def trained():
     [
         ({"lr": -1}, "Invalid learning rate: -1 "),
         ({"lr": float("nan")}, "Invalid learning rate: nan"),
-        ({"lr": "fast"}, "Invalid learning rate: fast"),
+        ({"lr": "fast"}, "Invalid learning rate: 'fast'"),
         ({"lr": torch.tensor([1.0, 2.0])}, "Tensor lr must be 1-element"),
         ({"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
         ({"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
