@@ -171,6 +171,8 @@ class APOLLOAdamW(Optimizer):
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
         self._caches = Caches()
         self._engine = Engine(self._caches)
+        if self._layerwise is not None:
+            self._layerwise.forget()  # its engines have the old caches
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -314,7 +316,6 @@ class APOLLOAdamW(Optimizer):
             for handle in handles:
                 handle.remove()
         if self._layerwise is not None:
-            self._layerwise.forget()
             self._layerwise.end_step()
 
     @torch.no_grad()

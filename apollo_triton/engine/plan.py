@@ -149,16 +149,18 @@ class Plan:
         """What is to be done in this step, by either backend."""
         settings, cache = self._settings, caches.projections
         updates: list[Update] = []
-        if self._reference:
-            updates += reference.updates_of(self._reference, settings, self.counts, cache, caches.scratch)
-        if self.tables:
-            from ..backends.triton.updates import updates_of  # imports triton
+        try:
+            if self._reference:
+                updates += reference.updates_of(self._reference, settings, self.counts, cache, caches.scratch)
+            if self.tables:
+                from ..backends.triton.updates import updates_of  # imports triton
 
-            for table in self.tables:
-                table.gather_strided()
-            steps = self.steps if self.on_device else None
-            updates += updates_of(self.tables, settings, self.counts, steps, cache)
-        self._given.clear()  # a plan keeps no gradient alive
+                for table in self.tables:
+                    table.gather_strided()
+                steps = self.steps if self.on_device else None
+                updates += updates_of(self.tables, settings, self.counts, steps, cache)
+        finally:
+            self._given.clear()  # a plan keeps no gradient alive
         return updates
 
     def squared_norms(self, updates: Sequence[Update]) -> ByMember:
@@ -311,7 +313,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
     places: list[tuple[Any, ...]] = []
     gradients: list[int] = []
     try:
-        for group in groups:
+        for position, group in enumerate(groups):
             for parameter in group["params"]:
                 implicit = given.get(parameter) if given else None
                 gradient = parameter.grad
@@ -320,7 +322,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 state = states.get(parameter)
                 if not state:
                     return None, []
-                identity, norm = (id(parameter), id(state)), state.get("update_norm")
+                identity, norm = (position, id(parameter), id(state)), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 absmax = absmax_sq = 0
                 if exp_avg.dtype is torch.uint8:

@@ -1,4 +1,4 @@
-"""One engine that is given gradients and factors of gradients, in one step and one after another."""
+"""One engine that is given gradients and factors of gradients, and what it keeps from one step to the next."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import pytest
 import torch
 from drawn_tensors import normals
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, attach_layerwise
+from apollo_triton.backends.interface import Sketch, StepScalars
+from apollo_triton.backends.reference import verbs
+from apollo_triton.backends.reference.matrices import Batch
 from apollo_triton.core.implicit_gradient import ImplicitGradient
+from apollo_triton.core.scratch import Scratch
 from apollo_triton.engine.caches import Caches
 from apollo_triton.engine.engine import Engine
 
@@ -93,3 +98,84 @@ def test_the_other_kind_of_gradient_is_planned_anew(backend, first):
             step((weights, optimizer, Engine(Caches()) if fresh else engine), number, implicit)
     (kept, *_), (anew, *_) = runs
     assert all(torch.equal(kept[index], anew[index]) for index in kept)
+
+
+def test_a_parameter_that_moved_to_another_group_is_updated_by_that_group():
+    """The parameters are the same and in the same order: a plan that is kept would take the old group's settings."""
+    weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    groups = [{"params": weights, "rank": 2, "lr": 1.0}, {"params": [], "rank": 2, "lr": 0.0}]
+    optimizer = APOLLOAdamW(groups)
+    for _ in range(2):
+        before = weights[1].detach().clone()
+        for weight in weights:
+            weight.grad = torch.ones(8, 6)
+        optimizer.step()
+        moved = not torch.equal(weights[1], before)
+        assert moved == (weights[1] in set(optimizer.param_groups[0]["params"]))
+        optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+
+
+def test_factors_are_dropped_when_a_step_fails(monkeypatch):
+    """A training loop that catches an error of memory would keep a layer's activations until its next step."""
+    run = run_of([0], {"rank": 4})
+    step(run, 0, (0,))
+    weights, optimizer, engine = run
+    gradient = factors_of(SHAPES[0], 1)
+    alive = weakref.ref(gradient.inputs)
+
+    def fail(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("apollo_triton.backends.reference.updates.projection_of", fail)
+    with torch.no_grad(), pytest.raises(MemoryError):
+        engine.run(optimizer.param_groups, optimizer.state, given={weights[0]: gradient})
+    del gradient
+    assert alive() is None
+
+
+def test_loading_under_hooks_drops_the_engines_at_once():
+    """Engines that outlive the optimizer's caches keep one P for each epoch, and count skips of the run before."""
+    layer = nn.Linear(6, 8, bias=False)
+    optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 2, "update_proj_gap": 1}])
+    handle = attach_layerwise(layer, optimizer)
+    layer.weight.register_hook(lambda gradient: gradient * torch.inf)
+    layer(torch.ones(6)).sum().backward()
+    assert optimizer.skipped_updates == 1
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(int(loaded.skipped_updates)))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [0]
+    layer(torch.ones(6)).sum().backward()
+    (engine,) = handle._engines.values()
+    assert engine._caches is optimizer._caches
+
+
+def test_summed_sketches_are_rescaled_part_by_part():
+    """As many operations for each matrix of a batch, however many there are."""
+
+    class Count(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.operations += 1
+            return function(*arguments, **(named or {}))
+
+    def operations(count):
+        weights = [nn.Parameter(torch.ones(512, 256)) for _ in range(count)]
+        for weight in weights:
+            weight.grad = torch.ones(512, 256)
+        optimizer = APOLLOAdamW([{"params": weights, "rank": 128}])
+        optimizer.step()
+        plan = optimizer._engine._plan
+        settings, scalars = plan._settings[0], StepScalars(2)
+        batch = Batch(plan.members[0].geometry, 0, Scratch())
+        with torch.no_grad():
+            for member in plan.members:
+                batch.add(member, torch.ones(128, 256))
+            sketch = Sketch(torch.ones(count, 512, 128), torch.ones(count, 512))
+            with Count() as counted:
+                verbs.rescale(batch, settings, scalars, sketch)
+        return counted.operations
+
+    # Beside the operations of each matrix there are few of the whole batch.
+    assert operations(32) <= 2 * operations(16)

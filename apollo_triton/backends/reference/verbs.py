@@ -75,6 +75,18 @@ def rescale(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sket
 
     A channel whose R is not finite keeps its moments; the sums then tell ``apply`` not to move the weight.
     """
+    results: list[Factors] = []
+    first = 0
+    for part in batch.parts():
+        matrices = slice(first, first + len(part))
+        of_part = Sketch(sketch.projected[matrices], sketch.squared_norms[matrices])
+        results.append(_rescale_part(part, settings, scalars, of_part))
+        first = matrices.stop
+    return _joined(results)
+
+
+def _rescale_part(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sketch) -> Factors:
+    """``rescale`` of a part of a batch, whose matrices are stacked."""
     scale = scalars.gradient_scale
     if scale is not None:
         sketch.projected.mul_(scale)
@@ -130,7 +142,11 @@ def _floats(state: Tensor | Blockwise, channels: slice) -> Tensor:
 
 def sketch_and_rescale(batch: Batch, settings: Settings, scalars: StepScalars) -> Factors:
     """Both verbs with nothing in between, a part of the batch at a time, so that little of R is alive."""
-    parts = [rescale(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()]
+    return _joined([_rescale_part(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()])
+
+
+def _joined(parts: list[Factors]) -> Factors:
+    """The factors of a whole batch from those of its parts, in order."""
     channels = [part.channel for part in parts if part.channel is not None]
     return Factors(_cat(channels) if channels else None, _cat([part.sums for part in parts]))
 
