@@ -12,7 +12,8 @@ import pytest
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKEND_MARKS = {
     "reference": [],
-    "interpreter": [pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")],
+    # Slow as a whole: the kernels have quick cases of their own, and make quick is for every save.
+    "interpreter": [pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"), pytest.mark.slow],
     "cuda": [pytest.mark.gpu],
 }
 # For what the interpreter only repeats, slowly: ``parametrize("backend", INTERPRETER_FULL, indirect=True)``.
