@@ -31,7 +31,6 @@ ESSENTIAL = 5 + codegen_linear.ESSENTIAL + codegen_operands.ESSENTIAL
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-_ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/sketch.py
 
 
