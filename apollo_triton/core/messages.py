@@ -1,0 +1,56 @@
+"""How the package speaks to its user: warnings that point at the user's own line, and values that fit into a message.
+
+Values may come from a file that someone else made. A message shows them short, on one line, with control characters
+escaped.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PACKAGE = str(Path(__file__).parents[1])
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the innermost line that is neither in this package nor in torch: the caller's, however deep we are."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _TORCH)):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+class _Short(reprlib.Repr):
+    """``reprlib`` with a tensor as its dtype and shape, since the text of its elements may take gigabytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 100, 100, 40
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor) and (x.dim() or x.is_meta):
+            return f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+        if isinstance(x, int) and x.bit_length() > 128:  # Python refuses to print more than 4300 digits
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr1(x, level)
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` in at most some hundred characters.
+
+    >>> shown(torch.zeros(2, 3))
+    'a torch.float32 tensor of shape (2, 3)'
+    >>> shown("x" * 300)[:8]
+    "'xxxxxxx"
+    """
+    return _SHORT.repr(value)
+
+
+_SHORT = _Short()
