@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 
 from .backends.selection import backend_of
 from .core.device_backend import Backend
+from .core.messages import shown
 from .core.param_groups import apollo_param_groups
 from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
 from .params.checks import check_groups, check_parameter, holds_matrix
-from .params.member import Param, find_shard, params_of
+from .params.loading import FOREIGN_KEY, Loaded, read_state_dict
+from .params.member import Param, params_of
 from .params.sharding import is_dtensor
-from .params.state import check_numbers, check_state, restored
 
 
 class StepHooks(Protocol):
@@ -177,7 +178,9 @@ class APOLLOAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_transients()
+        self.defaults.pop(FOREIGN_KEY, None)
         for group in self.param_groups:
+            group.pop(FOREIGN_KEY, None)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             complete_group(group)
@@ -269,49 +272,37 @@ class APOLLOAdamW(Optimizer):
         _place_learning_rate(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict`` of the same model, saved at any dtype or on any device; tensors are copied.
+        """Load a ``state_dict`` of the same model, saved on any device, at any dtype; tensors are copied.
 
-        Raises ValueError, and changes nothing, if it was saved from other shapes or other group settings.
+        Settings come from the checkpoint, with a warning where others were asked for. ``backend`` and ``capturable``
+        stay as they are: they say where this run computes. Moments come to the group's ``state_dtype``, except if both
+        are bfloat16 or 8-bit already; everything else comes to float32.
+
+        Raises ValueError, and changes nothing, for another optimizer's state, other shapes, settings that are not
+        allowed, and numbers from which training cannot continue.
         """
-        loaded: dict[str, Any] = {}
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dictionary, as state_dict() returns it, not {shown(state_dict)}")
+        loaded: list[Loaded] = []
 
-        def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-            if missing := {"state", "param_groups"} - set(state_dict):
-                raise ValueError(
-                    f"state_dict: {' and '.join(sorted(missing))} missing, it has {list(state_dict)[:9]}; give what "
-                    "optimizer.state_dict() returned"
-                )
-            loaded.update(state_dict)
-            saved_groups = state_dict["param_groups"]
-            if [len(saved["params"]) for saved in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-                return  # torch.optim says which
-            known = params_of(self.param_groups)
-            for group_index, saved in enumerate(saved_groups):
-                completed = self.defaults | saved
-                complete_group(completed)
-                settings = Settings.of(completed, f"state_dict, parameter group {group_index}")
-                for index, param in zip(saved["params"], known, strict=False):
-                    if state := state_dict["state"].get(index):
-                        check_state(param, state, settings)
-                        check_numbers(param, state)
-
-        def restore(optimizer: Optimizer) -> None:
-            known = params_of(self.param_groups)
-            for saved, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-                settings = Settings.of(group)
-                for index, param in zip(saved["params"], known, strict=False):
-                    shard = find_shard(param, settings)
-                    for name, value in loaded["state"].get(index, {}).items():
-                        self.state[param.tensor][name] = restored(name, value, param.tensor, shard)
+        def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            new = read_state_dict(state_dict, self.param_groups)
+            for group in new.groups:
                 _place_learning_rate(group)
+            loaded.append(new)
+            # torch.optim would cast and copy state. It gets none, and ``place`` puts ours into the empty dictionary.
+            return {"state": {}, "param_groups": list(_with_indices(new.groups))}
+
+        def place(optimizer: Optimizer) -> None:
+            self.state.update(loaded[-1].state)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
         handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_pre_hook(read),
+            self.register_load_state_dict_post_hook(place, prepend=True),
         ]
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(dict(state_dict))
         finally:
             for handle in handles:
                 handle.remove()
@@ -337,6 +328,15 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
+
+
+def _with_indices(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The groups with indices instead of parameters, as in a ``state_dict``."""
+    first = 0
+    for group in groups:
+        count = len(group["params"])
+        yield {**group, "params": list(range(first, first + count))}
+        first += count
 
 
 def _place_learning_rate(group: dict[str, Any]) -> None:

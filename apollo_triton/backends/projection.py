@@ -13,6 +13,8 @@ from ..core.geometry import as_matrices
 from ..core.projection import ProjectionCache, top_singular_vectors
 from ..core.settings import Settings
 from ..params.member import Member
+from ..params.sharding import as_sharded
+from ..params.state import state_shapes
 
 
 def projection_of(member: Member, settings: Settings, step: int, cache: ProjectionCache) -> Tensor:
@@ -44,5 +46,7 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> Tensor:
             top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
             for matrix in as_matrices(member.formed_gradient, geometry)
         ]
-        state["projection"] = torch.stack(vectors) if geometry.matrices > 1 else vectors[0]
-    return state["projection"]
+        P = torch.stack(vectors) if member.local_state("exp_avg").dim() == 3 else vectors[0]
+        shape = state_shapes(member.parameter, settings)["projection"]
+        state["projection"] = as_sharded("projection", P, member.parameter, member.shard, shape)
+    return member.local_state("projection")

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .messages import shown
+
 # What a low-rank group may leave out, with the paper's defaults.
 LOW_RANK_DEFAULTS: dict[str, Any] = {
     "proj": "random",
@@ -28,6 +30,7 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "rank_above_width": False,
 }
 
+_LARGEST = torch.finfo(torch.float32).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -156,7 +159,7 @@ class Check(NamedTuple):
 
     allows: Callable[[Any], bool]
     allowed: str
-    complaint: Callable[[str, Any], str] = lambda name, value: f"Invalid {name}: {value!r}"
+    complaint: Callable[[str, Any], str] = lambda name, value: f"Invalid {name}: {shown(value)}"
 
 
 def check_value(name: str, value: Any, where: str = "") -> None:
@@ -168,7 +171,11 @@ def check_value(name: str, value: Any, where: str = "") -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    """A number that is finite in float32 too, in which a step computes."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    number: Any = value
+    return -_LARGEST <= number <= _LARGEST
 
 
 def _is_integer(value: Any) -> bool:
@@ -176,12 +183,18 @@ def _is_integer(value: Any) -> bool:
 
 
 def _lr_allowed(value: Any) -> bool:
-    # A tensor's value is not read here, so that a step never waits for the device. ``add_param_group`` reads it once.
-    return value.numel() == 1 if isinstance(value, Tensor) else _is_number(value) and value >= 0
+    # A tensor's value is not read here, so that a step never waits for the device. ``add_param_group`` and
+    # ``load_state_dict`` read it once.
+    if not isinstance(value, Tensor):
+        return _is_number(value) and value >= 0
+    is_real = not value.is_complex() and value.dtype != torch.bool
+    return value.numel() == 1 and value.layout == torch.strided and not value.is_meta and is_real
 
 
 def _lr_complaint(name: str, value: Any) -> str:
-    return "Tensor lr must be 1-element" if isinstance(value, Tensor) else f"Invalid learning rate: {value!r}"
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return "Tensor lr must be 1-element"
+    return f"Invalid learning rate: {shown(value)}"
 
 
 def _is_pair(value: Any) -> bool:
@@ -196,12 +209,15 @@ def _betas_complaint(name: str, value: Any) -> str:
     if _is_pair(value):
         for index, beta in enumerate(value):
             if not (_is_number(beta) and 0 <= beta < 1):
-                return f"Invalid beta parameter at index {index}: {beta!r}"
-    return f"Invalid betas: {value!r}"
+                return f"Invalid beta parameter at index {index}: {shown(beta)}"
+    return f"Invalid betas: {shown(value)}"
 
 
 def _one_of(*options: Any) -> Check:
-    return Check(lambda value: value in options, " or ".join(repr(option) for option in options))
+    return Check(
+        lambda value: isinstance(value, (str, Integral)) and value in options,
+        " or ".join(repr(option) for option in options),
+    )
 
 
 _FLAG = Check(lambda value: isinstance(value, bool), "True or False")
@@ -209,17 +225,17 @@ _AT_LEAST_ZERO = "a finite number, 0 or more"
 
 # The wordings for lr, betas, eps and weight_decay are torch.optim's, which people search for.
 CHECKS: dict[str, Check] = {
-    "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a tensor of one element", _lr_complaint),
+    "lr": Check(_lr_allowed, f"{_AT_LEAST_ZERO}, or a dense real tensor of one element", _lr_complaint),
     "betas": Check(_betas_allowed, "two numbers in [0, 1)", _betas_complaint),
     "eps": Check(  # with 0, or with less than this, which is 0 in float32, a gradient of zeros would give 0 / 0
         lambda value: _is_number(value) and value >= torch.finfo(torch.float32).tiny,
         "a finite number of at least 1.2e-38, the smallest normal float32",
-        lambda name, value: f"Invalid epsilon value: {value!r}",
+        lambda name, value: f"Invalid epsilon value: {shown(value)}",
     ),
     "weight_decay": Check(
         lambda value: _is_number(value) and value >= 0,
         _AT_LEAST_ZERO,
-        lambda name, value: f"Invalid weight_decay value: {value!r}",
+        lambda name, value: f"Invalid weight_decay value: {shown(value)}",
     ),
     "correct_bias": _FLAG,
     "scale_front": _FLAG,
@@ -228,7 +244,8 @@ CHECKS: dict[str, Check] = {
     "seed_per_param": _FLAG,
     "backend": _one_of("auto", "triton", "reference"),
     "state_dtype": Check(
-        lambda value: value in (*_DTYPES, *_DTYPES.values()), "torch.float32 or torch.bfloat16, or their names"
+        lambda value: isinstance(value, (str, torch.dtype)) and value in (*_DTYPES, *_DTYPES.values()),
+        "torch.float32 or torch.bfloat16, or their names",
     ),
     "state_bits": _one_of(32, 8),
     "min_8bit_size": Check(lambda value: _is_integer(value) and value >= 0, "an integer of 0 or more"),
@@ -242,7 +259,9 @@ CHECKS: dict[str, Check] = {
     "proj_type": _one_of("std", "reverse_std", "right", "left"),
     "scale_type": _one_of("channel", "tensor"),
     "scale": Check(lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "update_proj_gap": Check(lambda value: _is_integer(value) and value >= 1, "an integer of 1 or more"),
+    "update_proj_gap": Check(
+        lambda value: _is_integer(value) and 1 <= value < 2**63, "an integer of 1 or more, below 2**63"
+    ),
     "distribution": _one_of("gaussian", "rademacher"),
     "rank_above_width": _FLAG,
 }

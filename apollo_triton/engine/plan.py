@@ -23,7 +23,7 @@ from ..int8.weight import Int8Weight
 from ..params.checks import check_gradient, check_parameter
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
-from ..params.state import ABSMAXES, check_device, check_state, make_state
+from ..params.state import ABSMAXES, check_count, check_state, fits_projection, has_begun, lay_out, make_state
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
@@ -65,16 +65,19 @@ class Plan:
         found = self._checked(groups, states, on_device, first_index)  # raises before anything changes
         agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
         finish_gradients(param.tensor for param, _, _ in found)
+        made = [
+            None if has_begun(states.get(param.tensor)) else make_state(param, self._settings[param.group], shard)
+            for param, shard, _ in found
+        ]  # all of it before any of it is kept: there may be no memory for the next
         self.members = [
             Member(param, states[param.tensor], shard, backend, self._given) for param, shard, backend in found
         ]
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
-        for member in self.members:
-            if "step" not in member.state:
-                made = make_state(member.param, self._settings[member.param.group], member.shard)
-                member.state.update(made)
+        for member, new in zip(self.members, made, strict=True):
+            member.state.update(new or {})
+            lay_out(member.state, member.parameter, member.geometry is not None)
         self.devices = {member.parameter.device for member in self.members}
         self.collectives = Collectives(self.members)
         self.max_grad_norm = settings[0].max_grad_norm if settings else None
@@ -92,6 +95,13 @@ class Plan:
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
         self._places, self._gradients = _addresses(groups, states, given)
+        # Kept alive, so that no tensor that takes one's place gets its id.
+        self._state_tensors = [list(member.state.values()) for member in self.members]
+        self._with_svd = [
+            member
+            for member in self.members
+            if member.geometry is not None and self._settings[member.param.group].proj == "svd"
+        ]
 
     def holds(
         self,
@@ -110,6 +120,7 @@ class Plan:
             places is None
             or places != self._places
             or on_device != self.on_device
+            or not all(map(fits_projection, self._with_svd))
             or not (self._has_read(settings) or _structure(settings) == self._structure)
             or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
@@ -198,10 +209,9 @@ class Plan:
             check_parameter(param, settings)
             if isinstance(gradient, Tensor):
                 check_gradient(param, gradient)
-            state = states.get(parameter, {})
-            if "step" in state:
-                check_state(param, state, settings)
-                check_device(param, state)
+            shard, state = find_shard(param, settings), states.get(parameter, {})
+            if has_begun(state):
+                check_state(param, state, settings, shard)
             try:
                 backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
             except ValueError as error:
@@ -213,13 +223,16 @@ class Plan:
                 )
             if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
                 raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
-            shard, name = find_shard(param, settings), backend.name
+            name = backend.name
             if not local(parameter).numel():
                 # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the
                 # bit as the other ranks do: on their backend.
                 is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
                 name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
             found.append((param, shard, name))
+        begun = [(param, states[param.tensor]) for param, _, _ in found if has_begun(states.get(param.tensor))]
+        for (param, state), count in zip(begun, _values([state["step"] for _, state in begun]), strict=True):
+            check_count(param, state, count)
         return found
 
     def _make_tables(self, caches: Caches) -> list[Table]:
@@ -322,11 +335,14 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 state = states.get(parameter)
                 if not state:
                     return None, []
-                identity, norm = (position, id(parameter), id(state)), state.get("update_norm")
+                norm, step, seed = state.get("update_norm"), state["step"], state["seed"]
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-                absmax = absmax_sq = 0
+                # Objects too: a tensor of another dtype may come to lie where the old one was.
+                identity = (position, id(parameter), id(state), id(exp_avg), id(exp_avg_sq), id(norm), id(step))
+                absmax: tuple[int, ...] = ()
                 if exp_avg.dtype is torch.uint8:
-                    absmax, absmax_sq = (state[name].data_ptr() for name in ABSMAXES)
+                    first, second = (state[name] for name in ABSMAXES)
+                    absmax = first.data_ptr(), second.data_ptr(), id(first), id(second)
                 if type(parameter) is Int8Weight:
                     parameter = parameter.q
                 elif is_dtensor(parameter):
@@ -342,13 +358,13 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 places.append(
                     (
                         identity,
-                        state["step"].data_ptr(),
+                        seed if type(seed) is int else None,
+                        step.data_ptr(),
                         parameter.data_ptr(),
                         exp_avg.data_ptr(),
                         exp_avg_sq.data_ptr(),
                         None if norm is None else norm.data_ptr(),
                         absmax,
-                        absmax_sq,
                         parameter.shape,
                         parameter.stride(),
                         parameter.dtype,
@@ -356,6 +372,6 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                     )
                 )
                 gradients.append(address)
-    except (RuntimeError, KeyError):  # a sparse gradient has no address; a foreign state no moments
+    except (RuntimeError, KeyError, AttributeError, TypeError):  # a sparse gradient has no address, None no tensor's
         return None, []
     return places, gradients

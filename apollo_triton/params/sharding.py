@@ -260,6 +260,13 @@ def sharded_zeros(name: str, parameter: Any, shard: LocalShard, shape: Sequence[
     return _as_dtensor(torch.zeros(placement.shape, dtype=dtype, device=parameter.device), parameter, placement, shape)
 
 
+def as_sharded(name: str, local_value: Tensor, parameter: Tensor, shard: LocalShard, shape: Sequence[int]) -> Tensor:
+    """What this rank has made of the state tensor ``name``, as the state of its parameter holds it."""
+    if not is_dtensor(parameter):
+        return local_value
+    return _as_dtensor(local_value, parameter, state_placement(name, parameter, shard, shape), shape)
+
+
 def resharded(name: str, value: Tensor, parameter: Tensor, shard: LocalShard) -> Tensor:
     """A copy of a saved state tensor, whole or a ``DTensor`` of any placement, sharded as ``parameter`` needs it.
 

@@ -1,29 +1,42 @@
-"""The optimizer's state of one parameter: made at its first step, checked, and restored from a checkpoint.
+"""The optimizer's state of one parameter: made at its first step, and checked whenever a plan is made.
 
 The state is tensors and numbers only. Low-rank moments are ``[channels, rank]``, whichever side is kept. P is not part
-of the state, except with ``proj="svd"``.
+of the state, except with ``proj="svd"``. ``saved_state.py`` brings state back from a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.messages import shown
 from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
 from .checks import SHARDED_8BIT
-from .member import Param, geometry_of
-from .sharding import LocalShard, is_dtensor, resharded, sharded_zeros
+from .member import Member, Param, geometry_of
+from .sharding import LocalShard, is_dtensor, local, sharded_zeros, state_placement
 
 # The names of the state's tensors, except ``step``, a scalar on the host.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # only with 8-bit moments
 SHARDED = (*MOMENTS, "update_norm", "projection")  # DTensors if the weight is one
+MOMENT_DTYPES = (torch.float32, torch.bfloat16)
+STEP_LIMIT = 2**24  # where float32 stops counting: 2**24 + 1 is rounded to 2**24
+SEED_LIMIT = 2**32
+
+
+class Expected(NamedTuple):
+    """What a tensor of the state is to be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    optional: bool = False
 
 
 def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, ...]]:
@@ -55,8 +68,31 @@ def _absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
 def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> bool:
     """Whether the parameter's moments are 8-bit or, before its first step, whether they will be."""
     if "exp_avg" in state:
-        return state["exp_avg"].dtype == torch.uint8
+        return getattr(state["exp_avg"], "dtype", None) == torch.uint8
     return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= settings.min_8bit_size
+
+
+def has_begun(state: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter has state of ours, which may be broken. Other keys may be there before its first step."""
+    return state is not None and any(name in state for name in ("step", "seed", *MOMENTS))
+
+
+def expected_tensors(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> dict[str, Expected]:
+    """What each tensor of a state that has moments is to be, except ``step``.
+
+    Both moments have one dtype: that of ``exp_avg``, if it is a possible one.
+    """
+    bits8 = is_8bit(parameter, settings, state)
+    found = getattr(state.get("exp_avg"), "dtype", None)
+    moments = (torch.uint8,) if bits8 else (found,) if found in MOMENT_DTYPES else MOMENT_DTYPES
+    tensors = {
+        # svd's projection is made where it is missing, since a group may change to svd at any time.
+        name: Expected(shape, moments if name in MOMENTS else (torch.float32,), optional=name == "projection")
+        for name, shape in state_shapes(parameter, settings).items()
+    }
+    if bits8:
+        tensors |= dict.fromkeys(ABSMAXES, Expected(_absmax_shape(parameter, settings), (torch.float32,)))
+    return tensors
 
 
 def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str, Any]:
@@ -89,50 +125,157 @@ def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str,
     return state
 
 
-def check_state(param: Param, state: Mapping[str, Any], settings: Settings) -> None:
-    """Raise ValueError unless the state fits the parameter's shape and settings. Other keys are ignored."""
-    for name, shape in state_shapes(param.tensor, settings).items():
-        value = state.get(name)
-        if isinstance(value, Tensor):
-            if tuple(value.shape) != shape:
-                raise ValueError(_complaint(param, name, f"has shape {tuple(value.shape)}, not {shape}"))
-        elif name != "projection":  # made at the next step, since a group may change to svd at any time
-            raise ValueError(_complaint(param, name, "is missing"))
-    for name in ("step", "seed"):
-        if name not in state:
-            raise ValueError(_complaint(param, name, "is missing"))
-    if is_8bit(param.tensor, settings, state):
-        if is_dtensor(param.tensor):
-            raise ValueError(f"{param}: {SHARDED_8BIT}")
-        expected = _absmax_shape(param.tensor, settings)
-        for name in ABSMAXES:
-            if name not in state:
-                raise ValueError(_complaint(param, name, "is missing"))
-            if tuple(state[name].shape) != expected:
-                raise ValueError(_complaint(param, name, f"has shape {tuple(state[name].shape)}, not {expected}"))
+def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shard: LocalShard) -> None:
+    """Raise ValueError unless the state is what the backends take for granted: shapes, dtypes, layouts, devices.
+
+    Kernels get addresses. They would read a tensor of another dtype or device as if it were the right one, and write
+    beyond its end. Other keys are ignored. ``check_count`` looks at the value of ``step``.
+    """
+    parameter = param.tensor
+    check_8bit(param, state, settings)
+    for name, expected in expected_tensors(parameter, settings, state).items():
+        if expected.optional and name not in state:
+            continue
+        check_tensor(param, state, name, expected)
+        _check_device(param, name, state[name])
+        _check_placement(param, name, state[name], shard)
+    check_tensor(param, state, "step", Expected((), (torch.float32,)))
+    seed = state.get("seed")
+    check_seed(param, state, None if isinstance(seed, bool) else seed)
 
 
-def check_numbers(param: Param, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a saved state's ``step`` and ``seed`` are numbers that training can continue from."""
-    limits = {"step": (2**53, "a whole number"), "seed": (2**32, "an integer below 2**32")}
-    for name, (limit, allowed) in limits.items():
-        value = state[name]
-        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not (is_number and 0 <= number < limit and number == int(number)):
-            raise ValueError(f"{param}: its state {name!r} is {value!r} (allowed: {allowed}, 0 or more)")
+def check_tensor(param: Param, state: Mapping[str, Any], name: str, expected: Expected) -> None:
+    """Raise ValueError unless a state's tensor is there, dense, and of the shape and a dtype that are expected."""
+    if name not in state:
+        raise ValueError(_complaint(param, name, "is missing"))
+    value = state[name]
+    if not isinstance(value, Tensor):
+        raise ValueError(_complaint(param, name, f"is {shown(value)}, not a tensor"))
+    if tuple(value.shape) != expected.shape:
+        raise ValueError(_complaint(param, name, f"has shape {tuple(value.shape)}, not {expected.shape}"))
+    problem = None
+    if value.layout != torch.strided:
+        problem = f"has layout {value.layout} (allowed: torch.strided, a dense tensor)"
+    elif value.is_meta and not param.tensor.is_meta:
+        problem = "is on the meta device, where it has no values"
+    elif value.dtype not in expected.dtypes:
+        allowed = " or ".join(str(dtype) for dtype in expected.dtypes)
+        problem = f"has dtype {value.dtype} (allowed: {allowed})"
+    elif type(value) not in (Tensor, torch.nn.Parameter) and not is_dtensor(value):
+        problem = f"is a {type(value).__name__} (allowed: a plain torch.Tensor)"
+    elif value.is_neg():
+        problem = "is negated where it is read, not in memory (a view of a complex conjugate)"
+    if problem is not None:
+        raise ValueError(
+            f"{param}: its state {name!r} {problem}; convert it, or let optimizer.load_state_dict(...) bring the state "
+            "in, which converts real floating-point dtypes"
+        )
 
 
-def check_device(param: Param, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the state is on the parameter's device: kernels do not check the addresses they get."""
+def _check_device(param: Param, name: str, value: Tensor) -> None:
+    """Raise ValueError unless a state's tensor is on the parameter's device: kernels do not check the addresses they
+    get. A scalar on the host is brought along by ``lay_out``."""
     device = param.tensor.device
+    if value.device != device and not _is_away(value, device):
+        raise ValueError(
+            f"{param}: its state {name!r} is on {value.device}, and the parameter on {device}; move the model "
+            "before the first step, or bring the state along: optimizer.load_state_dict(optimizer.state_dict())"
+        )
+
+
+def _check_placement(param: Param, name: str, value: Tensor, shard: LocalShard) -> None:
+    """Raise ValueError unless a state's tensor is sharded as its parameter needs it."""
+    parameter, found = param.tensor, getattr(value, "placements", "whole")
+    expected: Any = "whole"
+    if is_dtensor(parameter):
+        expected = state_placement(name, parameter, shard, value.shape).placements
+    if found != expected:
+        raise ValueError(
+            f"{param}: its state {name!r} has placements {found}, not {expected}; let optimizer.load_state_dict(...) "
+            "bring the state in, which shards it"
+        )
+
+
+def check_seed(param: Param, state: Mapping[str, Any], seed: Any) -> None:
+    """Raise ValueError unless ``seed``, as the state's is read, is one from which P can be drawn."""
+    _check_number(
+        param,
+        state,
+        "seed",
+        isinstance(seed, Integral) and 0 <= int(seed) < SEED_LIMIT,
+        "an integer from 0 to 2**32 - 1",
+    )
+
+
+def check_count(param: Param, state: Mapping[str, Any], step: float) -> None:
+    """Raise ValueError unless ``step``, as the state's is read, can be counted on from in float32."""
+    is_count = 0 <= step < STEP_LIMIT and step == int(step)
+    _check_number(param, state, "step", is_count, "a whole number from 0 to 2**24 - 1, since float32 counts no further")
+
+
+def _check_number(param: Param, state: Mapping[str, Any], name: str, is_allowed: bool, allowed: str) -> None:
+    if name not in state:
+        raise ValueError(_complaint(param, name, "is missing"))
+    if not is_allowed:
+        raise ValueError(f"{param}: its state {name!r} is {shown(state[name])} (allowed: {allowed})")
+
+
+def check_8bit(param: Param, state: Mapping[str, Any], settings: Settings) -> None:
+    """Raise ValueError for 8-bit moments of a ``DTensor``."""
+    if is_8bit(param.tensor, settings, state) and is_dtensor(param.tensor):
+        raise ValueError(f"{param}: {SHARDED_8BIT}")
+
+
+def fits_projection(member: Member) -> bool:
+    """Whether svd's P may be read at the next step: it is still to be made, or lies as ``check_state`` and ``lay_out``
+    leave it. Runs at every step."""
+    state, parameter = member.state, member.parameter
+    if "projection" not in state:
+        return True
+    P, moment = state["projection"], member.local_state("exp_avg")
+    if not isinstance(P, Tensor) or is_dtensor(P) != is_dtensor(parameter) or P.layout != torch.strided:
+        return False
+    geometry, found = member.geometry, local(P)
+    assert geometry is not None
+    return (
+        found.shape == (*moment.shape[:-2], moment.shape[-1], geometry.width)
+        and found.dtype == torch.float32
+        and found.device == parameter.device
+        and found.is_contiguous()
+    )
+
+
+def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None:
+    """Bring what ``check_state`` lets through into the form in which both backends read it.
+
+    Scalars that are on the host (``ZeroRedundancyOptimizer`` moves them there) go to the parameter's device, and
+    everything except dense moments becomes contiguous. Dense moments keep their layout, unless elements share memory.
+    """
     for name in (*SHARDED, *ABSMAXES):
         value = state.get(name)
-        if isinstance(value, Tensor) and value.device != device:
-            raise ValueError(
-                f"{param}: its state {name!r} is on {value.device}, and the parameter on {device}; move the model "
-                "before the first step, or bring the state along: optimizer.load_state_dict(optimizer.state_dict())"
-            )
+        if not isinstance(value, Tensor):
+            continue
+        if _is_away(value, parameter.device):
+            state[name] = value.to(parameter.device)
+        elif value.layout == torch.strided and not local(value).is_contiguous():
+            is_dense = not is_low_rank and name in MOMENTS and value.dtype != torch.uint8
+            if not is_dense or overlaps(local(value)):
+                state[name] = value.contiguous()
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as those of an expanded tensor do."""
+    extent = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
+
+
+def _is_away(value: Tensor, device: torch.device) -> bool:
+    return value.dim() == 0 and value.device.type == "cpu" and device.type != "cpu"
 
 
 def _complaint(param: Param, name: str, problem: str) -> str:
@@ -140,17 +283,3 @@ def _complaint(param: Param, name: str, problem: str) -> str:
         f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
         "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
     )
-
-
-def restored(name: str, value: Any, parameter: Tensor, shard: LocalShard) -> Any:
-    """A copy of a saved value: on the parameter's device, and sharded if the parameter is.
-
-    ``step`` stays float32 on the host. Moments keep their dtype; ``torch.optim`` would cast them to the parameter's.
-    """
-    if name == "step":
-        return torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
-    if not isinstance(value, Tensor):
-        return value
-    if name in SHARDED and (is_dtensor(parameter) or is_dtensor(value)):
-        return resharded(name, value, parameter, shard)
-    return value.detach().to(parameter.device, copy=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...core.geometry import Geometry
 from ...int8.weight import Int8Weight
 from ...params.member import Member
-from ...params.state import ABSMAXES, MOMENTS
+from ...params.state import MOMENTS
 
 _ALIGNMENT = 16  # bytes: the widest load
 
@@ -60,17 +60,14 @@ def flat_geometry(member: Member) -> Geometry:
 
 
 def make_moments_contiguous(member: Member) -> None:
-    """Lay moments out as the kernels read them, where a checkpoint has brought them in another layout."""
-    state = member.state
+    """Lay a dense parameter's moments out as the kernels read them, where a checkpoint has brought them in another
+    layout. Those of low rank are contiguous."""
+    if member.geometry is not None:
+        return
     moments = [member.local_state(name) for name in MOMENTS]
-    if member.geometry is None:
-        strides = [matrix_strides(moment, flat_geometry(member)) for moment in moments]
-        fits = None not in strides and moments[0].stride() == moments[1].stride()
-    else:
-        fits = all(moment.is_contiguous() for moment in moments)
-    if not fits:
-        state.update({name: state[name].contiguous() for name in MOMENTS})
-    state.update({name: state[name].contiguous() for name in ABSMAXES if name in state})
+    strides = [matrix_strides(moment, flat_geometry(member)) for moment in moments]
+    if None in strides or moments[0].stride() != moments[1].stride():
+        member.state.update({name: member.state[name].contiguous() for name in MOMENTS})
 
 
 def is_aligned(member: Member) -> bool:

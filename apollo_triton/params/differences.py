@@ -1,0 +1,101 @@
+"""What a checkpoint brings that its user may not expect: other settings than were asked for, other parameters.
+
+The checkpoint's settings win, as in ``torch.optim``, and state goes by the order of parameters. Both are silent there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..core.messages import shown, warn
+from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS
+
+# What does not change the algorithm belongs to the run, and stays as it was asked for: where a step is computed, and
+# whether it may be captured in a CUDA graph. All else changes numbers, so a resumed run needs the checkpoint's.
+OF_THE_RUN = ("backend", "capturable")
+
+# Schedulers change these from step to step, so a difference says nothing. What a scheduler begins with is
+# ``initial_lr``, which is compared where both have it.
+_SCHEDULED = ("lr", "weight_decay")
+_SHOWN = 6
+
+# Wrappers put these into the path of a parameter: DDP and nn.DataParallel, torch.compile, FSDP1, checkpoint_wrapper.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MADE_UP = re.compile(r"group \d+, \d+")  # the names that ``add_param_group`` gives where only some were given
+
+
+def warn_of_settings(saved: Sequence[dict[str, Any]], asked: Sequence[dict[str, Any]]) -> None:
+    """Warn once of all settings in which the groups of a checkpoint differ from the optimizer's own."""
+    found: dict[str, list[str]] = {}
+    for index, groups in enumerate(zip(saved, asked, strict=True)):
+        for name, theirs, ours in _differing(*groups):
+            found.setdefault(f"{name} {shown(theirs)} (asked for: {shown(ours)})", []).append(str(index))
+    if found:
+        texts = [
+            f"{text} in parameter group{'s' if len(indices) > 1 else ''} {', '.join(indices[:_SHOWN])}"
+            for text, indices in [*found.items()][:_SHOWN]
+        ]
+        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        warn(
+            "load_state_dict takes the checkpoint's settings instead of those that were asked for: "
+            f"{'; '.join(texts)}{more}. To keep yours, set them in optimizer.param_groups after loading; "
+            "another rank, proj, proj_type or state_bits needs a fresh optimizer"
+        )
+
+
+def warn_of_names(saved: Sequence[str | None], known: Sequence[str | None]) -> None:
+    """Warn if parameters of a checkpoint have other names than the optimizer's, or another order.
+
+    Both have a name for each parameter, or None.
+    """
+    named = {index: (theirs, ours) for index, (theirs, ours) in enumerate(zip(saved, known, strict=True))}
+    bare = {i: (_bare(theirs), _bare(ours)) for i, (theirs, ours) in named.items() if theirs and ours}
+    prefixes = {_prefixes(*pair) for pair in bare.values()}
+    if len(prefixes) <= 1 and None not in prefixes:
+        return  # the same, except for a prefix that all have: the model is now part of another one, or no more
+    index = next(index for index, (theirs, ours) in bare.items() if theirs != ours)
+    theirs, ours = named[index]
+    place = next(
+        (f" (it has {shown(ours)} as parameter {i})" for i, (name, _) in bare.items() if name == _bare(ours or "")), ""
+    )
+    warn(
+        f"load_state_dict: parameter {index} is {shown(ours)}, and the checkpoint's parameter {index} is "
+        f"{shown(theirs)}{place}. State goes by order, so parameters of equal shapes may now have each other's state; "
+        "build the groups in the order in which they were saved"
+    )
+
+
+def given_names(group: dict[str, Any]) -> list[str] | None:
+    """The names of a group's parameters, None if it has none or they were made up."""
+    names = group.get("param_names")
+    return None if names is None or any(not name or _MADE_UP.fullmatch(name) for name in names) else list(names)
+
+
+def _differing(saved: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The name and both values of each setting that differs and is not scheduled."""
+    low_rank = [group.get("rank") is not None for group in (saved, asked)]
+    ignored = {*OF_THE_RUN, *_SCHEDULED, *(() if all(low_rank) else LOW_RANK_DEFAULTS)}
+    if "base_momentum" in saved:  # OneCycleLR and CyclicLR move betas
+        ignored.add("betas")
+    for name in FIELD_NAMES:
+        theirs, ours = saved.get(name), asked.get(name)
+        if name == "betas":
+            theirs, ours = tuple(theirs or ()), tuple(ours or ())
+        if name not in ignored and theirs != ours:
+            yield name, theirs, ours
+    rates = [group.get("initial_lr") for group in (saved, asked)]
+    if all(isinstance(rate, (int, float)) for rate in rates) and rates[0] != rates[1]:
+        yield "initial_lr", rates[0], rates[1]
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _prefixes(theirs: str, ours: str) -> tuple[str, str] | None:
+    """What the one name has before the other: ("", "") for equal names, None for names with other ends."""
+    if f".{theirs}".endswith(f".{ours}"):
+        return theirs.removesuffix(ours), ""
+    return ("", ours.removesuffix(theirs)) if f".{ours}".endswith(f".{theirs}") else None
