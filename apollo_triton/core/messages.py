@@ -37,20 +37,23 @@ class _Short(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         if isinstance(x, Tensor) and (x.dim() or x.is_meta):
             return f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+        if isinstance(x, Tensor):
+            x = x.detach()  # a parameter's text has two lines
         if isinstance(x, int) and x.bit_length() > 128:  # Python refuses to print more than 4300 digits
             return f"an integer of {x.bit_length()} bits"
         return super().repr1(x, level)
 
 
 def shown(value: Any) -> str:
-    """``repr(value)`` in at most some hundred characters.
+    """``repr(value)`` in at most 200 characters.
 
     >>> shown(torch.zeros(2, 3))
     'a torch.float32 tensor of shape (2, 3)'
     >>> shown("x" * 300)[:8]
     "'xxxxxxx"
     """
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 _SHORT = _Short()

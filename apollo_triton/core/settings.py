@@ -30,6 +30,7 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "rank_above_width": False,
 }
 
+_REALS = ("lr", "eps", "weight_decay", "scale", "max_grad_norm")  # the other numbers are integers
 _LARGEST = torch.finfo(torch.float32).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,7 +80,8 @@ class Settings:
             if name in LOW_RANK_DEFAULTS and values.get("rank") is None:
                 continue
             check_value(name, value, where)
-        values["betas"] = tuple(values["betas"])
+            values[name] = _plain(name, value)
+        values["betas"] = tuple(map(float, values["betas"]))
         values["state_dtype"] = _DTYPES.get(values["state_dtype"], values["state_dtype"])
         if isinstance(values["lr"], Tensor):
             values["lr"] = values["lr"].detach().reshape(()).to(torch.float32)
@@ -168,6 +170,14 @@ def check_value(name: str, value: Any, where: str = "") -> None:
     if not check.allows(value):
         prefix = f"{where}: " if where else ""
         raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A checked number as Python's own: torch takes neither a Fraction nor, as a float, an integer above 2**63."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    number: Any = value
+    return float(number) if name in _REALS else int(number)
 
 
 def _is_number(value: Any) -> bool:

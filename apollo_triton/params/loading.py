@@ -56,9 +56,8 @@ def read_state_dict(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> L
             f"state_dict: max_grad_norm differs between parameter groups ({', '.join(map(repr, limits))}); it is one "
             "norm over all gradients"
         )
-    keys = [key for saved in saved_groups for key in saved["params"]]
+    keys = _keys(state_dict["state"], saved_groups)
     params = list(params_of(new_groups))
-    _check_keys(state_dict["state"], keys)
     found = []
     for key, param in zip(keys, params, strict=True):
         with _naming(param):
@@ -175,20 +174,24 @@ def _by_index(names: Sequence[list[str] | None], groups: Sequence[Mapping[str, A
     return found
 
 
-def _check_keys(state: Mapping[Any, Any], keys: Sequence[Any]) -> None:
-    """Raise ValueError unless each parameter has a key of its own, and the state is for these parameters."""
-    wrong = next((key for key in keys if isinstance(key, bool) or not isinstance(key, (int, str))), None)
-    if wrong is not None:
-        raise ValueError(f"state_dict: 'params' has {shown(wrong)} (allowed: integers or names); {_ADVICE}")
-    if len(set(keys)) < len(keys):
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise ValueError(f"state_dict: 'params' has {shown(twice)} twice, and each parameter has a state; {_ADVICE}")
+def _keys(state: Mapping[Any, Any], saved_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The key of each parameter's state. Raises ValueError unless each has one of its own, and none is left over."""
+    keys: dict[Any, None] = {}
+    for index, saved in enumerate(saved_groups):
+        for key in saved["params"]:
+            where = f"state_dict, parameter group {index}: 'params' has {shown(key)}"
+            if isinstance(key, bool) or not isinstance(key, (int, str)):
+                raise ValueError(f"{where} (allowed: integers or names); {_ADVICE}")
+            if key in keys:
+                raise ValueError(f"{where}, which another parameter has already; {_ADVICE}")
+            keys[key] = None
     foreign = [key for key in set(state) - set(keys) if not isinstance(key, str)]
     if foreign:
         raise ValueError(
             f"state_dict: 'state' has {shown(foreign[0])}, which is in no parameter group's 'params'; remove it, or "
             "load it with the groups that it was saved with"
         )
+    return list(keys)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
             continue
         dtypes = expected.dtypes if torch.uint8 in expected.dtypes else _FLOATS
         check_tensor(param, saved, name, Expected(expected.shape, dtypes))
+        if saved[name].is_meta and not param.tensor.is_meta:
+            raise ValueError(f"{param}: its state {name!r} is on the meta device, where it has no values")
     check_count(param, saved, _number(saved.get("step")))
     check_seed(param, saved, _number(saved.get("seed")))
 
