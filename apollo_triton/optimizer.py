@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from .backends.selection import backend_of
 from .core.device_backend import Backend
 from .core.messages import shown
 from .core.param_groups import apollo_param_groups
-from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
+from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
 from .params.checks import check_groups, check_parameter, holds_matrix
@@ -179,6 +180,9 @@ class APOLLOAdamW(Optimizer):
         super().__setstate__(state)
         self._reset_transients()
         self.defaults.pop(FOREIGN_KEY, None)
+        for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items():
+            if name in FIELD_NAMES:  # an optimizer that an older version pickled lacks what has come since
+                self.defaults.setdefault(name, argument.default)
         for group in self.param_groups:
             group.pop(FOREIGN_KEY, None)
             for name, default in self.defaults.items():

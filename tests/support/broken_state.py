@@ -166,7 +166,8 @@ def everything(optimizer: APOLLOAdamW) -> Any:
 
     def frozen(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return type(value), value.dtype, value.device, value.stride(), value.detach().cpu().clone()
+            strides = value.stride() if value.layout == torch.strided else value.layout
+            return type(value), value.dtype, value.device, value.shape, strides, content(value)
         return copy.deepcopy(value)
 
     groups = [
@@ -178,12 +179,18 @@ def everything(optimizer: APOLLOAdamW) -> Any:
     return [groups, dict(optimizer.defaults), weights, state]
 
 
+def content(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor's elements, none where it has no values."""
+    if tensor.is_meta:
+        return b""
+    dense = tensor.detach().cpu() if tensor.layout == torch.strided else tensor.detach().cpu().to_dense()
+    return bytes(dense.resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether nested values are equal, tensors byte for byte."""
     if type(one) is not type(other):
         return False
-    if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one.view(-1), other.view(-1))
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):

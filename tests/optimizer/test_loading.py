@@ -1,0 +1,340 @@
+"""What ``load_state_dict`` makes of a good dictionary: dtypes, what belongs to the run, and what it warns of."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+from broken_state import everything, make, same, train
+from tiers import INTERPRETER_FULL
+from torch import nn
+
+from apollo_triton import APOLLOAdamW
+from apollo_triton.params.state import lay_out
+
+FLOAT, HALF, BFLOAT, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def saved(**options):
+    optimizer, _ = make(steps=2, backend="reference", **options)
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def loaded(state_dict, **options):
+    optimizer, named = make(seed=1, **options)
+    optimizer.load_state_dict(state_dict)
+    return optimizer, named
+
+
+def cast(state_dict, dtype, names):
+    """Every float tensor of these names is cast."""
+    for state in state_dict["state"].values():
+        for name in names:
+            if name in state and state[name].dtype != torch.uint8:
+                state[name] = state[name].to(dtype)
+    return state_dict
+
+
+OTHERS = ("update_norm", "projection", "exp_avg_absmax", "exp_avg_sq_absmax")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names", "moments"),
+    [
+        (HALF, MOMENTS[:1], FLOAT),
+        (BFLOAT, MOMENTS[1:], FLOAT),
+        (DOUBLE, (*MOMENTS, *OTHERS, "step"), FLOAT),
+        (HALF, (*MOMENTS, *OTHERS, "step"), FLOAT),
+        (BFLOAT, (*MOMENTS, *OTHERS, "step"), BFLOAT),
+    ],
+)
+def test_state_comes_to_the_dtypes_that_kernels_read(dtype, names, moments):
+    """A kernel reads two moments of one dtype, and all else as float32: other dtypes are other numbers to it, or memory
+    behind the tensor's end."""
+    state_dict = cast(saved(), dtype, names)
+    optimizer, named = loaded(state_dict)
+    for state, given in zip(map(optimizer.state.get, named.values()), state_dict["state"].values(), strict=True):
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                bits8 = value.dtype == torch.uint8
+                expected = torch.uint8 if bits8 else moments if name in MOMENTS else FLOAT
+                assert state[name].dtype == expected, name
+                assert torch.equal(state[name], value.to(expected)), name
+                assert state[name].data_ptr() != value.data_ptr()
+    train(optimizer, named, 2)
+
+
+@pytest.mark.parametrize("kept", [BFLOAT, FLOAT])
+def test_moments_come_to_the_dtype_of_their_group(kept):
+    """Of float32 moments in a group that asks for bfloat16, the next step would otherwise make twice the memory."""
+    state_dict = cast(saved(state_dtype=kept), DOUBLE, MOMENTS)
+    optimizer, _ = loaded(state_dict, state_dtype=kept)
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {kept, torch.uint8}
+
+
+# --- what belongs to the run
+
+
+def test_backend_and_capturable_are_the_run_s():
+    """Saved by the kernels and loaded where they cannot run, a step would ask for them."""
+    state_dict = saved()
+    for group in state_dict["param_groups"]:
+        group |= {"backend": "triton", "capturable": True, "lr": torch.tensor(group["lr"])}
+    optimizer, named = loaded(state_dict, backend="reference")
+    train(optimizer, named, 2)
+    for group in optimizer.param_groups:
+        assert (group["backend"], group["capturable"]) == ("reference", False)
+        assert type(group["lr"]) is float
+
+
+def test_a_capturable_run_stays_one():
+    optimizer, _ = loaded(saved(), capturable=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert all(isinstance(rate, torch.Tensor) and rate.dtype == FLOAT for rate in rates)
+    assert all(group["capturable"] for group in optimizer.param_groups)
+
+
+def test_each_group_gets_a_tensor_of_its_own():
+    """``torch.optim`` copies groups together, so that one tensor stays one, and schedulers act on it twice."""
+    state_dict, rate = saved(), torch.tensor(1e-2)
+    for group in state_dict["param_groups"]:
+        group["lr"] = rate
+    optimizer, _ = loaded(state_dict)
+    addresses = {group["lr"].data_ptr() for group in optimizer.param_groups}
+    assert len(addresses) == len(optimizer.param_groups)
+    assert rate.data_ptr() not in addresses
+
+
+@pytest.mark.parametrize(
+    "come_back",
+    [
+        lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()) or optimizer,
+        copy.deepcopy,
+        lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    ],
+    ids=["loaded", "copied", "pickled"],
+)
+@pytest.mark.parametrize("is_old", [False, True], ids=["", "with the key"])
+def test_no_group_has_a_key_that_a_new_one_has_not(come_back, is_old):
+    """torch.optim's own 'differentiable', for which a second torch.distributed.checkpoint.load then looks."""
+    optimizer, _ = make(steps=1)
+    keys = [list(group) for group in optimizer.param_groups]
+    defaults = list(optimizer.defaults)
+    for group in [*optimizer.param_groups, optimizer.defaults] if is_old else []:
+        group["differentiable"] = False
+    other = come_back(optimizer)
+    other.add_param_group({"params": [("new", nn.Parameter(torch.ones(4)))]})
+    found = [sorted(group) for group in other.param_groups]
+    assert found == [*map(sorted, keys), sorted(keys[-1])]
+    assert sorted(other.defaults) == sorted(defaults)
+
+
+@pytest.mark.parametrize("missing", ["capturable", "rank_above_width", "stochastic_rounding", "lr", "scale"])
+def test_keys_that_older_checkpoints_have_not_stay_as_asked(missing):
+    state_dict = saved()
+    for group in state_dict["param_groups"]:
+        group.pop(missing, None)
+    optimizer, named = make(seed=1, stochastic_rounding=True)
+    before = [group.get(missing) for group in optimizer.param_groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.load_state_dict(state_dict)
+    assert [group.get(missing) for group in optimizer.param_groups] == before
+    train(optimizer, named, 2)
+
+
+def test_an_optimizer_pickled_by_an_older_version_gets_today_s_defaults():
+    optimizer, named = make(steps=1)
+    for group in [*optimizer.param_groups, optimizer.defaults]:
+        del group["capturable"]
+    other, again = pickle.loads(pickle.dumps((optimizer, named)))
+    train(other, again, 1)
+    assert other.defaults["capturable"] is False
+
+
+@pytest.mark.parametrize("backend", INTERPRETER_FULL, indirect=True)
+def test_scalars_on_the_host_are_brought_home(backend):
+    """``ZeroRedundancyOptimizer.load_state_dict`` moves every scalar of the state to the CPU."""
+    ends = []
+    for on_host in (False, True):
+        optimizer, named = make(steps=1)
+        if on_host:
+            for state in optimizer.state.values():
+                state |= {n: v.cpu() for n, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 0}
+        train(optimizer, named, 1)
+        ends.append([parameter.detach() for parameter in named.values()])
+    assert all(map(torch.equal, *ends))
+    state = {"update_norm": torch.ones(()), "exp_avg": torch.ones((), device="meta")}
+    lay_out(state, torch.empty((), device="meta"), is_low_rank=True)
+    assert {value.device.type for value in state.values()} == {"meta"}
+
+
+# --- what a user is told
+
+
+def told(state_dict, **options):
+    """The texts of the warnings of a load."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer, _ = loaded(state_dict, **options)
+    assert all(each.filename == __file__ for each in caught)
+    return optimizer, [str(each.message) for each in caught]
+
+
+def test_one_warning_names_every_setting_that_differs():
+    """A rank, a scale or Mini that was asked for, and is not what runs."""
+    state_dict = saved(betas=(0.8, 0.999), max_grad_norm=1.0)
+    optimizer, _ = make()
+    optimizer.param_groups[0]["rank"] = 2
+    optimizer.param_groups[1]["scale"] = 4.0
+    with pytest.warns(UserWarning, match="checkpoint's settings instead of those that were asked for") as caught:
+        optimizer.load_state_dict(state_dict)
+    (text,) = [str(each.message) for each in caught]
+    assert "rank 4 (asked for: 2) in parameter group 0;" in text
+    assert "scale 16.0 (asked for: 4.0) in parameter group 1" in text
+    assert "betas (0.8, 0.999) (asked for: (0.9, 0.999)) in parameter groups 0, 1, 2, 3, 4" in text
+    assert "max_grad_norm 1.0 (asked for: None)" in text
+    assert optimizer.param_groups[0]["rank"] == 4
+
+
+def test_what_schedulers_change_is_no_difference():
+    optimizer, _ = make(steps=1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.3
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    assert state_dict["param_groups"][0]["betas"] != (0.9, 0.999)
+    for with_schedule in (False, True):
+        fresh, _ = make()
+        if with_schedule:
+            torch.optim.lr_scheduler.OneCycleLR(fresh, max_lr=0.1, total_steps=10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fresh.load_state_dict(state_dict)
+
+
+def test_another_rate_to_begin_with_is_a_difference():
+    """The scheduler is loaded too, and ignores the new one: what the Trainer does with another learning_rate."""
+    ends = []
+    for rate in (1e-2, 3e-3):
+        optimizer, named = make()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+        train(optimizer, named, 0)
+        schedule.step()
+        ends.append(optimizer)
+    with pytest.warns(UserWarning, match=r"initial_lr 0.01 \(asked for: 0.003\) in parameter groups 0, 1, 2, 3, 4"):
+        ends[1].load_state_dict(ends[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make_other", "text"),
+    [
+        (torch.optim.AdamW, "parameter group 0: it is a group of AdamW"),
+        (lambda params: torch.optim.AdamW(params, amsgrad=True), "parameter group 0: it is a group of AdamW"),
+    ],
+)
+@pytest.mark.parametrize("keeps_groups", [False, True])
+def test_an_adamw_state_is_called_one(make_other, text, keeps_groups):
+    """It has moments of the right shape for dense parameters, and failed at the first step."""
+    weight, bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+    other, optimizer = make_other([weight, bias]), APOLLOAdamW([weight, bias])
+    for parameter in (weight, bias):
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    state_dict = other.state_dict()
+    if keeps_groups:
+        state_dict["param_groups"] = optimizer.state_dict()["param_groups"]
+        text = r"parameter group 0, parameter 0 of shape \(4, 4\): its state is an AdamW state"
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(state_dict)
+    assert same(everything(optimizer), before)
+
+
+def names_of(optimizer, names):
+    for group in optimizer.param_groups:
+        group["param_names"] = [names.pop(0) for _ in group["params"]]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "text"),
+    [
+        (["a.w", "b.w"], ["b.w", "a.w"], "parameter 0 is 'b.w', .* 0 is 'a.w' .it has 'b.w' as parameter 1"),
+        (["a.w", "b.w"], ["a.w", "c.w"], "parameter 1 is 'c.w', and the checkpoint's parameter 1 is 'b.w'. State goes"),
+        (["module.a.w", "module.b.w"], ["b.w", "a.w"], "parameter 0 is 'b.w', and the checkpoint's"),
+        (["a.w", "a.w.w"], ["w", "a.w"], "parameter 0 is 'w', and the checkpoint's parameter 0 is 'a.w'. State"),
+        (["module.a.w", "_orig_mod.b.w"], ["a.w", "b.w"], None),
+        (["a.w", "b.w"], ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.w", "module._orig_mod.b.w"], None),
+        (["a.w", "b.w"], ["model.a.w", "model.b.w"], None),
+        (["group 0, 0", "group 0, 1"], ["a.w", "b.w"], None),
+        (["a.w", "b.w"], ["group 1, 0", "group 1, 1"], None),
+    ],
+)  # fmt: skip
+def test_names_are_compared(theirs, ours, text):
+    """Weights of one shape in another order get each other's moments."""
+    optimizers = []
+    for names in (theirs, ours):
+        named = [(name, nn.Parameter(torch.ones(4, 4))) for name in names]
+        for _, parameter in named:
+            parameter.grad = torch.ones(4, 4)
+        optimizers.append(APOLLOAdamW([{"params": named, "rank": 2}]))
+        optimizers[-1].step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizers[1].load_state_dict(optimizers[0].state_dict())
+    if text is None:
+        assert not caught
+    else:
+        (warning,) = caught
+        assert re.search(text, str(warning.message))
+    kept = ours if not ours[0].startswith("group") else theirs
+    assert optimizers[1].param_groups[0]["param_names"] == kept
+
+
+def test_names_come_from_the_checkpoint_where_there_were_none():
+    """As in ``torch.optim``, and those that ``add_param_group`` makes up are none."""
+    one, two, three = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    named = APOLLOAdamW([{"params": [("one", one)]}, {"params": [("two", two)]}])
+    unnamed = APOLLOAdamW([{"params": [two]}, {"params": [three]}])
+    half = APOLLOAdamW([{"params": [("one", three)]}, {"params": [two]}])
+    for optimizer in (unnamed, half):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.load_state_dict(named.state_dict())
+        assert [group["param_names"] for group in optimizer.param_groups] == [["one"], ["two"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named.load_state_dict(APOLLOAdamW([{"params": [two]}, {"params": [three]}]).state_dict())
+    assert [group["param_names"] for group in named.param_groups] == [["one"], ["two"]]
+
+
+def test_hooks_run_in_their_order_around_a_load():
+    """Hooks before see what was given, and may change it; hooks after see what was loaded."""
+    optimizer, named = make(seed=1)
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append("first") or {**given, "mark": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.append(given["mark"]))
+    optimizer.register_load_state_dict_post_hook(lambda each: seen.append(each.state[named["up"]]["step"].item()))
+    optimizer.register_load_state_dict_post_hook(lambda each: seen.append("last"))
+    optimizer.load_state_dict(saved())
+    assert seen == ["first", 1, 2.0, "last"]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 2
+
+
+@pytest.mark.parametrize("given", [None, 3, [], "x"])
+def test_what_is_no_dictionary_is_a_type_error(given):
+    optimizer, _ = make(steps=1)
+    before = everything(optimizer)
+    with pytest.raises(TypeError, match="state_dict must be a dictionary"):
+        optimizer.load_state_dict(given)
+    assert same(everything(optimizer), before)
