@@ -29,7 +29,7 @@ from .params.sharding import is_dtensor
 class StepHooks(Protocol):
     """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
 
-    def check_settings(self) -> None: ...
+    def check_settings(self, groups: list[dict[str, Any]]) -> None: ...
 
     def skipped(self) -> list[Tensor]: ...
 
@@ -291,6 +291,8 @@ class APOLLOAdamW(Optimizer):
 
         def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             new = read_state_dict(state_dict, self.param_groups)
+            if self._layerwise is not None:
+                self._layerwise.check_settings(new.groups)
             for group in new.groups:
                 _place_learning_rate(group)
             loaded.append(new)
@@ -325,7 +327,7 @@ class APOLLOAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._layerwise is not None:
-            self._layerwise.check_settings()
+            self._layerwise.check_settings(self.param_groups)
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._engine.run(self.param_groups, self.state, scaling)
         self._caches.projections.end_step()

@@ -23,7 +23,16 @@ from ..int8.weight import Int8Weight
 from ..params.checks import check_gradient, check_parameter
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
-from ..params.state import ABSMAXES, check_count, check_state, fits_projection, has_begun, lay_out, make_state
+from ..params.state import (
+    ABSMAXES,
+    check_count,
+    check_memory,
+    check_state,
+    fits_projection,
+    has_begun,
+    lay_out,
+    make_state,
+)
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
@@ -233,6 +242,7 @@ class Plan:
         begun = [(param, states[param.tensor]) for param, _, _ in found if has_begun(states.get(param.tensor))]
         for (param, state), count in zip(begun, _values([state["step"] for _, state in begun]), strict=True):
             check_count(param, state, count)
+        check_memory(begun)
         return found
 
     def _make_tables(self, caches: Caches) -> list[Table]:

@@ -78,7 +78,7 @@ def attach_layerwise(
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(option) for option in allowed)})")
     _check_model(model, optimizer)
-    _check_groups(optimizer, gradients)
+    _check_groups(optimizer.param_groups, gradients)
     _check_others(optimizer)
     handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
     if gradients != "freed":
@@ -142,9 +142,9 @@ class Layerwise:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def check_settings(self) -> None:
+    def check_settings(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a group has what needs all gradients at once."""
-        _check_groups(self._optimizer, self.gradients)
+        _check_groups(groups, self.gradients)
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -330,8 +330,8 @@ def _check_parameter(param: Param) -> None:
         )
 
 
-def _check_groups(optimizer: APOLLOAdamW, gradients: str) -> None:
-    for index, group in enumerate(optimizer.param_groups):
+def _check_groups(groups: list[dict[str, Any]], gradients: str) -> None:
+    for index, group in enumerate(groups):
         _check_group(group, index, gradients)
 
 

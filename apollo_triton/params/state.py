@@ -6,7 +6,7 @@ of the state, except with ``proj="svd"``. ``saved_state.py`` brings state back f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -140,6 +140,8 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shar
         _check_device(param, name, state[name])
         _check_placement(param, name, state[name], shard)
     check_tensor(param, state, "step", Expected((), (torch.float32,)))
+    if state["step"].device.type != "cpu":
+        _check_device(param, "step", state["step"])
     seed = state.get("seed")
     check_seed(param, state, None if isinstance(seed, bool) else seed)
 
@@ -222,6 +224,19 @@ def check_8bit(param: Param, state: Mapping[str, Any], settings: Settings) -> No
     """Raise ValueError for 8-bit moments of a ``DTensor``."""
     if is_8bit(param.tensor, settings, state) and is_dtensor(param.tensor):
         raise ValueError(f"{param}: {SHARDED_8BIT}")
+
+
+def check_memory(found: Iterable[tuple[Param, Mapping[str, Any]]]) -> None:
+    """Raise ValueError if two tensors of checked states begin at one address: a step would write both at once."""
+    seen: dict[tuple[torch.device, int], str] = {}
+    for param, state in found:
+        for name in (*MOMENTS, "update_norm", *ABSMAXES):
+            value = state.get(name)
+            if not isinstance(value, Tensor) or not local(value).numel() or value.is_meta:
+                continue
+            other = seen.setdefault((value.device, local(value).data_ptr()), f"{name!r} of {param}")
+            if other != f"{name!r} of {param}":
+                raise ValueError(f"{param}: its state {name!r} is in the memory of {other}; give it a copy of its own")
 
 
 def fits_projection(member: Member) -> bool:

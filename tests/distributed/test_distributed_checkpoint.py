@@ -218,12 +218,39 @@ def saved_and_reloaded_low_precision(mesh_shape, folder):
     state = {"optimizer": get_optimizer_state_dict(fresh, fresh.optimizer)}
     dcp.load(state, checkpoint_id=folder)
     set_optimizer_state_dict(fresh, fresh.optimizer, state["optimizer"])
-    return model.state(), fresh.state()
+    return model.state(), fresh.state(), *cast_and_replaced(mesh_shape)
+
+
+def cast_and_replaced(mesh_shape):
+    """Loads state that was cast to float64, of experts that are cut between them, and puts foreign moments in."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    cases = {"w": ((10, 3), APOLLO, "0"), "svd": ((4, 6, 5), {"rank": 2, "proj": "svd", "update_proj_gap": 9}, "0")}
+    model, fresh = Weights(cases, mesh).train_for(2), Weights(cases, mesh)
+    state_dict = copy.deepcopy(model.optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state |= {name: value.double() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh.optimizer.load_state_dict(state_dict)
+    fresh.steps = model.steps
+    end, resumed, errors = model.train_for(3).everything(), fresh.train_for(3).everything(), []
+    moments = fresh.optimizer.state[fresh.w]["exp_avg"]
+    for foreign in (moments.half(), moments.full_tensor()):
+        fresh.optimizer.state[fresh.w]["exp_avg"] = foreign
+        with pytest.raises(ValueError, match="exp_avg") as caught:
+            fresh.train_for(1)
+        errors.append(str(caught.value))
+    return end, resumed, errors
 
 
 def test_dtypes_of_state_survive(tmp_path):
-    """bfloat16 moments that come back as float32 or float32 norms rounded to the dtype of the weight."""
-    for saved, loaded in run(saved_and_reloaded_low_precision, 2, mesh_shape=(2,), folder=str(tmp_path / "low")):
+    """bfloat16 moments that come back as float32, float32 norms rounded to the dtype of the weight, other dtypes that
+    come in; moments of another dtype or of the whole weight read as this rank's."""
+    results = run(saved_and_reloaded_low_precision, 2, mesh_shape=(2,), folder=str(tmp_path / "low"))
+    for saved, loaded, end, resumed, errors in results:
+        assert_same_bits(resumed, end, "cast")
+        assert_same_bits(end, results[0][2], "svd of experts on each rank")
+        assert "'exp_avg' has dtype torch.float16" in errors[0]
+        assert "'exp_avg' has placements whole, not (Shard(dim=0),)" in errors[1]
         assert_same_bits(loaded, saved, "bfloat16")
         assert saved["tall_0.exp_avg"].dtype == loaded["tall_0.exp_avg"].dtype == torch.bfloat16
         assert loaded["tall_0.update_norm"].dtype == loaded["tall_0.step"].dtype == torch.float32

@@ -9,11 +9,17 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from broken_state import everything, make, same, train
 from tiers import INTERPRETER_FULL
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise
 from apollo_triton.params.state import lay_out
 
 FLOAT, HALF, BFLOAT, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -132,6 +138,24 @@ def test_no_group_has_a_key_that_a_new_one_has_not(come_back, is_old):
     found = [sorted(group) for group in other.param_groups]
     assert found == [*map(sorted, keys), sorted(keys[-1])]
     assert sorted(other.defaults) == sorted(defaults)
+
+
+@pytest.mark.parametrize("flattens", [False, True])
+def test_one_distributed_checkpoint_is_loaded_twice(flattens, tmp_path):
+    """What a load leaves in the groups is looked for in the file by the next one."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flattens)
+    models = [nn.ModuleDict({"attn": nn.Linear(6, 8), "norm": nn.LayerNorm(6)}) for _ in range(2)]
+    optimizers = [APOLLOAdamW(apollo_param_groups(model, rank=2)) for model in models]
+    for parameter in models[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    dcp.save({"optimizer": get_optimizer_state_dict(models[0], optimizers[0], options=options)}, checkpoint_id=tmp_path)
+    for _ in range(2):
+        state_dict = {"optimizer": get_optimizer_state_dict(models[1], optimizers[1], options=options)}
+        dcp.load(state_dict, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(models[1], optimizers[1], state_dict["optimizer"], options=options)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[one]["exp_avg"], optimizers[1].state[other]["exp_avg"])
 
 
 @pytest.mark.parametrize("missing", ["capturable", "rank_above_width", "stochastic_rounding", "lr", "scale"])
@@ -316,6 +340,19 @@ def test_names_come_from_the_checkpoint_where_there_were_none():
         warnings.simplefilter("error")
         named.load_state_dict(APOLLOAdamW([{"params": [two]}, {"params": [three]}]).state_dict())
     assert [group["param_names"] for group in named.param_groups] == [["one"], ["two"]]
+
+
+def test_layer_wise_updates_refuse_settings_that_they_have_not_before_they_are_loaded():
+    """Otherwise backward raises after the layers behind it have moved."""
+    layer = nn.Linear(6, 8, bias=False)
+    optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 2}])
+    attach_layerwise(layer, optimizer)
+    before = everything(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["param_groups"][0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="parameter group 0: max_grad_norm=1.0 needs the norm of all gradients"):
+        optimizer.load_state_dict(state_dict)
+    assert same(everything(optimizer), before)
 
 
 def test_hooks_run_in_their_order_around_a_load():

@@ -63,6 +63,7 @@ BREAKS = {
     "norm as a number": ("update_norm", lambda x: x.item(), "not a tensor"),
     "step in int64": ("step", lambda x: x.long(), "has dtype torch.int64"),
     "step as a vector": ("step", lambda x: x[None], r"has shape \(1,\)"),
+    "step on meta": ("step", lambda x: x.to("meta"), "is on meta, and the parameter on"),
     "step of 2**24": ("step", lambda x: x + 2**24, "is tensor.16777218.. .allowed: a whole number from 0 to 2..24 - 1"),
     "step of NaN": ("step", lambda x: x * float("nan"), "is tensor.nan. .allowed"),
     "seed": ("seed", lambda x: 3.0, "is 3.0 .allowed: an integer"),
@@ -163,6 +164,22 @@ def test_elements_that_share_memory_are_given_their_own(backend):
         run.step()
         ends.append([parameter.detach() for parameter in run.model.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize(("mine", "of"), [("exp_avg", "exp_avg_sq"), ("exp_avg", "another parameter's")])
+def test_two_tensors_in_one_memory_are_refused(mine, of):
+    run = Run()
+    other = run.low_rank
+    if of == "another parameter's":
+        other, of = run.optimizer.state[run.layer.bias], "exp_avg_sq"
+        run.low_rank[mine] = run.low_rank[mine].view(-1)[:12].clone().expand(4, 12).mT  # of its shape
+        other[of] = run.low_rank[mine][:, 0]
+    else:
+        run.low_rank[mine] = other[of]
+    before = everything(run.optimizer)
+    with pytest.raises(ValueError, match=r"its state 'exp_avg(_sq)?' is in the memory of 'exp_avg.* a copy of its own"):
+        run.step()
+    assert same(everything(run.optimizer), before)
 
 
 def test_what_users_keep_beside_our_state_is_left_alone():
