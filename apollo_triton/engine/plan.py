@@ -20,6 +20,7 @@ from ..backends.selection import backend_of
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
+from ..params.aliasing import check_separate
 from ..params.checks import check_gradient, check_parameter
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
@@ -220,6 +221,7 @@ class Plan:
                 is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
                 name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
             found.append((param, shard, name))
+        check_separate(param for param, _, _ in found)
         return found
 
     def _make_tables(self, caches: Caches) -> list[Table]:
