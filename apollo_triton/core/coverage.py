@@ -164,7 +164,12 @@ def _all_too_narrow(model: nn.Module, targets: Targets, group_keys: dict[str, An
 def _wider_targets(model: nn.Module, found: Coverage) -> str | list[str]:
     """The ``target_modules`` that take what was missed as well."""
     modules = dict(model.named_modules())
-    wanted = [*found.low_rank.values(), *found.missed]
+    least = 0.01 * (found.elements + sum(found.missed.values()))
+    kinds: dict[str, int] = {}
+    for name, elements in found.missed.items():
+        kinds[_last_name(name)] = kinds.get(_last_name(name), 0) + elements
+    large = [name for name in found.missed if kinds[_last_name(name)] >= least]  # routers are no reason for an entry
+    wanted = [*found.low_rank.values(), *large]
     unlike = [name for name in wanted if not is_linear(modules[name.rpartition(".")[0]])]
     names = dict.fromkeys(_last_name(name) for name in unlike)
     return [ALL_LINEAR, *names] if names else ALL_LINEAR
