@@ -86,7 +86,7 @@ def advise_on_plain_adamw(parameters: Sequence[Tensor]) -> None:
     matrices = sum(parameter.dim() > 1 and parameter.requires_grad for parameter in parameters)
     if matrices:
         warn(
-            f"no parameter has a 'rank', so this is AdamW with AdamW's memory, also for the {matrices} matrices; use "
+            f"no parameter has a 'rank', so this is AdamW with AdamW's memory (matrices: {matrices}); use "
             "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...) or groups with a 'rank'. If AdamW is meant, "
             "give the parameters as a group: [{'params': ...}]"
         )
