@@ -61,7 +61,7 @@ class Targets:
     @property
     def is_choice(self) -> bool:
         """Whether the user has named the modules, and not taken the default or all."""
-        return self.given != list(DEFAULT_TARGETS) and not all(map(_is_all_linear, self.entries))
+        return sorted(self.entries) != sorted(DEFAULT_TARGETS) and not all(map(_is_all_linear, self.entries))
 
     def match(self, name: str, module: nn.Module) -> bool:
         return any(self.entry_matches(entry, name, module) for entry in self.entries)

@@ -57,12 +57,13 @@ def _memory_of(parameter: Tensor) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor begins; 0 if it has no memory: without elements, on the meta device, a FakeTensor."""
+    """Where a tensor begins; 0 if it has no memory: empty, on the meta device, a FakeTensor, freed by FSDP1."""
     if tensor.is_meta or not tensor.numel():
         return 0
     try:
-        return tensor.data_ptr()
-    except RuntimeError:
+        # Of a freed storage a slice's own data_ptr() is its offset.
+        return tensor.data_ptr() if tensor.untyped_storage().data_ptr() else 0
+    except (RuntimeError, NotImplementedError):  # of a subclass that has none
         return 0
 
 

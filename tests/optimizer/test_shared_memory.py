@@ -111,6 +111,11 @@ def test_what_shares_a_buffer_and_no_element_is_trained():
     frozen = nn.Parameter(buffer[:32], requires_grad=False)
     APOLLOAdamW([{"params": [frozen, parameter_of(buffer)]}])
     APOLLOAdamW([{"params": [nn.Parameter(torch.ones(4, 1).expand(4, 4), requires_grad=False)]}])
+    freed = [torch.zeros(64) for _ in range(2)]
+    slices = [parameter_of(each[32:]) for each in freed]
+    for each in freed:
+        each.untyped_storage().resize_(0)  # as FSDP1 does
+    APOLLOAdamW([{"params": slices}])
     meta = [nn.Parameter(torch.empty(16, 16, device="meta")) for _ in range(2)]  # all at address 0
     APOLLOAdamW([{"params": meta}])
 

@@ -16,6 +16,8 @@ from torch import nn
 from unchanged import assert_unchanged, snapshot
 
 from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups
+from apollo_triton.tools.validate.backend_run import BackendRun
+from apollo_triton.tools.validate.cases import Case
 
 
 def make_model(dtype=torch.float32):
@@ -212,3 +214,8 @@ def test_copies_of_an_optimizer_say_nothing_again_and_take_groups(way):
     assert not warnings_of(lambda: copies.append(way(optimizer)))
     copies[0].add_param_group({"params": make_model()["attn"].parameters()})
     assert not warnings_of(copies[0].step)
+
+
+def test_a_command_does_not_warn_of_the_odd_shapes_that_it_tries():
+    case = Case("verbs", "narrow", ((40, 4),), "bf16", {"rank": 4, "lr": 1e-5})
+    assert not warnings_of(BackendRun, case, "reference", torch.device("cpu"), 0)
