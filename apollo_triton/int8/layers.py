@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.param_groups import is_target
+from ..core.targets import Targets
 from .weight import Int8Weight, check_group_size
 
 
@@ -89,11 +89,11 @@ def quantize_model(
     >>> model["mlp"].weight
     Int8Weight(shape=(64, 256), dtype=torch.float32, device=cpu, group_size=128)
     """
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    matching = {id(module) for name, module in _linears(model) if is_target(targets, name, module)}
+    targets = Targets(model, target_modules)
+    matching = {id(module) for name, module in _linears(model) if targets.match(name, module)}
     chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under each name
     if not chosen:
-        raise ValueError(f"target_modules={targets!r}: no nn.Linear of the model matches")
+        raise ValueError(f"target_modules={targets.given!r}: no nn.Linear of the model matches")
     for name, module in chosen.items():
         check_group_size(module.weight, group_size, f"{name}.weight")
     _check_sharing(model, matching)
