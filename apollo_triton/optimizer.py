@@ -186,7 +186,8 @@ class APOLLOAdamW(Optimizer):
     @property
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
-        last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
+        last ``load_state_dict``, without the steps that a ``GradScaler`` has skipped: int64 scalar on the parameters'
+        device, so that reading it is the only sync."""
         counts = self._engine.skipped() + (self._layerwise.skipped() if self._layerwise is not None else [])
         if not counts:
             return torch.zeros((), dtype=torch.int64, device="cpu")
@@ -331,7 +332,10 @@ class APOLLOAdamW(Optimizer):
                 loss = closure()
         if self._layerwise is not None:
             self._layerwise.check_settings()
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if not isinstance(found_inf, Tensor):  # the integer 0 is a GradScaler's sum over no gradients
+            found_inf = None
+        scaling = Scaling(grad_scale, found_inf)
         self._engine.run(self.param_groups, self.state, scaling)
         self._caches.projections.end_step()
         if self._layerwise is not None:

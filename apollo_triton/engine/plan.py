@@ -140,10 +140,14 @@ class Plan:
             torch._foreach_add_(self.steps, 1)
 
     def take_back(self, found_inf: Tensor) -> None:
-        """Count the step back on the device, if ``found_inf`` is above 0: it was none."""
-        for device in {step.device for step in self.steps}:
+        """Count the step back on the device, if ``found_inf`` is above 0: it was none, and nothing was skipped in it."""
+        for device in self.devices:
+            overflow = (found_inf.to(device) > 0).float().reshape(())
             steps = [step for step in self.steps if step.device == device]
-            torch._foreach_sub_(steps, [found_inf.to(device, torch.float32).clamp(max=1).reshape(())] * len(steps))
+            torch._foreach_sub_(steps, [overflow] * len(steps))
+            for table in self.tables:  # the scale was NaN, so the kernels have counted each of the table's matrices
+                if table.device == device:
+                    table.skipped -= overflow.int()
 
     def updates(self, caches: Caches) -> list[Update]:
         """What is to be done in this step, by either backend."""
