@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
 from .params.checks import check_groups, check_parameter, holds_matrix
+from .params.idle import IdleSteps
 from .params.member import Param, find_shard, params_of
 from .params.sharding import is_dtensor
 from .params.state import check_numbers, check_state, restored
@@ -28,6 +29,8 @@ class StepHooks(Protocol):
     """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
 
     def check_settings(self) -> None: ...
+
+    def updated(self) -> Collection[Tensor]: ...
 
     def skipped(self) -> list[Tensor]: ...
 
@@ -171,6 +174,7 @@ class APOLLOAdamW(Optimizer):
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
         self._caches = Caches()
         self._engine = Engine(self._caches)
+        self._idle_steps = IdleSteps()
         if self._layerwise is not None:
             self._layerwise.forget()  # its engines have the old caches
 
@@ -323,7 +327,8 @@ class APOLLOAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure``, run with grad, returned.
 
-        Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes.
+        Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes;
+        ValueError also for a parameter that ``quantize_model`` or ``dequantize_model`` has replaced in its model.
         """
         check_groups(self.param_groups, self._had_matrix)
         loss = None
@@ -332,6 +337,7 @@ class APOLLOAdamW(Optimizer):
                 loss = closure()
         if self._layerwise is not None:
             self._layerwise.check_settings()
+        self._idle_steps.check(self.param_groups, () if self._layerwise is None else self._layerwise.updated())
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         if not isinstance(found_inf, Tensor):  # the integer 0 is a GradScaler's sum over no gradients
             found_inf = None

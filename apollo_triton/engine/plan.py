@@ -140,7 +140,7 @@ class Plan:
             torch._foreach_add_(self.steps, 1)
 
     def take_back(self, found_inf: Tensor) -> None:
-        """Count the step back on the device, if ``found_inf`` is above 0: it was none, and nothing was skipped in it."""
+        """Count the step back on the device, if ``found_inf`` is above 0: it was none, and skipped nothing."""
         for device in self.devices:
             overflow = (found_inf.to(device) > 0).float().reshape(())
             steps = [step for step in self.steps if step.device == device]
