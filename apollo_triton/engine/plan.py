@@ -17,13 +17,15 @@ from torch import Tensor
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import backend_of
+from ..core.device_backend import Backend
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
 from ..params.checks import check_gradient, check_parameter
+from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
-from ..params.state import ABSMAXES, check_device, check_state, make_state
+from ..params.state import ABSMAXES, check_device, check_state
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
@@ -71,9 +73,10 @@ class Plan:
         self.on_device = on_device
         self.captured = False
         self._structure = _structure(settings)
+        self._is_fake = any(fake_mode_of(member.parameter) is not None for member in self.members)
         for member in self.members:
             if "step" not in member.state:
-                made = make_state(member.param, self._settings[member.param.group], member.shard)
+                made = make_state_like(member.param, self._settings[member.param.group], member.shard)
                 member.state.update(made)
         self.devices = {member.parameter.device for member in self.members}
         self.collectives = Collectives(self.members)
@@ -81,7 +84,8 @@ class Plan:
         self.clips = self.max_grad_norm is not None
         # Read where they are, and not what the host has counted: that holds updates which a scaler had skipped on the
         # device and none that a graph has replayed, and a launch is for parameters of one count.
-        self.counts = _values([member.state["step"] for member in self.members])
+        with real_numbers(self._is_fake):
+            self.counts = _values([member.state["step"] for member in self.members])
         self.steps: list[Tensor] = []
         for member in self.members:
             step = member.state["step"].to(member.parameter.device if on_device else "cpu")
@@ -91,7 +95,7 @@ class Plan:
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
-        self._places, self._gradients = _addresses(groups, states, given)
+        self._places, self._gradients = (None, []) if self._is_fake else _addresses(groups, states, given)
 
     def holds(
         self,
@@ -103,6 +107,8 @@ class Plan:
         capturing: bool,
     ) -> bool:
         """Whether the plan is still right. Gradients may have moved; the tables are then told."""
+        if self._is_fake:
+            return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
         places, gradients = _addresses(groups, states, given)
@@ -199,6 +205,8 @@ class Plan:
             gradient = gradient_of(parameter, self._given)
             if gradient is None:
                 continue
+            if type(gradient).__name__ == "AsyncCollectiveTensor":  # of torch.distributed: a result that is on its way
+                parameter.grad = gradient = gradient.wait()  # type: ignore[union-attr]
             check_parameter(param, settings)
             if isinstance(gradient, Tensor):
                 check_gradient(param, gradient)
@@ -207,7 +215,10 @@ class Plan:
                 check_state(param, state, settings)
                 check_device(param, state)
             try:
-                backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
+                if fake_mode_of(parameter) is not None:
+                    backend = Backend("none", "a fake tensor has no values")
+                else:
+                    backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
             except ValueError as error:
                 raise ValueError(f"{param}: {error}") from None
             if on_device and backend.name != "triton":
@@ -312,7 +323,7 @@ def _structure(settings: list[Settings]) -> list[Any]:
 def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
     """Where every parameter with a gradient and its state are, and where the gradients are.
 
-    None where a tensor has no address or there is no state yet. Runs at every step, over every parameter.
+    None where a tensor has no address of its own or there is no state yet. Runs at every step, over every parameter.
     """
     places: list[tuple[Any, ...]] = []
     gradients: list[int] = []
@@ -340,6 +351,8 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 layout: tuple[Any, ...]
                 if implicit is None:
                     address = gradient.data_ptr()
+                    if not address and gradient.numel():
+                        return None, []  # a tensor subclass, which keeps its numbers elsewhere
                     layout = address & 15, gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg()
                 else:
                     address, layout = 0, (implicit.dtype,)

@@ -91,7 +91,7 @@ class LinearForward:
             return type(module).forward(module, x)
         if not updater.pays(weight, x.shape[:-1].numel()):
             return type(module).forward(module, x)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         elif x.dtype != weight.dtype:

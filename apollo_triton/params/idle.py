@@ -42,10 +42,10 @@ class IdleSteps:
         # One that still gets gradients is also a parameter of another model, which was not converted.
         idle = [param for param in replaced if param.tensor.grad is None and param.tensor not in updated]
         if idle:
-            conversion = replaced_by(idle[0].tensor)
+            conversion, total = replaced_by(idle[0].tensor), sum(len(group["params"]) for group in groups)
             raise ValueError(
-                f"{idle[0]} is not in its model any more: {conversion} has replaced it, and {len(idle)} parameters of "
-                f"this optimizer in all. It would train nothing; make the optimizer after {conversion}"
+                f"{idle[0]} is not in its model any more: {conversion} has replaced {len(idle)} of this optimizer's "
+                f"{total} parameters, and steps do not reach the new ones; make the optimizer after {conversion}"
             )
         if not replaced:
             self._replaced = count

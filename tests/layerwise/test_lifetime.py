@@ -57,8 +57,8 @@ def alive(references):
 
 @GRADIENTS
 def test_what_is_in_no_group_any_more_goes_with_the_step(gradients):
-    """Layers that are replaced six times (progressive stacking, surgery in a notebook): each old weight stayed, with its
-    state and its engine."""
+    """Layers that are replaced six times (progressive stacking, surgery in a notebook): each old weight stayed, with
+    its state and its engine."""
     model = Stack()
     optimizer, handle = run_of(gradients, model)
     step(model, optimizer)
