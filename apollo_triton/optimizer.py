@@ -28,7 +28,7 @@ from .params.state import check_numbers, check_state, restored
 class StepHooks(Protocol):
     """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
 
-    def check_settings(self) -> None: ...
+    def check_step(self) -> None: ...
 
     def updated(self) -> Collection[Tensor]: ...
 
@@ -336,7 +336,7 @@ class APOLLOAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._layerwise is not None:
-            self._layerwise.check_settings()
+            self._layerwise.check_step()
         self._idle_steps.check(self.param_groups, () if self._layerwise is None else self._layerwise.updated())
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         if not isinstance(found_inf, Tensor):  # the integer 0 is a GradScaler's sum over no gradients

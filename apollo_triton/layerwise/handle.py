@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
+from ..core.messages import warn
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
 from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
+from .clipping import useless_clipping
 from .linear import LinearForward, layers_of
 
 GRADIENTS = ("freed", "none", "auto")
@@ -115,7 +117,7 @@ class Layerwise:
         self._engines: dict[Tensor, Engine] = {}
         self._left: list[RemovableHandle] = []  # hooks that have outlived the optimizer
         self._updated: set[Tensor] = set()  # since the last step()
-        self._accumulating = False
+        self._accumulating = self._looked_for_clipping = False
         self._lock = threading.Lock()  # autograd has a thread a device, and the caches are shared
 
     def __repr__(self) -> str:
@@ -189,9 +191,18 @@ class Layerwise:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def check_settings(self) -> None:
-        """Raise ValueError if a group has what needs all gradients at once."""
+    def check_step(self) -> None:
+        """Raise ValueError if a group has what needs all gradients at once. Warn once if whoever steps clips them."""
         check_groups(self._optimizer, self.gradients)
+        if self._updated and not self._looked_for_clipping:
+            self._looked_for_clipping = True
+            useless = useless_clipping()
+            if useless is not None:
+                warn(
+                    f"{useless}. Layer-wise updates move each weight within backward() and free its gradient. The "
+                    "norm-growth limiter still bounds updates. To clip, use plain optimizer.step() and "
+                    "APOLLOAdamW(..., max_grad_norm=1.0)"
+                )
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
