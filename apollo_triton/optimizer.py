@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ from .params.advice import (
     loses_updates,
 )
 from .params.checks import check_groups, holds_matrix
+from .params.idle import IdleSteps
 from .params.loading import FOREIGN_KEY, Loaded, read_state_dict
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
@@ -40,6 +41,10 @@ class StepHooks(Protocol):
     """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
 
     def check_settings(self, groups: list[dict[str, Any]]) -> None: ...
+
+    def check_step(self) -> None: ...
+
+    def updated(self) -> Collection[Tensor]: ...
 
     def skipped(self) -> list[Tensor]: ...
 
@@ -194,6 +199,7 @@ class APOLLOAdamW(Optimizer):
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
         self._caches = Caches()
         self._engine = Engine(self._caches)
+        self._idle_steps = IdleSteps()
         if self._layerwise is not None:
             self._layerwise.forget()  # its engines have the old caches
 
@@ -215,7 +221,8 @@ class APOLLOAdamW(Optimizer):
     @property
     def skipped_updates(self) -> Tensor:
         """How many updates of a matrix or dense parameter a non-finite gradient has cost since construction or the
-        last ``load_state_dict``: int64 scalar on the parameters' device, so that reading it is the only sync."""
+        last ``load_state_dict``, without the steps that a ``GradScaler`` has skipped: int64 scalar on the parameters'
+        device, so that reading it is the only sync."""
         counts = self._engine.skipped() + (self._layerwise.skipped() if self._layerwise is not None else [])
         if not counts:
             return torch.zeros((), dtype=torch.int64, device="cpu")
@@ -318,7 +325,8 @@ class APOLLOAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what ``closure``, run with grad, returned.
 
-        Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes.
+        Raises ValueError or RuntimeError naming the parameter for a gradient it cannot use, before anything changes;
+        ValueError also for a parameter that ``quantize_model`` or ``dequantize_model`` has replaced in its model.
         """
         check_groups(self.param_groups, self._had_matrix)
         loss = None
@@ -326,8 +334,12 @@ class APOLLOAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._layerwise is not None:
-            self._layerwise.check_settings(self.param_groups)
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            self._layerwise.check_step()
+        self._idle_steps.check(self.param_groups, () if self._layerwise is None else self._layerwise.updated())
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if not isinstance(found_inf, Tensor):  # the integer 0 is a GradScaler's sum over no gradients
+            found_inf = None
+        scaling = Scaling(grad_scale, found_inf)
         self._engine.run(self.param_groups, self.state, scaling)
         self._caches.projections.end_step()
         if self._layerwise is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.targets import Targets
+from .replaced import mark_replaced
 from .weight import Int8Weight, check_group_size
 
 
@@ -106,6 +107,7 @@ def quantize_model(
             if key not in weights:
                 weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
                 weights[key] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+                mark_replaced(module.weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
     return model
@@ -131,6 +133,7 @@ def dequantize_model(model: nn.Module) -> nn.Module:
             key = id(module.weight)
             if key not in weights:
                 weights[key] = nn.Parameter(module.weight.dequantize(), requires_grad=module.weight.requires_grad)
+                mark_replaced(module.weight, "dequantize_model")
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight, linear.bias = weights[key], module.bias
             _take_over(module, linear)

@@ -18,7 +18,7 @@ from .sharding import local
 def check_elements(param: Param) -> None:
     """Raise ValueError for a parameter of which several elements are one place in memory, as ``expand`` makes them."""
     for tensor in _memory_of(param.tensor):
-        if _overlaps_itself(tensor):
+        if overlaps_itself(tensor):
             raise ValueError(
                 f"{param} has strides {tensor.stride()}, with which several of its elements are one place in memory "
                 "(expand and as_strided make such tensors), and each update would write there again; train the tensor "
@@ -31,7 +31,7 @@ def check_separate(params: Iterable[Param]) -> None:
     found: dict[torch.device, list[tuple[int, int, Param, Tensor]]] = {}
     for param in params:
         for tensor in _memory_of(param.tensor):
-            if start := _address(tensor):
+            if start := address(tensor):
                 memory = (start, start + _extent(tensor) * tensor.element_size(), param, tensor)
                 found.setdefault(tensor.device, []).append(memory)
     for memories in found.values():
@@ -56,7 +56,7 @@ def _memory_of(parameter: Tensor) -> list[Tensor]:
     return [part for part in parts if part.layout == torch.strided]
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """Where a tensor begins; 0 if it has no memory: empty, on the meta device, a FakeTensor, freed by FSDP1."""
     if tensor.is_meta or not tensor.numel():
         return 0
@@ -67,7 +67,8 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor are one place in memory."""
     if tensor.is_contiguous() or not tensor.numel():
         return False
     reached = 0  # the offset of the last element of the dimensions so far, from the smallest stride up

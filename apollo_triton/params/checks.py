@@ -15,7 +15,7 @@ from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
-from .sharding import is_dtensor
+from .sharding import is_dtensor, local
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARDED_8BIT = (
@@ -26,6 +26,19 @@ _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
     "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
 )
+
+
+def _foreign_type(tensor: Tensor) -> str | None:
+    """The class of a tensor that computes in a way of its own, and may keep its numbers anywhere: its name, None for
+    what we know. Subclasses without ``__torch_dispatch__`` are tensors like any other."""
+    if type(tensor) in (torch.nn.Parameter, Tensor):
+        return None
+    if is_dtensor(tensor):
+        tensor = local(tensor)
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(tensor, Int8Weight):
+        return None
+    return None if hasattr(tensor, "fake_mode") else f"{kind.__module__}.{kind.__name__}"
 
 
 def holds_matrix(group: dict[str, Any]) -> bool:
@@ -55,6 +68,13 @@ def check_parameter(param: Param, settings: Settings) -> None:
         raise ValueError(
             f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
+        )
+    kind = _foreign_type(parameter) if trained else None
+    if kind is not None:
+        raise ValueError(
+            f"{param} is a {kind}, a tensor subclass that this optimizer does not know and could update wrongly or by "
+            "half; known are plain tensors, DTensor and the int8 weights of apollo_triton.quantize_model. Train the "
+            "model before it is converted, or leave this parameter to another optimizer"
         )
     if trained:
         check_elements(param)
@@ -98,6 +118,18 @@ def check_gradient(param: Param, gradient: Tensor) -> None:
     """Raise RuntimeError or ValueError unless the gradient is dense, real and floating-point, and matches its
     parameter."""
     parameter = param.tensor
+    kind = _foreign_type(gradient)
+    if kind is not None:
+        raise ValueError(
+            f"{param}: its gradient is a {kind}, a tensor subclass that this optimizer does not know; give it a plain "
+            "tensor or a DTensor"
+        )
+    inner = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    if hasattr(gradient, "fake_mode") != hasattr(inner, "fake_mode"):
+        raise ValueError(
+            f"{param} and its gradient: one of the two is a fake tensor of a FakeTensorMode, the other is not; make "
+            "both within it, or neither"
+        )
     if is_dtensor(gradient) != is_dtensor(parameter):
         raise ValueError(
             f"{param} and its gradient must both be DTensors, or neither: the parameter is a "
