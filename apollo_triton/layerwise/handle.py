@@ -37,7 +37,8 @@ def attach_layerwise(
     The training loop stays as it is and so do its results, bit for bit: ``optimizer.step()`` updates what still has a
     gradient and ends the step. A parameter that is added or unfrozen later is updated by ``step()`` once, and by its
     hook from then on. All but the last backward of a step go into ``with handle.accumulate():``. Learning rates are
-    read during backward, so set them before it.
+    read during backward, so set them before it. ``clip_grad_norm_`` finds no gradients and does nothing. A warning says
+    so at the first ``step()`` if it is in sight.
 
     Args:
         model: the whole model that the optimizer trains.
@@ -161,7 +162,7 @@ class Layerwise:
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates everything. May be called again."""
-        for parameter in [*self._hooks]:
+        for parameter in {*self._hooks, *self._engines}:
             self._take_away(parameter)
         for layer in self._layers:
             if self._has(layer):
@@ -180,7 +181,8 @@ class Layerwise:
 
     def _take_away(self, parameter: Tensor) -> None:
         """Drop the hook and the engine of ``parameter``. The optimizer's own engine takes over the count of skips."""
-        self._hooks.pop(parameter).remove()
+        if (hook := self._hooks.pop(parameter, None)) is not None:
+            hook.remove()
         engine, optimizer = self._engines.pop(parameter, None), self._reference()
         if engine is not None and optimizer is not None:
             optimizer._engine.take_over(engine)
@@ -239,7 +241,7 @@ class Layerwise:
 
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
-        for parameter in self._hooks.keys() - params.keys():
+        for parameter in {*self._hooks, *self._engines} - params.keys():
             self._take_away(parameter)
         self._params = params
         held = {layer: weight() for layer, weight in self._layers.items()}
