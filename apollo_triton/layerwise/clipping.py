@@ -10,6 +10,8 @@ import sys
 from operator import attrgetter
 from types import FrameType
 
+import torch
+
 # PyTorch's, and the methods of Accelerate, Fabric and Lightning.
 _CLIPPING = {"clip_grad_norm_", "clip_grads_with_norm_", "clip_gradients"}
 # Programs that clip elsewhere than in the functions that step: the option by which they do, and what turns it off.
@@ -21,6 +23,7 @@ _OPTIONS = {
 _NOT_THE_USERS = {*_OPTIONS, "accelerate", "torch", "apollo_triton"}
 
 
+@torch._disable_dynamo  # it would warn of sys._getframe
 def useless_clipping() -> str | None:
     """What the functions that are running clip gradients by, and what to do instead; None if nothing is seen."""
     frames = _callers()

@@ -21,7 +21,7 @@ from ..core.messages import warn
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
-from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
+from .checks import check_group, check_groups, check_layers, check_model, check_parameter, naming, twice
 from .clipping import useless_clipping
 from .linear import LinearForward, layers_of
 
@@ -322,7 +322,7 @@ class Layerwise:
         if engine is None:
             engine = self._engines[parameter] = Engine(optimizer._caches, param.group, param.index)
         group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
-        with _naming(param):
+        with naming(param):
             engine.run([group], optimizer.state, given=given)
         # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
         torch.autograd.graph.increment_version(parameter)
@@ -347,14 +347,3 @@ def _check_others(optimizer: APOLLOAdamW) -> None:
                 f"{param} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
                 "on the handle that attach_layerwise returned for it"
             )
-
-
-@contextmanager
-def _naming(param: Param) -> Iterator[None]:
-    """Errors begin with the parameter, unless they name it already."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if str(param) in str(error):
-            raise
-        raise type(error)(f"{param}: {error}") from error
