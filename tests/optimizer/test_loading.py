@@ -350,7 +350,7 @@ def test_layer_wise_updates_refuse_settings_that_they_have_not_before_they_are_l
     before = everything(optimizer)
     state_dict = copy.deepcopy(optimizer.state_dict())
     state_dict["param_groups"][0]["max_grad_norm"] = 1.0
-    with pytest.raises(ValueError, match="parameter group 0: max_grad_norm=1.0 needs the norm of all gradients"):
+    with pytest.raises(ValueError, match=r"parameter group 0: max_grad_norm=1\.0 needs the norm of all gradients"):
         optimizer.load_state_dict(state_dict)
     assert same(everything(optimizer), before)
 
