@@ -17,10 +17,13 @@ from torch import Tensor
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import backend_of
+from ..core.device_backend import Backend
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
+from ..params.aliasing import check_separate
 from ..params.checks import check_gradient, check_parameter
+from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
 from ..params.state import (
@@ -31,7 +34,6 @@ from ..params.state import (
     fits_projection,
     has_begun,
     lay_out,
-    make_state,
 )
 from .agreement import Agreement
 from .caches import Caches
@@ -75,7 +77,7 @@ class Plan:
         agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
-            None if has_begun(states.get(param.tensor)) else make_state(param, self._settings[param.group], shard)
+            None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)
             for param, shard, _ in found
         ]  # all of it before any of it is kept: there may be no memory for the next
         self.members = [
@@ -87,13 +89,15 @@ class Plan:
         for member, new in zip(self.members, made, strict=True):
             member.state.update(new or {})
             lay_out(member.state, member.parameter, member.geometry is not None)
+        self._is_fake = any(fake_mode_of(member.parameter) is not None for member in self.members)
         self.devices = {member.parameter.device for member in self.members}
         self.collectives = Collectives(self.members)
         self.max_grad_norm = settings[0].max_grad_norm if settings else None
         self.clips = self.max_grad_norm is not None
         # Read where they are, and not what the host has counted: that holds updates which a scaler had skipped on the
         # device and none that a graph has replayed, and a launch is for parameters of one count.
-        self.counts = _values([member.state["step"] for member in self.members])
+        with real_numbers(self._is_fake):
+            self.counts = _values([member.state["step"] for member in self.members])
         self.steps: list[Tensor] = []
         for member in self.members:
             step = member.state["step"].to(member.parameter.device if on_device else "cpu")
@@ -103,7 +107,7 @@ class Plan:
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
-        self._places, self._gradients = _addresses(groups, states, given)
+        self._places, self._gradients = (None, []) if self._is_fake else _addresses(groups, states, given)
         # Kept alive, so that no tensor that takes one's place gets its id.
         self._state_tensors = [list(member.state.values()) for member in self.members]
         self._with_svd = [
@@ -122,6 +126,8 @@ class Plan:
         capturing: bool,
     ) -> bool:
         """Whether the plan is still right. Gradients may have moved; the tables are then told."""
+        if self._is_fake:
+            return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
         places, gradients = _addresses(groups, states, given)
@@ -160,10 +166,14 @@ class Plan:
             torch._foreach_add_(self.steps, 1)
 
     def take_back(self, found_inf: Tensor) -> None:
-        """Count the step back on the device, if ``found_inf`` is above 0: it was none."""
-        for device in {step.device for step in self.steps}:
+        """Count the step back on the device, if ``found_inf`` is above 0: it was none, and skipped nothing."""
+        for device in self.devices:
+            overflow = (found_inf.to(device) > 0).float().reshape(())
             steps = [step for step in self.steps if step.device == device]
-            torch._foreach_sub_(steps, [found_inf.to(device, torch.float32).clamp(max=1).reshape(())] * len(steps))
+            torch._foreach_sub_(steps, [overflow] * len(steps))
+            for table in self.tables:  # the scale was NaN, so the kernels have counted each of the table's matrices
+                if table.device == device:
+                    table.skipped -= overflow.int()
 
     def updates(self, caches: Caches) -> list[Update]:
         """What is to be done in this step, by either backend."""
@@ -215,6 +225,8 @@ class Plan:
             gradient = gradient_of(parameter, self._given)
             if gradient is None:
                 continue
+            if type(gradient).__name__ == "AsyncCollectiveTensor":  # of torch.distributed: a result that is on its way
+                parameter.grad = gradient = gradient.wait()  # type: ignore[union-attr]
             check_parameter(param, settings)
             if isinstance(gradient, Tensor):
                 check_gradient(param, gradient)
@@ -222,7 +234,10 @@ class Plan:
             if has_begun(state):
                 check_state(param, state, settings, shard)
             try:
-                backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
+                if fake_mode_of(parameter) is not None:
+                    backend = Backend("none", "a fake tensor has no values")
+                else:
+                    backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
             except ValueError as error:
                 raise ValueError(f"{param}: {error}") from None
             if on_device and backend.name != "triton":
@@ -240,9 +255,12 @@ class Plan:
                 name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
             found.append((param, shard, name))
         begun = [(param, states[param.tensor]) for param, _, _ in found if has_begun(states.get(param.tensor))]
-        for (param, state), count in zip(begun, _values([state["step"] for _, state in begun]), strict=True):
+        with real_numbers(any(fake_mode_of(param.tensor) is not None for param, _ in begun)):
+            counts = _values([state["step"] for _, state in begun])
+        for (param, state), count in zip(begun, counts, strict=True):
             check_count(param, state, count)
         check_memory(begun)
+        check_separate(param for param, _, _ in found)
         return found
 
     def _make_tables(self, caches: Caches) -> list[Table]:
@@ -313,12 +331,20 @@ def _values(steps: list[Tensor]) -> list[float]:
 
 
 def _identities(settings: list[Settings]) -> list[int]:
-    """For each group the first that it can share launches with: all hyperparameters equal, a tensor lr the same one."""
+    """For each group the first that it can share launches with: all hyperparameters are equal.
+
+    Each group has a tensor lr of its own. On the host its value counts, which the launches are given. On a device it is
+    the tensor, since to read it would wait for the device, so that each group has launches of its own there.
+    """
     first: dict[tuple[Any, ...], int] = {}
     result = []
     for position, group in enumerate(settings):
-        lr = group.lr.data_ptr() if isinstance(group.lr, Tensor) else group.lr
-        key = (isinstance(group.lr, Tensor), lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
+        lr: Any = group.lr
+        is_read = not isinstance(lr, Tensor)
+        if isinstance(lr, Tensor):
+            is_read = lr.device.type == "cpu" and not group.capturable
+            lr = lr.tolist() if is_read else lr.data_ptr()
+        key = (is_read, lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
         result.append(first.setdefault(key, position))
     return result
 
@@ -331,7 +357,7 @@ def _structure(settings: list[Settings]) -> list[Any]:
 def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
     """Where every parameter with a gradient and its state are, and where the gradients are.
 
-    None where a tensor has no address or there is no state yet. Runs at every step, over every parameter.
+    None where a tensor has no address of its own or there is no state yet. Runs at every step, over every parameter.
     """
     places: list[tuple[Any, ...]] = []
     gradients: list[int] = []
@@ -362,6 +388,8 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 layout: tuple[Any, ...]
                 if implicit is None:
                     address = gradient.data_ptr()
+                    if not address and gradient.numel():
+                        return None, []  # a tensor subclass, which keeps its numbers elsewhere
                     layout = address & 15, gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg()
                 else:
                     address, layout = 0, (implicit.dtype,)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..core.param_groups import is_target
+from ..core.targets import Targets
+from .replaced import mark_replaced
 from .weight import Int8Weight, check_group_size
 
 
@@ -89,11 +90,11 @@ def quantize_model(
     >>> model["mlp"].weight
     Int8Weight(shape=(64, 256), dtype=torch.float32, device=cpu, group_size=128)
     """
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    matching = {id(module) for name, module in _linears(model) if is_target(targets, name, module)}
+    targets = Targets(model, target_modules)
+    matching = {id(module) for name, module in _linears(model) if targets.match(name, module)}
     chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under each name
     if not chosen:
-        raise ValueError(f"target_modules={targets!r}: no nn.Linear of the model matches")
+        raise ValueError(f"target_modules={targets.given!r}: no nn.Linear of the model matches")
     for name, module in chosen.items():
         check_group_size(module.weight, group_size, f"{name}.weight")
     _check_sharing(model, matching)
@@ -106,6 +107,7 @@ def quantize_model(
             if key not in weights:
                 weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
                 weights[key] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+                mark_replaced(module.weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
     return model
@@ -131,6 +133,7 @@ def dequantize_model(model: nn.Module) -> nn.Module:
             key = id(module.weight)
             if key not in weights:
                 weights[key] = nn.Parameter(module.weight.dequantize(), requires_grad=module.weight.requires_grad)
+                mark_replaced(module.weight, "dequantize_model")
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             linear.weight, linear.bias = weights[key], module.bias
             _take_over(module, linear)

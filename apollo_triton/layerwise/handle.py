@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
+from ..core.messages import warn
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
-from ..params.checks import is_flattened
 from ..params.member import Param, params_of
-from ..params.sharding import is_dtensor
-from .linear import LinearForward, layers_of, owners_of
+from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
+from .clipping import useless_clipping
+from .linear import LinearForward, layers_of
 
 GRADIENTS = ("freed", "none", "auto")
 _attached: weakref.WeakSet[Layerwise] = weakref.WeakSet()
@@ -50,7 +51,8 @@ def attach_layerwise(
             are those of the gradient's channels, and cost up to one more matrix product a weight; "sketch" are their
             estimates by the sketch, and cost nothing.
 
-    Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back.
+    Returns a handle; ``handle.remove()``, or leaving it as a context manager, brings plain behaviour back. The handle
+    does not keep the optimizer alive.
 
     Raises:
         ValueError: hooks are attached already, those of another optimizer included, a parameter is not the model's, or
@@ -77,12 +79,13 @@ def attach_layerwise(
     for name, value, allowed in (("gradients", gradients, GRADIENTS), ("limiter_norm", limiter_norm, LIMITER_NORMS)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(option) for option in allowed)})")
-    _check_model(model, optimizer)
-    _check_groups(optimizer.param_groups, gradients)
+    check_model(model, optimizer)
+    check_groups(optimizer.param_groups, gradients)
     _check_others(optimizer)
-    handle = Layerwise(optimizer, gradients, limiter_norm, {} if gradients == "freed" else layers_of(model))
+    layers = {} if gradients == "freed" else layers_of(model)
     if gradients != "freed":
-        _check_layers(model, optimizer, handle)
+        check_layers(model, optimizer, layers, gradients)
+    handle = Layerwise(optimizer, gradients, limiter_norm, layers)
     handle.end_step()
     optimizer._layerwise = handle
     _attached.add(handle)
@@ -90,20 +93,55 @@ def attach_layerwise(
 
 
 class Layerwise:
-    """The hooks of one optimizer, made by ``attach_layerwise``."""
+    """The hooks of one optimizer, made by ``attach_layerwise``.
+
+    The optimizer holds its handle. The handle holds neither the optimizer nor the model, and of parameters only those
+    that were in a group at the last ``step()``. So whatever else is gone is freed at once.
+    """
 
     def __init__(
-        self, optimizer: APOLLOAdamW, gradients: str, limiter_norm: str, layers: dict[Tensor, nn.Linear]
+        self, optimizer: APOLLOAdamW, gradients: str, limiter_norm: str, layers: Mapping[Tensor, nn.Linear]
     ) -> None:
-        self._optimizer = optimizer
+        this = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            if (handle := this()) is not None:
+                handle._drop()
+
+        self._reference = weakref.ref(optimizer, drop)
         self.gradients, self._limiter_norm = gradients, limiter_norm
-        self._layers = layers  # that can do without their weight's gradient
+        # Layers that can do without their weight's gradient, and the weight that each had.
+        self._layers = weakref.WeakKeyDictionary({layer: weakref.ref(weight) for weight, layer in layers.items()})
+        self._without: set[Tensor] = set()  # those of these weights that are in a group
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._params: dict[Tensor, Param] = {}  # so that no hook looks through all parameters
         self._engines: dict[Tensor, Engine] = {}
+        self._left: list[RemovableHandle] = []  # hooks that have outlived the optimizer
         self._updated: set[Tensor] = set()  # since the last step()
-        self._accumulating = False
+        self._accumulating = self._looked_for_clipping = False
         self._lock = threading.Lock()  # autograd has a thread a device, and the caches are shared
+
+    def __repr__(self) -> str:
+        if not self.is_attached:
+            return "Layerwise(removed)"
+        implicit = len(self.without_gradient)
+        return f"Layerwise(gradients={self.gradients!r}, {len(self._hooks)} parameters, {implicit} without gradient)"
+
+    @property
+    def _optimizer(self) -> APOLLOAdamW:
+        optimizer = self._reference()
+        if optimizer is None:
+            raise RuntimeError(
+                "the optimizer of these layer-wise updates is gone, and optimizer.step() is still needed; keep it in a "
+                "variable for as long as you train, or call remove() on the handle of attach_layerwise"
+            )
+        return optimizer
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks update weights: until ``remove()``, and while the optimizer exists."""
+        optimizer = self._reference()
+        return optimizer is not None and optimizer._layerwise is self
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -124,17 +162,29 @@ class Layerwise:
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates everything. May be called again."""
-        if self._optimizer._layerwise is not self:
-            return
-        for hook in self._hooks.values():
-            hook.remove()
-        for layer in self._layers.values():
+        for parameter in [*self._hooks]:
+            self._take_away(parameter)
+        for layer in self._layers:
             if self._has(layer):
                 del layer.__dict__["forward"]
-        for engine in self._engines.values():
-            self._optimizer._engine.take_over(engine)
-        self._engines.clear()
-        self._optimizer._layerwise = None
+        for hook in self._left:
+            hook.remove()
+        if self.is_attached:
+            self._optimizer._layerwise = None
+        self._drop()
+
+    def _drop(self) -> None:
+        """Let go of all parameters and of what is kept for them."""
+        self._left = [*self._hooks.values()]
+        for kept in (self._hooks, self._params, self._engines, self._without, self._updated):
+            kept.clear()
+
+    def _take_away(self, parameter: Tensor) -> None:
+        """Drop the hook and the engine of ``parameter``. The optimizer's own engine takes over the count of skips."""
+        self._hooks.pop(parameter).remove()
+        engine, optimizer = self._engines.pop(parameter, None), self._reference()
+        if engine is not None and optimizer is not None:
+            optimizer._engine.take_over(engine)
 
     def __enter__(self) -> Layerwise:
         return self
@@ -144,7 +194,20 @@ class Layerwise:
 
     def check_settings(self, groups: list[dict[str, Any]]) -> None:
         """Raise ValueError if a group has what needs all gradients at once."""
-        _check_groups(groups, self.gradients)
+        check_groups(groups, self.gradients)
+
+    def check_step(self) -> None:
+        """Raise ValueError if a group has what needs all gradients at once. Warn once if whoever steps clips them."""
+        check_groups(self._optimizer.param_groups, self.gradients)
+        if self._updated and not self._looked_for_clipping:
+            self._looked_for_clipping = True
+            useless = useless_clipping()
+            if useless is not None:
+                warn(
+                    f"{useless}. Layer-wise updates move each weight within backward() and free its gradient. The "
+                    "norm-growth limiter still bounds updates. To clip, use plain optimizer.step() and "
+                    "APOLLOAdamW(..., max_grad_norm=1.0)"
+                )
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -161,13 +224,18 @@ class Layerwise:
         """Drop what the engines keep between steps, the skips that they have counted included."""
         self._engines.clear()
 
+    def updated(self) -> Collection[Tensor]:
+        """The parameters that hooks have updated since the last step."""
+        return self._updated
+
     def end_step(self) -> None:
-        """Start over with all of the optimizer's parameters as they are now: a hook for each that wants a gradient."""
+        """Start over with all of the optimizer's parameters as they are now: a hook for each that wants a gradient, and
+        none for those that are in no group any more."""
         self._updated.clear()
         params = {param.tensor: param for param in params_of(self._optimizer.param_groups)}
         new = [param for param in params.values() if param.tensor.requires_grad and param.tensor not in self._hooks]
         for param in new:
-            _check_parameter(param)
+            check_parameter(param)
         this = weakref.ref(self)  # a hook lives in C++, where the garbage collector would not see a cycle
 
         def update(parameter: Tensor) -> None:
@@ -176,15 +244,19 @@ class Layerwise:
 
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
+        for parameter in self._hooks.keys() - params.keys():
+            self._take_away(parameter)
         self._params = params
-        for parameter, layer in self._layers.items():
-            if self._is_low_rank(parameter) and not self._has(layer):
+        held = {layer: weight() for layer, weight in self._layers.items()}
+        self._without = {weight for weight in held.values() if weight in params}
+        for layer, weight in held.items():
+            if weight in self._without and self._is_low_rank(weight) and not self._has(layer):
                 layer.__dict__["forward"] = LinearForward(layer, self)
 
     @property
     def updates(self) -> Collection[Tensor]:
         """The parameters that hooks update; none once it is removed."""
-        return self._hooks.keys() if self._optimizer._layerwise is self else ()
+        return self._hooks.keys() if self.is_attached else ()
 
     @property
     def without_gradient(self) -> list[str]:
@@ -193,7 +265,7 @@ class Layerwise:
 
     def takes(self, weight: Tensor) -> bool:
         """Whether ``weight`` is updated from its operands: for ``LinearForward``."""
-        return self._optimizer._layerwise is self and weight in self._layers and self._is_low_rank(weight)
+        return self.is_attached and weight in self._without and self._is_low_rank(weight)
 
     def pays(self, weight: Tensor, tokens: int) -> bool:
         """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
@@ -218,14 +290,14 @@ class Layerwise:
                 f'gradients="{self.gradients}" there is none to add; call optimizer.zero_grad() before backward()'
             )
         if weight in self._updated:
-            raise RuntimeError(_twice(param, self.gradients))
+            raise RuntimeError(twice(param, self.gradients))
         if not ran_once:
             raise RuntimeError(
                 f"{param}: its layer ran forward more than once, and each backward would move it by a part of its "
                 'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
                 "still there, belongs into torch.no_grad()"
             )
-        _check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
+        check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
 
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         """One step of ``weight`` without its gradient: for ``LinearForward``."""
@@ -234,13 +306,14 @@ class Layerwise:
 
     def _update_from_gradient(self, parameter: Tensor) -> None:
         """The hook: one step of ``parameter``, whose gradient is complete, and then has none."""
+        optimizer = self._optimizer
         if self._accumulating or parameter not in self._params or parameter.grad is None:
             return
         param = self._params[parameter]
         with self._lock:
             if parameter in self._updated:
-                raise RuntimeError(_twice(param, self.gradients))
-            _check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
+                raise RuntimeError(twice(param, self.gradients))
+            check_group(optimizer.param_groups[param.group], param.group, self.gradients)
             self._step(param, {})
             parameter.grad = None
 
@@ -259,99 +332,24 @@ class Layerwise:
         self._updated.add(parameter)
 
 
-def _check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
-    """Raise ValueError unless hooks on the model see whole, final gradients of all of the optimizer's parameters."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and the ranks "
-            "would drift apart; use plain optimizer.step() with it"
-        )
-    in_model = set(model.parameters())
-    foreign = [str(param) for param in params_of(optimizer.param_groups) if param.tensor not in in_model]
-    if foreign:
-        raise ValueError(
-            f"not in the model: {', '.join(foreign)}; give attach_layerwise the whole model that the optimizer trains"
-        )
-
-
 def _check_others(optimizer: APOLLOAdamW) -> None:
     """Raise ValueError if hooks of another optimizer update one of this one's parameters: they would come first."""
     params = [*params_of(optimizer.param_groups)]
+    for handle in [*_attached]:
+        if not handle.is_attached:
+            handle.remove()  # its optimizer is gone, and its hooks would say so in backward
 
     def updated_by_others() -> list[Param]:
         hooks = [handle.updates for handle in _attached]
         return [param for param in params if any(param.tensor in updates for updates in hooks)]
 
     if updated_by_others():
-        gc.collect()  # an optimizer and its handle hold each other, and outlive their last name
+        gc.collect()  # a Trainer that is gone may hold itself, and so its optimizer, until the collector runs
         for param in updated_by_others():
             raise ValueError(
                 f"{param} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
                 "on the handle that attach_layerwise returned for it"
             )
-
-
-def _check_layers(model: nn.Module, optimizer: APOLLOAdamW, handle: Layerwise) -> None:
-    """Raise ValueError for a low-rank weight that several modules hold, or if no layer could do without a gradient."""
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
-        raise ValueError(
-            f'gradients="{handle.gradients}" would update the weights from each part of a batch that nn.DataParallel '
-            'cuts; use one device, or gradients="freed"'
-        )
-    groups = optimizer.param_groups
-    low_rank = [param for param in params_of(groups) if groups[param.group].get("rank")]
-    for param in low_rank:
-        names = owners_of(model, param.tensor)
-        if len(names) > 1:
-            raise ValueError(
-                f"{param} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
-                f'gradients="{handle.gradients}" would move it by each; untie them, put it into a group without '
-                "'rank', or use gradients=\"freed\""
-            )
-    if not any(param.tensor in handle._layers for param in low_rank):
-        raise ValueError(
-            f"gradients=\"{handle.gradients}\": no weight of a group with a 'rank' is that of a plain nn.Linear or "
-            'Int8Linear, so nothing would be gained; use gradients="freed"'
-        )
-
-
-def _check_parameter(param: Param) -> None:
-    """Raise ValueError for a shard, whose gradient is not whole in its hook."""
-    parameter = param.tensor
-    if is_dtensor(parameter):
-        raise ValueError(
-            f"{param} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
-            "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
-        )
-    if is_flattened(parameter):
-        raise ValueError(
-            f"{param} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
-            "use plain optimizer.step()"
-        )
-
-
-def _check_groups(groups: list[dict[str, Any]], gradients: str) -> None:
-    for index, group in enumerate(groups):
-        _check_group(group, index, gradients)
-
-
-def _check_group(group: dict[str, Any], index: int, gradients: str) -> None:
-    if gradients != "freed" and group.get("rank") is not None and group["proj"] == "svd":
-        raise ValueError(
-            f"parameter group {index}: proj='svd' takes singular vectors of a gradient, which "
-            f'gradients="{gradients}" does not make; use proj="random", or gradients="freed"'
-        )
-    if group["max_grad_norm"] is not None:
-        raise ValueError(
-            f"parameter group {index}: max_grad_norm={group['max_grad_norm']!r} needs the norm of all gradients, of "
-            "which layer-wise updates keep one at a time; use max_grad_norm=None (the norm-growth limiter stays), "
-            "or plain optimizer.step()"
-        )
-    if group["capturable"]:
-        raise ValueError(
-            f"parameter group {index}: capturable=True captures a whole step, and layer-wise updates run inside "
-            "backward; use capturable=False, or plain optimizer.step()"
-        )
 
 
 @contextmanager
@@ -363,18 +361,3 @@ def _naming(param: Param) -> Iterator[None]:
         if str(param) in str(error):
             raise
         raise type(error)(f"{param}: {error}") from error
-
-
-def _twice(param: Param, gradients: str) -> str:
-    if gradients != "freed":
-        return (
-            f"{param}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
-            f'already. Gradients do not accumulate with gradients="{gradients}": call optimizer.step() after each '
-            'backward(), or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
-        )
-    return (
-        f"{param}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "
-        "already. If it is shared between parts that torch.utils.checkpoint runs, use use_reentrant=False; if "
-        "gradients accumulate over several backward(), run all but the last inside `with handle.accumulate():`; "
-        "else call optimizer.step() after each backward()"
-    )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any, Protocol
 
@@ -63,22 +64,26 @@ class LinearForward:
     module get the forward of its class.
     """
 
-    def __init__(self, module: nn.Linear, updater: Updater) -> None:
-        self._module = module
-        self._updater = weakref.ref(updater)  # an optimizer that is gone must not live on in its model
+    def __init__(self, module: nn.Linear, updater: Updater | None) -> None:
+        self._module = weakref.ref(module)  # which holds this, and is to go at once when nothing else holds it
+        self._updater = None if updater is None else weakref.ref(updater)
         self._waiting: weakref.WeakSet[ForwardUse] = weakref.WeakSet()
 
     @property
     def updater(self) -> Updater | None:
-        """None once it is gone."""
-        return self._updater()
+        """None once it is gone, and for a copy of the layer."""
+        return None if self._updater is None else self._updater()
 
     def __call__(self, input: Tensor) -> Tensor:
         return self._forward(input)
 
     @torch._disable_dynamo  # a graph break: the backward has side effects
     def _forward(self, x: Tensor) -> Tensor:
-        module, updater = self._module, self._updater()
+        module, updater = self._module(), self.updater
+        if module is None:
+            raise ReferenceError(
+                "this forward is that of a linear layer which is gone; keep the layer, or copy it by copy.deepcopy"
+            )
         weight: Tensor = module.weight
         bias: Tensor | None = module.bias
         is_trained = torch.is_grad_enabled() and weight.requires_grad
@@ -86,7 +91,7 @@ class LinearForward:
             return type(module).forward(module, x)
         if not updater.pays(weight, x.shape[:-1].numel()):
             return type(module).forward(module, x)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         elif x.dtype != weight.dtype:
@@ -98,7 +103,11 @@ class LinearForward:
         return _UpdatingLinear.apply(x, weight, bias, use)
 
     def __reduce__(self) -> Any:
-        return getattr, (self._module, "forward")
+        return getattr, (self._module(), "forward")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearForward:
+        module: Any = self._module()
+        return LinearForward(copy.deepcopy(module, memo), None)  # a bound method would hold the copy
 
 
 class ForwardUse:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.geometry import FLATTENED, is_flattened
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
+from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
-from .sharding import is_dtensor
+from .sharding import is_dtensor, local
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARDED_8BIT = (
@@ -26,10 +28,17 @@ _NO_ZERO = (
 )
 
 
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether ``parameter`` is FSDP1's flat parameter or, with use_orig_params=True, a weight's shard of it, a
-    vector."""
-    return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
+def _foreign_type(tensor: Tensor) -> str | None:
+    """The class of a tensor that computes in a way of its own, and may keep its numbers anywhere: its name, None for
+    what we know. Subclasses without ``__torch_dispatch__`` are tensors like any other."""
+    if type(tensor) in (torch.nn.Parameter, Tensor):
+        return None
+    if is_dtensor(tensor):
+        tensor = local(tensor)
+    kind = type(tensor)
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(tensor, Int8Weight):
+        return None
+    return None if hasattr(tensor, "fake_mode") else f"{kind.__module__}.{kind.__name__}"
 
 
 def holds_matrix(group: dict[str, Any]) -> bool:
@@ -60,6 +69,15 @@ def check_parameter(param: Param, settings: Settings) -> None:
             f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
+    kind = _foreign_type(parameter) if trained else None
+    if kind is not None:
+        raise ValueError(
+            f"{param} is a {kind}, a tensor subclass that this optimizer does not know and could update wrongly or by "
+            "half; known are plain tensors, DTensor and the int8 weights of apollo_triton.quantize_model. Train the "
+            "model before it is converted, or leave this parameter to another optimizer"
+        )
+    if trained:
+        check_elements(param)
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "
@@ -71,12 +89,7 @@ def check_parameter(param: Param, settings: Settings) -> None:
     if settings.state_bits == 8 and is_dtensor(parameter):
         raise ValueError(f"{param}: {SHARDED_8BIT}")
     if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
-        raise ValueError(
-            f"{param} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
-            "shard with FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps them, or wrap with "
-            "FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
-            "or put it into a group without 'rank'"
-        )
+        raise ValueError(f"{param} {FLATTENED}, or put it into a group without 'rank'")
     whole_shape = tuple(getattr(parameter, "ds_shape", ()))
     if settings.rank is not None and len(whole_shape) > 1 and parameter.dim() < 2:
         raise ValueError(f"{param} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")
@@ -105,6 +118,18 @@ def check_gradient(param: Param, gradient: Tensor) -> None:
     """Raise RuntimeError or ValueError unless the gradient is dense, real and floating-point, and matches its
     parameter."""
     parameter = param.tensor
+    kind = _foreign_type(gradient)
+    if kind is not None:
+        raise ValueError(
+            f"{param}: its gradient is a {kind}, a tensor subclass that this optimizer does not know; give it a plain "
+            "tensor or a DTensor"
+        )
+    inner = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    if hasattr(gradient, "fake_mode") != hasattr(inner, "fake_mode"):
+        raise ValueError(
+            f"{param} and its gradient: one of the two is a fake tensor of a FakeTensorMode, the other is not; make "
+            "both within it, or neither"
+        )
     if is_dtensor(gradient) != is_dtensor(parameter):
         raise ValueError(
             f"{param} and its gradient must both be DTensors, or neither: the parameter is a "

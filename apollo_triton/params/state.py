@@ -18,6 +18,7 @@ from ..core.messages import shown
 from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
+from .aliasing import address, overlaps_itself
 from .checks import SHARDED_8BIT
 from .member import Member, Param, geometry_of
 from .sharding import LocalShard, is_dtensor, local, sharded_zeros, state_placement
@@ -232,9 +233,9 @@ def check_memory(found: Iterable[tuple[Param, Mapping[str, Any]]]) -> None:
     for param, state in found:
         for name in (*MOMENTS, "update_norm", *ABSMAXES):
             value = state.get(name)
-            if not isinstance(value, Tensor) or not local(value).numel() or value.is_meta:
+            if not isinstance(value, Tensor) or not (start := address(local(value))):
                 continue
-            other = seen.setdefault((value.device, local(value).data_ptr()), f"{name!r} of {param}")
+            other = seen.setdefault((value.device, start), f"{name!r} of {param}")
             if other != f"{name!r} of {param}":
                 raise ValueError(f"{param}: its state {name!r} is in the memory of {other}; give it a copy of its own")
 
@@ -272,19 +273,8 @@ def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None
             state[name] = value.to(parameter.device)
         elif value.layout == torch.strided and not local(value).is_contiguous():
             is_dense = not is_low_rank and name in MOMENTS and value.dtype != torch.uint8
-            if not is_dense or overlaps(local(value)):
+            if not is_dense or overlaps_itself(local(value)):
                 state[name] = value.contiguous()
-
-
-def overlaps(tensor: Tensor) -> bool:
-    """Whether elements may share memory, as those of an expanded tensor do."""
-    extent = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
-    return False
 
 
 def _is_away(value: Tensor, device: torch.device) -> bool:

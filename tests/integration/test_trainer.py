@@ -17,6 +17,7 @@ REPETITIONS = (
     "resumed",
     "layer_by_layer",
     "directly",
+    "attached",
     "accumulated_in_bfloat16",
     "compiled",
     "as_transformers_tests_it",

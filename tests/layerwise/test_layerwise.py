@@ -49,7 +49,8 @@ def test_the_result_is_that_of_plain_steps(backend, run):
 
 def test_backward_itself_moves_the_weights_and_leaves_no_gradient():
     model = make_model()
-    attach_layerwise(model, make_optimizer(model, rank=4))
+    optimizer = make_optimizer(model, rank=4)
+    attach_layerwise(model, optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     loss_of(model, 0).backward()
     assert all(p.grad is None for p in model.parameters())

@@ -150,13 +150,15 @@ def test_distributed_data_parallel_is_refused(gradients, tmp_path):
 def test_another_optimizers_hooks_are_named_and_garbage_is_not(gradients):
     """A notebook's cell that runs twice: the first optimizer's hooks would move the weights, with its own rate."""
     model = make_model()
-    handle = attach_layerwise(model, make_optimizer(model, rank=4), gradients=gradients)
+    first = make_optimizer(model, rank=4)
+    handle = attach_layerwise(model, first, gradients=gradients)
     second = make_optimizer(model, rank=4)
     with pytest.raises(ValueError, match=r"parameter 0 .*layer-wise updates of another optimizer.*remove\(\)"):
         attach_layerwise(model, second, gradients=gradients)
     handle.remove()
     attach_layerwise(model, second, gradients=gradients)
-    del handle, second  # a cycle, which only the garbage collector ends
+    second.itself = second  # a cycle, which only the garbage collector ends
+    del handle, second
     third = make_optimizer(model, rank=4)
     handle = attach_layerwise(model, third, gradients=gradients)
     third.param_groups[0]["lr"] = third.param_groups[1]["lr"] = 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from apollo_triton import APOLLOAdamW, apollo_param_groups
+from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise
 
 NAMED = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"], "optim_args": "rank=4,scale=2.0"}
 
@@ -126,6 +127,24 @@ def directly(folder: Path) -> None:
     assert losses(other) == losses(run)
 
 
+def attached(folder: Path) -> None:
+    """Layer-wise updates under the Trainer's defaults: its clipping, which has no gradient left, is not silent."""
+    for limit, expected in ((1.0, 1), (0.0, 0)):
+        model = make_model()
+        optimizer = APOLLOAdamW.mini(model, lr=1e-2, scale=4.0)
+        attach_layerwise(model, optimizer)
+        run = trainer(folder, model, trained={"optimizers": (optimizer, None)}, max_grad_norm=limit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.train()
+        found = [str(each.message) for each in caught if "clips nothing" in str(each.message)]
+        assert len(found) == expected, found
+        assert not found or found[0].startswith(
+            "TrainingArguments(max_grad_norm=1.0) clips nothing: use max_grad_norm=0"
+        )
+        assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
+
+
 def accumulated_in_bfloat16(folder: Path) -> None:
     """Four micro-batches per step, under autocast."""
     run = trainer(folder, **NAMED, gradient_accumulation_steps=4, per_device_train_batch_size=1, bf16=True)
@@ -198,6 +217,7 @@ PROGRAMS = {
         resumed,
         layer_by_layer,
         directly,
+        attached,
         accumulated_in_bfloat16,
         compiled,
         as_transformers_tests_it,

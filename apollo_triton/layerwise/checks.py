@@ -1,0 +1,114 @@
+"""What layer-wise updates cannot be attached to, and what a group must not ask for while they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.geometry import is_flattened
+from ..int8.replaced import replaced_by
+from ..optimizer import APOLLOAdamW
+from ..params.member import Param, params_of
+from ..params.sharding import is_dtensor
+from .linear import owners_of
+
+
+def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
+    """Raise ValueError unless hooks on the model see whole, final gradients of all of the optimizer's parameters."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and the ranks "
+            "would drift apart; use plain optimizer.step() with it"
+        )
+    in_model = set(model.parameters())
+    params = [*params_of(optimizer.param_groups)]
+    foreign = [param for param in params if param.tensor not in in_model]
+    if foreign:
+        names = ", ".join(str(param) for param in foreign[:3])
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        conversion = next(filter(None, (replaced_by(param.tensor) for param in foreign)), None)
+        advice = "give attach_layerwise the whole model that the optimizer trains"
+        if conversion is not None:
+            advice = f"{conversion} has replaced them since the optimizer was made: make the optimizer after it"
+        raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
+
+
+def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tensor, nn.Linear], gradients: str) -> None:
+    """Raise ValueError for a low-rank weight that several modules hold, or if no layer could do without a gradient."""
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError(
+            f'gradients="{gradients}" would update the weights from each part of a batch that nn.DataParallel '
+            'cuts; use one device, or gradients="freed"'
+        )
+    groups = optimizer.param_groups
+    low_rank = [param for param in params_of(groups) if groups[param.group].get("rank")]
+    for param in low_rank:
+        names = owners_of(model, param.tensor)
+        if len(names) > 1:
+            raise ValueError(
+                f"{param} is tied: {' and '.join(names)} are one weight, whose gradient comes in parts, and "
+                f'gradients="{gradients}" would move it by each; untie them, put it into a group without '
+                "'rank', or use gradients=\"freed\""
+            )
+    if not any(param.tensor in layers for param in low_rank):
+        raise ValueError(
+            f"gradients=\"{gradients}\": no weight of a group with a 'rank' is that of a plain nn.Linear or "
+            'Int8Linear, so nothing would be gained; use gradients="freed"'
+        )
+
+
+def check_parameter(param: Param) -> None:
+    """Raise ValueError for a shard, whose gradient is not whole in its hook."""
+    parameter = param.tensor
+    if is_dtensor(parameter):
+        raise ValueError(
+            f"{param} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
+            "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
+        )
+    if is_flattened(parameter):
+        raise ValueError(
+            f"{param} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
+            "use plain optimizer.step()"
+        )
+
+
+def check_groups(groups: list[dict[str, Any]], gradients: str) -> None:
+    """Raise ValueError for a group that asks for what needs all gradients at once, or one that is not made."""
+    for index, group in enumerate(groups):
+        check_group(group, index, gradients)
+
+
+def check_group(group: dict[str, Any], index: int, gradients: str) -> None:
+    if gradients != "freed" and group.get("rank") is not None and group["proj"] == "svd":
+        raise ValueError(
+            f"parameter group {index}: proj='svd' takes singular vectors of a gradient, which "
+            f'gradients="{gradients}" does not make; use proj="random", or gradients="freed"'
+        )
+    if group["max_grad_norm"] is not None:
+        raise ValueError(
+            f"parameter group {index}: max_grad_norm={group['max_grad_norm']!r} needs the norm of all gradients, of "
+            "which layer-wise updates keep one at a time; use max_grad_norm=None (the norm-growth limiter stays), "
+            "or plain optimizer.step()"
+        )
+    if group["capturable"]:
+        raise ValueError(
+            f"parameter group {index}: capturable=True captures a whole step, and layer-wise updates run inside "
+            "backward; use capturable=False, or plain optimizer.step()"
+        )
+
+
+def twice(param: Param, gradients: str) -> str:
+    if gradients != "freed":
+        return (
+            f"{param}: backward comes by it a second time since the last optimizer.step(), and the first has moved it "
+            f'already. Gradients do not accumulate with gradients="{gradients}": call optimizer.step() after each '
+            'backward(), or use attach_layerwise(..., gradients="freed"), also for a layer that is used twice'
+        )
+    return (
+        f"{param}: its gradient comes a second time since the last optimizer.step(), and the first part has moved it "
+        "already. If it is shared between parts that torch.utils.checkpoint runs, use use_reentrant=False; if "
+        "gradients accumulate over several backward(), run all but the last inside `with handle.accumulate():`; "
+        "else call optimizer.step() after each backward()"
+    )
