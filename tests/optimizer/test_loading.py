@@ -144,7 +144,7 @@ def test_no_group_has_a_key_that_a_new_one_has_not(come_back, is_old):
 def test_one_distributed_checkpoint_is_loaded_twice(flattens, tmp_path):
     """What a load leaves in the groups is looked for in the file by the next one."""
     options = StateDictOptions(flatten_optimizer_state_dict=flattens)
-    models = [nn.ModuleDict({"attn": nn.Linear(6, 8), "norm": nn.LayerNorm(6)}) for _ in range(2)]
+    models = [nn.ModuleDict({"attn": nn.Linear(32, 64), "norm": nn.LayerNorm(32)}) for _ in range(2)]
     optimizers = [APOLLOAdamW(apollo_param_groups(model, rank=2)) for model in models]
     for parameter in models[0].parameters():
         parameter.grad = torch.ones_like(parameter)
