@@ -264,19 +264,20 @@ def test_another_rate_to_begin_with_is_a_difference():
     ("make_other", "text"),
     [
         (torch.optim.AdamW, "parameter group 0: it is a group of AdamW"),
-        (lambda params: torch.optim.AdamW(params, amsgrad=True), "parameter group 0: it is a group of AdamW"),
+        (lambda params, lr: torch.optim.AdamW(params, lr, amsgrad=True), "parameter group 0: it is a group of AdamW"),
+        (torch.optim.SGD, r"another optimizer of torch.optim \(it has 'momentum'\)"),
     ],
 )
 @pytest.mark.parametrize("keeps_groups", [False, True])
 def test_an_adamw_state_is_called_one(make_other, text, keeps_groups):
     """It has moments of the right shape for dense parameters, and failed at the first step."""
     weight, bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
-    other, optimizer = make_other([weight, bias]), APOLLOAdamW([weight, bias])
+    other, optimizer = make_other([weight, bias], lr=0.1), APOLLOAdamW([{"params": [weight, bias]}])
     for parameter in (weight, bias):
         parameter.grad = torch.ones_like(parameter)
     other.step()
     state_dict = other.state_dict()
-    if keeps_groups:
+    if keeps_groups and state_dict["state"]:
         state_dict["param_groups"] = optimizer.state_dict()["param_groups"]
         text = r"parameter group 0, parameter 0 of shape \(4, 4\): its state is an AdamW state"
     before = everything(optimizer)
