@@ -366,6 +366,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
     """
     places: list[tuple[Any, ...]] = []
     gradients: list[int] = []
+    uint8, plain = torch.uint8, torch.nn.Parameter
     try:
         for position, group in enumerate(groups):
             for parameter in group["params"]:
@@ -381,15 +382,16 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 # Objects too: a tensor of another dtype may come to lie where the old one was.
                 identity = (position, id(parameter), id(state), id(exp_avg), id(exp_avg_sq), id(norm), id(step))
                 absmax: tuple[int, ...] = ()
-                if exp_avg.dtype is torch.uint8:
+                if exp_avg.dtype is uint8:
                     first, second = (state[name] for name in ABSMAXES)
                     absmax = first.data_ptr(), second.data_ptr(), id(first), id(second)
-                if type(parameter) is Int8Weight:
-                    parameter = parameter.q
-                elif is_dtensor(parameter):
-                    parameter, gradient = local(parameter), local(gradient)
-                    exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
-                    norm = None if norm is None else local(norm)
+                if type(parameter) is not plain:
+                    if type(parameter) is Int8Weight:
+                        parameter = parameter.q
+                    elif is_dtensor(parameter):
+                        parameter, gradient = local(parameter), local(gradient)
+                        exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
+                        norm = None if norm is None else local(norm)
                 layout: tuple[Any, ...]
                 if implicit is None:
                     address = gradient.data_ptr()
@@ -401,7 +403,8 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 places.append(
                     (
                         identity,
-                        seed if type(seed) is int else None,
+                        type(seed),
+                        seed,
                         step.data_ptr(),
                         parameter.data_ptr(),
                         exp_avg.data_ptr(),

@@ -37,10 +37,10 @@ def warn_of_settings(saved: Sequence[dict[str, Any]], asked: Sequence[dict[str, 
             f"{text} in parameter group{'s' if len(indices) > 1 else ''} {', '.join(indices[:_SHOWN])}"
             for text, indices in [*found.items()][:_SHOWN]
         ]
-        more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        listed = "; ".join(texts) + (f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
         warn(
             "load_state_dict takes the checkpoint's settings instead of those that were asked for: "
-            f"{'; '.join(texts)}{more}. To keep yours, set them in optimizer.param_groups after loading; "
+            f"{listed}. To keep yours, set them in optimizer.param_groups after loading; "
             "another rank, proj, proj_type or state_bits needs a fresh optimizer"
         )
 
@@ -57,13 +57,14 @@ def warn_of_names(saved: Sequence[str | None], known: Sequence[str | None]) -> N
         return  # the same, except for a prefix that all have: the model is now part of another one, or no more
     index = next(index for index, (theirs, ours) in bare.items() if theirs != ours)
     theirs, ours = named[index]
-    place = next(
-        (f" (it has {shown(ours)} as parameter {i})" for i, (name, _) in bare.items() if name == _bare(ours or "")), ""
-    )
+    found = shown(theirs)
+    for other, (name, _) in bare.items():
+        if name == bare[index][1]:
+            found += f" (it has {shown(ours)} as parameter {other})"
     warn(
-        f"load_state_dict: parameter {index} is {shown(ours)}, and the checkpoint's parameter {index} is "
-        f"{shown(theirs)}{place}. State goes by order, so parameters of equal shapes may now have each other's state; "
-        "build the groups in the order in which they were saved"
+        f"load_state_dict: parameter {index} is {shown(ours)}, and the checkpoint's parameter {index} is {found}. "
+        "State goes by order, so parameters of equal shapes may now have each other's state; build the groups in the "
+        "order in which they were saved"
     )
 
 

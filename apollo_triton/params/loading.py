@@ -23,6 +23,8 @@ from .saved_state import check_saved_state, check_values, copied, loaded_state
 _ADVICE = "give what optimizer.state_dict() returned"
 # ``torch.optim`` writes its own default into every group that it copies or loads, though our step knows no such thing.
 FOREIGN_KEY = "differentiable"
+# Keys of torch.optim's optimizers: Adam and its relatives, SGD and RMSprop, Adagrad, Adadelta, Adafactor, Rprop.
+_OF_TORCH = ("amsgrad", "momentum", "momentum_decay", "lr_decay", "rho", "beta2_decay", "etas")
 
 Group = dict[str, Any]
 
@@ -107,10 +109,11 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"group {index} has {len(saved['params'])} parameters, and the optimizer's {len(own['params'])}"
             )
-        if "amsgrad" in saved and "correct_bias" not in saved:
+        foreign = next((name for name in _OF_TORCH if name in saved and "correct_bias" not in saved), None)
+        if foreign is not None:
             raise ValueError(
-                f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has 'amsgrad'), whose "
-                "moments belong to another algorithm; load the weights alone, and begin with a fresh optimizer"
+                f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose "
+                "state belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
             )
     return list(saved_groups)
 

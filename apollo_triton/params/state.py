@@ -18,6 +18,7 @@ from ..core.messages import shown
 from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
+from ..int8.weight import Int8Weight
 from .aliasing import address, overlaps_itself
 from .checks import SHARDED_8BIT
 from .member import Member, Param, geometry_of
@@ -162,7 +163,7 @@ def check_tensor(param: Param, state: Mapping[str, Any], name: str, expected: Ex
     elif value.dtype not in expected.dtypes:
         allowed = " or ".join(str(dtype) for dtype in expected.dtypes)
         problem = f"has dtype {value.dtype} (allowed: {allowed})"
-    elif type(value) not in (Tensor, torch.nn.Parameter) and not is_dtensor(value):
+    elif not _is_plain(value, param.tensor):
         problem = f"is a {type(value).__name__} (allowed: a plain torch.Tensor)"
     elif value.is_neg():
         problem = "is negated where it is read, not in memory (a view of a complex conjugate)"
@@ -275,6 +276,14 @@ def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None
             is_dense = not is_low_rank and name in MOMENTS and value.dtype != torch.uint8
             if not is_dense or overlaps_itself(local(value)):
                 state[name] = value.contiguous()
+
+
+def _is_plain(value: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor has an address that is its own: none of a subclass, except fake ones of a fake parameter."""
+    if type(value) in (Tensor, torch.nn.Parameter) or is_dtensor(value):
+        return True
+    whose = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    return getattr(value, "fake_mode", None) is not None and hasattr(whose, "fake_mode")
 
 
 def _is_away(value: Tensor, device: torch.device) -> bool:
