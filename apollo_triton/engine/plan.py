@@ -325,9 +325,12 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 identity, norm = (position, id(parameter), id(state)), state.get("update_norm")
                 exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
                 absmax = absmax_sq = 0
+                int8_parts: tuple[Any, ...] = ()
                 if exp_avg.dtype is torch.uint8:
                     absmax, absmax_sq = (state[name].data_ptr() for name in ABSMAXES)
                 if type(parameter) is Int8Weight:
+                    scale, zero = parameter.scale, parameter.zero
+                    int8_parts = scale.data_ptr(), scale.dtype, zero.data_ptr(), zero.dtype, parameter.group_size
                     parameter = parameter.q
                 elif is_dtensor(parameter):
                     parameter, gradient = local(parameter), local(gradient)
@@ -352,6 +355,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                         parameter.shape,
                         parameter.stride(),
                         parameter.dtype,
+                        int8_parts,
                         layout,
                     )
                 )

@@ -15,10 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..core.messages import shown
 from ..core.philox import Stream, random_halves
 
+# What an int8 weight can be made of, and stand for. The optimizer trains all of them except for float64.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST_RANGE = 1e-5
+_LARGEST = torch.finfo(torch.float32).max
+# What a scale can be: above 0, and at most a 255th of the range of float32, with 0.4 % for rounding.
+SCALES = torch.finfo(torch.float32).smallest_normal * 2.0**-23, _LARGEST / 127
 # How many elements are dequantised at a time: 4 MB in float32, whatever the weight's size.
 BLOCK_ELEMENTS = 1 << 20
 
@@ -51,6 +58,19 @@ def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tens
 def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The float32 values ``[groups, group_size]`` of q, with one scale and one zero point per group."""
     return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
+
+
+def lies_within(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether all values are from ``low`` to ``high``, which NaN is not. True where there are no values to look at: on
+    the meta device, in a ``FakeTensorMode``, and in an empty tensor."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel():
+        return True
+    return all(low <= value.item() <= high for value in torch.aminmax(tensor.detach()))
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all values are finite in float32, as far as there are any."""
+    return lies_within(weight, -_LARGEST, _LARGEST)
 
 
 # Functions of torch that accept an int8 weight as it is. ``linear.py`` adds its own.
@@ -125,15 +145,52 @@ class Int8Weight(Tensor):
             result.assign(weight)
         return result
 
+    def check(self) -> None:
+        """Raise ValueError unless the parts suit each other. Kernels take their addresses and sizes as they are, so
+        this comes before each use: a part may have been set by hand, or come out of a pickle."""
+        for name, dtype in (("q", torch.uint8), ("scale", torch.float32), ("zero", torch.uint8)):
+            part = vars(self).get(name)
+            shape = self.shape if name == "q" else (self.shape.numel() // self.group_size,)
+            if (
+                not isinstance(part, Tensor)
+                or part.dtype != dtype
+                or part.shape != shape
+                or part.device != self.device
+                or not part.is_contiguous()
+            ):
+                raise ValueError(
+                    f"{self} needs a contiguous {name} of {dtype}, of shape {tuple(shape)} and on {self.device}; it is "
+                    f"{shown(part)}"
+                )
+
+    def __setstate__(self, state: Any) -> None:
+        """What ``pickle`` and ``torch.load`` call. Raises ValueError if the fields are not those of an int8 weight."""
+        fields = state[0] if isinstance(state, tuple) and state else state
+        names = {"q", "scale", "zero", "group_size", "stochastic_rounding"}
+        if not isinstance(fields, dict) or not fields.keys() >= names:
+            raise ValueError(f"a pickled int8 weight needs the fields {sorted(names)}; it has {shown(fields)}")
+        group_size = fields["group_size"]
+        if type(group_size) is not int or group_size < 1 or self.shape.numel() % group_size:
+            raise ValueError(
+                f"a pickled int8 weight of shape {tuple(self.shape)} has group_size={shown(group_size)}, which does "
+                "not divide its elements"
+            )
+        vars(self).update(fields)
+        Int8Weight.check(self)
+        if not lies_within(self.scale, *SCALES):
+            raise ValueError(f"the scales of the pickled {self} are not all finite and above 0")
+
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes in memory, including scales and zero points."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
-    def blocks(self, elements: int | None = None) -> Iterator[slice]:
-        """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``)."""
+    def blocks(self, elements: int | None = None, group_size: int | None = None) -> Iterator[slice]:
+        """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``).
+        ``group_size`` is the weight's own by default."""
         rows, columns = self.shape
-        whole = self.group_size // math.gcd(columns, self.group_size)
+        group_size = group_size or self.group_size
+        whole = group_size // math.gcd(columns, group_size)
         step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
@@ -169,7 +226,12 @@ class Int8Weight(Tensor):
         return slice(rows.start * columns // self.group_size, rows.stop * columns // self.group_size)
 
     def assign(self, weight: Tensor) -> None:
-        """Take the values of a float tensor of the same shape, rounded to the nearest."""
+        """Take the values of a float tensor of the same shape, rounded to the nearest. Raises ValueError, before
+        anything changes, if a value is not finite: its whole group would be lost."""
+        if weight.is_complex():
+            raise ValueError(f"an int8 weight cannot take {weight.dtype} values; use their real part")
+        if not is_finite(weight):
+            raise ValueError(f"an int8 weight of shape {tuple(self.shape)} cannot take values that are NaN or infinite")
         for rows in self.blocks():
             self.store(rows, weight[rows].detach().to(self.q.device, torch.float32))
 
@@ -207,7 +269,8 @@ class Int8Weight(Tensor):
         handler = FUNCTIONS.get(function)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        return super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # Tensor's own would call the floats of zeros_like int8 weights
+            return function(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -221,8 +284,11 @@ class Int8Weight(Tensor):
 
 def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> None:
     """Raise ValueError unless ``weight`` is a float matrix that ``group_size`` divides."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of float matrices")
+    if weight.dim() != 2 or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of matrices of "
+            + ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        )
     if not isinstance(group_size, int) or group_size < 1 or weight.numel() % group_size:
         raise ValueError(
             f"group_size={group_size!r} does not divide the {weight.numel()} elements of {name}, of shape "
@@ -247,7 +313,7 @@ def _view(weight: Int8Weight, size: Sequence[int]) -> Int8Weight:
 
 def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Int8Weight:
     """A copy on another device. Another ``dtype`` is that of activations and gradients only, and costs nothing."""
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype is not None and dtype not in FLOATS:
         raise NotImplementedError(f"an int8 weight stands for floats, and cannot be {dtype}; take its q instead")
     place = {name: value for name, value in options.items() if name in ("device", "non_blocking")}
     return weight._with(lambda part: part.to(copy=True, **place), dtype)
@@ -256,12 +322,33 @@ def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options:
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Weight):
         return target.copy_(source.dequantize(), non_blocking)
-    if not isinstance(source, Int8Weight) or source.group_size != target.group_size:
-        target.assign(source.dequantize() if isinstance(source, Int8Weight) else source.expand(target.shape))
+    if not isinstance(source, Int8Weight) or source.shape != target.shape:
+        target.assign((source.dequantize() if isinstance(source, Int8Weight) else source).expand(target.shape))
+        return target
+    if source.group_size != target.group_size:
+        for rows in target.blocks(group_size=math.lcm(source.group_size, target.group_size)):
+            target.store(rows, source.floats(rows).to(target.device))
         return target
     for name in ("q", "scale", "zero"):
         getattr(target, name).copy_(getattr(source, name), non_blocking)
     return target
+
+
+def _set_data(weight: Int8Weight, value: Tensor) -> None:
+    """``weight.data = value``. PyTorch's own would change the device and dtype that the weight shows, and no part."""
+    if isinstance(value, Tensor) and not isinstance(value, Int8Weight):
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"weight.data = {shown(value)}: an int8 weight of shape {tuple(weight.shape)} takes floats of its shape"
+            )
+        weight.assign(value)
+        return
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(weight, value)  # type: ignore[attr-defined]  # refuses what is no tensor
+    weight.q, weight.scale, weight.zero, weight.group_size = value.q, value.scale, value.zero, value.group_size
+
+
+FUNCTIONS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
 
 
 def _like(make: Any) -> Any:

@@ -60,6 +60,11 @@ def check_parameter(param: Param, settings: Settings) -> None:
             f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
+    if isinstance(parameter, Int8Weight):
+        try:
+            parameter.check()
+        except ValueError as error:
+            raise ValueError(f"{param}: {error}") from error
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "
