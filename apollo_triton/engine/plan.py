@@ -329,8 +329,8 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 if exp_avg.dtype is torch.uint8:
                     absmax, absmax_sq = (state[name].data_ptr() for name in ABSMAXES)
                 if type(parameter) is Int8Weight:
-                    scale, zero = parameter.scale, parameter.zero
-                    int8_parts = scale.data_ptr(), scale.dtype, zero.data_ptr(), zero.dtype, parameter.group_size
+                    parts = parameter.scale, parameter.zero
+                    int8_parts = tuple((part.data_ptr(), part.dtype, part.shape, part.stride()) for part in parts)
                     parameter = parameter.q
                 elif is_dtensor(parameter):
                     parameter, gradient = local(parameter), local(gradient)

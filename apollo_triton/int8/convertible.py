@@ -54,7 +54,7 @@ def _obstacle(layer: nn.Linear) -> str | None:
     """Why this layer cannot be converted, with what to do about it; None if it can."""
     fields = vars(layer)
     if fields.get("_is_fsdp_managed_module"):
-        return "FullyShardedDataParallel holds its weight, and shards no int8 weights; train float ones there"
+        return "FSDP has sharded the model, and shards no int8 weights; train float ones there"
     if "_hf_hook" in fields:
         return (
             "accelerate runs its forward; call quantize_model before the model is dispatched, or "

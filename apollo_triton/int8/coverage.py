@@ -41,7 +41,7 @@ def no_match(model: nn.Module, targets: str | list[str]) -> str:
         return f"{start}: the {len(are_int8)} layers that it names are int8 already, such as {are_int8[0]!r}{more}"
     if others:
         name, module = next(iter(others.items()))
-        start += f" names no nn.Linear, and nothing else becomes int8: {name!r} is a {type(module).__name__}"
+        start += f" names no nn.Linear, and nothing else becomes int8, such as {name!r} ({type(module).__name__})"
     else:
         start += ": no nn.Linear of the model matches"
     return f"{start}; {advice}" if linears else f"{start}; the model ({type(model).__name__}) has no nn.Linear"

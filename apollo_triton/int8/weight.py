@@ -148,19 +148,18 @@ class Int8Weight(Tensor):
     def check(self) -> None:
         """Raise ValueError unless the parts suit each other. Kernels take their addresses and sizes as they are, so
         this comes before each use: a part may have been set by hand, or come out of a pickle."""
+        if self.dim() != 2 or self.dtype not in FLOATS:
+            raise ValueError(f"{self} has to stand for a matrix of floats")
         for name, dtype in (("q", torch.uint8), ("scale", torch.float32), ("zero", torch.uint8)):
-            part = vars(self).get(name)
+            part: Any = vars(self).get(name)
             shape = self.shape if name == "q" else (self.shape.numel() // self.group_size,)
-            if (
-                not isinstance(part, Tensor)
-                or part.dtype != dtype
-                or part.shape != shape
-                or part.device != self.device
-                or not part.is_contiguous()
-            ):
+            is_tensor = isinstance(part, Tensor) and part.layout == torch.strided
+            fits = is_tensor and (part.dtype, part.shape, part.device) == (dtype, shape, self.device)
+            if not (fits and part.is_contiguous()):
+                strides = f" with strides {part.stride()}, on {part.device}" if is_tensor else ""
                 raise ValueError(
                     f"{self} needs a contiguous {name} of {dtype}, of shape {tuple(shape)} and on {self.device}; it is "
-                    f"{shown(part)}"
+                    f"{shown(part)}{strides}"
                 )
 
     def __setstate__(self, state: Any) -> None:

@@ -64,7 +64,7 @@ def check_parameter(param: Param, settings: Settings) -> None:
         try:
             parameter.check()
         except ValueError as error:
-            raise ValueError(f"{param}: {error}") from error
+            raise ValueError(f"{param}: {error}") from None
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "

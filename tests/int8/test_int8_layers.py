@@ -12,7 +12,8 @@ from distributed_cases import Collectives, assert_ranks_agree, drawn
 from distributed_harness import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, dequantize_model, quantize_model
@@ -286,14 +287,30 @@ def test_distributed_data_parallel():
 
 
 def under_fsdp():
+    mesh = init_device_mesh("cpu", (2,))
     model = Wrapper(quantize_model(net(), group_size=8))
     with pytest.raises(NotImplementedError, match="FSDP2 and tensor parallel shard no int8 weights"):
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=mesh)
+    flat = FullyShardedDataParallel(Wrapper(net()), device_id=torch.device("cpu"), use_orig_params=True)
+    wrapped = DistributedDataParallel(Wrapper(net()))
+    tensors = Wrapper(net())
+    tensors.model["mlp"][0].weight = nn.Parameter(distribute_tensor(net()["mlp"][0].weight.detach(), mesh, [Shard(0)]))
+    for sharded, text in (
+        (flat, r"mlp\.0 cannot become int8: FSDP has sharded the model"),
+        (fully_shard(Wrapper(net()), mesh=mesh), r"mlp\.0 cannot become int8: FSDP has sharded the model"),
+        (tensors, r"mlp\.0 cannot become int8: its weight is a DTensor"),
+        (wrapped, r"the model is a DistributedDataParallel, .* before wrapping"),
+    ):
+        before = [type(module) for module in sharded.modules()]
+        with pytest.raises(ValueError, match=text):
+            quantize_model(sharded, group_size=8)
+        assert [type(module) for module in sharded.modules()] == before
     return True
 
 
-def test_fsdp2_is_refused():
-    """Shards made of float copies: the model would silently be a float one."""
+def test_shards_are_refused():
+    """Shards made of float copies: the model would silently be a float one. Shards that are converted: DDP and FSDP
+    would keep the old parameters."""
     assert run(under_fsdp, 2) == [True, True]
 
 
