@@ -321,6 +321,8 @@ def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options:
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Weight):
         return target.copy_(source.dequantize(), non_blocking)
+    if isinstance(source, Int8Weight):
+        source.check()  # else some parts could be copied and others not
     if not isinstance(source, Int8Weight) or source.shape != target.shape:
         target.assign((source.dequantize() if isinstance(source, Int8Weight) else source).expand(target.shape))
         return target

@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from distributed_cases import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int8_models import PARTS, bits, floats, int8
+from int8_models import PARTS, bits, drawn, floats, int8
 from torch import nn
 
 from apollo_triton import APOLLOAdamW
@@ -172,6 +171,7 @@ def test_what_has_another_dtype_or_layout_is_cast(assign):
 ANY = st.fixed_dictionaries({key: st.sampled_from(["kept", "kept", "gone", *SPOILS]) for key in PARTS})
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(ANY, st.sampled_from(["gone", "gone", "torch.uint8", "kept", *SPOILS]), st.booleans(), st.booleans())
 def test_any_dictionary_is_loaded_or_refused(parts, plain, strict, assign):

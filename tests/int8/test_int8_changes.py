@@ -7,8 +7,7 @@ import io
 
 import pytest
 import torch
-from distributed_cases import drawn
-from int8_models import int8
+from int8_models import drawn, int8
 from torch import nn
 
 from apollo_triton import APOLLOAdamW

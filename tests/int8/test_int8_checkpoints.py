@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from distributed_cases import drawn
-from int8_models import PARTS, bits, floats, int8, same
+from int8_models import PARTS, bits, drawn, floats, int8, same
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, dequantize_model

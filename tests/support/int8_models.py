@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import distributed_cases
 import torch
-from distributed_cases import drawn
 from torch import nn
 
 from apollo_triton import quantize_model
 
 PARTS = ("weight_q", "weight_scale", "weight_zero")
+
+
+def drawn(shape, *key):
+    """Normal numbers that depend on ``key`` alone, on the device of the fixture ``backend``."""
+    with torch.device("cpu"):
+        values = distributed_cases.drawn(shape, *key)
+    return values.to(torch.get_default_device())
 
 
 def floats(seed=0, dtype=torch.float32):
