@@ -16,10 +16,20 @@ from .backends.selection import backend_of
 from .core.device_backend import Backend
 from .core.param_groups import apollo_param_groups
 from .core.settings import LOW_RANK_DEFAULTS, Settings, complete_group
+from .core.spelling import explaining_unknown_options, options_of, unknown_option
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
-from .params.checks import check_groups, check_parameter, holds_matrix
-from .params.member import Param, find_shard, params_of
+from .params.advice import (
+    advise_on_group,
+    advise_on_keys,
+    advise_on_plain_adamw,
+    advise_on_rounding,
+    check_is_no_model,
+    loses_updates,
+)
+from .params.checks import check_groups, holds_matrix
+from .params.member import find_shard, params_of
+from .params.new_group import NewGroup, place_learning_rate
 from .params.sharding import is_dtensor
 from .params.state import check_numbers, check_state, restored
 
@@ -94,7 +104,9 @@ class APOLLOAdamW(Optimizer):
     """
 
     _layerwise: StepHooks | None = None  # neither copied nor pickled, as hooks are not
+    _told_of_rounding = False
 
+    @explaining_unknown_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -117,8 +129,11 @@ class APOLLOAdamW(Optimizer):
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
+        check_is_no_model(params, type(self).__name__)
+        if not isinstance(params, Tensor):
+            params = list(params)
         defaults = {
-            "lr": lr,
+            "lr": lr.detach().clone() if isinstance(lr, Tensor) else lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -139,6 +154,8 @@ class APOLLOAdamW(Optimizer):
         self._reset_transients()
         self._had_matrix: list[bool] = []
         super().__init__(params, defaults)
+        if not isinstance(params[0], dict):
+            advise_on_plain_adamw(self.param_groups[0]["params"])
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
@@ -164,6 +181,10 @@ class APOLLOAdamW(Optimizer):
     @classmethod
     def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:
         group_only = ("rank", "target_modules", *LOW_RANK_DEFAULTS)
+        known = {*group_only, *options_of(cls, APOLLOAdamW)}
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{cls.__name__}: {unknown_option(name, known)}")
         group_keys = {name: options.pop(name) for name in group_only if name in options}
         return cls(apollo_param_groups(model, **group_keys), **options)
 
@@ -181,6 +202,7 @@ class APOLLOAdamW(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
             complete_group(group)
+            place_learning_rate(group)
         self.__dict__.setdefault("_had_matrix", [holds_matrix(group) for group in self.param_groups])
 
     @property
@@ -229,44 +251,21 @@ class APOLLOAdamW(Optimizer):
         """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        group = dict(param_group)
-        params = group["params"]
-        if not isinstance(params, (Tensor, set)):
-            group["params"] = params = list(params)
-        group_index = len(self.param_groups)
-        limit = (self.param_groups[0] if group_index else self.defaults)["max_grad_norm"]
-        for name, default in (self.defaults | {"max_grad_norm": limit}).items():
-            group.setdefault(name, default)
-        complete_group(group)
-        settings = Settings.of(group, f"parameter group {group_index}")
-        if settings.max_grad_norm != limit:
-            raise ValueError(
-                f"parameter group {group_index}: max_grad_norm {settings.max_grad_norm!r} differs from the optimizer's "
-                f"{limit!r}; one norm is taken over all gradients: pass it to the constructor"
-            )
-        if isinstance(group["lr"], Tensor):
-            Settings.of(group | {"lr": group["lr"].item()}, f"parameter group {group_index}")
-        items = [params] if isinstance(params, Tensor) else params
-        names = group.get("param_names", [""] * len(items))
-        if len(names) != len(items):
-            raise ValueError(f"parameter group {group_index}: {len(names)} param_names for {len(items)} params")
-        seen: set[int] = set()
-        first = sum(len(known["params"]) for known in self.param_groups)
-        is_named = "param_names" in group or any(isinstance(item, tuple) for item in items)
-        others_are_named = bool(self.param_groups) and "param_names" in self.param_groups[0]
-        if others_are_named and not is_named:  # torch.optim wants all or none named
-            group["param_names"] = [f"group {group_index}, {offset}" for offset in range(len(items))]
-        for index, (name, item) in enumerate(zip(names, items, strict=True), first):
-            name, parameter = item if isinstance(item, tuple) else (name, item)
-            if isinstance(parameter, Tensor):  # torch.optim complains of anything else
-                param = Param(group_index, index, name, parameter)
-                if id(parameter) in seen:  # torch.optim warns; kernels would update it twice at once
-                    raise ValueError(f"{param} is in parameter group {group_index} twice; leave one out")
-                seen.add(id(parameter))
-                check_parameter(param, settings)
-        super().add_param_group(group)
+        new = NewGroup.of(param_group, self.param_groups, self.defaults)
+        unnamed = new.name_all(self.param_groups)
+        try:
+            super().add_param_group(new.group)
+        except BaseException:
+            for known in unnamed:
+                del known["param_names"]
+            raise
         self._had_matrix.append(holds_matrix(self.param_groups[-1]))
-        _place_learning_rate(self.param_groups[-1])
+        place_learning_rate(self.param_groups[-1])
+        advise_on_keys(param_group, new.where)
+        advise_on_group(new.params, new.settings, new.where)
+        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
+            self._told_of_rounding = True
+            advise_on_rounding(new.lr)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved at any dtype or on any device; tensors are copied.
@@ -303,7 +302,7 @@ class APOLLOAdamW(Optimizer):
                     shard = find_shard(param, settings)
                     for name, value in loaded["state"].get(index, {}).items():
                         self.state[param.tensor][name] = restored(name, value, param.tensor, shard)
-                _place_learning_rate(group)
+                place_learning_rate(group)
 
         # Registered last and first: they see what other hooks made of the dictionary, and before other hooks look.
         handles = [
@@ -337,10 +336,3 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
-
-
-def _place_learning_rate(group: dict[str, Any]) -> None:
-    """Under ``capturable`` the learning rate is a tensor where the parameters are, which schedulers fill in place."""
-    if group["capturable"] and group["params"]:
-        device = group["params"][0].device
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)

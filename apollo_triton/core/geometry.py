@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# What an error says of such a weight (``is_flattened``) after its name.
+FLATTENED = (
+    "is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; shard with FSDP2, "
+    "torch.distributed.fsdp.fully_shard(model), which keeps them, or wrap with FullyShardedDataParallel(..., "
+    "use_orig_params=True, sharding_strategy=NO_SHARD)"
+)
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -58,6 +65,12 @@ class Geometry:
     def width(self) -> int:
         """The length of the projected dimension."""
         return self.columns if self.keeps_rows else self.rows
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is FSDP1's flat parameter or, with use_orig_params=True, a weight's shard of it, a vector.
+    Its rows and columns are gone."""
+    return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
 
 
 def as_matrices(tensor: Tensor, geometry: Geometry) -> list[Tensor]:

@@ -20,6 +20,7 @@ from ..backends.selection import backend_of
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
+from ..params.aliasing import check_separate
 from ..params.checks import check_gradient, check_parameter
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
@@ -220,6 +221,7 @@ class Plan:
                 is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
                 name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
             found.append((param, shard, name))
+        check_separate(param for param, _, _ in found)
         return found
 
     def _make_tables(self, caches: Caches) -> list[Table]:
@@ -290,12 +292,20 @@ def _values(steps: list[Tensor]) -> list[float]:
 
 
 def _identities(settings: list[Settings]) -> list[int]:
-    """For each group the first that it can share launches with: all hyperparameters equal, a tensor lr the same one."""
+    """For each group the first that it can share launches with: all hyperparameters are equal.
+
+    Each group has a tensor lr of its own. On the host its value counts, which the launches are given. On a device it is
+    the tensor, since to read it would wait for the device, so that each group has launches of its own there.
+    """
     first: dict[tuple[Any, ...], int] = {}
     result = []
     for position, group in enumerate(settings):
-        lr = group.lr.data_ptr() if isinstance(group.lr, Tensor) else group.lr
-        key = (isinstance(group.lr, Tensor), lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
+        lr: Any = group.lr
+        is_read = not isinstance(lr, Tensor)
+        if isinstance(lr, Tensor):
+            is_read = lr.device.type == "cpu" and not group.capturable
+            lr = lr.tolist() if is_read else lr.data_ptr()
+        key = (is_read, lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
         result.append(first.setdefault(key, position))
     return result
 

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..core.param_groups import is_target
+from ..core.coverage import LARGE_SHARE, abridged, embedding_weights
+from ..core.targets import Targets
 from .weight import Int8Weight
 
-DEFAULT_TARGETS = ("attn", "mlp")
-# As in ``apollo_param_groups``. LLaMA, Qwen and Gemma leave nothing.
-_LARGE_SHARE = 0.1
 
-
-def targeted(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Module]:
+def targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
     """The modules that ``target_modules`` names, whatever they are, under each of their names."""
     named = dict(model.named_modules(remove_duplicate=False))
-    return {name: module for name, module in named.items() if is_target(targets, name, module)}
+    return {name: module for name, module in named.items() if targets.match(name, module)}
 
 
-def no_match(model: nn.Module, targets: str | list[str]) -> str:
+def no_match(model: nn.Module, targets: Targets) -> str:
     """Why ``target_modules`` gives nothing to convert, and what would."""
-    start = f"target_modules={targets!r}"
+    start = f"target_modules={targets.given!r}"
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
     are_int8 = [name for name, module in targeted(model, targets).items() if _is_int8(module)]
     others = {
@@ -47,20 +41,19 @@ def no_match(model: nn.Module, targets: str | list[str]) -> str:
     return f"{start}; {advice}" if linears else f"{start}; the model ({type(model).__name__}) has no nn.Linear"
 
 
-def float_note(model: nn.Module, targets: str | list[str]) -> str:
+def float_note(model: nn.Module, targets: Targets) -> str:
     """What to say if a large share of the matrices stays float although the targets stand for all of them or name
     them; else ""."""
     named = {id(module) for module in targeted(model, targets).values()}
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    }
-    heads = _heads(model)
+    embeddings = embedding_weights(model)
     floats: dict[str, int] = {}
     int8 = 0
-    is_expected, more_linears = _is_general(targets), False
+    is_expected, more_linears = not targets.is_choice, False
     for module_name, module in model.named_modules():
+        if targets.is_head(module_name, module):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            if is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in embeddings or id(module) in heads:
+            if is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in embeddings:
                 continue
             if isinstance(parameter, Int8Weight):
                 int8 += parameter.numel()
@@ -70,40 +63,16 @@ def float_note(model: nn.Module, targets: str | list[str]) -> str:
                 more_linears = more_linears or type(module) is nn.Linear
     left = sum(floats.values())
     share = left / max(1, left + int8)
-    if not is_expected or share < _LARGE_SHARE:
+    if not is_expected or share < LARGE_SHARE:
         return ""
     advice = "only nn.Linear layers become int8"
     if more_linears:
         advice += ", and target_modules='all-linear' takes all of them except the head"
     return (
-        f"target_modules={targets!r} leaves {share:.0%} of the elements of this model's matrices in floats (embeddings "
-        f"and head not counted): {_abridged(floats)}; {advice}"
+        f"target_modules={targets.given!r} leaves {share:.0%} of the elements of this model's matrices in floats "
+        f"(embeddings and head not counted): {abridged(floats)}; {advice}"
     )
-
-
-def _is_general(targets: str | list[str]) -> bool:
-    """Whether the targets stand for all matrices: the default, and "all-linear"."""
-    return targets == list(DEFAULT_TARGETS) or (isinstance(targets, str) and targets.replace("_", "-") == "all-linear")
 
 
 def _is_int8(module: nn.Module) -> bool:
     return any(isinstance(parameter, Int8Weight) for parameter in module.parameters(recurse=False))
-
-
-def _heads(model: nn.Module) -> set[int]:
-    """The ids of output layers: linear layers that "all-linear" leaves out."""
-    return {
-        id(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not is_target("all-linear", name, module)
-    }
-
-
-def _abridged(names: Iterable[str], most: int = 4) -> str:
-    """Names with layers' indices as "*", and how often each occurs."""
-    counts: dict[str, int] = {}
-    for name in names:
-        short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        counts[short] = counts.get(short, 0) + 1
-    texts = [name + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.messages import warn
+from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
-from .coverage import DEFAULT_TARGETS, float_note, no_match, targeted
+from .coverage import float_note, no_match, targeted
 from .saved import PARTS, assembled, checked
 from .weight import Int8Weight
 
@@ -139,7 +140,7 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model needs the model itself, an nn.Module, not {type(model).__name__}")
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    targets = Targets(model, target_modules)
     modules = targeted(model, targets)
     check_targets(modules)
     matching = {id(module) for module in modules.values()}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.geometry import is_flattened
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
-from ..params.checks import is_flattened
 from ..params.member import Param, params_of
 from ..params.sharding import is_dtensor
 from .linear import LinearForward, layers_of, owners_of

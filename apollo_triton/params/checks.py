@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.geometry import FLATTENED, is_flattened
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
+from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
 from .sharding import is_dtensor
 
@@ -24,12 +26,6 @@ _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
     "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
 )
-
-
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether ``parameter`` is FSDP1's flat parameter or, with use_orig_params=True, a weight's shard of it, a
-    vector."""
-    return getattr(parameter, "_is_flat_param", False) or getattr(parameter, "_fsdp_flattened", False)
 
 
 def holds_matrix(group: dict[str, Any]) -> bool:
@@ -60,6 +56,8 @@ def check_parameter(param: Param, settings: Settings) -> None:
             f"{param} has dtype {parameter.dtype}; weights may be float32, bfloat16 or float16: "
             "convert the model first, e.g. model.float()"
         )
+    if trained:
+        check_elements(param)
     if isinstance(parameter, Int8Weight):
         try:
             parameter.check()
@@ -76,12 +74,7 @@ def check_parameter(param: Param, settings: Settings) -> None:
     if settings.state_bits == 8 and is_dtensor(parameter):
         raise ValueError(f"{param}: {SHARDED_8BIT}")
     if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
-        raise ValueError(
-            f"{param} is a flattened FSDP shard: its rows and columns are gone, so it cannot be projected; "
-            "shard with FSDP2, torch.distributed.fsdp.fully_shard(model), which keeps them, or wrap with "
-            "FullyShardedDataParallel(..., use_orig_params=True, sharding_strategy=NO_SHARD), "
-            "or put it into a group without 'rank'"
-        )
+        raise ValueError(f"{param} {FLATTENED}, or put it into a group without 'rank'")
     whole_shape = tuple(getattr(parameter, "ds_shape", ()))
     if settings.rank is not None and len(whole_shape) > 1 and parameter.dim() < 2:
         raise ValueError(f"{param} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model
 
 Names = dict[str, Any]
-# Wide enough for rank 256, which the pages use.
-CONFIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+# Wider than rank 256, which the pages use.
+CONFIG = {"hidden_size": 320, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
           "vocab_size": 64, "max_position_embeddings": 32}  # fmt: skip
 
 

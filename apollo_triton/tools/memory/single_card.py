@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...backends.reference import dense_8bit
-from ...core.param_groups import is_target
+from ...core.targets import Targets
 from ...int8.layers import quantize_model
 from ...int8.weight import Int8Weight
 from ..llama import meta_model
@@ -61,7 +61,8 @@ def count(
     8255340940
     """
     traced = meta_model(model, dtype)
-    names = [name for name, module in traced.named_modules() if is_target(list(TARGETS), name, module)]
+    targets = Targets(traced, TARGETS)
+    names = [name for name, module in traced.named_modules() if targets.match(name, module)]
     layers = [name for name in names if isinstance(traced.get_submodule(name), torch.nn.Linear)]
     peak = training_peak(traced, batch, sequence, without_gradient=layers)
     trained = quantize_model(traced, TARGETS)

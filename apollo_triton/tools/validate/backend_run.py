@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class BackendRun:
             options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
         low_rank_options = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
         group = {"params": self.parameters, **({"update_proj_gap": GAP} | low_rank_options if low_rank_options else {})}
-        self.optimizer = APOLLOAdamW([group], backend=BACKENDS[name], seed=seed, **options)
+        with warnings.catch_warnings():  # the shapes that are tried are meant to be odd
+            warnings.simplefilter("ignore", UserWarning)
+            self.optimizer = APOLLOAdamW([group], backend=BACKENDS[name], seed=seed, **options)
         self.settings = Settings.of(self.optimizer.param_groups[0])
         self.keeps_rows = [self.geometry(parameter).keeps_rows for parameter in self.parameters]
 

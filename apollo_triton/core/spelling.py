@@ -1,0 +1,105 @@
+"""Names of options and group keys that are not known here: what was meant, and what PyTorch's own options are here."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
+
+from .settings import FIELD_NAMES, LOW_RANK_DEFAULTS
+
+_KERNELS = 'not needed: on a GPU a few launches of this package\'s kernels do the whole step (backend="auto")'
+# Options of other optimizers, and why they are not here.
+_ELSEWHERE = {
+    "fused": _KERNELS,
+    "foreach": _KERNELS,
+    "amsgrad": "not here: APOLLO has no such variant",
+    "maximize": "not here: negate the loss instead",
+    "differentiable": "not here: autograd cannot go through a step",
+    "learning_rate": "did you mean 'lr'?",
+}
+# Keys that programs put into groups for themselves, and schedulers too, and that are spelled like ours.
+_OTHERS_KEYS = frozenset({"params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr"})
+_P = ParamSpec("_P")
+_GROUP_KEYS = ("rank", *LOW_RANK_DEFAULTS)
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """The end of a TypeError for the keyword ``name``, where ``known`` are allowed.
+
+    >>> unknown_option("update_proj_gab", ["update_proj_gap", "scale"])
+    "unknown option 'update_proj_gab' (did you mean 'update_proj_gap'?)"
+    """
+    known = list(known)
+    near = _nearest(name, known)
+    if name in _ELSEWHERE:
+        help_text = _ELSEWHERE[name]
+    elif name in _GROUP_KEYS and name not in known:
+        help_text = (
+            f"a key of a parameter group: {{'params': ..., 'rank': ..., {name!r}: ...}}"
+            if name != "rank"
+            else "a key of a parameter group: {'params': ..., 'rank': ...}"
+        )
+        help_text += ", or an argument of APOLLOAdamW.apollo(model, ...) and apollo_param_groups(model, ...)"
+    elif name == "target_modules":
+        help_text = "an argument of APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini and apollo_param_groups"
+    elif near:
+        help_text = f"did you mean {near!r}?"
+    else:
+        help_text = f"allowed: {', '.join(sorted(known))}"
+    return f"unknown option {name!r} ({help_text})"
+
+
+def unread_keys(group: dict[str, Any]) -> list[str]:
+    """What to say of a group's keys that do nothing. Other programs put keys of their own there, so that of unknown
+    ones only a near miss counts."""
+    notes = []
+    for key, value in group.items():
+        if not isinstance(key, str) or key in FIELD_NAMES or key in _OTHERS_KEYS:
+            continue
+        near = _nearest(key, FIELD_NAMES)
+        if (key in ("amsgrad", "maximize", "differentiable") and value) or key == "learning_rate":
+            notes.append(f"{key!r} does nothing ({_ELSEWHERE[key]})")
+        elif key == "target_modules":
+            notes.append(
+                f"{key!r} does nothing in a group: apollo_param_groups(model, target_modules=...) makes groups"
+            )
+        elif near and near not in key.split("_"):  # "scale_lr" is a word of its own, no typing error of "scale"
+            notes.append(f"{key!r} does nothing (did you mean {near!r}?)")
+    unranked = [key for key in LOW_RANK_DEFAULTS if key in group]
+    if unranked and "rank" not in group:
+        keys = " and ".join(repr(key) for key in unranked)
+        notes.append(f"it has no 'rank', so that it is dense AdamW, and {keys} has no effect")
+    return notes
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=0.75)), "")
+
+
+def explaining_unknown_options(init: Callable[_P, None]) -> Callable[_P, None]:
+    """A constructor with a TypeError for unknown keywords that says what was meant. Its signature stays as it is."""
+    known = [*inspect.signature(init).parameters][2:]  # without self and params
+
+    @functools.wraps(init)
+    def checked(*args: _P.args, **options: _P.kwargs) -> None:
+        for name in options:
+            if name not in known and name != "params":
+                raise TypeError(f"{type(args[0]).__name__}: {unknown_option(name, known)}")
+        init(*args, **options)
+
+    return checked
+
+
+def options_of(cls: type, base: type) -> set[str]:
+    """The keywords of the constructors of ``cls`` up to ``base``, which pass on what they do not know."""
+    names = {
+        name
+        for kind in cls.__mro__
+        if issubclass(kind, base) and "__init__" in vars(kind)
+        for name, parameter in inspect.signature(vars(kind)["__init__"]).parameters.items()
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    return names - {"self", "params"}
