@@ -25,14 +25,17 @@ def targeted(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Module]
 def no_match(model: nn.Module, targets: str | list[str]) -> str:
     """Why ``target_modules`` gives nothing to convert, and what would."""
     start = f"target_modules={targets!r}"
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    heads = _heads(model)
+    linears = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and name and id(module) not in heads
+    ]
     are_int8 = [name for name, module in targeted(model, targets).items() if _is_int8(module)]
     others = {
         name: module
         for name, module in targeted(model, targets).items()
         if not _is_int8(module) and any(p.dim() > 1 for p in module.parameters(recurse=False) if not is_lazy(p))
     }
-    advice = "give names"
+    advice = f"the model ({type(model).__name__}) has no nn.Linear{' other than its head' if heads else ''}"
     if linears:
         quoted = ", ".join(repr(name) for name in linears[:3])
         advice = f"give substrings or regular expressions of names such as {quoted}, or 'all-linear'"
@@ -44,7 +47,7 @@ def no_match(model: nn.Module, targets: str | list[str]) -> str:
         start += f" names no nn.Linear, and nothing else becomes int8, such as {name!r} ({type(module).__name__})"
     else:
         start += ": no nn.Linear of the model matches"
-    return f"{start}; {advice}" if linears else f"{start}; the model ({type(model).__name__}) has no nn.Linear"
+    return f"{start}; {advice}"
 
 
 def float_note(model: nn.Module, targets: str | list[str]) -> str:
