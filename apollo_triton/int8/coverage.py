@@ -19,14 +19,16 @@ def targeted(model: nn.Module, targets: Targets) -> dict[str, nn.Module]:
 def no_match(model: nn.Module, targets: Targets) -> str:
     """Why ``target_modules`` gives nothing to convert, and what would."""
     start = f"target_modules={targets.given!r}"
-    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    every = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
+    heads = [name for name, module in every.items() if targets.is_head(name, module)]
+    linears = [name for name in every if name not in heads]
     are_int8 = [name for name, module in targeted(model, targets).items() if _is_int8(module)]
     others = {
         name: module
         for name, module in targeted(model, targets).items()
         if not _is_int8(module) and any(p.dim() > 1 for p in module.parameters(recurse=False) if not is_lazy(p))
     }
-    advice = "give names"
+    advice = f"the model ({type(model).__name__}) has no nn.Linear{' other than its head' if heads else ''}"
     if linears:
         quoted = ", ".join(repr(name) for name in linears[:3])
         advice = f"give substrings or regular expressions of names such as {quoted}, or 'all-linear'"
@@ -38,7 +40,7 @@ def no_match(model: nn.Module, targets: Targets) -> str:
         start += f" names no nn.Linear, and nothing else becomes int8, such as {name!r} ({type(module).__name__})"
     else:
         start += ": no nn.Linear of the model matches"
-    return f"{start}; {advice}" if linears else f"{start}; the model ({type(model).__name__}) has no nn.Linear"
+    return f"{start}; {advice}"
 
 
 def float_note(model: nn.Module, targets: Targets) -> str:

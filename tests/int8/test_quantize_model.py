@@ -253,9 +253,14 @@ class Experts(nn.Module):
 NO_MATCH = {
     "names": (net, ["q_proj"], r"no nn\.Linear of the model matches; give .* such as 'attn', 'mlp', or 'all-linear'$"),
     "another class": (
-        lambda: nn.ModuleDict({"mlp": Experts(), "head": nn.Linear(4, 4)}),
+        lambda: nn.ModuleDict({"mlp": Experts(), "other": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}),
         ["mlp"],
-        r"\['mlp'\] names no nn\.Linear, and nothing else becomes int8, such as 'mlp' \(Experts\); give .* 'head'",
+        r"names no nn\.Linear, and nothing else becomes int8, such as 'mlp' \(Experts\); give .* as 'other', or",
+    ),
+    "a head": (
+        lambda: nn.ModuleDict({"mlp": Experts(), "lm_head": nn.Linear(4, 4)}),
+        "all-linear",
+        r"no nn\.Linear of the model matches; the model \(ModuleDict\) has no nn\.Linear other than its head$",
     ),
     "no linear": (lambda: nn.ModuleDict({"mlp": Experts()}), ["mlp"], r"the model \(ModuleDict\) has no nn\.Linear$"),
     "empty": (
