@@ -382,11 +382,14 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 # Objects too: a tensor of another dtype may come to lie where the old one was.
                 identity = (position, id(parameter), id(state), id(exp_avg), id(exp_avg_sq), id(norm), id(step))
                 absmax: tuple[int, ...] = ()
+                int8_parts: tuple[Any, ...] = ()
                 if exp_avg.dtype is uint8:
                     first, second = (state[name] for name in ABSMAXES)
                     absmax = first.data_ptr(), second.data_ptr(), id(first), id(second)
                 if type(parameter) is not plain:
                     if type(parameter) is Int8Weight:
+                        parts = parameter.scale, parameter.zero
+                        int8_parts = tuple((part.data_ptr(), part.dtype, part.shape, part.stride()) for part in parts)
                         parameter = parameter.q
                     elif is_dtensor(parameter):
                         parameter, gradient = local(parameter), local(gradient)
@@ -414,6 +417,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                         parameter.shape,
                         parameter.stride(),
                         parameter.dtype,
+                        int8_parts,
                         layout,
                     )
                 )
