@@ -54,10 +54,6 @@ _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MKL_NUM_THREADS")
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="the same as a JSON object")
-
-
 def run(options: argparse.Namespace) -> int:
     found = dict(facts())
     print(json.dumps(found, indent=2) if options.json else markdown(found))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW, quantize_model
-from apollo_triton.tools import llama
+from apollo_triton.tools import llama, options
 from apollo_triton.tools.llama import meta_model
 from apollo_triton.tools.memory import command as memory
 from apollo_triton.tools.memory.count import adamw, adamw_8bit, apollo, apollo_mini
@@ -34,7 +34,7 @@ CONFIG = LlamaConfig(
 
 def call(*arguments):
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
+    options.memory(parser)
     return memory.run(parser.parse_args(arguments))
 
 

@@ -48,17 +48,6 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
 _PROGRESS_SECONDS = 30  # between the lines that --full shows
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``apollo-triton validate``."""
-    parser.add_argument(
-        "--full", action="store_true", help="the product of shapes, dtypes, ranks and options: hours in the interpreter"
-    )
-    parser.add_argument(
-        "--device", help="cuda, cuda:1, xpu, ..., or cpu for Triton's interpreter (default: a GPU if there is one)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, gradients and projections (default: 0)")
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the cases and print a line for each. Returns 0 if every error is within its limit, else 1.
 
