@@ -6,11 +6,11 @@ On the meta device weights take no memory, but modules, lists and names do, and 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.nn.modules import module
@@ -62,11 +62,11 @@ def _watch(what: str) -> Callable[[], None]:
     usable = resource is not None and threading.current_thread() is threading.main_thread()
     if not usable or signal.getitimer(signal.ITIMER_REAL)[0] or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
         return lambda: None
-    before, start = _peak_bytes(), time.monotonic()
+    before, start = _bytes(), time.monotonic()
 
     def look(*_: Any) -> None:
-        if _peak_bytes() - before > MOST_BYTES:
-            raise TooLarge(f"{what} takes more than {MOST_BYTES >> 30} GiB to build: look at its counts")
+        if _bytes() - before > MOST_BYTES:
+            raise TooLarge(f"{what} takes more than {MOST_BYTES} bytes to build: look at its counts")
         if time.monotonic() - start > MOST_SECONDS:
             raise TooLarge(f"{what} takes more than {MOST_SECONDS} seconds to build: look at its counts")
 
@@ -80,6 +80,9 @@ def _watch(what: str) -> Callable[[], None]:
     return stop
 
 
-def _peak_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _bytes() -> int:
+    """The memory of this process: what it has where Linux says so, else the most that it has had."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

@@ -74,9 +74,10 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     # Import it here: under torch.device("meta") torch 2.6 cannot import what this imports.
     require("transformers.modeling_utils", "demo")
     with bounded(repr(model)):
-        config = (
-            _llama_config(transformers, model.upper()) if path is None else _loaded_config(transformers, path, model)
-        )
+        if path is None:
+            config = _llama_config(transformers, model.upper())
+        else:
+            config = _loaded_config(transformers, path, model)
         with torch.device("meta"):
             return _from_config(transformers, config, model).to(dtype)
 

@@ -1,4 +1,4 @@
-"""A ``config.json`` that somebody else wrote: read as data alone, and refused by name where a size is out of all reason.
+"""A ``config.json`` that somebody else wrote: read as data alone, and refused by name where a size is absurd.
 
 A config can ask transformers to import code from its folder or from the hub, and to load attention kernels. It can ask
 for so many layers that the model's Python objects fill the memory, although its weights take none. A named size takes
@@ -31,31 +31,10 @@ _IGNORED = re.compile(
     r"|use_pretrained_backbone"
 )
 _FETCHED = "backbone", "architecture"  # keys whose value may be the name of a model on the hub
-_AT_LEAST_ONE = frozenset(
-    [
-        "num_hidden_layers",
-        "num_layers",
-        "n_layer",
-        "n_layers",
-        "encoder_layers",
-        "decoder_layers",
-        "num_attention_heads",
-        "num_heads",
-        "n_head",
-        "n_heads",
-        "encoder_attention_heads",
-        "decoder_attention_heads",
-        "num_key_value_heads",
-        "hidden_size",
-        "d_model",
-        "n_embd",
-        "vocab_size",
-        "intermediate_size",
-        "d_ff",
-        "ffn_dim",
-        "max_position_embeddings",
-        "n_positions",
-    ]
+_AT_LEAST_ONE = re.compile(
+    r"(num_hidden|num|n|encoder|decoder)_layers|n_layer|(num|n|num_attention|encoder_attention|decoder_attention)_heads"
+    r"|n_head|num_key_value_heads|hidden_size|d_model|n_embd|vocab_size|intermediate_size|d_ff|ffn_dim"
+    r"|max_position_embeddings|n_positions"
 )
 _LAYERS = re.compile(r"layers?$|^n_layer|depths?$|blocks?$|stages$")
 _EXPERTS = re.compile(r"^(num|n)_(local_|routed_)?experts$")
@@ -73,11 +52,15 @@ def read_config(path: Path) -> dict[str, Any]:
         if not path.exists():
             raise FileNotFoundError(f"there is no {str(path)!r}; give a config.json or the directory that holds one")
     # A pipe would be waited for, and a device may never end.
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        raise OSError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode):  # Python's own open refuses a folder with another text
+        os.close(file)
+        raise ValueError(f"{str(path)!r} is not a file: a config.json is JSON text")
     with os.fdopen(file, "rb") as opened:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{str(path)!r} is not a file: a config.json is JSON text")
         if status.st_size > LARGEST_FILE:
             raise ValueError(f"{str(path)!r} has {status.st_size} bytes (a config.json has at most {LARGEST_FILE})")
         content = opened.read(LARGEST_FILE + 1)
@@ -148,16 +131,12 @@ def _numbers(value: Any, name: str = "", key: str = "") -> Iterator[tuple[str, s
 
 
 def _check(name: str, key: str, value: Any, model: str) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    least = 1 if key in _AT_LEAST_ONE else None
-    most = None
-    if _LAYERS.search(key):
-        most = MOST_LAYERS
-    elif _COUNTS.search(key) and not _SIZES.search(key):
-        most = MOST
-    refused = key in _AT_LEAST_ONE and not whole
-    if not refused and isinstance(value, (int, float)):
-        refused = (least is not None and value < least) or (most is not None and value > most)
-    if refused:
-        allowed = f"{least or 0} to {most}" if most is not None else f"{least} or more"
+    needed, layers = _AT_LEAST_ONE.fullmatch(key), _LAYERS.search(key)
+    counted = layers or (_COUNTS.search(key) and not _SIZES.search(key))
+    most = MOST_LAYERS if layers else MOST if counted else None
+    is_number = isinstance(value, (int, float))
+    # In a list, 0 and -1 mean that a layer has none or the default. An index of a layer counts from the end below 0.
+    refused = needed and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+    if refused or (is_number and most is not None and abs(value) > most):
+        allowed = f"{1 if needed else 0} or more" if most is None else f"{1 if needed else 0} to {most}"
         raise ValueError(f"{model!r}: {shown(name)} is {shown(value)} (allowed: an integer of {allowed})")

@@ -79,7 +79,7 @@ def memory(parser: ArgumentParser) -> None:
 
 
 def validate(parser: ArgumentParser) -> None:
-    """Check the Triton kernels and the reference backend against float64, on the GPU here or in Triton's interpreter."""
+    """Check the Triton kernels and the reference backend against float64, on a GPU or in Triton's interpreter."""
     add = parser.add_argument
     add(
         "--full", action="store_true", help="the product of shapes, dtypes, ranks and options: hours in the interpreter"

@@ -145,8 +145,8 @@ def _details(report: Report) -> str:
     )
     if coverage.share >= 0.005:  # a router is not worth a sentence
         sentence += (
-            f" Of the matrices that are neither embeddings nor the head, {coverage.share:.0%} of the weights stay dense "
-            f"with APOLLO: {coverage.examples}. --target-modules chooses others."
+            f" Of the matrices that are neither embeddings nor the head, {coverage.share:.0%} of the weights stay "
+            f"dense with APOLLO: {coverage.examples}. --target-modules chooses others."
         )
     title = f"{report.model}: {report.kind}, {report.parameters:,} parameters in {report.dtype}"
     return "\n".join([fill(title), "", table(rows), "", fill(sentence)])
