@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_said():
     ("arguments", "message"),
     [
         (["--batch", "0"], r"batch=0 \(allowed: 1 or more\)"),
+        (["--batch", "1000000", "--sequence", "1000000"], r"sequence=1000000 \(allowed: up to 134,217,728 tokens\)"),
         (["--rank", "4"], "--single-card has the recipe's own settings: leave out --rank"),
         (["--state-dtype", "float32"], "leave out --state-dtype"),
         (["--paper"], "--paper has the paper's own settings: leave out --single-card"),
