@@ -133,7 +133,7 @@ def _loaded_config(transformers: Any, path: Path, model: str) -> Any:
         (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (ImportError, TooLarge):
+        except TooLarge:
             raise
         except Exception as error:  # its type depends on the value: ZeroDivisionError, TypeError...
             reason = _first_line(error).replace(folder, model)
@@ -164,8 +164,10 @@ def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         try:
             return auto.from_config(config, trust_remote_code=False)
-        except (ImportError, TooLarge):
+        except TooLarge:
             raise
+        except ImportError as error:  # a library of this model alone
+            raise ModuleNotFoundError(f"{model!r}: {_first_line(error)}") from error
         except Exception as error:  # its type depends on the value: torch raises RuntimeError for a negative size
             problem = error
     raise ValueError(

@@ -105,6 +105,19 @@ def test_no_kernel_of_the_hub_is_asked_for(key, where, tmp_path, monkeypatch):
     assert not asked
 
 
+def test_a_model_that_needs_a_library_is_one_line(tmp_path, monkeypatch, capsys):
+    """transformers' ImportError of several lines, which is no ModuleNotFoundError, as a traceback."""
+    import transformers
+
+    def needs(*given, **more):
+        raise ImportError("\nDetrModel requires the timm library but it was not found.\nInstall it")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", needs)
+    assert main(["memory", written(tmp_path, LLAMA)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"apollo-triton memory: '{tmp_path}': DetrModel requires the timm library but it was not found.\n"
+
+
 def test_keys_that_load_or_cast_are_ignored(tmp_path):
     """A quantization that needs a library, a dtype that is any name of torch, code by the name of its repository."""
     odd = {
