@@ -140,7 +140,7 @@ def load_encode(tokenizer: str, vocabulary: int) -> Encode:
             raise SystemExit(f"--vocabulary {vocabulary} is too small for --tokenizer bytes; use at least 256")
         return lambda texts: [[*text.encode(), 0] for text in texts]
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers())
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers(), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(_unreachable("--tokenizer", tokenizer, error)) from error
     end = [] if loaded.eos_token_id is None else [loaded.eos_token_id]
