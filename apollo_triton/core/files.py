@@ -41,10 +41,13 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     unfinished = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(f"{path} is a folder, where a file is to be written; move it away")
     try:
-        if path.is_dir() and not path.is_symlink():
-            raise IsADirectoryError(f"{path} is a folder, where a file is to be written; move it away")
         os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the umask takes its part
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # not the name that nobody knows
+    try:
         yield unfinished
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())  # else a rename may reach the disk before the bytes do

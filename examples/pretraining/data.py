@@ -60,6 +60,14 @@ class Packer:
         return {"rest": self.rest, "documents": documents, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        rest = state["rest"]
+        if (
+            not isinstance(rest, Tensor)
+            or rest.dtype != torch.int32
+            or rest.dim() != 1
+            or type(state["epoch"]) is not int
+        ):
+            raise ValueError("the place in the data is none")
         self.rest, self.epoch, self._given = state["rest"], state["epoch"], state["documents"]
         self.documents.load_state_dict(state["documents"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -231,10 +232,10 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a list in itself": (lambda: pickled(b"]q\x00h\x00a"), "holds no optimizer's state_dict"),
     "ten thousand lists in lists": (lambda: pickled(b"]" * 10**4 + b"a" * (10**4 - 1)), "holds no optimizer's"),
     "a key of tuples in tuples": (
-        lambda: pickled(b"})" + b"\x85" * 3 * 10**5 + b"Ns"),
+        lambda: pickled(b"})" + b"\x85" * 2 * 10**5 + b"Ns"),
         "holds no optimizer's state_dict",
     ),
-    "a persistent id of tuples in tuples": (lambda: pickled(b")" + b"\x85" * 3 * 10**5 + b"Q"), "it is damaged"),
+    "a persistent id of tuples in tuples": (lambda: pickled(b")" + b"\x85" * 2 * 10**5 + b"Q"), "it is damaged"),
     "a call of what is no function": (lambda: pickled(b"K\x01)R"), "calls what is no function"),
     "an item of what is no dictionary": (lambda: pickled(b"K\x01K\x02K\x03s"), "sets an item of what is no dict"),
     "marks without an end": (lambda: pickled(b"(" * 10**4), "it is damaged"),
@@ -247,7 +248,7 @@ def test_what_is_made_to_harm_is_refused(attack: str) -> None:
     make, message = ATTACKS[attack]
     found = read(make())
     assert isinstance(found, str), found
-    pytest.raises(ValueError, from_apollo_torch, io.BytesIO(make())).match(message)
+    assert re.search(message, found), found
 
 
 CHILD = """
@@ -272,11 +273,7 @@ def test_what_would_end_the_process_or_fill_memory_is_refused(tmp_path: Path) ->
     found = subprocess.run([sys.executable, "-c", CHILD, *paths], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     for name, line in zip(sorted(IN_A_PROCESS), found.stdout.splitlines(), strict=True):
-        pytest.raises(ValueError, _raise, line).match(ATTACKS[name][1])
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)
+        assert re.search(ATTACKS[name][1], line), line
 
 
 def test_records_of_one_name_and_tensors_that_share_a_storage() -> None:
