@@ -27,7 +27,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         os.close(descriptor)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(f"{os.fspath(path)} is a folder; a file is needed")
-        raise ValueError(f"{os.fspath(path)} is a pipe or a device, which is not read; write its content into a file")
+        raise ValueError(f"{os.fspath(path)} is a pipe or a device; a file is needed")
     return os.fdopen(descriptor, "rb")
 
 

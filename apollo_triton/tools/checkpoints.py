@@ -54,6 +54,8 @@ def check(path: Path, remedy: str) -> None:
             file.seek(0)
             is_sealed = length >= 0 and line.startswith(BEGIN) and line.endswith(b"\n")
             is_whole = is_sealed and line[len(BEGIN) : -1] == _digest(file, length)
+    except ValueError as error:
+        raise NotWhole(f"{error}; {remedy}") from error
     except OSError as error:
         raise NotWhole(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
     if not is_sealed:
@@ -78,9 +80,10 @@ def load(path: Path, kinds: dict[str, type], remedy: str, device: str | torch.de
     if not isinstance(value, dict):
         raise NotWhole(f"{path} is no checkpoint: it holds {shown(value)}, not a dictionary; {remedy}")
     for name, kind in kinds.items():
-        if type(value.get(name)) is not kind and not (kind is dict and isinstance(value.get(name), dict)):
+        found = value.get(name)
+        if not isinstance(found, kind) or isinstance(found, bool):
             raise NotWhole(
-                f"{path} is no checkpoint: its {name} is {shown(value.get(name))}, not a {kind.__name__}; {remedy}"
+                f"{path} is no checkpoint: its {name} is {shown(found)}, which is no {kind.__name__}; {remedy}"
             )
     return value
 

@@ -331,7 +331,7 @@ def test_threads_read_one_file(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     """A FIFO, for which it would wait for ever; a folder; a device; what is no path."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="pipe is a pipe or a device, which is not read"):
+    with pytest.raises(ValueError, match="pipe is a pipe or a device; a file is needed"):
         from_apollo_torch(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is a pipe or a device"):
         from_apollo_torch(os.devnull)

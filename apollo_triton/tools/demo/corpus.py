@@ -118,9 +118,10 @@ def _content(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path} ")
-        raise ValueError(f"{path}, to train on, cannot be read ({reason}); give another --data") from error
+    except OSError as error:
+        raise ValueError(f"{path}, to train on, cannot be read ({error.strerror}); give another --data") from error
+    except ValueError as error:
+        raise ValueError(f"--data: {error}") from error
 
 
 def _is_written_by_people(path: Path) -> bool:
