@@ -102,4 +102,6 @@ def first_line(error: Exception) -> str:
     """What an error says, short enough for a message and without what a terminal would act on."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) or type(error).__name__
-    return text if text.isprintable() and len(text) <= 200 else shown(text)
+    if not text.isprintable():
+        return shown(text)
+    return text if len(text) <= 300 else f"{text[:300]}..."
