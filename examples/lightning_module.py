@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.core.files import open_regular
 from apollo_triton.tools.checkpoints import first_line
 
 SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -95,7 +96,8 @@ def main() -> None:
     saved = {}
     if newest.exists():
         try:
-            saved = torch.load(newest, map_location="cpu", weights_only=True)
+            with open_regular(newest) as file:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
             done = int(saved["global_step"])
         except Exception as error:  # of any type: a file may hold anything
             reason = f"is no checkpoint of this program ({first_line(error)})"
