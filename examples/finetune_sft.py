@@ -82,9 +82,10 @@ def make_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> APOLL
     print(f"trained: {count[True]:,} parameters of {', '.join(TARGETS)}", flush=True)
     frozen = {name.split(".")[-2] for name, weight in model.named_parameters() if not weight.requires_grad}
     print(f"frozen: {count[False]:,} parameters of {', '.join(sorted(frozen))}", flush=True)
+    settings = {"lr": options.lr, "target_modules": TARGETS, "stochastic_rounding": torch.cuda.is_available()}
     if options.method == "mini":
-        return APOLLOAdamW.mini(model, lr=options.lr, target_modules=TARGETS)
-    return APOLLOAdamW.apollo(model, rank=options.rank or 32, lr=options.lr, target_modules=TARGETS)
+        return APOLLOAdamW.mini(model, **settings)
+    return APOLLOAdamW.apollo(model, rank=options.rank or 32, **settings)
 
 
 def read(path: str, tokenizer: Any) -> datasets.DatasetDict:

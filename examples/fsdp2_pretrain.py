@@ -100,7 +100,7 @@ def batches(options: argparse.Namespace, first: int, device: torch.device) -> It
     source = options.text or Path(os.__file__).parent  # the sources of Python's standard library
     try:
         files = sorted(source.glob("*.py")) if source.is_dir() else [source]
-        read = b"".join(open_regular(file).read() for file in files)
+        read = b"".join(content(file) for file in files)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--text {source}: {error}") from error
     if len(read) <= options.length:
@@ -111,6 +111,11 @@ def batches(options: argparse.Namespace, first: int, device: torch.device) -> It
         starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
         starts_of_rank = starts[dist.get_rank() :: dist.get_world_size()]
         yield step, text[starts_of_rank[:, None] + torch.arange(options.length)].long().to(device)
+
+
+def content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

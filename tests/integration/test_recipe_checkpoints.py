@@ -76,6 +76,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_stays(begun: Path, run: Run) -> None:
     """Weights that are taken with a flipped bit, a traceback, a FIFO that is waited for."""
     shutil.copytree(begun, "good")
@@ -90,6 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_stays(begun: Path, run: Run) -> None:
     assert list(losses(run(*SAME, "--evaluate-every=0"))) == [3, 4]
 
 
+@pytest.mark.slow
 def test_other_things_in_the_folder(begun: Path, run: Run) -> None:
     """A name that is no number, a file or a link where the next checkpoint is made, a link that is followed."""
     target = Path("target")
@@ -104,7 +106,11 @@ def test_other_things_in_the_folder(begun: Path, run: Run) -> None:
     Path("run/config.json").symlink_to(config.resolve())
     assert list(losses(run(*SAME, "--evaluate-every=0", "--until=3"))) == [3]
     Path("run/unfinished").write_text("no folder")
-    assert list(losses(run(*SAME, "--evaluate-every=0"))) == [4]
+    Path("run/loss.png").unlink()
+    Path("run/loss.png").mkdir()
+    last = run(*SAME, "--evaluate-every=0")
+    assert list(losses(last)) == [4]
+    assert "there is no picture of the losses: run/loss.png is a folder" in last
     assert (target / "kept").read_text() == config.read_text() == "as it was"
 
 

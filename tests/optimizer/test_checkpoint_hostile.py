@@ -82,7 +82,7 @@ def read(content: bytes) -> dict[str, Any] | str:
         return message
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(4000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("examples", [40, pytest.param(4000, marks=pytest.mark.full)])
 def test_a_damaged_file_is_refused_or_read_as_it_was(examples: int) -> None:
     """Bits of a tensor that flip unnoticed; errors of other types than ValueError."""
     good, old = saved(whole()), saved(whole(), _use_new_zipfile_serialization=False)
