@@ -9,6 +9,7 @@ bits.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 
 from ...core.extras import require
 from .corpus import Corpus, load_corpus
-from .report import Result, table, write_results
+from .report import OUTPUTS, Result, table, write_results
 from .training import GRADIENTS, LABELS, SIZES, Run, RunConfig, read_checkpoint
 
 # Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
@@ -146,15 +147,22 @@ def _prepare(folder: Path, configs: list[RunConfig], resume: bool) -> dict[str, 
     existing = [config for config in configs if paths[config.method].exists()]
     if resume and not existing:
         raise ValueError(f"--resume: {folder} holds no run of {', '.join(paths)} to continue")
-    for config in existing:
-        if resume:
-            read_checkpoint(paths[config.method], config)
-        else:
-            paths[config.method].unlink()
+    for config in existing if resume else ():
+        read_checkpoint(paths[config.method], config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {folder}: the folder cannot be made ({error.strerror}); choose another") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: nothing can be written there ({error.strerror}); choose another") from error
+    for path in [*paths.values(), *(folder / name for name in OUTPUTS)]:
+        if path.is_dir():
+            raise ValueError(f"--out {folder}: {path.name} is a folder there; move it away, or choose another")
+    for config in () if resume else existing:
+        paths[config.method].unlink()
     return paths
 
 
