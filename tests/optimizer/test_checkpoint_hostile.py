@@ -256,10 +256,11 @@ def test_what_is_made_to_harm_is_refused(attack: str) -> None:
 
 CHILD = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9, 4 * 10**9))
-from apollo_triton import checkpoint
 from apollo_triton.checkpoint import from_apollo_torch
 
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()  # CUDA's libraries alone may take many GB of addresses
+resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, used + 10**9))
 for path in sys.argv[1:]:
     try:
         print(from_apollo_torch(path))
