@@ -122,20 +122,21 @@ def _indices(params: Any, where: str) -> list[int | str]:
 
 
 def _check_plain(group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError unless a group's values are numbers, texts, tensors, and lists of them of sensible size."""
+    """Raise ValueError unless a group's values are tensors, or numbers, texts, and lists of them of sensible size."""
     left = MOST_VALUES
     for key, value in group.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{where}: its key {shown(key)} is no text")
         values, level = [value], 0
         while values:
             left, level = left - len(values), level + 1
-            if left < 0 or level > MOST_LEVELS:
+            inner = [item for item in values if isinstance(item, (list, tuple, dict))]
+            if level > MOST_LEVELS or sum(map(len, inner)) > left:
                 raise ValueError(f"{where}: {shown(key)} is {shown(value)}, which is nested too deeply or too large")
-            if any(isinstance(item, SavedObject) for item in values):
-                raise ValueError(f"{where}: {shown(key)} has {shown(value)}; give numbers and texts")
-            lists = [item for item in values if isinstance(item, (list, tuple, dict))]
-            if sum(map(len, lists)) > left:
-                raise ValueError(f"{where}: {shown(key)} is {shown(value)}, which is nested too deeply or too large")
-            values = [item for inner in lists for item in (inner.values() if isinstance(inner, dict) else inner)]
+            refused = (SavedObject,) if level == 1 else (SavedObject, SavedTensor)
+            if any(isinstance(item, refused) for item in values):
+                raise ValueError(f"{where}: {shown(key)} is {shown(value)}; give numbers and texts")
+            values = [item for each in inner for item in (each.items() if isinstance(each, dict) else each)]
 
 
 def _state_dict_in(loaded: Any, where: str) -> Mapping[str, Any]:

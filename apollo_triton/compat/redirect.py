@@ -93,7 +93,7 @@ def _looks_first(arguments: Sequence[str], is_script: bool) -> Iterator[Path]:
     else:  # a launcher such as torchrun: what it starts
         words = list(arguments[1:])
         yield from (Path(word).resolve().parent for word in words if word.endswith(".py") and Path(word).is_file())
-        if {"-m", "--module"} & set(words):
+        if {"-c", "-m", "--module"} & set(words):
             yield Path.cwd()
 
 

@@ -45,16 +45,16 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} is a folder, where a file is to be written; move it away")
     try:
         os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # the umask takes its part
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None  # not the name that nobody knows
-    try:
         yield unfinished
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())  # else a rename may reach the disk before the bytes do
         os.replace(unfinished, path)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink()
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            with suppress(OSError):
+                unfinished.unlink()
+        if isinstance(error, OSError) and error.errno and str(error.filename) in ("None", str(unfinished)):
+            raise type(error)(error.errno, error.strerror, str(path)) from error  # not a name that nobody knows
         raise
     _sync_folder(path.parent)
 

@@ -121,7 +121,7 @@ def place(folder: Path, other: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["folder", "file"])
-@pytest.mark.parametrize("way", ["script", "link", "module", "launcher", "launched module"])
+@pytest.mark.parametrize("way", ["script", "link", "module", "launcher", "launched module", "launched text"])
 def test_one_that_python_finds_first_is_not_used_in_silence(way: str, other: str, tmp_path: Path) -> None:
     """A copy of the official package beside the script, or in the current folder with -m: it would be used, while the
     output says that an installed one is not."""
@@ -139,6 +139,7 @@ def test_one_that_python_finds_first_is_not_used_in_silence(way: str, other: str
         "module": ["-m", "train"],
         "launcher": ["launch", "--nproc", "2", str(script)],
         "launched module": ["launch", "-m", "train"],
+        "launched text": ["launch", "-c", "import train"],
     }[way]
     found = run_program(
         "-m", "apollo_triton.compat", *arguments, cwd=tmp_path / "own", PATH=f"{tmp_path}{os.pathsep}{os.defpath}"

@@ -85,6 +85,10 @@ def test_accelerate_loop(run: Run) -> None:
     assert first | second == whole
     assert whole[20] < 5
     assert same_weights(*(load_file(f"{name}/model.safetensors") for name in ("whole", "parts")))
+    assert run("accelerate_loop", "--steps=5", "--folder=parts") == {}  # a million batches followed
+    Path("parts/optimizer.bin").write_bytes(b"half")
+    with pytest.raises(SystemExit, match=r"--folder parts holds no checkpoint of this program \("):
+        run("accelerate_loop", "--steps=30", "--folder=parts")
 
 
 @pytest.mark.full
@@ -115,3 +119,7 @@ def test_lightning_module(precision: str, run: Run) -> None:
     assert whole[12] < 5.2
     saved = [torch.load(f"{name}/last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "parts")]
     assert same_weights(*saved)
+    assert run("lightning_module", "--steps=6", "--folder=parts", *options) == {}  # it was a KeyError
+    Path("parts/last.ckpt").write_bytes(b"half")
+    with pytest.raises(SystemExit, match=r"last.ckpt is no checkpoint of this program \(.*give another --folder"):
+        run("lightning_module", "--steps=30", "--folder=parts", *options)

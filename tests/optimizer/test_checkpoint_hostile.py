@@ -199,6 +199,9 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a rank of tuples in tuples": (lambda: saved(whole({"rank": doubled(60)})), "'rank' is .*nested too deeply"),
     "a long rank": (lambda: saved(whole({"rank": "x" * 10**6})), "rank of its group is 'xxx.*an integer of 1 or more"),
+    "objects in a group": (lambda: saved(whole({"more": [{1}]})), r"'more' is \[<__builtin__.set>\]; give numbers"),
+    "tensors in a list": (lambda: saved(whole({"more": [torch.ones(1)]})), r"'more' is \[<tensor>\]; give numbers"),
+    "a key that is no text": (lambda: saved(whole({5: 1})), "its key 5 is no text"),
     "a huge integer": (lambda: saved(whole(step=2**60)), "step is 1152921504606846976; it must be an integer from 1"),
     "steps that are none": (lambda: saved(whole(step=[1])), r"step is \[1\]"),
     "a norm that is not finite": (lambda: saved(whole(scaled_grad=torch.tensor(float("nan")))), "scaled_grad is nan"),
@@ -253,10 +256,11 @@ def test_what_is_made_to_harm_is_refused(attack: str) -> None:
 
 CHILD = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (4 * 10**9, 4 * 10**9))
-from apollo_triton import checkpoint
 from apollo_triton.checkpoint import from_apollo_torch
 
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()  # CUDA's libraries alone may take many GB of addresses
+resource.setrlimit(resource.RLIMIT_AS, (used + 10**9, used + 10**9))
 for path in sys.argv[1:]:
     try:
         print(from_apollo_torch(path))
@@ -339,6 +343,12 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         from_apollo_torch(tmp_path)
     with pytest.raises(TypeError, match="path is 3; give a path"):
         from_apollo_torch(3)  # type: ignore[arg-type]
+
+
+def test_a_tensor_as_the_learning_rate() -> None:
+    found = read(saved(whole({"lr": torch.tensor(0.5)})))
+    assert isinstance(found, dict)
+    assert torch.equal(found["param_groups"][0]["lr"], torch.tensor(0.5))
 
 
 def test_other_content_of_a_checkpoint_is_not_read(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_what_is_no_file(path: Path) -> None:
     assert "is a pipe or a device; a file is needed" in refused(path)
 
 
-@pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace", "apollo_triton.tools.checkpoints.seal"])
 def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing(
     path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing(
         raise RuntimeError("unexpected pos 64 vs 0") if failing == "torch.save" else OSError(28, "No space left")
 
     monkeypatch.setattr(failing, fail)
-    with pytest.raises(OSError, match="cannot be written" if failing == "torch.save" else "No space left"):
+    with pytest.raises(OSError, match=r"some.checkpoint( cannot be written \(unexpected pos|'$)"):
         checkpoints.save(path, {"step": 4})
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir()] == [path.name]

@@ -208,6 +208,11 @@ def test_the_note_names_what_stays_dense(tmp_path, capsys):
     names = "model.decoder.layers.*.fc1.weight, model.decoder.layers.*.fc2.weight."
     assert f"dense with APOLLO: {names} --target-modules chooses others." in shown
     assert "nearly all of it for what is not projected (embeddings, other matrices)." in shown
+    call("--model", str(tmp_path), "--target-modules", "fc")
+    names = ", ".join(f"model.decoder.layers.*.self_attn.{name}_proj.weight" for name in ("k", "v", "q", "out"))
+    assert f"{1 - share:.0%} of the weights stay dense with APOLLO: {names}." in " ".join(
+        capsys.readouterr().out.split()
+    )
     call("--model", str(tmp_path), "--target-modules", "self_attn", "fc")
     assert "stay dense" not in capsys.readouterr().out
 

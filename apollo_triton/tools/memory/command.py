@@ -143,7 +143,7 @@ def _details(report: Report) -> str:
         f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, "
         f"{'nearly all' if share > 0.9 else f'{share:.0%}'} of it for what is not projected ({coverage.kinds})."
     )
-    if coverage.share >= 0.005:  # a router is not worth a sentence
+    if coverage.names:
         sentence += (
             f" Of the matrices that are neither embeddings nor the head, {coverage.share:.0%} of the weights stay "
             f"dense with APOLLO: {coverage.examples}. --target-modules chooses others."

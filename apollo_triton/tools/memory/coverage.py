@@ -13,12 +13,14 @@ from torch import nn
 from ...core.param_groups import apollo_param_groups
 
 MOST_NAMES = 6
+SMALLEST = 0.005  # a share below is a router or the like, which is not worth a sentence
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of a model is dense. ``share`` counts the weights of matrices that are neither embeddings nor the head, and
-    ``names`` has those matrices that stay dense, with ``*`` for the layers' indices."""
+    """What of a model is dense, in weights. ``share`` is of the matrices that are neither embeddings nor the head, and
+    ``names`` has those of them that stay dense, the largest first and with ``*`` for the layers' indices. It is empty
+    where the share is negligible."""
 
     dense: int
     share: float
@@ -39,26 +41,24 @@ def dense_coverage(model: nn.Module, rank: int, targets: Any = None) -> Coverage
         groups = apollo_param_groups(model, rank, **({} if targets is None else {"target_modules": targets}))
     dense = {name for group in groups if group.get("rank") is None for name in group["param_names"]}
     embeddings, head = _embeddings(model), _head(model)
-    parts = {"embeddings": False, "head": False, "norms and biases": False}
-    total = left = dense_size = 0
-    names: dict[str, None] = {}
+    kinds: dict[str, None] = {}
+    sizes: dict[str, int] = {}  # of the matrices that stay dense, the same matrix of all layers together
+    total = dense_size = 0
     for name, parameter in model.named_parameters():
         size = parameter.numel() if parameter.requires_grad else 0
         dense_size += size if name in dense else 0
-        if id(parameter) in embeddings:
-            parts["embeddings"] = True
-        elif id(parameter) in head:
-            parts["head"] = True
+        if id(parameter) in embeddings | head:
+            kinds["embeddings" if id(parameter) in embeddings else "head"] = None
         elif parameter.dim() > 1:
             total += size
             if name in dense:
-                left += size
-                names[re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)] = None
-        else:
-            parts["norms and biases"] = True
-    kinds = [kind for kind, found in parts.items() if found and kind != "norms and biases"]
-    kinds += ["other matrices"] if left else []
-    return Coverage(dense_size, left / total if total else 0.0, tuple(names), ", ".join(kinds or ["norms and biases"]))
+                of_layers = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+                sizes[of_layers] = sizes.get(of_layers, 0) + size
+    share = sum(sizes.values()) / total if total else 0.0
+    names = sorted(sizes, key=lambda name: -sizes[name]) if share >= SMALLEST else []
+    if names:
+        kinds["other matrices"] = None
+    return Coverage(dense_size, share, tuple(names), ", ".join(kinds) or "norms and biases")
 
 
 def _embeddings(model: nn.Module) -> set[int]:
