@@ -17,7 +17,8 @@ from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import SettingsReader
 from .agreement import Agreement
 from .caches import Caches
-from .plan import Groups, Plan, States
+from .fingerprint import Groups, States
+from .plan import Plan
 
 
 class Scaling(NamedTuple):

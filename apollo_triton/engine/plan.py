@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +18,13 @@ from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import backend_of
 from ..core.device_backend import Backend
-from ..core.implicit_gradient import ImplicitGradient
-from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
-from ..int8.weight import Int8Weight
+from ..core.settings import Settings
 from ..params.aliasing import check_separate
 from ..params.checks import check_gradient, check_parameter
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
 from ..params.state import (
-    ABSMAXES,
     check_count,
     check_memory,
     check_state,
@@ -38,13 +35,10 @@ from ..params.state import (
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
+from .fingerprint import Given, Groups, States, addresses, identities, structure
 
 if TYPE_CHECKING:
     from ..backends.triton.matrices import Table
-
-Groups = list[dict[str, Any]]
-States = Mapping[Tensor, dict[str, Any]]
-Given = Mapping[Tensor, ImplicitGradient]
 
 
 class Plan:
@@ -85,7 +79,7 @@ class Plan:
         ]
         self.on_device = on_device
         self.captured = False
-        self._structure = _structure(settings)
+        self._structure = structure(settings)
         for member, new in zip(self.members, made, strict=True):
             member.state.update(new or {})
             lay_out(member.state, member.parameter, member.geometry is not None)
@@ -107,7 +101,7 @@ class Plan:
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
-        self._places, self._gradients = (None, []) if self._is_fake else _addresses(groups, states, given)
+        self._places, self._gradients = (None, []) if self._is_fake else addresses(groups, states, given)
         # Kept alive, so that no tensor that takes one's place gets its id.
         self._state_tensors = [list(member.state.values()) for member in self.members]
         self._with_svd = [
@@ -130,13 +124,13 @@ class Plan:
             return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
-        places, gradients = _addresses(groups, states, given)
+        places, gradients = addresses(groups, states, given)
         if (
             places is None
             or places != self._places
             or on_device != self.on_device
             or not all(map(fits_projection, self._with_svd))
-            or not (self._has_read(settings) or _structure(settings) == self._structure)
+            or not (self._has_read(settings) or structure(settings) == self._structure)
             or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
             return False
@@ -276,7 +270,7 @@ class Plan:
         from ..backends.triton.layout import is_aligned, make_moments_contiguous
         from ..backends.triton.matrices import Int8Format, Table
 
-        identities = dict(enumerate(_identities([*self._settings.values()]), self._first_group))
+        launch_groups = dict(enumerate(identities([*self._settings.values()]), self._first_group))
         launches: dict[tuple[Any, ...], dict[int, Member]] = {}
         for index, member in members.items():
             make_moments_contiguous(member)
@@ -286,7 +280,7 @@ class Plan:
                 geometry is not None and geometry.keeps_rows,
                 bool(shard.sum_axes),
                 bool(shard.width_axes),
-                identities[member.param.group],
+                launch_groups[member.param.group],
                 self.counts[index],
                 member.parameter.device,
                 member.parameter.dtype,
@@ -333,95 +327,3 @@ def _values(steps: list[Tensor]) -> list[float]:
         for index, value in zip(here, torch.stack([steps[index] for index in here]).tolist(), strict=True):
             values[index] = value
     return values
-
-
-def _identities(settings: list[Settings]) -> list[int]:
-    """For each group the first that it can share launches with: all hyperparameters are equal.
-
-    Each group has a tensor lr of its own. On the host its value counts, which the launches are given. On a device it is
-    the tensor, since to read it would wait for the device, so that each group has launches of its own there.
-    """
-    first: dict[tuple[Any, ...], int] = {}
-    result = []
-    for position, group in enumerate(settings):
-        lr: Any = group.lr
-        is_read = not isinstance(lr, Tensor)
-        if isinstance(lr, Tensor):
-            is_read = lr.device.type == "cpu" and not group.capturable
-            lr = lr.tolist() if is_read else lr.data_ptr()
-        key = (is_read, lr, *(getattr(group, name) for name in FIELD_NAMES if name != "lr"))
-        result.append(first.setdefault(key, position))
-    return result
-
-
-def _structure(settings: list[Settings]) -> list[Any]:
-    """What a plan was made for, without the numbers that may change from step to step."""
-    return [_identities(settings), *(tuple(getattr(group, name) for name in STRUCTURAL) for group in settings)]
-
-
-def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple[Any, ...]] | None, list[int]]:
-    """Where every parameter with a gradient and its state are, and where the gradients are.
-
-    None where a tensor has no address of its own or there is no state yet. Runs at every step, over every parameter.
-    """
-    places: list[tuple[Any, ...]] = []
-    gradients: list[int] = []
-    uint8, plain = torch.uint8, torch.nn.Parameter
-    try:
-        for position, group in enumerate(groups):
-            for parameter in group["params"]:
-                implicit = given.get(parameter) if given else None
-                gradient = parameter.grad
-                if gradient is None and implicit is None:
-                    continue
-                state = states.get(parameter)
-                if not state:
-                    return None, []
-                norm, step, seed = state.get("update_norm"), state["step"], state["seed"]
-                exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-                # Objects too: a tensor of another dtype may come to lie where the old one was.
-                identity = (position, id(parameter), id(state), id(exp_avg), id(exp_avg_sq), id(norm), id(step))
-                absmax: tuple[int, ...] = ()
-                int8_parts: tuple[Any, ...] = ()
-                if exp_avg.dtype is uint8:
-                    first, second = (state[name] for name in ABSMAXES)
-                    absmax = first.data_ptr(), second.data_ptr(), id(first), id(second)
-                if type(parameter) is not plain:
-                    if type(parameter) is Int8Weight:
-                        parts = parameter.scale, parameter.zero
-                        int8_parts = tuple((part.data_ptr(), part.dtype, part.shape, part.stride()) for part in parts)
-                        parameter = parameter.q
-                    elif is_dtensor(parameter):
-                        parameter, gradient = local(parameter), local(gradient)
-                        exp_avg, exp_avg_sq = local(exp_avg), local(exp_avg_sq)
-                        norm = None if norm is None else local(norm)
-                layout: tuple[Any, ...]
-                if implicit is None:
-                    address = gradient.data_ptr()
-                    if not address and gradient.numel():
-                        return None, []  # a tensor subclass, which keeps its numbers elsewhere
-                    layout = address & 15, gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg()
-                else:
-                    address, layout = 0, (implicit.dtype,)
-                places.append(
-                    (
-                        identity,
-                        type(seed),
-                        seed,
-                        step.data_ptr(),
-                        parameter.data_ptr(),
-                        exp_avg.data_ptr(),
-                        exp_avg_sq.data_ptr(),
-                        None if norm is None else norm.data_ptr(),
-                        absmax,
-                        parameter.shape,
-                        parameter.stride(),
-                        parameter.dtype,
-                        int8_parts,
-                        layout,
-                    )
-                )
-                gradients.append(address)
-    except (RuntimeError, KeyError, AttributeError, TypeError):  # a sparse gradient has no address, None no tensor's
-        return None, []
-    return places, gradients
