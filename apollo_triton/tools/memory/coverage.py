@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ...core.coverage import embedding_weights
 from ...core.param_groups import apollo_param_groups
+from ...core.targets import DEFAULT_TARGETS, Targets
 
 MOST_NAMES = 6
 SMALLEST = 0.005  # a share below is a router or the like, which is not worth a sentence
@@ -40,7 +41,9 @@ def dense_coverage(model: nn.Module, rank: int, targets: Any = None) -> Coverage
         warnings.simplefilter("ignore")  # the count of the memory has warned already
         groups = apollo_param_groups(model, rank, **({} if targets is None else {"target_modules": targets}))
     dense = {name for group in groups if group.get("rank") is None for name in group["param_names"]}
-    embeddings, head = _embeddings(model), _head(model)
+    embeddings, is_head = embedding_weights(model), Targets(model, DEFAULT_TARGETS).is_head
+    modules = model.named_modules()
+    head = {id(weight) for name, module in modules if is_head(name, module) for weight in module.parameters()}
     kinds: dict[str, None] = {}
     sizes: dict[str, int] = {}  # of the matrices that stay dense, the same matrix of all layers together
     total = dense_size = 0
@@ -59,14 +62,3 @@ def dense_coverage(model: nn.Module, rank: int, targets: Any = None) -> Coverage
     if names:
         kinds["other matrices"] = None
     return Coverage(dense_size, share, tuple(names), ", ".join(kinds) or "norms and biases")
-
-
-def _embeddings(model: nn.Module) -> set[int]:
-    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-
-
-def _head(model: Any) -> set[int]:
-    output: Iterable[nn.Parameter] = ()
-    if hasattr(model, "get_output_embeddings") and (found := model.get_output_embeddings()) is not None:
-        output = found.parameters()
-    return {id(parameter) for parameter in output}
