@@ -4,12 +4,8 @@
 >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
 """
 
-from .core.param_groups import apollo_param_groups
-from .core.projection import projection_matrix
-from .int8.layers import dequantize_model, quantize_model
-from .layerwise.handle import attach_layerwise
-from .optimizer import APOLLOAdamW
-from .qapollo import QAPOLLOAdamW
+from typing import TYPE_CHECKING
+
 from .version import __version__
 
 __all__ = [
@@ -22,3 +18,37 @@ __all__ = [
     "projection_matrix",
     "quantize_model",
 ]
+
+if TYPE_CHECKING:
+    from .core.param_groups import apollo_param_groups
+    from .core.projection import projection_matrix
+    from .int8.layers import dequantize_model, quantize_model
+    from .layerwise.handle import attach_layerwise
+    from .optimizer import APOLLOAdamW
+    from .qapollo import QAPOLLOAdamW
+else:
+    # These import torch, which takes seconds: at the first use, so that ``apollo-triton --help`` answers at once. Type
+    # checkers read the imports above, and so they know every name here and refuse all others.
+    _MODULES = {
+        "APOLLOAdamW": "optimizer",
+        "QAPOLLOAdamW": "qapollo",
+        "apollo_param_groups": "core.param_groups",
+        "attach_layerwise": "layerwise.handle",
+        "dequantize_model": "int8.layers",
+        "projection_matrix": "core.projection",
+        "quantize_model": "int8.layers",
+    }
+    _FOLDERS = ("backends", "core", "engine", "int8", "layerwise", "optimizer", "params", "qapollo")
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name in _FOLDERS:
+            return import_module(f"{__name__}.{name}")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_FOLDERS})

@@ -1,28 +1,28 @@
 """Checkpoints of apollo-torch 1.0.3's APOLLOAdamW, read as a state of this package's APOLLOAdamW.
 
 Their layout was learned by running apollo-torch. Its source (CC-BY-NC) was not read, and it need not be installed.
-Besides tensors and numbers a checkpoint holds pickled projector objects. They are read into a stand-in class, so that
-no code from a checkpoint is run.
+Besides tensors and numbers a checkpoint holds pickled projector objects. ``core/torch_file.py`` reads their attributes
+and runs no code.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from .core.files import open_regular
 from .core.geometry import Geometry
+from .core.messages import shown
+from .core.settings import CHECKS
+from .core.torch_file import NotReadable, SavedObject, SavedTensor, TorchFile, UnknownClass
 
 INSTEAD = "; load the weights alone, and begin with a fresh optimizer"
-
-
-class _Projector:
-    """Stands in for a pickled projector: it has the attributes, and none of the code."""
-
+MOST_STEPS = 2**24  # a step count in float32 goes no further
+MOST_VALUES, MOST_LEVELS = 1_000_000, 8  # of a group's own values, all together, and of lists in lists
 
 # GaLore's projectors are read too, so that the error can say that the checkpoint is GaLore's.
 _PROJECTORS = (
@@ -58,45 +58,84 @@ def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any
         gradient have no state.
 
     Raises:
-        ValueError: the file is no checkpoint; or it needs code other than tensors and the projectors above, which the
-            error names; or it is from another optimizer: GaLore, 8-bit moments (QAPOLLO), or this package's own.
+        ValueError: the file is no checkpoint, or is damaged; or it needs code other than tensors and projectors, which
+            the error names; or it is from another optimizer: GaLore, 8-bit moments (QAPOLLO), or this package's own.
         OSError: the file is missing or cannot be read.
+        TypeError: ``path`` is neither a path nor a file.
 
     >>> optimizer = APOLLOAdamW(groups, lr=1e-2)  # doctest: +SKIP
     >>> optimizer.load_state_dict(from_apollo_torch("checkpoint-500/optimizer.pt"))  # doctest: +SKIP
 
     Source: states of apollo-torch 1.0.3, observed by running it (``tests/optimizer/test_checkpoint.py``).
     """
-    where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else "the file"
-    saved = _state_dict_in(_read(path, where), where)
+    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "read"):
+        raise TypeError(f"path is {shown(path)}; give a path, or a file that is open for reading bytes")
+    if not isinstance(path, (str, os.PathLike)):
+        return _read(path, "the file")
+    with open_regular(path) as file:
+        return _read(file, os.fspath(path))
+
+
+def _read(file: IO[bytes], where: str) -> dict[str, Any]:
+    """What ``from_apollo_torch`` returns. ``where`` opens the error messages."""
+    try:
+        opened = TorchFile(file, _PROJECTORS)
+        saved = _state_dict_in(opened.content, where)
+        return _converted_state_dict(saved, opened, where)
+    except UnknownClass as error:
+        raise ValueError(
+            f"{where} needs {shown(str(error))} to be read, which is not part of an apollo-torch optimizer's state and "
+            "was not run; if you trust the file, save optimizer.state_dict() alone, in plain numbers, and read that"
+        ) from None
+    except NotReadable as error:
+        raise ValueError(
+            f"{where} is not a checkpoint as torch.save writes it ({error}); give the file of optimizer.state_dict()"
+        ) from None
+
+
+def _converted_state_dict(saved: Mapping[str, Any], opened: TorchFile, where: str) -> dict[str, Any]:
     state: dict[Any, dict[str, Any]] = {}
+    groups = []
     for group_index, group in enumerate(saved["param_groups"]):
-        states = {index: saved["state"].get(index, {}) for index in group["params"]}
-        _check_group(group, list(states.values()), f"{where}: parameter group {group_index}")
+        at = f"{where}: parameter group {group_index}"
+        _check_plain(group, at)
+        states = {index: saved["state"].get(index, {}) for index in _indices(group["params"], at)}
+        if state.keys() & states.keys():
+            raise ValueError(f"{at} has a parameter of a group before it; each parameter belongs to one group")
+        _check_group(group, list(states.values()), at)
         for index, official in states.items():
             if "exp_avg" in official:  # else it never had a gradient
-                state[index] = _converted(official, group, f"{where}: parameter {index}")
-    return {"state": state, "param_groups": [dict(group) for group in saved["param_groups"]]}
+                state[index] = _converted(official, group, opened, f"{where}: parameter {shown(index)}")
+        groups.append({key: _opened(value, opened) for key, value in group.items()})
+    return {"state": state, "param_groups": groups}
 
 
-def _read(path: str | os.PathLike[str] | IO[bytes], where: str) -> Any:
-    """The content of the file: tensors, numbers, containers and ``_Projector``. Anything else is an error."""
-    try:
-        with torch.serialization.safe_globals([(_Projector, name) for name in _PROJECTORS]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # of any type, since bytes that are no pickle may fail anywhere
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            message = (
-                f"{where} needs {refused[1]} to be read, which is not part of an apollo-torch optimizer's state and "
-                "was not run; if you trust the file, save optimizer.state_dict() alone, in plain numbers, and read that"
-            )
-        else:
-            message = f"{where} is not a checkpoint as torch.save writes it; give the file of optimizer.state_dict()"
-    # Raised here, without PyTorch's error as its cause: that advises weights_only=False, which runs code of the file.
-    raise ValueError(message)
+def _opened(value: Any, opened: TorchFile) -> Any:
+    return opened.tensor(value) if isinstance(value, SavedTensor) else value
+
+
+def _indices(params: Any, where: str) -> list[int | str]:
+    """The parameters of a group: integers, or names."""
+    if not isinstance(params, list) or not all(type(index) in (int, str) for index in params):
+        raise ValueError(f"{where}: params is {shown(params)}; it must be a list of integers or of names")
+    return params
+
+
+def _check_plain(group: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError unless a group's values are numbers, texts, tensors, and lists of them of sensible size."""
+    left = MOST_VALUES
+    for key, value in group.items():
+        values, level = [value], 0
+        while values:
+            left, level = left - len(values), level + 1
+            if left < 0 or level > MOST_LEVELS:
+                raise ValueError(f"{where}: {shown(key)} is {shown(value)}, which is nested too deeply or too large")
+            if any(isinstance(item, SavedObject) for item in values):
+                raise ValueError(f"{where}: {shown(key)} has {shown(value)}; give numbers and texts")
+            lists = [item for item in values if isinstance(item, (list, tuple, dict))]
+            if sum(map(len, lists)) > left:
+                raise ValueError(f"{where}: {shown(key)} is {shown(value)}, which is nested too deeply or too large")
+            values = [item for inner in lists for item in (inner.values() if isinstance(inner, dict) else inner)]
 
 
 def _state_dict_in(loaded: Any, where: str) -> Mapping[str, Any]:
@@ -109,8 +148,8 @@ def _state_dict_in(loaded: Any, where: str) -> Mapping[str, Any]:
         candidates = value if isinstance(value, list) else [value]
         found += [(name, candidate) for candidate in candidates if _is_state_dict(candidate)]
     if len(found) != 1:
-        names = ", ".join(repr(name) for name, _ in found)
-        problem = f"holds {len(found)} optimizers ({names})" if found else "holds no optimizer's state_dict"
+        names = shown(tuple(name for name, _ in found))
+        problem = f"holds {len(found)} optimizers {names}" if found else "holds no optimizer's state_dict"
         raise ValueError(f"{where} {problem}; save one optimizer.state_dict() with torch.save, and read that")
     return found[0][1]
 
@@ -125,6 +164,8 @@ def _is_state_dict(value: Any) -> bool:
 def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], where: str) -> None:
     """Raise ValueError unless group and states have the keys that only the official APOLLOAdamW has."""
     is_low_rank = group.get("rank") is not None
+    if not all(isinstance(state, Mapping) for state in states):
+        raise ValueError(f"{where} has a parameter whose state is no dictionary{INSTEAD}")
     if "state_dtype" in group:
         raise ValueError(f"{where} was saved by this package; read it with torch.load, and load it as it is")
     if any({"state1", "__bnb_optimizer_quant_state__"} & state.keys() for state in states):
@@ -136,28 +177,61 @@ def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], wher
         raise ValueError(f"{where} is not one of apollo-torch's APOLLOAdamW{INSTEAD}")
 
 
-def _converted(official: Mapping[str, Any], group: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _converted(official: Mapping[str, Any], group: Mapping[str, Any], opened: TorchFile, where: str) -> dict[str, Any]:
     """Our state of one parameter. The official ``seed`` is dropped: it seeded torch's generator, which our P does not
     use."""
-    state: dict[str, Any] = {
-        "step": torch.tensor(float(official["step"]), dtype=torch.float32, device="cpu"),
-        "seed": group.get("seed", 0),
-    }
-    matrices = {name: official[name].float() for name in ("exp_avg", "exp_avg_sq")}
+    names = ("seed",) if group.get("rank") is None else ("seed", "rank", "proj", "proj_type")
+    for name in names:
+        if name in group and not CHECKS[name].allows(group[name]):
+            raise ValueError(f"{where}: {name} of its group is {shown(group[name])} (allowed: {CHECKS[name].allowed})")
+    step = official["step"]
+    if type(step) is not int or not 0 < step <= MOST_STEPS:
+        raise ValueError(f"{where}: step is {shown(step)}; it must be an integer from 1 to 2**24")
+    state: dict[str, Any] = {"step": torch.tensor(float(step), device="cpu"), "seed": group.get("seed", 0)}
+    matrices = {name: _matrix(official[name], opened, f"{where}: {name}") for name in ("exp_avg", "exp_avg_sq")}
     if group.get("rank") is None:
-        return state | matrices
-    limiter = official.get("scaled_grad", 0.0)  # absent with disable_nl; ours begins at 0
-    state["update_norm"] = torch.as_tensor(limiter, dtype=torch.float32, device="cpu")
-    projection: Any = getattr(official["projector"], "ortho_matrix", None)
-    keeps_rows = _keeps_rows(official["exp_avg"], projection, group, where)
-    if group["proj"] == "svd":
-        matrices["projection"] = projection.float()
+        _check_shapes(matrices, where)
+        return state | {name: matrix.contiguous() for name, matrix in matrices.items()}
+    state["update_norm"] = _norm(official.get("scaled_grad", 0.0), opened, f"{where}: scaled_grad")
+    projector = official["projector"]
+    saved_projection = projector.attributes.get("ortho_matrix") if isinstance(projector, SavedObject) else None
+    is_svd = group["proj"] == "svd"
+    if is_svd and isinstance(saved_projection, SavedTensor):  # a random one is not read
+        matrices["projection"] = _matrix(saved_projection, opened, f"{where}: projection")
+    keeps_rows = _keeps_rows(matrices["exp_avg"].shape, getattr(saved_projection, "shape", ()), group, where)
+    _check_shapes(matrices, where)
     for name, matrix in matrices.items():  # contiguous: svd's matrices are column-major there
         state[name] = (matrix if keeps_rows else matrix.T).contiguous()
     return state
 
 
-def _keeps_rows(moment: Tensor, projection: Any, group: Mapping[str, Any], where: str) -> bool:
+def _check_shapes(matrices: Mapping[str, Tensor], where: str) -> None:
+    first, second = (tuple(matrices[name].shape) for name in ("exp_avg", "exp_avg_sq"))
+    if first != second:
+        raise ValueError(f"{where}: exp_avg has shape {first} and exp_avg_sq {second}; they must be equal{INSTEAD}")
+
+
+def _matrix(saved: Any, opened: TorchFile, where: str) -> Tensor:
+    """A tensor of real numbers in float32."""
+    if not isinstance(saved, SavedTensor):
+        raise ValueError(f"{where} is {shown(saved)}; it must be a tensor{INSTEAD}")
+    tensor = opened.tensor(saved)
+    if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"{where} is {shown(tensor)}; it must have floats of 16, 32 or 64 bits{INSTEAD}")
+    return tensor.float()
+
+
+def _norm(saved: Any, opened: TorchFile, where: str) -> Tensor:
+    """The limiter's norm of the last update: absent with disable_nl; ours begins at 0."""
+    if isinstance(saved, SavedTensor):
+        tensor = _matrix(saved, opened, where)
+        saved = tensor.item() if tensor.numel() == 1 else tensor
+    if type(saved) not in (int, float) or not 0 <= saved <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{where} is {shown(saved)}; it must be a finite number, 0 or more{INSTEAD}")
+    return torch.tensor(float(saved), dtype=torch.float32, device="cpu")
+
+
+def _keeps_rows(moments: torch.Size, sides: Any, group: Mapping[str, Any], where: str) -> bool:
     """Whether the rows of the weight are its channels.
 
     If they are, the official moments are ``[rows, rank]`` and P is ``[rank, columns]``. Otherwise the moments are
@@ -165,12 +239,12 @@ def _keeps_rows(moment: Tensor, projection: Any, group: Mapping[str, Any], where
     width; for that the group's ``proj_type`` does.
     """
     rank = group["rank"]
-    sides = tuple(projection.shape) if isinstance(projection, Tensor) else ()
-    rows = sides[:1] == (rank,) == moment.shape[1:]
-    columns = sides[1:] == (rank,) == moment.shape[:-1]
+    of_matrices = len(moments) == 2 and isinstance(sides, tuple) and len(sides) == 2
+    rows = of_matrices and moments[1] == sides[0] == rank
+    columns = of_matrices and moments[0] == sides[1] == rank
     if not rows and not columns:
         raise ValueError(
-            f"{where}: moments of shape {tuple(moment.shape)} and a projection of {sides} do not have the group's "
+            f"{where}: moments of shape {tuple(moments)} and a projection of {shown(sides)} do not have the group's "
             f"rank {rank} (svd has no more singular vectors than the shorter side){INSTEAD}"
         )
-    return Geometry.of(moment.shape, group["proj_type"]).keeps_rows if rows and columns else rows
+    return Geometry.of(moments, group["proj_type"]).keeps_rows if rows and columns else rows

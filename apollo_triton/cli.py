@@ -1,16 +1,16 @@
-"""The console script ``apollo-triton``: one module for each subcommand. Importing them needs only torch."""
+"""The console script ``apollo-triton``: one module for each subcommand, which is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 
-from .tools import environment
-from .tools.demo import command as demo
-from .tools.memory import command as memory
-from .tools.validate import command as validate
+from .tools import options as options_of
 from .version import __version__
+
+MODULES = {"demo": "demo.command", "env": "environment", "memory": "memory.command", "validate": "validate.command"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,20 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
     0 for success; 1 if ``validate`` found an error above its limit; 2, with one line on standard error, for a wrong
     input; 130 after Ctrl-C; 141, silently, if the reader of standard output has gone.
     """
-    parser = argparse.ArgumentParser(
-        prog="apollo-triton", description="APOLLO for PyTorch: it replaces AdamW where AdamW's memory does not fit."
-    )
-    parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
-    modules = {"demo": demo, "env": environment, "memory": memory, "validate": validate}
-    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(modules)}}}")
-    for name, module in modules.items():
-        summary = (module.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    options = _parsed(arguments)
     try:
-        status = options.run(options)
+        # Here, because it imports torch: a wrong argument and --help need not wait for that.
+        command = importlib.import_module(f"{__package__}.tools.{MODULES[options.command]}")
+        status = command.run(options)
         sys.stdout.flush()  # here, so that a closed pipe is noticed
         return status
     except BrokenPipeError:  # e.g. head has read enough
@@ -45,3 +36,23 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"apollo-triton {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="apollo-triton", description="APOLLO for PyTorch: it replaces AdamW where AdamW's memory does not fit."
+    )
+    parser.add_argument("--version", action="version", version=f"apollo-triton {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(MODULES)}}}")
+    parsers = {}
+    for name in MODULES:
+        add_options = getattr(options_of, name)
+        parsers[name] = commands.add_parser(name, help=add_options.__doc__, description=add_options.__doc__)
+        add_options(parsers[name])
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "memory" and not any(word.startswith("-") for word in rest):
+        # ``memory 7B``. A positional argument of argparse would not be found behind an option before Python 3.13.
+        options.model = [*(options.model or []), *rest] or None
+    elif rest:
+        parsers[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    return options

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from apollo_triton.tools.demo.command import BATCH, SEQUENCE, STEPS
 from apollo_triton.tools.demo.corpus import load_corpus
 from apollo_triton.tools.demo.training import Run, RunConfig
+from apollo_triton.tools.options import BATCH, SEQUENCE, STEPS
 
 # A third of the demo's steps tell the good settings from the bad; the best of those run to the end.
 SHORT = 200

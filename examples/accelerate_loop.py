@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.tools.checkpoints import first_line
 
 SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
 SEQUENCE, BATCH, ACCUMULATE = 64, 8, 2
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16", help="(%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("accelerate_loop"), help="the checkpoint (%(default)s)")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: it must be at least 1")
 
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=ACCUMULATE)
     torch.manual_seed(0)
@@ -67,10 +70,16 @@ def main() -> None:
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if options.folder.exists():
-        accelerator.load_state(str(options.folder))
+        try:
+            accelerator.load_state(str(options.folder))
+        except Exception as error:  # of any type: a folder may hold anything
+            reason = f"holds no checkpoint of this program ({first_line(error)})"
+            raise SystemExit(f"--folder {options.folder} {reason}; give another --folder") from error
+    if progress.batches >= options.steps * ACCUMULATE:
+        accelerator.print(f"step {progress.batches // ACCUMULATE} of {options.folder} is done already")
 
     for tokens in accelerator.skip_first_batches(data, progress.batches):
-        if progress.batches == options.steps * ACCUMULATE:
+        if progress.batches >= options.steps * ACCUMULATE:
             break
         progress.batches += 1
         with accelerator.accumulate(model):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.core.files import open_regular
+from apollo_triton.tools.checkpoints import first_line
 
 
 def main() -> None:
@@ -95,13 +98,24 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
 def batches(options: argparse.Namespace, first: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
     """This rank's share of each step's batch. The whole batch is the same on any number of ranks."""
     source = options.text or Path(os.__file__).parent  # the sources of Python's standard library
-    files = sorted(source.glob("*.py")) if source.is_dir() else [source]
-    text = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
+    try:
+        files = sorted(source.glob("*.py")) if source.is_dir() else [source]
+        read = b"".join(content(file) for file in files)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--text {source}: {error}") from error
+    if len(read) <= options.length:
+        raise SystemExit(f"--text {source} has {len(read)} bytes; more than --length {options.length} are needed")
+    text = torch.frombuffer(bytearray(read), dtype=torch.uint8)
     for step in range(first + 1, options.steps + 1):
         generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
         starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
         starts_of_rank = starts[dist.get_rank() :: dist.get_world_size()]
         yield step, text[starts_of_rank[:, None] + torch.arange(options.length)].long().to(device)
+
+
+def content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -115,8 +129,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def save(folder: Path, step: int, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -> None:
     """Write the shards of all ranks. The previous checkpoint is deleted only once the new one is complete."""
     unfinished = folder / "unfinished"
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if dist.get_rank() == 0 and unfinished.exists():
+        shutil.rmtree(unfinished)
     dist.barrier()
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=unfinished)
@@ -135,14 +149,19 @@ def load_newest(folder: Path, model: LlamaForCausalLM, optimizer: APOLLOAdamW) -
     if step:
         weights, state = get_state_dict(model, optimizer)
         loaded = {"model": weights, "optimizer": state}
-        dcp.load(loaded, checkpoint_id=folder / f"step-{step}")
-        set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        try:
+            dcp.load(loaded, checkpoint_id=folder / f"step-{step}")
+            set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        except Exception as error:  # of any type: a folder may hold anything
+            where = f"{folder / f'step-{step}'} is no checkpoint of this run ({first_line(error)})"
+            raise SystemExit(f"{where}; delete it, or give another --folder") from error
     return step
 
 
 def checkpoints(folder: Path) -> list[int]:
     """The steps that have a complete checkpoint."""
-    return [int(path.name.removeprefix("step-")) for path in folder.glob("step-*")]
+    found = (re.fullmatch(r"step-([1-9]\d{0,17})", path.name) for path in folder.glob("step-*") if path.is_dir())
+    return [int(match[1]) for match in found if match]
 
 
 def parse_options() -> argparse.Namespace:
@@ -153,7 +172,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--save", type=int, default=100, help="steps between checkpoints (%(default)s)")
     parser.add_argument("--report", type=int, default=10, help="steps between lines (%(default)s)")
     parser.add_argument("--mini", action="store_true", help="APOLLO-Mini instead of APOLLO")
-    parser.add_argument("--rank", type=int, default=32, help="APOLLO's rank (%(default)s)")
+    parser.add_argument("--rank", type=int, help="APOLLO's rank (32)")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (%(default)s)")
     parser.add_argument("--batch", type=int, default=24, help="sequences per step, over all ranks (%(default)s)")
     parser.add_argument("--length", type=int, default=128, help="bytes in a sequence (%(default)s)")
@@ -161,7 +180,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--text", type=Path, help="a file, or a folder of .py files (Python's standard library)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (%(default)s)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.mini and options.rank not in (None, 1):
+        parser.error(f"--rank {options.rank} is APOLLO's, and --mini has rank 1; leave one of them out")
+    options.rank = 32 if options.rank is None else options.rank
+    for name in ("steps", "schedule", "save", "report", "rank", "batch", "length", "hidden", "layers"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: it must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.core.files import open_regular
+from apollo_triton.tools.checkpoints import first_line
 
 SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
 SEQUENCE, BATCH = 64, 8
@@ -76,6 +78,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="bf16-mixed")
     parser.add_argument("--folder", type=Path, default=Path("lightning_module"), help="the checkpoint (%(default)s)")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: it must be at least 1")
 
     lightning.seed_everything(0, verbose=False)
     trainer = lightning.Trainer(
@@ -89,7 +93,19 @@ def main() -> None:
         default_root_dir=options.folder,
     )
     newest = options.folder / "last.ckpt"
-    trainer.fit(Llama(), Batches(), ckpt_path=newest if newest.exists() else None, weights_only=True)
+    saved = {}
+    if newest.exists():
+        try:
+            with open_regular(newest) as file:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+            done = int(saved["global_step"])
+        except Exception as error:  # of any type: a file may hold anything
+            reason = f"is no checkpoint of this program ({first_line(error)})"
+            raise SystemExit(f"{newest} {reason}; delete it, or give another --folder") from error
+        if done >= options.steps:
+            print(f"step {done} of {newest} is done already; give more --steps, or another --folder")
+            return
+    trainer.fit(Llama(), Batches(), ckpt_path=newest if saved else None, weights_only=True)
     trainer.save_checkpoint(newest)
     print(f"step {trainer.global_step:4d}   loss {trainer.callback_metrics['loss'].item():.4f}")
 

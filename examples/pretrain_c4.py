@@ -73,17 +73,16 @@ def train(options: argparse.Namespace, ranks: Ranks, device: torch.device) -> No
     training, validation = data.open_data(options, ranks.index, ranks.count)
     if ranks.index == 0:
         checkpoints.begin(options.folder, checkpoints.settings_of(options, ranks.count))
-        llama_config(options).save_pretrained(options.folder)
+        checkpoints.write_config(options.folder, llama_config(options))
     ranks.agree(0, dist.ReduceOp.MAX)  # waits until rank 0 has written the config
     predicted = predict(options, micro_batch) if ranks.index == 0 else None
     trained = Trained(options, options.folder / "config.json", device)
 
     first, last = checkpoints.newest(options.folder), min(options.until or options.steps, options.steps)
-    place = checkpoints.load(options.folder, first, trained) if first else None
+    reported = checkpoints.load(options.folder, first, trained, training) if first else None
     reports = Reports(options.folder, options.log, ranks.index, first, options.steps)
-    if place is not None:
-        training.load_state_dict(place["training"])
-        reports.load_state_dict(place["reports"])
+    if reported is not None:
+        reports.load_state_dict(reported)
     reports.say(describe(options, ranks.count, device, first, last))
     held_out = None if validation is None else read_validation(options, ranks, validation)
 

@@ -6,6 +6,10 @@
 
 This puts a folder with a package ``apollo_torch`` first on the path. ``import``, ``find_spec`` and
 ``importlib.metadata`` then find it like any package, in this process and in those that it starts.
+
+PROGRAM is a script if it ends in .py or has a path separator, as in ./train. It is a command otherwise, if there is one
+of this name. Python looks beside a script, and with -m in the current folder, before it looks anywhere else. So a
+program is not started where an apollo_torch of its own lies there.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 _FOLDER = str(Path(__file__).parent / "stand_in")
@@ -31,7 +36,8 @@ def as_apollo_torch() -> None:
     Processes that this one starts find it too. A rank above a weight's width, which is an error in ``APOLLOAdamW``, is
     only a warning there, so that programs which ran with apollo-torch still run.
 
-    Warns if apollo-torch is installed; it is then not used. Raises RuntimeError if it has been imported already.
+    Warns if there is another ``apollo_torch``, installed or in a folder of the path; it is then not used. Raises
+    RuntimeError if one has been imported already.
 
     >>> as_apollo_torch()  # doctest: +SKIP
     >>> import apollo_torch  # doctest: +SKIP
@@ -44,18 +50,51 @@ def as_apollo_torch() -> None:
             f"apollo_torch is imported already, from {loaded.__file__}; call as_apollo_torch() at the beginning of the "
             "program"
         )
-    if _FOLDER in sys.path:
+    found = _found_in(sys.path)
+    if found == Path(_FOLDER).resolve():  # a second call, or the program was started by ``main``
         return
+    sys.path[:] = [path for path in sys.path if path != _FOLDER]  # inherited, and not first
     installed = next(iter(importlib.metadata.distributions(name="apollo-torch")), None)
-    if installed is not None:
+    if installed is not None and found in (None, Path(str(installed.locate_file(""))).resolve()):
         warnings.warn(
             f"apollo-torch {installed.version} is installed and stays unused: import apollo_torch gives apollo_triton",
             stacklevel=2,
         )
+    elif found is not None:
+        warnings.warn(
+            f"the apollo_torch in {found} stays unused here: import apollo_torch gives apollo_triton. A script that is "
+            "started from here and lies beside it would use it all the same, so rename it",
+            stacklevel=2,
+        )
     sys.path.insert(0, _FOLDER)
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = _FOLDER + (os.pathsep + inherited if inherited else "")
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", _FOLDER)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([_FOLDER, *inherited])
     importlib.invalidate_caches()
+
+
+def _found_in(path: Sequence[str]) -> Path | None:
+    """The folder of ``path`` from which Python would import ``apollo_torch``. A folder of this name without an
+    ``__init__.py`` does not count, because any package or module comes before it."""
+    spec = PathFinder.find_spec("apollo_torch", path)
+    if spec is None or spec.origin is None:
+        return None
+    where = Path(spec.origin).resolve().parent
+    return where.parent if spec.submodule_search_locations else where
+
+
+def _looks_first(arguments: Sequence[str], is_script: bool) -> Iterator[Path]:
+    """The folders in which Python would look before it comes to the stand-in."""
+    if os.environ.get("PYTHONSAFEPATH"):
+        return
+    if is_script:
+        yield Path(arguments[0]).resolve().parent
+    elif arguments[0] == "-m":
+        yield Path.cwd()
+    else:  # a launcher such as torchrun: what it starts
+        words = list(arguments[1:])
+        yield from (Path(word).resolve().parent for word in words if word.endswith(".py") and Path(word).is_file())
+        if {"-m", "--module"} & set(words):
+            yield Path.cwd()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -65,16 +104,24 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         sys.exit(0 if arguments else 2)
-    as_apollo_torch()
-    if arguments[0] == "-m" or Path(arguments[0]).is_file():
-        command = [sys.executable, *arguments]
-    else:
-        beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        found = shutil.which(arguments[0], path=beside)
-        if found is None:
-            print(f"{arguments[0]}: no such file, and no command of this name; -m runs a module", file=sys.stderr)
+    program = arguments[0]
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    is_path = program.endswith(".py") or any(separator in program for separator in ("/", os.sep))
+    found = None if is_path or program == "-m" else shutil.which(program, path=beside)
+    is_script = found is None and Path(program).is_file()
+    if found is None and not is_script and program != "-m":
+        print(f"{program}: no such file, and no command of this name; -m runs a module", file=sys.stderr)
+        sys.exit(2)
+    for folder in _looks_first(arguments, is_script):
+        if _found_in([str(folder)]) is not None:
+            print(
+                f"{program}: Python would use the apollo_torch in {folder}, and not apollo_triton, because it looks "
+                "there first: rename it or move it away",
+                file=sys.stderr,
+            )
             sys.exit(2)
-        command = [found, *arguments[1:]]
+    as_apollo_torch()
+    command = [sys.executable, *arguments] if found is None else [found, *arguments[1:]]
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

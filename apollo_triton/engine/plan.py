@@ -248,6 +248,11 @@ class Plan:
             if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
                 raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
             name = backend.name
+            if any(axis.size > 1 for axis in shard.mesh_axes) and (backend.name == "none" or local(parameter).is_meta):
+                raise ValueError(
+                    f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
+                    "or meta tensors, or count bytes with apollo-triton memory"
+                )
             if not local(parameter).numel():
                 # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the
                 # bit as the other ranks do: on their backend.
@@ -377,11 +382,14 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                 # Objects too: a tensor of another dtype may come to lie where the old one was.
                 identity = (position, id(parameter), id(state), id(exp_avg), id(exp_avg_sq), id(norm), id(step))
                 absmax: tuple[int, ...] = ()
+                int8_parts: tuple[Any, ...] = ()
                 if exp_avg.dtype is uint8:
                     first, second = (state[name] for name in ABSMAXES)
                     absmax = first.data_ptr(), second.data_ptr(), id(first), id(second)
                 if type(parameter) is not plain:
                     if type(parameter) is Int8Weight:
+                        parts = parameter.scale, parameter.zero
+                        int8_parts = tuple((part.data_ptr(), part.dtype, part.shape, part.stride()) for part in parts)
                         parameter = parameter.q
                     elif is_dtensor(parameter):
                         parameter, gradient = local(parameter), local(gradient)
@@ -409,6 +417,7 @@ def _addresses(groups: Groups, states: States, given: Given) -> tuple[list[tuple
                         parameter.shape,
                         parameter.stride(),
                         parameter.dtype,
+                        int8_parts,
                         layout,
                     )
                 )

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..core.targets import Targets
-from .replaced import mark_replaced
-from .weight import Int8Weight, check_group_size
+from ..core.messages import warn
+from ..core.targets import DEFAULT_TARGETS, Targets
+from .convertible import check_convertible, check_targets
+from .coverage import float_note, no_match, targeted
+from .replaced import REPLACED_BY, mark_replaced
+from .saved import PARTS, assembled, checked
+from .weight import Int8Weight
 
 
 class Int8Linear(nn.Linear):
     """``nn.Linear`` with an ``Int8Weight``; made by ``quantize_model``.
 
-    Its ``state_dict`` holds plain tensors, which safetensors and ``torch.load(weights_only=True)`` accept: ``weight``
-    (uint8), ``weight_scale`` (float32) and ``weight_zero`` (uint8). It loads these three, or a float ``weight``, which
-    it rounds to the nearest.
+    Its ``state_dict`` holds plain tensors, which safetensors and ``torch.load(weights_only=True)`` accept: ``weight_q``
+    (uint8), ``weight_scale`` (float32) and ``weight_zero`` (uint8). It loads these three, also from several files, or a
+    float ``weight``, which it rounds to the nearest. It also loads what was saved when the codes were called
+    ``weight``.
     """
 
     weight: nn.Parameter
+    # Of a weight that lies in several files of a checkpoint: what has been read before the rest comes. Never changed in
+    # place.
+    _read: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, linear: nn.Linear, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
@@ -28,42 +38,77 @@ class Int8Linear(nn.Linear):
         self.weight, self.bias = weight, linear.bias
         _take_over(linear, self)
 
+    def __getattr__(self, name: str) -> Any:
+        """Keys of the ``state_dict`` are attributes too, since torch.distributed.checkpoint looks them up as such."""
+        if name in PARTS and isinstance(self.weight, Int8Weight):
+            return getattr(self.weight, PARTS[name])
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.weight
-        assert isinstance(weight, Int8Weight)
-        destination[f"{prefix}weight"] = weight.q
-        destination[f"{prefix}weight_scale"], destination[f"{prefix}weight_zero"] = weight.scale, weight.zero
+        if isinstance(weight, Int8Weight):  # else someone has put a float weight in its place
+            del destination[f"{prefix}weight"]
+            destination.update({f"{prefix}{key}": getattr(weight, part) for key, part in PARTS.items()})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        name, weight = f"{prefix}weight", self.weight
-        assert isinstance(weight, Int8Weight)
-        if state_dict.keys() >= {name, f"{name}_scale", f"{name}_zero"}:
-            q, scale, zero = state_dict[name], state_dict.pop(f"{name}_scale"), state_dict.pop(f"{name}_zero")
-            whole = scale.numel() and q.numel() % scale.numel() == 0
-            if not whole or zero.shape != scale.shape or not scale.is_floating_point():
-                *_, errors = arguments
-                errors.append(
-                    f"{name} has {q.numel()} entries, and {name}_scale is {scale.dtype} of shape {tuple(scale.shape)}, "
-                    f"{name}_zero of shape {tuple(zero.shape)}: every group needs one float scale and one zero"
-                )
-                del state_dict[name]
-            else:
-                group_size = q.numel() // scale.numel()
-                state_dict[name] = Int8Weight(q, scale, zero, group_size, weight.dtype, weight.stochastic_rounding)
-        elif name in state_dict and not state_dict[name].is_floating_point():
-            *_, errors = arguments
-            errors.append(f"{name} is {state_dict.pop(name).dtype}, without the {name}_scale and {name}_zero it needs")
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        if not isinstance(self.weight, Int8Weight):
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+            return
+        name, faults = f"{prefix}weight", len(error_msgs)
+        keys = [key for key in ("weight", *PARTS) if f"{prefix}{key}" in state_dict]
+        found = checked({key: state_dict.pop(f"{prefix}{key}") for key in keys}, prefix, error_msgs)
+        value = self._gathered(found, prefix, bool(local_metadata.get("assign_to_params_buffers")), error_msgs)
+        if value is not None:
+            state_dict[name] = value
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if name in missing_keys:
+            missing_keys.remove(name)
+            if len(error_msgs) == faults:
+                missing_keys.extend(f"{prefix}{key}" for key in PARTS if key not in found)
+
+    def _gathered(self, found: dict[str, Tensor], prefix: str, assign: bool, errors: list[str]) -> Tensor | None:
+        """What the weight is to become; None if the checkpoint's file, and those before it, do not have all of it."""
+        weight = self.weight
+        assert isinstance(weight, Int8Weight)
+        if "weight" in found or not found:
+            self._read = {} if found else self._read
+            value = found.get("weight")
+            if assign and value is not None and not isinstance(value, Int8Weight) and value.shape == weight.shape:
+                value = Int8Weight.of(value, weight.group_size, weight.stochastic_rounding)
+            return value
+        again = self._read.keys() & found.keys()  # another checkpoint has begun
+        self._read = found if again else {**self._read, **found}
+        if self._read.keys() != PARTS.keys():
+            return None
+        value = assembled(self._read, prefix, weight, errors)
+        self._read = {}
+        if value is not None and value.group_size != weight.group_size and not assign:
+            warn(
+                f"the checkpoint's int8 weights have groups of {value.group_size} and the model's {weight.group_size}, "
+                f"so they are rounded once more; quantize_model(group_size={value.group_size}) loads them as they are"
+            )
+        return value
 
     def extra_repr(self) -> str:
-        assert isinstance(self.weight, Int8Weight)
+        if not isinstance(self.weight, Int8Weight):
+            return super().extra_repr()
         return f"{super().extra_repr()}, int8, group_size={self.weight.group_size}"
 
 
 def quantize_model(
     model: nn.Module,
-    target_modules: str | Iterable[str] = ("attn", "mlp"),
+    target_modules: str | Iterable[str] = DEFAULT_TARGETS,
     group_size: int = 128,
     stochastic_rounding: bool = True,
 ) -> nn.Module:
@@ -81,23 +126,30 @@ def quantize_model(
             small updates.
 
     A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
-    that share a weight share the int8 weight. Frozen weights stay frozen.
+    that share a weight share the int8 weight. Frozen weights stay frozen. A second call converts what it names and is
+    not int8 yet.
 
-    Raises ValueError, before anything changes, if no layer matches, if the group size does not divide a weight, or if a
-    weight is shared with something that is not converted.
+    Raises ValueError, before anything changes: if nothing is left that matches; if the group size does not divide a
+    weight; if a layer has more than a weight and a bias of its own, a weight that something computes, holds or updates
+    (pruning, weight norm, a hook, FSDP, accelerate), or values that are not finite; and if a weight is shared with
+    something that is not converted. Warns if the default targets or "all-linear", or modules that ``target_modules``
+    names, leave over a tenth of the matrices in floats, such as fused experts.
 
     >>> model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(256, 64)}))
     >>> model["mlp"].weight
     Int8Weight(shape=(64, 256), dtype=torch.float32, device=cpu, group_size=128)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model needs the model itself, an nn.Module, not {type(model).__name__}")
     targets = Targets(model, target_modules)
-    matching = {id(module) for name, module in _linears(model) if targets.match(name, module)}
-    chosen = {name: module for name, module in _linears(model) if id(module) in matching}  # under each name
+    modules = targeted(model, targets)
+    check_targets(modules)
+    matching = {id(module) for module in modules.values()}
+    named = model.named_modules(remove_duplicate=False)  # a layer under each of its names
+    chosen = {name: module for name, module in named if type(module) is nn.Linear and id(module) in matching}
     if not chosen:
-        raise ValueError(f"target_modules={targets.given!r}: no nn.Linear of the model matches")
-    for name, module in chosen.items():
-        check_group_size(module.weight, group_size, f"{name}.weight")
-    _check_sharing(model, matching)
+        raise ValueError(no_match(model, targets))
+    check_convertible(model, chosen, group_size)
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, Int8Linear] = {}
     for name in list(chosen):
@@ -105,11 +157,13 @@ def quantize_model(
         if id(module) not in layers:
             key = id(module.weight)
             if key not in weights:
-                weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
-                weights[key] = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-                mark_replaced(module.weight, "quantize_model")
+                with torch.inference_mode(False):  # whose tensors no optimizer could update
+                    weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
+                    weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
+    if note := float_note(model, targets):
+        warn(note)
     return model
 
 
@@ -124,49 +178,49 @@ def dequantize_model(model: nn.Module) -> nn.Module:
     """
     named = model.named_modules(remove_duplicate=False)
     names = [name for name, module in named if isinstance(module, Int8Linear)]
+    if "" in names:
+        raise ValueError(
+            "the model is itself an Int8Linear, which cannot be replaced in place; use model.weight.dequantize()"
+        )
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Linear] = {}
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, Int8Linear)
         if id(module) not in layers:
-            key = id(module.weight)
-            if key not in weights:
-                weights[key] = nn.Parameter(module.weight.dequantize(), requires_grad=module.weight.requires_grad)
-                mark_replaced(module.weight, "dequantize_model")
+            old = module.weight
+            if isinstance(old, Int8Weight) and id(old) not in weights:
+                with torch.inference_mode(False):
+                    weights[id(old)] = _in_place_of(old, old.dequantize(), "dequantize_model")
             linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight, linear.bias = weights[key], module.bias
+            linear.weight, linear.bias = weights.get(id(old), old), module.bias
             _take_over(module, linear)
             layers[id(module)] = linear
         _replace(model, name, layers[id(module)])
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
-            yield name, module
+def _in_place_of(old: Tensor, value: Tensor, conversion: str) -> nn.Parameter:
+    """A parameter of ``value`` with the gradient of ``old`` and what its user has set on it."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    new.grad = old.grad
+    ours = {*Int8Weight.__annotations__, "_is_param", REPLACED_BY}
+    vars(new).update({name: each for name, each in vars(old).items() if name not in ours})
+    mark_replaced(old, conversion)
+    return new
 
 
 def _take_over(old: nn.Linear, new: nn.Linear) -> None:
-    """Give ``new`` the mode and the hooks of the layer that it replaces. The hooks' handles can still remove them."""
+    """Give ``new`` the mode, hooks and further attributes of the layer that it replaces. The hooks' handles can still
+    remove them. Not among them: a forward of the old layer itself."""
     new.training = old.training
-    vars(new).update({name: value for name, value in vars(old).items() if "_hook" in name})
+    for name, value in vars(old).items():
+        if ("_hook" in name or name not in vars(new)) and name not in _OF_ONE_LAYER:
+            vars(new)[name] = value
 
 
-def _check_sharing(model: nn.Module, chosen: set[int]) -> None:
-    """Raise ValueError if a weight that is to be converted also belongs to a module that is not."""
-    converted: dict[int, str] = {}
-    others: dict[int, str] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}" if module_name else name
-            (converted if id(module) in chosen and name == "weight" else others)[id(parameter)] = full_name
-    for key in converted.keys() & others.keys():
-        raise ValueError(
-            f"{converted[key]} is shared with {others[key]}, which is not converted; leave it out of target_modules, "
-            "or untie them"
-        )
+# Bound to the layer that had it: replaced forwards of this package, accelerate and ``Module.compile``, and ``_read``.
+_OF_ONE_LAYER = {"forward", "_old_forward", "_hf_hook", "_compiled_call_impl", "_read"}
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:

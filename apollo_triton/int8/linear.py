@@ -16,6 +16,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with an int8 weight: x ``[..., in]`` -> ``[..., out]`` in the dtype of x."""
+    weight.check()
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)

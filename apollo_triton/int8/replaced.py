@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-_MARK = "_apollo_replaced_by"  # an attribute of the old parameter, so that nothing here keeps it alive
+REPLACED_BY = "_apollo_replaced_by"  # an attribute of the old parameter, so that nothing here keeps it alive
 _count = 0
 
 
@@ -12,7 +12,7 @@ def mark_replaced(parameter: Tensor, conversion: str) -> None:
     """Remember that ``conversion`` ("quantize_model") has put another parameter in the place of this one."""
     global _count
     _count += 1
-    setattr(parameter, _MARK, conversion)
+    setattr(parameter, REPLACED_BY, conversion)
 
 
 def count_replaced() -> int:
@@ -22,4 +22,4 @@ def count_replaced() -> int:
 
 def replaced_by(parameter: object) -> str | None:
     """What has replaced ``parameter`` in its model; None if nothing has."""
-    return getattr(parameter, _MARK, None)
+    return getattr(parameter, REPLACED_BY, None)

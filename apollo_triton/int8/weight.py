@@ -10,15 +10,22 @@ the same bits in both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..core.messages import shown
 from ..core.philox import Stream, random_halves
 
+# What an int8 weight can be made of, and stand for. The optimizer trains all of them except for float64.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST_RANGE = 1e-5
+_LARGEST = torch.finfo(torch.float32).max
+# What a scale can be: above 0, and at most a 255th of the range of float32, with 0.4 % for rounding.
+SCALES = torch.finfo(torch.float32).smallest_normal * 2.0**-23, _LARGEST / 127
 # How many elements are dequantised at a time: 4 MB in float32, whatever the weight's size.
 BLOCK_ELEMENTS = 1 << 20
 
@@ -53,8 +60,23 @@ def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
 
 
-# Functions of torch that accept an int8 weight as it is. ``linear.py`` adds its own.
+def lies_within(tensor: Tensor, low: float, high: float) -> bool:
+    """Whether all values are from ``low`` to ``high``, which NaN is not. True where there are no values to look at: on
+    the meta device, in a ``FakeTensorMode``, and in an empty tensor."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or not tensor.numel():
+        return True
+    return all(low <= value.item() <= high for value in torch.aminmax(tensor.detach()))
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all values are finite in float32, as far as there are any."""
+    return lies_within(weight, -_LARGEST, _LARGEST)
+
+
+# Functions of torch that take an int8 weight before autograd sees them, and operations that do after it. ``linear.py``
+# and ``operations.py`` fill them. Everything else is refused.
 FUNCTIONS: dict[Any, Any] = {}
+OPERATIONS: dict[Any, Any] = {}
 
 
 class Int8Weight(Tensor):
@@ -125,15 +147,51 @@ class Int8Weight(Tensor):
             result.assign(weight)
         return result
 
+    def check(self) -> None:
+        """Raise ValueError unless the parts suit each other. Kernels take their addresses and sizes as they are, so
+        this comes before each use: a part may have been set by hand, or come out of a pickle."""
+        if self.dim() != 2 or self.dtype not in FLOATS:
+            raise ValueError(f"{self} has to stand for a matrix of floats")
+        for name, dtype in (("q", torch.uint8), ("scale", torch.float32), ("zero", torch.uint8)):
+            part: Any = vars(self).get(name)
+            shape = self.shape if name == "q" else (self.shape.numel() // self.group_size,)
+            is_tensor = isinstance(part, Tensor) and part.layout == torch.strided
+            fits = is_tensor and (part.dtype, part.shape, part.device) == (dtype, shape, self.device)
+            if not (fits and part.is_contiguous()):
+                strides = f" with strides {part.stride()}, on {part.device}" if is_tensor else ""
+                raise ValueError(
+                    f"{self} needs a contiguous {name} of {dtype}, of shape {tuple(shape)} and on {self.device}; it is "
+                    f"{shown(part)}{strides}"
+                )
+
+    def __setstate__(self, state: Any) -> None:
+        """What ``pickle`` and ``torch.load`` call. Raises ValueError if the fields are not those of an int8 weight."""
+        fields = state[0] if isinstance(state, tuple) and state else state
+        names = {"q", "scale", "zero", "group_size", "stochastic_rounding"}
+        if not isinstance(fields, dict) or not fields.keys() >= names:
+            raise ValueError(f"a pickled int8 weight needs the fields {sorted(names)}; it has {shown(fields)}")
+        group_size = fields["group_size"]
+        if type(group_size) is not int or group_size < 1 or self.shape.numel() % group_size:
+            raise ValueError(
+                f"a pickled int8 weight of shape {tuple(self.shape)} has group_size={shown(group_size)}, which does "
+                "not divide its elements"
+            )
+        vars(self).update(fields)
+        Int8Weight.check(self)
+        if not lies_within(self.scale, *SCALES):
+            raise ValueError(f"the scales of the pickled {self} are not all finite and above 0")
+
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes in memory, including scales and zero points."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
-    def blocks(self, elements: int | None = None) -> Iterator[slice]:
-        """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``)."""
+    def blocks(self, elements: int | None = None, group_size: int | None = None) -> Iterator[slice]:
+        """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``).
+        ``group_size`` is the weight's own by default."""
         rows, columns = self.shape
-        whole = self.group_size // math.gcd(columns, self.group_size)
+        group_size = group_size or self.group_size
+        whole = group_size // math.gcd(columns, group_size)
         step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
@@ -169,7 +227,12 @@ class Int8Weight(Tensor):
         return slice(rows.start * columns // self.group_size, rows.stop * columns // self.group_size)
 
     def assign(self, weight: Tensor) -> None:
-        """Take the values of a float tensor of the same shape, rounded to the nearest."""
+        """Take the values of a float tensor of the same shape, rounded to the nearest. Raises ValueError, before
+        anything changes, if a value is not finite: its whole group would be lost."""
+        if weight.is_complex():
+            raise ValueError(f"an int8 weight cannot take {weight.dtype} values; use their real part")
+        if not is_finite(weight):
+            raise ValueError(f"an int8 weight of shape {tuple(self.shape)} cannot take values that are NaN or infinite")
         for rows in self.blocks():
             self.store(rows, weight[rows].detach().to(self.q.device, torch.float32))
 
@@ -198,7 +261,8 @@ class Int8Weight(Tensor):
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Int8Weight:
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
 
-    def _with(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
+    def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
+        """An int8 weight of what ``change`` makes of each part."""
         q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
         return Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
 
@@ -207,22 +271,26 @@ class Int8Weight(Tensor):
         handler = FUNCTIONS.get(function)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        return super().__torch_function__(function, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():  # Tensor's own would call the floats of zeros_like int8 weights
+            return function(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        handler = _OPERATIONS.get(function)
+        handler = OPERATIONS.get(function)
         if handler is None:
-            raise _refusal(function)
+            raise refusal(function)
         return handler(*args, **(kwargs or {}))
 
 
 def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> None:
     """Raise ValueError unless ``weight`` is a float matrix that ``group_size`` divides."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of float matrices")
+    if weight.dim() != 2 or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of matrices of "
+            + ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        )
     if not isinstance(group_size, int) or group_size < 1 or weight.numel() % group_size:
         raise ValueError(
             f"group_size={group_size!r} does not divide the {weight.numel()} elements of {name}, of shape "
@@ -230,65 +298,9 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
         )
 
 
-def _refusal(function: Any) -> NotImplementedError:
+def refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
         "weight.dequantize() first. FSDP2 and tensor parallel shard no int8 weights: train float ones there; "
         "DistributedDataParallel needs init_sync=False, and the same weights on every rank"
     )
-
-
-def _view(weight: Int8Weight, size: Sequence[int]) -> Int8Weight:
-    """A view, of the same shape only: ``swap_tensors`` makes one to find the gradient's node."""
-    if tuple(size) != tuple(weight.shape):
-        raise _refusal(_aten.view.default)
-    return weight._with(lambda part: part)
-
-
-def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Int8Weight:
-    """A copy on another device. Another ``dtype`` is that of activations and gradients only, and costs nothing."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise NotImplementedError(f"an int8 weight stands for floats, and cannot be {dtype}; take its q instead")
-    place = {name: value for name, value in options.items() if name in ("device", "non_blocking")}
-    return weight._with(lambda part: part.to(copy=True, **place), dtype)
-
-
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if not isinstance(target, Int8Weight):
-        return target.copy_(source.dequantize(), non_blocking)
-    if not isinstance(source, Int8Weight) or source.group_size != target.group_size:
-        target.assign(source.dequantize() if isinstance(source, Int8Weight) else source.expand(target.shape))
-        return target
-    for name in ("q", "scale", "zero"):
-        getattr(target, name).copy_(getattr(source, name), non_blocking)
-    return target
-
-
-def _like(make: Any) -> Any:
-    """``zeros_like`` and similar functions make float tensors, for gradients and moments."""
-
-    def make_like(weight: Int8Weight, *values: Any, memory_format: Any = None, **options: Any) -> Tensor:
-        chosen = {name: value for name, value in options.items() if value is not None}
-        return make(weight.shape, *values, **{"dtype": weight.dtype, "device": weight.device} | chosen)
-
-    return make_like
-
-
-def _empty_like(weight: Int8Weight, *, device: torch.device | None = None, **options: Any) -> Int8Weight:
-    """An int8 weight without values, as ``nn.Module.to_empty`` needs it."""
-    return weight._with(lambda part: torch.empty_like(part, device=device))
-
-
-_aten = torch.ops.aten
-_OPERATIONS: dict[Any, Any] = {
-    _aten.detach.default: lambda weight: weight._with(lambda part: part.detach()),
-    _aten.alias.default: lambda weight: weight._with(lambda part: part),
-    _aten.view.default: _view,
-    _aten.clone.default: lambda weight, memory_format=None: weight._with(lambda part: part.clone()),
-    _aten._to_copy.default: _to_copy,
-    _aten.copy_.default: _copy,
-    _aten.empty_like.default: _empty_like,
-    _aten.zeros_like.default: _like(torch.zeros),
-    _aten.ones_like.default: _like(torch.ones),
-    _aten.full_like.default: _like(torch.full),
-}

@@ -7,9 +7,10 @@ is its name in the functions that are running when they call ``step()``, and the
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from operator import attrgetter
 from types import FrameType
+
+import torch
 
 # PyTorch's, and the methods of Accelerate, Fabric and Lightning.
 _CLIPPING = {"clip_grad_norm_", "clip_grads_with_norm_", "clip_gradients"}
@@ -22,9 +23,10 @@ _OPTIONS = {
 _NOT_THE_USERS = {*_OPTIONS, "accelerate", "torch", "apollo_triton"}
 
 
+@torch._disable_dynamo  # it would warn of sys._getframe
 def useless_clipping() -> str | None:
     """What the functions that are running clip gradients by, and what to do instead; None if nothing is seen."""
-    frames = [*_frames()]
+    frames = _callers()
     for package, (option, call, off) in _OPTIONS.items():
         value = _option(frames, package, option)
         if value:
@@ -38,12 +40,15 @@ def useless_clipping() -> str | None:
     return None
 
 
-def _frames() -> Iterator[FrameType]:
-    """The functions that are running, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+def _callers() -> list[FrameType]:
+    """The functions that are running, the innermost first, without the one that asks: its frame holds the list, and the
+    two would keep all of them, with what their variables hold, until the garbage collector runs."""
+    frames: list[FrameType] = []
+    frame = sys._getframe(1).f_back
     while frame is not None:
-        yield frame
+        frames.append(frame)
         frame = frame.f_back
+    return frames
 
 
 def _package(frame: FrameType) -> str:

@@ -22,7 +22,7 @@ from ..core.messages import warn
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
-from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
+from .checks import check_group, check_groups, check_layers, check_model, check_parameter, naming, twice
 from .clipping import useless_clipping
 from .linear import LinearForward, layers_of
 
@@ -38,7 +38,8 @@ def attach_layerwise(
     The training loop stays as it is and so do its results, bit for bit: ``optimizer.step()`` updates what still has a
     gradient and ends the step. A parameter that is added or unfrozen later is updated by ``step()`` once, and by its
     hook from then on. All but the last backward of a step go into ``with handle.accumulate():``. Learning rates are
-    read during backward, so set them before it.
+    read during backward, so set them before it. ``clip_grad_norm_`` finds no gradients and does nothing. A warning says
+    so at the first ``step()`` if it is in sight.
 
     Args:
         model: the whole model that the optimizer trains.
@@ -162,7 +163,7 @@ class Layerwise:
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates everything. May be called again."""
-        for parameter in [*self._hooks]:
+        for parameter in {*self._hooks, *self._engines}:
             self._take_away(parameter)
         for layer in self._layers:
             if self._has(layer):
@@ -181,7 +182,8 @@ class Layerwise:
 
     def _take_away(self, parameter: Tensor) -> None:
         """Drop the hook and the engine of ``parameter``. The optimizer's own engine takes over the count of skips."""
-        self._hooks.pop(parameter).remove()
+        if (hook := self._hooks.pop(parameter, None)) is not None:
+            hook.remove()
         engine, optimizer = self._engines.pop(parameter, None), self._reference()
         if engine is not None and optimizer is not None:
             optimizer._engine.take_over(engine)
@@ -244,7 +246,7 @@ class Layerwise:
 
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
-        for parameter in self._hooks.keys() - params.keys():
+        for parameter in {*self._hooks, *self._engines} - params.keys():
             self._take_away(parameter)
         self._params = params
         held = {layer: weight() for layer, weight in self._layers.items()}
@@ -325,7 +327,7 @@ class Layerwise:
         if engine is None:
             engine = self._engines[parameter] = Engine(optimizer._caches, param.group, param.index)
         group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
-        with _naming(param):
+        with naming(param):
             engine.run([group], optimizer.state, given=given)
         # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
         torch.autograd.graph.increment_version(parameter)
@@ -350,14 +352,3 @@ def _check_others(optimizer: APOLLOAdamW) -> None:
                 f"{param} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
                 "on the handle that attach_layerwise returned for it"
             )
-
-
-@contextmanager
-def _naming(param: Param) -> Iterator[None]:
-    """Errors begin with the parameter, unless they name it already."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if str(param) in str(error):
-            raise
-        raise type(error)(f"{param}: {error}") from error

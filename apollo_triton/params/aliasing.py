@@ -53,7 +53,7 @@ def _memory_of(parameter: Tensor) -> list[Tensor]:
     """What an update writes of a parameter on this rank."""
     tensor = local(parameter)
     parts = (tensor.q, tensor.scale, tensor.zero) if isinstance(tensor, Int8Weight) else (tensor,)
-    return [part for part in parts if part.layout == torch.strided]
+    return [part for part in parts if isinstance(part, Tensor) and part.layout == torch.strided]
 
 
 def address(tensor: Tensor) -> int:

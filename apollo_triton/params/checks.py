@@ -78,6 +78,11 @@ def check_parameter(param: Param, settings: Settings) -> None:
         )
     if trained:
         check_elements(param)
+    if isinstance(parameter, Int8Weight):
+        try:
+            parameter.check()
+        except ValueError as error:
+            raise ValueError(f"{param}: {error}") from None
     if isinstance(parameter, Int8Weight) and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "

@@ -9,12 +9,16 @@ import urllib.request
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..core.extras import require
+from ..core.messages import shown, warn
+from .bounds import TooLarge, bounded
+from .model_config import checked, read_config
 
 
 @cache
@@ -36,13 +40,13 @@ def named_sizes() -> tuple[str, ...]:
     return tuple(paper_figures()["llama"])
 
 
-def default_rank(model: str) -> int:
-    """APOLLO's rank for ``model``, as in the paper: a quarter of the hidden size for 60M to 1B, else 256.
+def default_rank(model: str, width: int = 1024) -> int:
+    """APOLLO's rank: as in the paper for a named size, else a quarter of the model's width, at most 256.
 
-    >>> default_rank("1B"), default_rank("7B"), default_rank("config.json")
-    (512, 256, 256)
+    >>> default_rank("1B"), default_rank("7B"), default_rank("config.json", 128)
+    (512, 256, 32)
     """
-    return paper_figures()["rank"].get(model.upper(), 256)
+    return paper_figures()["rank"].get(model.upper(), max(1, min(256, width // 4)))
 
 
 def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -53,24 +57,29 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
             of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
         dtype: the dtype of the weights.
 
-    A named size is the paper's LLaMA, whose output head does not share the embedding's weight.
+    A named size is the paper's LLaMA, whose output head does not share the embedding's weight. A config is data: no
+    code of its folder or of the hub runs, no kernel is fetched, and what it says of dtypes and quantization is ignored.
 
-    Raises ValueError for a name that is none of these, and for a config that no model class fits. Raises OSError for a
-    config that cannot be read or fetched.
+    Raises ValueError for a name that is none of these, for a config that no model class fits, and for sizes out of all
+    reason. Raises OSError for a config that cannot be read or fetched. Warns of code that a config names, since the
+    model is then transformers' own and may be another.
 
     >>> model = meta_model("60M")  # doctest: +SKIP
     >>> sum(parameter.numel() for parameter in model.parameters())  # doctest: +SKIP
     58073600
     """
     transformers = require("transformers", "demo")
-    if model.upper() in named_sizes():
-        config = _llama_config(transformers, model.upper())
-    else:
-        config = _loaded_config(transformers, model)
+    named = model.upper() in named_sizes()
+    path = None if named else _config_path(model)
     # Import it here: under torch.device("meta") torch 2.6 cannot import what this imports.
     require("transformers.modeling_utils", "demo")
-    with torch.device("meta"):
-        return _from_config(transformers, config, model).to(dtype)
+    with bounded(repr(model)):
+        if path is None:
+            config = _llama_config(transformers, model.upper())
+        else:
+            config = _loaded_config(transformers, path, model)
+        with torch.device("meta"):
+            return _from_config(transformers, config, model).to(dtype)
 
 
 def _llama_config(transformers: Any, size: str) -> Any:
@@ -85,29 +94,52 @@ def _llama_config(transformers: Any, size: str) -> Any:
     )
 
 
-def _loaded_config(transformers: Any, model: str) -> Any:
-    is_path = Path(model).exists()
-    if not is_path and "/" not in model and not model.endswith(".json"):
+def _config_path(model: str) -> Path:
+    """Where the config of ``model`` lies. That of a hub model is fetched, and nothing else of it."""
+    path = Path(model)
+    if path.exists():
+        return path
+    if "/" not in model and not model.endswith(".json"):
         raise ValueError(
             f"unknown model {model!r} (allowed: {', '.join(named_sizes())}, the path of a config.json or of "
             "the directory that holds one, or a Hugging Face hub id 'owner/name')"
         )
-    if not is_path and (model.endswith(".json") or model.startswith((".", "/", "~"))):
+    if model.endswith(".json") or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no {model!r}; give a config.json or the directory that holds one")
-    only_cached = not is_path and not _hub_answers()
+    hub = require("huggingface_hub", "demo")
     try:
-        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=only_cached)
-    except ImportError:
-        raise
-    except (
-        Exception
-    ) as error:  # its type depends on the value: huggingface_hub's errors, ZeroDivisionError, TypeError...
-        if is_path:
-            raise ValueError(f"{model!r} is not a config that transformers can read: {_first_line(error)}") from error
+        return Path(hub.hf_hub_download(model, "config.json", local_files_only=not _hub_answers()))
+    except Exception as error:  # huggingface_hub's errors are of many kinds
         raise OSError(
             f"the config of {model!r} could not be fetched from the Hugging Face hub ({_first_line(error)}); "
             "without a network, give the path of its config.json"
         ) from error
+
+
+def _loaded_config(transformers: Any, path: Path, model: str) -> Any:
+    """transformers' config of a file, of which it sees nothing but what ``model_config`` lets through."""
+    content, ignored = checked(read_config(path), model)
+    own_code = any(name.rpartition(".")[2] == "auto_map" for name in ignored)
+    kind = shown(content["model_type"])
+    auto = require("transformers.models.auto.configuration_auto", "demo")
+    if content["model_type"] not in auto.CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"{model!r}: transformers {transformers.__version__} has no model_type {kind}"
+            + ("; the code that its config names (auto_map) is never run here" if own_code else "")
+        )
+    if own_code:
+        warn(f"{model!r} names code of its own (auto_map), which is not run: the model is transformers' own {kind}")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except TooLarge:
+            raise
+        except Exception as error:  # its type depends on the value: ZeroDivisionError, TypeError...
+            reason = _first_line(error).replace(folder, model)
+            raise ValueError(f"{model!r} is not a config that transformers can read: {reason}") from error
+    config.name_or_path = model
+    return config
 
 
 @cache
@@ -131,9 +163,11 @@ def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
     """The config's language model with its head or, for other kinds of models, the model without a head."""
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         try:
-            return auto.from_config(config)
-        except ImportError:
+            return auto.from_config(config, trust_remote_code=False)
+        except TooLarge:
             raise
+        except ImportError as error:  # a library of this model alone
+            raise ModuleNotFoundError(f"{model!r}: {_first_line(error)}") from error
         except Exception as error:  # its type depends on the value: torch raises RuntimeError for a negative size
             problem = error
     raise ValueError(
@@ -142,6 +176,9 @@ def _from_config(transformers: Any, config: Any, model: str) -> nn.Module:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of one of transformers' long errors, and the second if the first ends in a colon."""
+    """The first line of one of transformers' long errors, and the second if the first ends in a colon. At most 300
+    characters, and none that a terminal would obey, because the text may hold any value of a config."""
     first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    line = f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:300])
+    return line if len(line) < 300 else f"{line[:300]}..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.extras import require
+from ..core.files import replaced
 
 # A colour and a marker for each method, the same in every picture. The first eight colours are Okabe and Ito's, with
 # grey for their yellow. For colour-blind readers any two of the twelve are at least 17 apart in Lab.
@@ -98,11 +98,10 @@ def picture(path: Path, title: str, about: str, height: float, **subplots: Any) 
         figure.text(0.008, 1 - 0.07 / height, title, weight="bold", size=11, va="top")
         figure.text(0.008, 1 - 0.3 / height, "\n".join(lines), color="#555555", size=9, va="top")
         yield figure, axes
-        unfinished = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(unfinished, format="png")
+        with replaced(path) as unfinished:
+            figure.savefig(unfinished, format="png")
         pyplot.close(figure)
-    os.replace(unfinished, path)
 
 
 def draw_curve(axes: Any, x: Sequence[float], y: Sequence[float], shift: float = 0, **style: Any) -> Any:

@@ -21,6 +21,8 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from apollo_triton.tools.checkpoints import first_line
+
 from .hub import hub_answers
 
 BYTES = "bytes"  # a value of --tokenizer: each byte of the text is a token, and 0 ends a document
@@ -60,6 +62,14 @@ class Packer:
         return {"rest": self.rest, "documents": documents, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        rest = state["rest"]
+        if (
+            not isinstance(rest, Tensor)
+            or rest.dtype != torch.int32
+            or rest.dim() != 1
+            or type(state["epoch"]) is not int
+        ):
+            raise ValueError("the place in the data is none")
         self.rest, self.epoch, self._given = state["rest"], state["epoch"], state["documents"]
         self.documents.load_state_dict(state["documents"])
 
@@ -89,7 +99,17 @@ class Packer:
     def _once(self) -> Iterator[list[str]]:
         """Texts up to the end of the data. When a list is handed out, the stream's place is behind its last text."""
         texts: list[str] = []
-        for document in self.documents:
+        documents = iter(self.documents)
+        while True:
+            try:
+                document = next(documents, None)
+            except Exception as error:  # of any type: a broken file may fail anywhere
+                raise SystemExit(
+                    f"a document of --data or --validation cannot be read ({type(error).__name__}: "
+                    f"{first_line(error)}); mend the file, or leave it out"
+                ) from error
+            if document is None:
+                break
             self._given = None
             text = document.get(self.column)
             if self.column not in document or not isinstance(text, str | None):
@@ -111,7 +131,7 @@ def open_data(options: argparse.Namespace, rank: int, ranks: int) -> tuple[Packe
     """
     for option, name in (("--data", options.data), ("--validation", options.validation)):
         if name is not None and not Path(name).exists() and not hub_answers():
-            raise SystemExit(_unreachable(option, name, "it does not answer"))
+            raise SystemExit(_unreachable(option, name, OSError("it does not answer")))
     encode = load_encode(options.tokenizer, options.vocabulary)
 
     def packer(data: str, split: str, wanted: Callable[[str], bool]) -> Packer:
@@ -138,10 +158,14 @@ def load_encode(tokenizer: str, vocabulary: int) -> Encode:
     if tokenizer == BYTES:
         if vocabulary < 256:
             raise SystemExit(f"--vocabulary {vocabulary} is too small for --tokenizer bytes; use at least 256")
-        return lambda texts: [[*text.encode(), 0] for text in texts]
+        return lambda texts: [[*text.encode(errors="replace"), 0] for text in texts]
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers())
-    except (OSError, ValueError, ImportError) as error:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=not hub_answers(), trust_remote_code=False)
+    except Exception as error:  # of any type: a folder may hold anything
+        if Path(tokenizer).exists():
+            raise SystemExit(
+                f"--tokenizer {tokenizer}: no tokenizer there can be loaded ({first_line(error)}); give another folder"
+            ) from error
         raise SystemExit(_unreachable("--tokenizer", tokenizer, error)) from error
     end = [] if loaded.eos_token_id is None else [loaded.eos_token_id]
     loaded.model_max_length = int(1e9)  # long documents are cut into sequences here, so no warning about their length
@@ -177,7 +201,7 @@ def _documents(data: str, options: argparse.Namespace, split: str) -> IterableDa
     except ValueError as error:  # no such split, or no such config
         if split != "train":
             raise
-        raise SystemExit(f"{option} {data}: {_first_line(error)}") from error
+        raise SystemExit(f"{option} {data}: {first_line(error)}") from error
 
 
 def _local(path: Path, option: str) -> IterableDataset:
@@ -185,6 +209,8 @@ def _local(path: Path, option: str) -> IterableDataset:
 
     In a folder each text file is one document. In a text file that is given by itself each paragraph is one.
     """
+    if not path.is_dir() and not path.is_file():
+        raise SystemExit(f"{option} {path} is a pipe or a device; a file or a folder is needed")
     files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file)) if path.is_dir() else [path]
     kinds = {_kind(file) or "text" for file in files}
     if len(kinds) != 1:
@@ -194,7 +220,10 @@ def _local(path: Path, option: str) -> IterableDataset:
     (kind,) = kinds
     text = {"sample_by": "document" if path.is_dir() else "paragraph", "encoding_errors": "replace"}
     splits = {"train": [str(file) for file in files]}
-    return load_dataset(kind, data_files=splits, split="train", streaming=True, **(text if kind == "text" else {}))
+    try:
+        return load_dataset(kind, data_files=splits, split="train", streaming=True, **(text if kind == "text" else {}))
+    except Exception as error:  # of any type: a broken file may fail anywhere
+        raise SystemExit(f"{option} {path} cannot be read as {kind} ({first_line(error)}); give another") from error
 
 
 def _kind(file: Path) -> str | None:
@@ -206,19 +235,15 @@ def _kind(file: Path) -> str | None:
 
 def _is_held_out(text: str, share: float) -> bool:
     """Whether a document is kept for the evaluation. Only its text decides, so all ranks decide alike."""
-    return zlib.crc32(text.encode()) < share * 2**32
+    return zlib.crc32(text.encode(errors="replace")) < share * 2**32
 
 
-def _unreachable(option: str, name: str, error: object) -> str:
+def _unreachable(option: str, name: str, error: Exception) -> str:
     here = "--data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes"
     if option == "--validation":
         here = f"{option} FILE_OR_FOLDER, or leave it out"
     return (
         f"{option} {name}: there is no such path here, and the Hugging Face hub has not given it "
-        f"({_first_line(error)}).\n"
+        f"({first_line(error)}).\n"
         f"Without a network: {here}"
     )
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0][:150]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from functools import cache
@@ -18,6 +19,6 @@ def hub_answers() -> bool:
         urllib.request.urlopen(ENDPOINT, timeout=20).close()
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: HF_ENDPOINT is no address
         return False
     return True

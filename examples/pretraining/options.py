@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from apollo_triton.core.messages import shown
 from apollo_triton.tools.llama import named_sizes, paper_figures
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -26,7 +27,9 @@ LOGS = ("tensorboard", "wandb")
 def parse_options(description: str | None) -> argparse.Namespace:
     """The config's options, overridden by those of the command line. Wrong options end the program with an error."""
     parser = make_parser(description)
-    given = parser.parse_args()
+    typed = make_parser(description)
+    typed.set_defaults(**dict.fromkeys(vars(typed.parse_args())))
+    given = typed.parse_args()  # None for what is not on the command line
     options = parser.parse_args([*config_as_arguments(parser, given.config), *sys.argv[1:]])
     if options.method == "adamw" and given.lr is None:
         options.lr = ADAMW_LEARNING_RATE
@@ -35,6 +38,7 @@ def parse_options(description: str | None) -> argparse.Namespace:
     if options.data == C4 and options.data_config is None:
         options.data_config = "en"
     check(parser, options)
+    check_effects(parser, options, given)
     return options
 
 
@@ -124,15 +128,17 @@ def config_as_arguments(parser: argparse.ArgumentParser, name: str) -> list[str]
         parser.error(f"--config {name}: there is no such config (known: {', '.join(known_configs())}; or FILE.json)")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         parser.error(f"--config {name}: not JSON: {error}")
+    if not isinstance(config, dict):
+        parser.error(f"--config {name}: it must be a JSON object of options, not {shown(config)}")
     arguments = []
     for key, value in config.items():
         option = f"--{key.replace('_', '-')}"
         if value is True or value is False:
             option = option if value else f"--no-{option[2:]}"
         if option not in parser._option_string_actions:
-            parser.error(f"--config {name}: there is no option {key!r}")
+            parser.error(f"--config {name}: there is no option {shown(key)}")
         arguments += [option] if isinstance(value, bool) else [option, str(value)]
     return arguments
 
@@ -184,3 +190,22 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     for reason, holds in refused.items():
         if holds:
             parser.error(reason)
+
+
+def check_effects(parser: argparse.ArgumentParser, options: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Ends the program with an error if an option of the command line would be ignored."""
+    is_plain, is_low_rank = options.method == "adamw", options.method.endswith("apollo")
+    ignored = {
+        "rank": (not is_low_rank, f"--method {options.method}" + ("" if is_plain else ", whose rank is 1")),
+        "update_proj_gap": (is_plain, "--method adamw, which projects nothing"),
+        "data_config": (Path(options.data).exists(), "a file or a folder, which has no config"),
+        "held_out": (options.validation is not None, "--validation, which is evaluated on instead"),
+        "stochastic_rounding": (
+            given.dtype == "float32" and not is_plain,
+            "--dtype float32, whose weights are not rounded",
+        ),
+    }
+    for name, (has_no_effect, beside) in ignored.items():
+        if has_no_effect and (typed := getattr(given, name)):
+            value = "" if typed is True else f" {typed}"
+            parser.error(f"--{name.replace('_', '-')}{value} has no effect with {beside}; leave it out")

@@ -28,7 +28,11 @@ class Reports:
         self.progress = Progress(*columns, console=console, disable=not shown, expand=True)
         self.bar = self.progress.add_task("", total=steps, completed=first)
         self.progress.start()
-        self.write = _writer(log, folder, first) if self.speaks and log else None
+        try:
+            self.write = _writer(log, folder, first) if self.speaks and log else None
+        except OSError as error:
+            self.progress.stop()
+            raise SystemExit(f"--log {log}: {error}; leave it out, or give another --folder") from error
         self._since = time.perf_counter()
 
     def say(self, text: str) -> None:
@@ -65,8 +69,12 @@ class Reports:
         if self.write is not None:
             self.write(None, {})
         if self.speaks and self.losses:
-            draw(self.folder / "loss.png", method, about, self.losses, self.validation)
-            self.say(f"{self.folder / 'loss.png'} shows the losses")
+            try:
+                draw(self.folder / "loss.png", method, about, self.losses, self.validation)
+            except OSError as error:  # the run itself is saved
+                self.say(f"there is no picture of the losses: {error}")
+            else:
+                self.say(f"{self.folder / 'loss.png'} shows the losses")
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if self.write is not None:

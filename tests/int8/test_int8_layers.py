@@ -12,7 +12,8 @@ from distributed_cases import Collectives, assert_ranks_agree, drawn
 from distributed_harness import run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, dequantize_model, quantize_model
@@ -128,21 +129,6 @@ def test_quantize_model_converts_what_it_is_told_to():
     assert type(model["head"]) is Int8Linear
 
 
-def test_quantize_model_refuses_before_it_changes_anything():
-    model = net()
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=r"group_size=7 does not divide the 960 elements of mlp\.0\.weight"):
-        quantize_model(model, group_size=7)
-    with pytest.raises(ValueError, match=r"no nn\.Linear of the model matches"):
-        quantize_model(model, "attn")
-    model["embedding"] = nn.Embedding(40, 24)
-    model["embedding"].weight = model["mlp"][0].weight
-    with pytest.raises(ValueError, match=r"mlp\.0\.weight is shared with embedding\.weight"):
-        quantize_model(model, group_size=8)
-    del model["embedding"]
-    assert [type(module) for module in model.modules()] == before
-
-
 def test_tied_layers_share_the_int8_weight():
     model = net()
     model["mlp"].append(nn.Tanh()).append(nn.Linear(24, 40))
@@ -173,7 +159,7 @@ def test_copies_moves_and_pickles_keep_every_bit():
     model.to(torch.float32)
     assert model["mlp"][0].weight is weight
     assert (weight.dtype, weight.q.dtype) == (torch.float32, torch.uint8)
-    assert torch.equal(bits(model)["mlp.0.weight"], before["mlp.0.weight"])
+    assert torch.equal(bits(model)["mlp.0.weight_q"], before["mlp.0.weight_q"])
     train(model, optimizer_of(model), range(2))  # an optimizer finds it under its own name still
 
 
@@ -194,9 +180,6 @@ def test_checkpoints_are_plain_tensors(tmp_path):
     float_one = quantize_model(nn.ModuleDict({name: copy.deepcopy(each) for name, each in net().items()}), group_size=8)
     float_one.load_state_dict(net().state_dict())  # a float checkpoint is rounded to the nearest
     assert same(bits(float_one), bits(quantize_model(net(), group_size=8)))
-    broken = {name: value for name, value in model.state_dict().items() if name != "mlp.0.weight_zero"}
-    with pytest.raises(RuntimeError, match=r"mlp\.0\.weight is torch\.uint8, without the mlp\.0\.weight_scale"):
-        quantize_model(net(), group_size=8).load_state_dict(broken, strict=False)
 
 
 def test_a_model_on_the_meta_device_is_filled_without_a_float_copy():
@@ -304,19 +287,37 @@ def test_distributed_data_parallel():
 
 
 def under_fsdp():
+    mesh = init_device_mesh("cpu", (2,))
     model = Wrapper(quantize_model(net(), group_size=8))
     with pytest.raises(NotImplementedError, match="FSDP2 and tensor parallel shard no int8 weights"):
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(model, mesh=mesh)
+    flat = FullyShardedDataParallel(Wrapper(net()), device_id=torch.device("cpu"), use_orig_params=True)
+    wrapped = DistributedDataParallel(Wrapper(net()))
+    tensors = Wrapper(net())
+    tensors.model["mlp"][0].weight = nn.Parameter(distribute_tensor(net()["mlp"][0].weight.detach(), mesh, [Shard(0)]))
+    for sharded, text in (
+        (flat, r"mlp\.0 cannot become int8: FSDP has sharded the model"),
+        (fully_shard(Wrapper(net()), mesh=mesh), r"mlp\.0 cannot become int8: FSDP has sharded the model"),
+        (tensors, r"mlp\.0 cannot become int8: its weight is a DTensor"),
+        (wrapped, r"the model is a DistributedDataParallel, .* before wrapping"),
+    ):
+        before = [type(module) for module in sharded.modules()]
+        with pytest.raises(ValueError, match=text):
+            quantize_model(sharded, group_size=8)
+        assert [type(module) for module in sharded.modules()] == before
     return True
 
 
-def test_fsdp2_is_refused():
-    """Shards made of float copies: the model would silently be a float one."""
+def test_shards_are_refused():
+    """Shards made of float copies: the model would silently be a float one. Shards that are converted: DDP and FSDP
+    would keep the old parameters."""
     assert run(under_fsdp, 2) == [True, True]
 
 
 def test_a_hugging_face_llama_trains(tmp_path):
     transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
     config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                       num_key_value_heads=2, vocab_size=64, max_position_embeddings=32)  # fmt: skip
     torch.manual_seed(0)
@@ -331,12 +332,24 @@ def test_a_hugging_face_llama_trains(tmp_path):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < 0.6 * losses[0]
-    model.save_pretrained(tmp_path)
-    loaded = quantize_model(transformers.LlamaForCausalLM(config), group_size=32)
-    from safetensors.torch import load_file
 
-    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    # from_pretrained of a float model took the codes for weights. It is handed on as docs/int8.md shows.
+    model.save_pretrained(tmp_path / "int8", max_shard_size="5KB")
+    _, found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "int8", output_loading_info=True)
+    int8_names = {name for name, weight in model.named_parameters() if isinstance(weight, Int8Weight)}
+    assert len(int8_names) == 14
+    assert set(found["missing_keys"]) == int8_names
+    loaded = quantize_model(transformers.LlamaForCausalLM(config), group_size=32)
+    files = sorted((tmp_path / "int8").glob("*.safetensors"))
+    assert len(files) > 4
+    for file in files:
+        loaded.load_state_dict(load_file(file), strict=False)
     assert same(bits(loaded), bits(model))
+    dequantize_model(loaded).save_pretrained(tmp_path / "float")
+    handed, found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "float", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    torch.testing.assert_close(handed(tokens).logits, loaded.eval()(tokens).logits)
 
 
 def test_a_float_checkpoint_streams_into_an_int8_model(tmp_path):
@@ -379,14 +392,3 @@ def test_a_layer_of_two_names_stays_one_and_keeps_its_hooks():
     handle.remove()
     model["mlp"](torch.ones(2, 16, requires_grad=True)).sum().backward()
     assert calls == ["forward"]
-
-
-@pytest.mark.parametrize("spoil", [lambda scale: scale[:3], lambda scale: scale[:0], lambda scale: scale.int()])
-def test_a_mutilated_scale_is_refused(spoil):
-    model = quantize_model(net(), group_size=8)
-    before = bits(model)
-    saved = {name: value.clone() for name, value in model.state_dict().items()}
-    saved["mlp.0.weight_scale"] = spoil(saved["mlp.0.weight_scale"])
-    with pytest.raises(RuntimeError, match=r"mlp\.0\.weight has 960 entries, and mlp\.0\.weight_scale is "):
-        model.load_state_dict(saved, strict=False)
-    assert same(bits(model), before)

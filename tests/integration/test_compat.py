@@ -110,6 +110,83 @@ def test_a_script(tmp_path: Path) -> None:
     assert found == "['--a', 'b'] __main__ 7\n"
 
 
+WHICH = "import importlib.util as u; print(u.find_spec('apollo_torch').origin)"
+OTHERS = {"folder": "apollo_torch/__init__.py", "file": "apollo_torch.py", "empty": "apollo_torch/README"}
+
+
+def place(folder: Path, other: str) -> None:
+    path = folder / OTHERS[other]
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("")
+
+
+@pytest.mark.parametrize("other", ["folder", "file"])
+@pytest.mark.parametrize("way", ["script", "link", "module", "launcher", "launched module"])
+def test_one_that_python_finds_first_is_not_used_in_silence(way: str, other: str, tmp_path: Path) -> None:
+    """A copy of the official package beside the script, or in the current folder with -m: it would be used, while the
+    output says that an installed one is not."""
+    place(tmp_path / "own", other)
+    script = tmp_path / "own" / "train.py"
+    script.write_text(WHICH)
+    link = tmp_path / "link.py"
+    link.symlink_to(script)
+    launcher = tmp_path / "launch"
+    launcher.write_text("#!/bin/sh\n")
+    launcher.chmod(0o755)
+    arguments = {
+        "script": [str(script)],
+        "link": [str(link)],
+        "module": ["-m", "train"],
+        "launcher": ["launch", "--nproc", "2", str(script)],
+        "launched module": ["launch", "-m", "train"],
+    }[way]
+    found = run_program(
+        "-m", "apollo_triton.compat", *arguments, cwd=tmp_path / "own", PATH=f"{tmp_path}{os.pathsep}{os.defpath}"
+    )
+    assert found.returncode == 2
+    assert f"Python would use the apollo_torch in {tmp_path / 'own'}, and not apollo_triton" in found.stderr
+    assert not found.stdout
+
+
+def test_a_folder_without_a_package_changes_nothing(tmp_path: Path) -> None:
+    """A folder of results called apollo_torch, which Python does not import while there is a package."""
+    place(tmp_path, "empty")
+    (tmp_path / "train.py").write_text(WHICH)
+    found = run_program("-m", "apollo_triton.compat", "train.py", cwd=tmp_path)
+    assert found.returncode == 0
+    assert "stand_in" in found.stdout
+    assert str(tmp_path) not in found.stderr
+
+
+def test_in_the_process_itself_it_stays_unused_and_is_named(tmp_path: Path) -> None:
+    place(tmp_path, "folder")
+    script = tmp_path / "train.py"
+    script.write_text(f"import apollo_triton.compat as c\nc.as_apollo_torch()\nc.as_apollo_torch()\n{WHICH}")
+    for environment in ({}, {"PYTHONPATH": os.pathsep.join([redirect._FOLDER, str(ROOT)])}):  # here, and inherited
+        found = run_program(str(script), **environment)
+        assert "stand_in" in found.stdout, found.stderr
+        assert found.stderr.count("UserWarning: ") == 1
+        assert f"train.py:2: UserWarning: the apollo_torch in {tmp_path} stays unused here" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("tool", "the command"), ("./tool", "the file"), ("tool.py", "the file"), ("only", "the file")]
+)
+def test_a_file_with_the_name_of_a_command(name: str, runs: str, tmp_path: Path) -> None:
+    """A file called torchrun in the current folder, run by Python in place of the command."""
+    commands, here = tmp_path / "commands", tmp_path / "here"
+    commands.mkdir()
+    here.mkdir()
+    for each in ("tool", "tool.py"):
+        (commands / each).write_text("#!/bin/sh\necho the command")
+        (commands / each).chmod(0o755)
+    for each in ("tool", "tool.py", "only"):
+        (here / each).write_text("print('the file')")
+    path = f"{commands}{os.pathsep}{os.defpath}"
+    found = run_program("-m", "apollo_triton.compat", name, cwd=here, PATH=path)
+    assert found.stdout == f"{runs}\n", found.stderr
+
+
 def test_what_takes_the_place_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import ROOT
 from recipe_cases import Run, assert_same_bits
 
 pytest.importorskip("transformers")
@@ -26,7 +29,7 @@ def questions(texts: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("method", "rank", "scale", "batch"),
-    [pytest.param("apollo", 32, 1.0, 16, marks=pytest.mark.full), ("mini", 1, 64.0, 32)],
+    [pytest.param("apollo", 32, 1.0, 16, marks=pytest.mark.full), ("mini", 1, 128.0, 32)],
 )
 def test_fine_tuning(
     method: str, rank: int, scale: float, batch: int, questions: Path, tiny_model: Path, run: Run, monkeypatch: Any
@@ -49,9 +52,12 @@ def test_fine_tuning(
 
     monkeypatch.setattr(transformers, "Trainer", Kept)
     same = [f"--model={tiny_model}", "--data=questions.json", f"--method={method}", "--lr=3e-3", "--save-every=4"]
-    same += ["--scale=64"] if method == "mini" else []  # 128 is what Mini has anyway
     begun = run(*same, "--folder=whole", "--resume", name="finetune_sft")
     assert "--resume: --folder whole holds no checkpoint, so this begins at step 1" in begun
+    # Of the model of the fixture: 64 x 64 three times, 64 x 128 twice; and o_proj, gate_proj, 2 x 257 x 64, 3 norms.
+    assert f"trained: {3 * 64**2 + 2 * 64 * 128:,} parameters of q_proj, k_proj, v_proj, up_proj, down_proj" in begun
+    frozen = "embed_tokens, gate_proj, input_layernorm, lm_head, norm, o_proj, post_attention_layernorm"
+    assert f"frozen: {64**2 + 64 * 128 + 2 * 257 * 64 + 3 * 64:,} parameters of {frozen}" in begun
     (trainer,) = trainers
     low_rank = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
     (group,) = (group for group in low_rank.param_groups if "rank" in group)
@@ -79,11 +85,12 @@ def test_fine_tuning(
 
 
 BAD_DATA = {
-    "has too few examples, 1; 2 are needed at least": '[{"instruction": "1 + 1?", "output": "2"}]',
-    "cannot be read as json, or has no examples": "[]",
-    "bad.json cannot be read as json": "",
-    "--data bad.json cannot be read": "instructions {",
-    "the instruction of example 2 is None, not a text": (
+    "2 examples are needed at least, since one is held out": '[{"instruction": "1 + 1?", "output": "2"}]',
+    "with an instruction and an output": '[{"question": "1 + 1?"}, {"question": "1 + 2?"}]',
+    "--data bad.json: ": "[]",
+    "--data bad.json: --data cannot be read as json, or has no examples": "",
+    "--data cannot be read as json": "instructions {",
+    "instruction or output of example 2 is not a text": (
         '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": null, "output": "2"}]'
     ),
 }
@@ -92,16 +99,18 @@ BAD_DATA = {
 @pytest.mark.parametrize("message", BAD_DATA)
 def test_data_that_cannot_be_fine_tuned_on(message: str, questions: Path, tiny_model: Path, run: Run) -> None:
     Path("bad.json").write_text(BAD_DATA[message])
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as error:
         run(f"--model={tiny_model}", "--data=bad.json", name="finetune_sft")
+    assert "\n" not in str(error.value)
 
 
 BAD_TUNING = {
-    "argument --batch: at least 1 is needed, not 0": ["--batch=0"],
-    "argument --lr: a finite number, 0 or more, is needed, not -1": ["--lr=-1"],
-    "--rank 500, --target-modules: ": ["--rank=500"],
-    "no weight matches": ["--target-modules", "nope"],
-    "this folder holds no tokenizer that can be loaded": ["--model=bare"],
+    "--save-every 0 must be at least 1": ["--save-every=0"],
+    "--rank 8 is for --method apollo; Mini has rank 1": ["--rank=8", "--method=mini"],
+    "Invalid learning rate": ["--lr=-1"],
+    "narrower than rank 500": ["--rank=500"],
+    "--model bare, --data": ["--model=bare"],
+    "--data is no file": ["--data=pipe"],
 }
 
 
@@ -111,6 +120,27 @@ def test_wrong_options_of_fine_tuning(
 ) -> None:
     Path("bare").mkdir()
     (Path("bare") / "config.json").write_text((tiny_model / "config.json").read_text())
+    os.mkfifo("pipe")
     with pytest.raises(SystemExit) as error:
         run(f"--model={tiny_model}", "--data=questions.json", *BAD_TUNING[message], name="finetune_sft")
     assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_a_number_of_processes_that_cannot_share_a_step(
+    questions: Path, tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes with 12 sequences a step, where 16 are asked for."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit):
+        run(f"--model={tiny_model}", "--data=questions.json", name="finetune_sft")
+    assert "BATCH 16 a multiple of 12" in capsys.readouterr().err
+
+
+def test_the_file_needs_no_other_of_the_repository() -> None:
+    """A copy of the one file, as its readers take it, that imports from a folder which they have not."""
+    examples = ROOT / "examples"
+    tree = ast.parse((examples / "finetune_sft.py").read_text())
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {"apollo_triton", "transformers"} <= modules
+    assert not {name.partition(".")[0] for name in modules} & {path.stem for path in examples.iterdir()}

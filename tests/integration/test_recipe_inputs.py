@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,22 @@ def test_packing_loses_and_repeats_no_token(
             assert packer.epoch <= len(found) // len(own) + 1
 
 
+def test_a_document_that_cannot_be_read() -> None:
+    """A file whose end is broken, which shows in the middle of the training: a traceback of a library's."""
+
+    def documents() -> Iterator[dict[str, str]]:
+        yield {"text": "one"}
+        raise EOFError("Compressed file ended\n\x1b[2J")
+
+    def open_documents() -> Any:
+        return datasets.IterableDataset.from_generator(documents)
+
+    packer = data.Packer(open_documents, data.load_encode("bytes", 256), lambda text: True, "text")
+    with pytest.raises(SystemExit, match=r"a document of --data or --validation cannot be read \(EOFError") as error:
+        packer.take(1, 99)
+    assert str(error.value).isprintable()
+
+
 def namespace(**changed: Any) -> Namespace:
     own = {"data": "texts.jsonl", "data_config": None, "text_column": "text", "validation": None, "held_out": 0.05}
     return Namespace(**(own | {"tokenizer": "bytes", "vocabulary": 256, "evaluate_every": 1} | changed))
@@ -155,6 +172,28 @@ WRONG = {
     "--shrink 1000 does not leave": ["--config=60m", "--shrink=1000"],
     "invalid choice: '2B'": ["--config=own.json"],
     "there is no option 'learning_rate'": ["--config=other.json"],
+    "--config list.json: it must be a JSON object of options, not [1]": ["--config=list.json"],
+    "--rank 64 has no effect with --method mini, whose rank is 1; leave it out": [
+        "--config=60m",
+        "--method=mini",
+        "--rank=64",
+    ],
+    "--update-proj-gap 50 has no effect with --method adamw": [
+        "--config=60m",
+        "--method=adamw",
+        "--update-proj-gap=50",
+    ],
+    "--data-config en has no effect with a file or a folder": [
+        "--config=60m",
+        "--data=own.json",
+        "--data-config=en",
+    ],
+    "--held-out 0.1 has no effect with --validation": ["--config=60m", "--held-out=0.1", "--validation=own.json"],
+    "--stochastic-rounding has no effect with --dtype float32": [
+        "--config=60m",
+        "--dtype=float32",
+        "--stochastic-rounding",
+    ],
 }
 
 
@@ -163,6 +202,7 @@ def test_wrong_options(message: str, texts: Path, monkeypatch: pytest.MonkeyPatc
     """A config that is not checked as the command line is; a combination that fails in the middle of a run."""
     Path("own.json").write_text('{"model": "2B", "lr": 0.01, "steps": 5}')
     Path("other.json").write_text('{"model": "60M", "learning_rate": 0.01}')
+    Path("list.json").write_text("[1]")
     with pytest.raises(SystemExit):
         options_of(monkeypatch, *WRONG[message])
     assert message in " ".join(capsys.readouterr().err.split())
@@ -176,12 +216,19 @@ LATER = {
     "--vocabulary 10 is too small for --tokenizer bytes; use at least 256": ["--vocabulary=10"],
     "--folder texts.jsonl: File exists; give a folder": ["--folder=texts.jsonl"],
     "--validation pictures: a folder of one kind of files is needed, this has none": ["--validation=pictures"],
+    "--data pipe is a pipe or a device; a file or a folder is needed": ["--data=pipe"],
+    "--data broken.parquet cannot be read as parquet": ["--data=broken.parquet"],
+    "--data broken.jsonl cannot be read as json": ["--data=broken.jsonl"],
+    "--tokenizer pictures: no tokenizer there can be loaded": ["--tokenizer=pictures"],
 }
 
 
 @pytest.mark.parametrize("message", LATER)
 def test_what_the_data_do_not_allow(message: str, run: Run) -> None:
     Path("pictures").mkdir()
+    os.mkfifo("pipe")
+    Path("broken.parquet").write_bytes(b"PAR1 and no more")
+    Path("broken.jsonl").write_text('{"text": "one"}\n{"text": [')
     with pytest.raises(SystemExit, match=re.escape(message)):
         run("--config=60m", "--data=texts.jsonl", "--steps=2", *SMALL, "--folder=run", *LATER[message])
 
@@ -230,11 +277,38 @@ def test_fsdp2_pretrain_says_how_it_is_started(run: Run, monkeypatch: pytest.Mon
         run("--folder=run", name="fsdp2_pretrain")
 
 
-def test_plain_loop_says_that_there_is_nothing_to_do(run: Run) -> None:
+def test_plain_loop_says_what_is_wrong(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that are ignored, batches that a run with others has seen, files that are no checkpoint."""
     run("--steps=2", name="plain_loop")
     assert "step 2 of plain_loop.pt is done already" in run("--steps=1", name="plain_loop")
+    for options, message in {
+        ("--accumulate=0",): "--accumulate 0: each must be at least 1",
+        ("--accumulate=3",): "plain_loop.pt is of a run with --accumulate 2",
+        ("--checkpoint=no/such.pt",): "there is no folder no",
+        ("--checkpoint=broken.pt",): "--checkpoint broken.pt: broken.pt does not end in its checksum",
+        ("--checkpoint=pipe",): "pipe is a pipe or a device; a file is needed",
+    }.items():
+        Path("broken.pt").write_bytes(b"half")
+        if not Path("pipe").exists():
+            os.mkfifo("pipe")
+        with pytest.raises(SystemExit) as error:
+            run(*options, name="plain_loop")
+        assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+FSDP2 = {
+    "--rank 8 is APOLLO's, and --mini has rank 1": ["--mini", "--rank=8"],
+    "--report 0: it must be at least 1": ["--report=0"],
+}
+
+
+@pytest.mark.parametrize("message", FSDP2)
+def test_fsdp2_pretrain_refuses_what_it_would_ignore(
+    message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run("--accumulate=0", name="plain_loop")
+        run("--folder=run", *FSDP2[message], name="fsdp2_pretrain")
+    assert message in capsys.readouterr().err
 
 
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # where nobody listens
@@ -257,7 +331,6 @@ def test_without_a_network_it_says_what_to_do(texts: Path) -> None:
     ("program", "options", "message"),
     [
         ("pretrain_c4", ["--config=60m", "--tokenizer=no/such"], "--tokenizer no/such: there is no such path here"),
-        ("finetune_sft", ["--model=no/such"], "--model no/such: "),
     ],
 )
 def test_nor_do_tokenizers_and_models_ask_in_vain(

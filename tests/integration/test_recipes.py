@@ -20,6 +20,7 @@ from programs import ROOT, ended_well, run_program
 from recipe_cases import PAPER, SIZES, SMALL, Run, assert_same_bits, losses, options_of, weights
 from torch.nn.parallel import DistributedDataParallel
 
+from apollo_triton.tools import checkpoints as files
 from apollo_triton.tools.llama import meta_model, paper_figures
 
 pytest.importorskip("transformers")
@@ -217,6 +218,9 @@ def test_two_ranks_under_ddp_and_fsdp(run: Run) -> None:
     places = [torch.load(f"whole/step-6/rank-{rank}.pt", weights_only=True)["training"] for rank in (0, 1)]
     assert places[0]["rest"].tolist() != places[1]["rest"].tolist()
     assert found["early"] | found["late"] == pytest.approx(found["whole"], abs=2e-4)
+    for path in Path("shards/step-6").rglob("*"):
+        if path.is_file():
+            files.check(path, "each rank writes the checksums of its own files")
     kept = json.loads(Path("whole/run.json").read_text())
     with pytest.raises(SystemExit, match="holds a run with ranks=2, this is 1"):
         checkpoints.begin(Path("whole"), kept | {"ranks": 1})

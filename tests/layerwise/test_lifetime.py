@@ -92,10 +92,11 @@ def test_a_frozen_layer_that_is_replaced_goes_though_no_group_had_it():
     attach_layerwise(model, optimizer, gradients="none")
     for parameter in model.layers[1:].parameters():
         parameter.requires_grad_(False)
-    gone = weakref.ref(model.layers[1].weight)
+    gone = {f"weight {index}": weakref.ref(model.layers[index].weight) for index in (1, 2)}
     del parameter
     model.layers[1] = nn.Identity()
-    assert gone() is None
+    model.layers[2].weight = nn.Parameter(torch.ones(6, 6))
+    assert alive(gone) == []
 
 
 @GRADIENTS

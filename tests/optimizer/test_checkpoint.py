@@ -303,13 +303,10 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 
 
 def test_a_process_that_allows_the_official_class_reads_the_same() -> None:
-    """Whoever has told PyTorch to load the official projector may get objects of it instead of the stand-in: which of
-    two classes of one name PyTorch takes is the order of a set, so that of 20 each is some."""
+    """Objects of a class that this process has told PyTorch to load, where attributes alone are wanted."""
     file = saved(with_state())
-    for _ in range(20):
-        allowed = type("GradientProjector", (), {"__module__": "apollo_torch.random_projector"})
-        with torch.serialization.safe_globals([allowed]):
-            before = set(torch.serialization.get_safe_globals())
-            assert from_apollo_torch(file)["state"][0]["exp_avg"].shape == (12, 3)
-            assert set(torch.serialization.get_safe_globals()) == before
-        file.seek(0)
+    allowed = type("GradientProjector", (), {"__module__": "apollo_torch.random_projector"})
+    with torch.serialization.safe_globals([allowed]):
+        before = set(torch.serialization.get_safe_globals())
+        assert from_apollo_torch(file)["state"][0]["exp_avg"].shape == (12, 3)
+        assert set(torch.serialization.get_safe_globals()) == before

@@ -19,19 +19,23 @@ def parameter_of(view):
     return nn.Parameter(view, requires_grad=True)
 
 
+def int8_weight(**parts):
+    whole = {
+        "q": torch.ones(16, 16, dtype=torch.uint8),
+        "scale": torch.ones(2),
+        "zero": torch.zeros(2, dtype=torch.uint8),
+    }
+    return Int8Weight(**whole | parts, group_size=128, dtype=torch.float32)
+
+
 OVERLAPPING = {
     "expand": lambda: torch.ones(16, 1).expand(16, 16),
     "as_strided": lambda: torch.ones(300).as_strided((16, 16), (8, 1)),
     "unfold": lambda: torch.ones(20).unfold(0, 16, 1),
     "windows": lambda: torch.ones(64).as_strided((3, 4), (3, 2)),  # 0 2 4 6, 3 5 7 9, 6 ..
     "experts": lambda: torch.ones(1, 16, 16).expand(4, 16, 16),
-    "int8": lambda: Int8Weight(
-        torch.ones(16, 1, dtype=torch.uint8).expand(16, 16),
-        torch.ones(2),
-        torch.zeros(2, dtype=torch.uint8),
-        128,
-        torch.float32,
-    ),
+    "int8": lambda: int8_weight(q=torch.ones(16, 1, dtype=torch.uint8).expand(16, 16)),
+    "int8 scale": lambda: int8_weight(scale=torch.ones(1).expand(2)),
 }
 
 
@@ -40,7 +44,7 @@ def test_elements_that_share_memory_are_refused_at_construction(name, backend):
     weight = parameter_of(OVERLAPPING[name]())
     with pytest.raises(ValueError, match=r"parameter 0 \('w'\) of shape .* has strides .* one place in memory"):
         APOLLOAdamW([{"params": [("w", weight)], "rank": 2}])
-    if name != "int8":
+    if "int8" not in name:  # is not trained densely
         with pytest.raises(ValueError, match="one place in memory"):
             APOLLOAdamW([{"params": [weight]}])
 
@@ -132,6 +136,9 @@ def test_two_parameters_in_one_place_are_refused(slices):
         with pytest.raises(ValueError, match=r"parameter 0 \('a'\) .* and parameter 1 \('b'\)"):
             optimizer.add_param_group({"params": params[1:]})
         assert len(optimizer.param_groups) == 1
+    q = torch.ones(16, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="two parameters in one place"):
+        APOLLOAdamW([{"params": [parameter_of(int8_weight(q=q)) for _ in range(2)], "rank": 4}])
 
 
 strided = st.tuples(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from unchanged import assert_unchanged, snapshot
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
@@ -107,6 +112,25 @@ def test_a_fake_gradient_of_a_real_weight_is_refused():
     with pytest.raises(ValueError, match=r"parameter 0 .* one of the two is a fake tensor"):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shards_without_values_are_refused_by_name(kind):
+    """Ranks would send each other nothing, and died in the library, after gradients were changed."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        with FakeTensorMode() if kind == "fake" else nullcontext():
+            shards = [torch.empty(8, 32, device="meta" if kind == "meta" else None) for _ in range(2)]
+            weight, gradient = (DTensor.from_local(shard, mesh, [Shard(0)], run_check=False) for shard in shards)
+            weight = nn.Parameter(weight)
+            weight.grad = gradient
+            optimizer = APOLLOAdamW([{"params": [weight], "rank": 4}])
+            with pytest.raises(ValueError, match=r"parameter 0 .* is a DTensor without values.*apollo-triton memory"):
+                optimizer.step()
+        assert not optimizer.state
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Foreign(Tensor):

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_import_needs_torch_alone():
     """Modules that ``import torch`` does not load already are not loaded by us either."""
-    code = "import torch, sys; before = set(sys.modules); import apollo_triton; print(*set(sys.modules) - before)"
+    code = (
+        "import torch, sys; before = set(sys.modules); from apollo_triton import *; print(*set(sys.modules) - before)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     brought = {name.partition(".")[0] for name in found.split()}
     assert brought == {"apollo_triton"}

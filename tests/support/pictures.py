@@ -24,7 +24,7 @@ def record_figures(monkeypatch) -> dict[str, Figure]:
 
     def saved(figure, path, **options):
         save(figure, path, **options)
-        figures[path.stem] = figure
+        figures[path.stem.partition("-")[2]] = figure  # before it stands what makes the name a temporary one
 
     monkeypatch.setattr(Figure, "savefig", saved)
     return figures

@@ -202,7 +202,7 @@ def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
     [
         (["--data", "nowhere"], "nowhere: there is no such file"),
         (["--sequence", "5000"], "argparse.py: too little text"),
-        (["--data", os.devnull], f"--data {os.devnull}: too little text"),
+        (["--data", os.devnull], f"--data: {os.devnull} is a pipe or a device; a file is needed"),
         (["--sequence", "0"], "--sequence 0"),
         (["--model", "2M"], "allowed: tiny, 1M, 60M"),
         (["--methods", "adamw,sgd"], "'sgd' is not a method (allowed: adamw, apollo, mini)"),

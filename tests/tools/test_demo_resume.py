@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from demo_cases import METHODS, STEPS, arguments, config
 
 from apollo_triton import cli
+from apollo_triton.tools import checkpoints
 from apollo_triton.tools.demo import command as demo
 from apollo_triton.tools.demo import training as demo_training
 from apollo_triton.tools.demo.corpus import load_corpus
@@ -128,4 +131,70 @@ def test_resume_of_a_damaged_checkpoint_says_so(text, finished, tmp_path, capsys
     whole = (finished / "adamw.checkpoint").read_bytes()
     (tmp_path / "adamw.checkpoint").write_bytes(whole[:kept] if kept else b"half")
     assert cli.main(arguments(text, tmp_path, "--resume")) == 2
-    assert "adamw.checkpoint is not a whole checkpoint" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "adamw.checkpoint does not end in its checksum: it is not whole" in error
+    assert "delete it, or leave --resume away" in error
+    assert error.count("\n") == 1
+
+
+def sealed(path, value):
+    torch.save(value, path)
+    checkpoints.seal(path)
+
+
+BROKEN = {
+    "a number": (lambda saved: 3, "holds 3, not a dictionary"),
+    "nothing": (lambda saved: {}, "its config is None, which is no dict"),
+    "steps": (lambda saved: saved | {"step": "12"}, "its step is '12', which is no int"),
+    "more steps": (lambda saved: saved | {"step": 99}, "its losses are not those of 99 steps"),
+    "losses": (lambda saved: saved | {"history": {}}, "its losses are not those of 12 steps"),
+    "config": (lambda saved: saved | {"config": {"steps": "\x1b[2J"}}, "made with"),
+    "weights": (lambda saved: saved | {"model": {"\x1b[2J": torch.ones(2)}}, "does not fit this run"),
+    "a state": (lambda saved: saved | {"optimizer": {"state": 1, "param_groups": 2}}, "does not fit this run"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_resume_of_a_whole_file_with_something_else_says_so(text, finished, tmp_path, capsys, kind):
+    """Tracebacks of KeyError, TypeError and RuntimeError, or what a file says on the terminal."""
+    change, message = BROKEN[kind]
+    path = tmp_path / "adamw.checkpoint"
+    sealed(path, change(torch.load(finished / "adamw.checkpoint")))
+    assert cli.main(arguments(text, tmp_path, "--resume", "--methods=adamw")) == 2
+    error = capsys.readouterr().err
+    assert f"{path} " in error
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.strip().isprintable()
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a folder", "of an older version"])
+def test_resume_of_what_is_no_checkpoint(text, finished, tmp_path, capsys, kind):
+    """A FIFO, which would be waited for; a file of before the checksums, which could hide any damage."""
+    path = tmp_path / "adamw.checkpoint"
+    {
+        "a FIFO": lambda: os.mkfifo(path),
+        "a folder": path.mkdir,
+        "of an older version": lambda: torch.save(torch.load(finished / "adamw.checkpoint"), path),
+    }[kind]()
+    assert cli.main(arguments(text, tmp_path, "--resume")) == 2
+    error = capsys.readouterr().err
+    assert f"{path} " in error
+    assert error.count("\n") == 1
+
+
+def test_where_nothing_can_be_written(text, tmp_path, capsys, monkeypatch):
+    """An error after minutes of training, or a checkpoint that is deleted before it."""
+    kept = tmp_path / "mini.checkpoint"
+    kept.write_bytes(b"kept")
+    (tmp_path / "losses.png").mkdir()
+    assert cli.main(arguments(text, tmp_path)) == 2
+    assert f"--out {tmp_path}: losses.png is a folder there; move it away" in capsys.readouterr().err
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(demo.tempfile, "TemporaryFile", refuse)
+    assert cli.main(arguments(text, tmp_path)) == 2
+    assert f"--out {tmp_path}: nothing can be written there (Permission denied)" in capsys.readouterr().err
+    assert kept.read_bytes() == b"kept"

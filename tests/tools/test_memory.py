@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from apollo_triton import APOLLOAdamW, quantize_model
-from apollo_triton.tools import llama
+from apollo_triton.cli import main
+from apollo_triton.tools import llama, options
 from apollo_triton.tools.llama import meta_model
 from apollo_triton.tools.memory import command as memory
 from apollo_triton.tools.memory.count import adamw, adamw_8bit, apollo, apollo_mini
@@ -34,7 +35,7 @@ CONFIG = LlamaConfig(
 
 def call(*arguments):
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
+    options.memory(parser)
     return memory.run(parser.parse_args(arguments))
 
 
@@ -164,6 +165,53 @@ def test_json_is_exact_and_takes_every_option(capsys, config_file):
     assert len(json.loads(capsys.readouterr().out)) == 23
 
 
+@pytest.mark.parametrize("given", [["60M"], ["60m", "--json"], ["--json", "60M"]])
+def test_the_model_may_be_given_without_its_option(given, capsys):
+    """``memory 7B``, the first that a user types: "unrecognized arguments"."""
+    assert main(["memory", *given]) == 0
+    assert "58073600" in capsys.readouterr().out.replace(",", "")
+
+
+def test_models_without_and_with_the_option_are_one_list(capsys):
+    assert main(["memory", "--json", "60M", "--model", "130M"]) == 0
+    assert [report["model"] for report in json.loads(capsys.readouterr().out)] == ["130M", "60M"]
+    assert main(["memory", "7B", "--paper"]) == 2
+    assert "--paper has the paper's own settings: leave out --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("width", "rank"), [(64, 16), (128, 32), (1024, 256), (4096, 256)])
+def test_the_default_rank_of_a_model_is_a_quarter_of_its_width(width, rank, tmp_path, capsys):
+    """256 for a model of width 128: an error which names no option."""
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 1, "head_dim": width}
+    LlamaConfig(**sizes, num_key_value_heads=1, num_hidden_layers=1, vocab_size=200).save_pretrained(tmp_path)
+    call("--json", "--model", str(tmp_path))
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["rank"] == rank
+
+
+def test_a_rank_or_targets_that_cannot_be_name_their_options(config_file):
+    for arguments in (["--rank", "65"], ["--target-modules", "nothing"]):
+        with pytest.raises(ValueError, match=r"config.json: .*\(the options are --target-modules, and --rank, here "):
+            call("--model", config_file, *arguments)
+    with pytest.raises(ValueError, match="--rank -3: it must be an integer of 1 or more"):
+        call("--model", config_file, "--rank", "-3")
+
+
+def test_the_note_names_what_stays_dense(tmp_path, capsys):
+    """OPT's MLP, fc1 and fc2, which the default targets do not match: "embeddings, head" were blamed for it."""
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 3}
+    OPTConfig(**sizes, num_attention_heads=4, vocab_size=101).save_pretrained(tmp_path)
+    call("--model", str(tmp_path))
+    shown = " ".join(capsys.readouterr().out.split())
+    share = 2 * 64 * 256 / (2 * 64 * 256 + 4 * 64 * 64)  # of fc1 and fc2 beside q, k, v and out
+    assert f"{share:.0%} of the weights stay dense with APOLLO: " in shown
+    names = "model.decoder.layers.*.fc1.weight, model.decoder.layers.*.fc2.weight."
+    assert f"dense with APOLLO: {names} --target-modules chooses others." in shown
+    assert "nearly all of it for what is not projected (embeddings, other matrices)." in shown
+    call("--model", str(tmp_path), "--target-modules", "self_attn", "fc")
+    assert "stay dense" not in capsys.readouterr().out
+
+
 def test_default_ranks_are_the_papers(capsys):
     call("--json")
     reports = json.loads(capsys.readouterr().out)
@@ -202,9 +250,9 @@ def test_wrong_models_are_named_with_what_is_allowed(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"hidden_size": 100, "num_attention_heads": 3}, "hidden size .100. is not a multiple|hidden_size"),
-        ({"hidden_size": "big"}, "big|hidden_size|str"),
-        ({"hidden_size": 64, "num_attention_heads": 0}, "zero"),
-        ({"hidden_size": -64}, "negative dimension|-64"),
+        ({"hidden_size": "big"}, r"'hidden_size' is 'big' \(allowed: an integer of 1 or more\)"),
+        ({"hidden_size": 64, "num_attention_heads": 0}, r"'num_attention_heads' is 0 \(allowed: an integer of 1 to"),
+        ({"head_dim": -64}, "negative dimension|-64"),
     ],
 )
 def test_a_config_with_a_wrong_value_is_one_line_that_names_the_file(tmp_path, changes, message):
@@ -254,7 +302,7 @@ def test_a_reader_that_has_gone_ends_the_command_silently():
 def test_ranks_and_options_that_cannot_be(capsys, config_file):
     with pytest.raises(ValueError, match="narrower than rank 65"):
         call("--model", config_file, "--rank", "65")
-    with pytest.raises(ValueError, match="Invalid rank: 0"):
+    with pytest.raises(ValueError, match="--rank 0: it must be an integer of 1 or more"):
         call("--model", config_file, "--rank", "0")
     with pytest.raises(ValueError, match="leave out --state-dtype"):
         call("--paper", "--state-dtype", "bfloat16")

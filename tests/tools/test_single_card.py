@@ -11,6 +11,7 @@ import torch
 
 from apollo_triton import APOLLOAdamW, quantize_model
 from apollo_triton.backends.reference import dense_8bit
+from apollo_triton.tools import options
 from apollo_triton.tools.llama import meta_model
 from apollo_triton.tools.memory import command as memory
 from apollo_triton.tools.memory import single_card
@@ -26,7 +27,7 @@ OTHERS = 2 * 32000 * 4096 + 65 * 4096
 
 def call(*arguments):
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
+    options.memory(parser)
     return memory.run(parser.parse_args(["--single-card", *arguments]))
 
 
@@ -132,6 +133,7 @@ def test_what_does_not_fit_is_said():
     ("arguments", "message"),
     [
         (["--batch", "0"], r"batch=0 \(allowed: 1 or more\)"),
+        (["--batch", "1000000", "--sequence", "1000000"], r"sequence=1000000 \(allowed: up to 134,217,728 tokens\)"),
         (["--rank", "4"], "--single-card has the recipe's own settings: leave out --rank"),
         (["--state-dtype", "float32"], "leave out --state-dtype"),
         (["--paper"], "--paper has the paper's own settings: leave out --single-card"),
@@ -145,7 +147,7 @@ def test_options_that_do_not_go_together(arguments, message):
 
 def test_a_shape_needs_the_option_that_runs_a_step():
     parser = argparse.ArgumentParser()
-    memory.add_arguments(parser)
+    options.memory(parser)
     with pytest.raises(ValueError, match="only --single-card runs a step: leave out --sequence"):
         memory.run(parser.parse_args(["--sequence", "64"]))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_full_prints_misses_and_progress_alone(few, capsys, monkeypatch):
     assert main(["validate", "--full"]) == 0
     output = capsys.readouterr().out
     assert " ok\n" not in output
-    assert "2 of 3, 0 missed; 0 minutes to go" in output
+    assert re.search(r"\n2 of 3 cases, 0 missed; about \d+ seconds to go\n", output)
 
 
 @pytest.mark.slow
@@ -90,7 +92,39 @@ def test_ctrl_c_prints_what_was_done_so_far(few, capsys, monkeypatch):
 
     monkeypatch.setattr(validate.Report, "add", interrupted)
     assert main(["validate"]) == 130
-    assert "interrupted\n2 of 6 cases: 2 ok, 0 missed." in capsys.readouterr().out
+    found = capsys.readouterr()
+    assert "\n2 of 6 cases: 2 ok, 0 missed." in found.out
+    assert (found.out + found.err).count("interrupted") == 1
+
+
+@needs_triton
+def test_it_says_where_it_stands_and_fits_60_columns(few, capsys, monkeypatch):
+    """Lines that a narrow terminal breaks within a number; an hour of which nobody knows how far it has come."""
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(validate, "_PROGRESS_SECONDS", -1)
+    few(MADE, IN_MEMORY, DENSE)
+    assert main(["validate"]) == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 60
+    assert "; 3 cases\n" in output
+    assert "\nCases 1 to 2 of 3: P, made" in output
+    assert "\nCase 3 of 3: trajectories" in output
+    stands = [line.split(" cases")[0] for line in output.splitlines() if " to go" in line]
+    assert stands == ["1 of 3", "2 of 3", "3 of 3"]
+    figures = [line.split()[-4:-1] for line in output.splitlines() if line.endswith(" ok")]
+    assert [len([float(figure) for figure in line]) for line in figures] == [3, 3, 3]
+
+
+def test_every_quantity_is_defined():
+    """A column of figures of which nobody says what they are, and a definition of what is nowhere shown."""
+    folder = Path(validate.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("runs.py", "implicit.py"))
+    literal = r"(?:errors\.add(?:_rounded)?\(\s*run\.name,\s*|_add_norms\(run, errors, )\"([^\"]+)\""
+    noted = set(re.findall(literal, source))
+    noted |= {name for name in ("M", "V", "by K") if f'("{name}", ' in source}
+    shown = {measure for stages in validate.STAGES.values() for measures in stages.values() for measure in measures}
+    assert shown <= noted
+    assert set(validate.QUANTITIES) == noted
 
 
 def off_by(amount):

@@ -9,6 +9,7 @@ bits.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,37 +20,13 @@ import torch
 
 from ...core.extras import require
 from .corpus import Corpus, load_corpus
-from .report import Result, table, write_results
+from .report import OUTPUTS, Result, table, write_results
 from .training import GRADIENTS, LABELS, SIZES, Run, RunConfig, read_checkpoint
 
 # Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
 LEARNING_RATES = {"adamw": 3e-3, "apollo": 2e-2, "mini": 1e-2}
-MINI_SCALE = 128.0
-STEPS, BATCH, SEQUENCE = 600, 8, 128
 # An interrupted demo loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``apollo-triton demo``."""
-    parser.add_argument("--data", type=Path, metavar="PATH", help="a file, or a folder of text files, to train on")
-    parser.add_argument("--model", default="1M", metavar="SIZE", help=f"{', '.join(SIZES)} (1M)")
-    parser.add_argument("--methods", default=",".join(LABELS), metavar="NAMES", help="which, and in what order (all)")
-    parser.add_argument("--lr", default="", metavar="NAME=LR,...", help="learning rates, e.g. adamw=3e-3,mini=1e-2")
-    parser.add_argument("--mini-scale", type=float, default=MINI_SCALE, metavar="X", help="Mini's scale (%(default)g)")
-    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of each method (%(default)s)")
-    parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="sequences a step (%(default)s)")
-    parser.add_argument("--sequence", type=int, default=SEQUENCE, metavar="N", help="bytes in each (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, batches and projections")
-    parser.add_argument(
-        "--gradients",
-        default="stored",
-        metavar="KIND",
-        help="of APOLLO and Mini: stored, freed or none, in backward (%(default)s)",
-    )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (%(default)s)")
-    parser.add_argument("--out", type=Path, default="runs/demo", metavar="FOLDER", help="for results (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -170,15 +147,22 @@ def _prepare(folder: Path, configs: list[RunConfig], resume: bool) -> dict[str, 
     existing = [config for config in configs if paths[config.method].exists()]
     if resume and not existing:
         raise ValueError(f"--resume: {folder} holds no run of {', '.join(paths)} to continue")
-    for config in existing:
-        if resume:
-            read_checkpoint(paths[config.method], config)
-        else:
-            paths[config.method].unlink()
+    for config in existing if resume else ():
+        read_checkpoint(paths[config.method], config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {folder}: the folder cannot be made ({error.strerror}); choose another") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {folder}: nothing can be written there ({error.strerror}); choose another") from error
+    for path in [*paths.values(), *(folder / name for name in OUTPUTS)]:
+        if path.is_dir():
+            raise ValueError(f"--out {folder}: {path.name} is a folder there; move it away, or choose another")
+    for config in () if resume else existing:
+        paths[config.method].unlink()
     return paths
 
 

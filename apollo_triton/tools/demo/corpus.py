@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...core.files import open_regular
+
 # A byte is a token.
 VOCABULARY = 256
 HELD_OUT_WINDOWS = 128
@@ -57,7 +59,8 @@ class Corpus:
 def load_corpus(source: Path | None, length: int) -> Corpus:
     """Read ``source`` (a file, a folder of text files, or None for the standard library) and split it.
 
-    Raises ValueError if there is no such path, or too little text for windows of ``length`` bytes.
+    Raises ValueError if there is no such path, if it cannot be read, or if it has too little text for windows of
+    ``length`` bytes.
     """
     if source is None:
         name = option = "the source of Python's standard library"
@@ -68,7 +71,7 @@ def load_corpus(source: Path | None, length: int) -> Corpus:
         if not source.exists():
             raise ValueError(f"--data {source}: there is no such file or folder")
         files = list(_text_files(source, TEXT_SUFFIXES)) if source.is_dir() else [source]
-    train, held_out = split([path.read_bytes() for path in files])
+    train, held_out = split([_content(path) for path in files])
     if min(len(train), len(held_out)) < 2 * length:
         raise ValueError(
             f"{option}: too little text, {len(train)} bytes to train on and {len(held_out)} held out, in {len(files)} "
@@ -109,6 +112,16 @@ def split(texts: list[bytes]) -> tuple[bytes, bytes]:
 
 def _text_files(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{path}, to train on, cannot be read ({error.strerror}); give another --data") from error
+    except ValueError as error:
+        raise ValueError(f"--data: {error}") from error
 
 
 def _is_written_by_people(path: Path) -> bool:

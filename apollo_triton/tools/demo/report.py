@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from ...core.extras import require
+from ...core.files import replaced
 from ...version import __version__
 from ..environment import machine_name
 from ..pictures import draw_curve, picture, shifts, styles
 from .training import LABELS, SIZES, History, Run, RunConfig
 
+OUTPUTS = ("results.json", "losses.csv", "losses.png")
 CSV_COLUMNS = ("method", "step", "tokens", "training_loss", "held_out_loss")
 
 
@@ -54,10 +56,11 @@ class Result:
 
 
 def write_results(results: list[Result], corpus_name: str, folder: Path) -> list[Path]:
-    """Write results.json, losses.csv and losses.png into ``folder``."""
-    paths = [folder / name for name in ("results.json", "losses.csv", "losses.png")]
-    paths[0].write_text(json.dumps(summary(results, corpus_name), indent=2) + "\n", encoding="utf-8")
-    with paths[1].open("w", newline="", encoding="utf-8") as file:
+    """Write the files of ``OUTPUTS`` into ``folder``."""
+    paths = [folder / name for name in OUTPUTS]
+    with replaced(paths[0]) as unfinished:
+        unfinished.write_text(json.dumps(summary(results, corpus_name), indent=2) + "\n", encoding="utf-8")
+    with replaced(paths[1]) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_COLUMNS)
         writer.writerows(row for result in results for row in csv_rows(result))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ...core.extras import require
+from ...core.messages import shown
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
+from .. import checkpoints
 from ..llama import paper_figures
 from .corpus import VOCABULARY, Corpus
 
 EVALUATIONS = 20
+REMEDY = "delete it, or leave --resume away, which begins anew"
 
 
 class Size(NamedTuple):
@@ -148,8 +151,8 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint. If the program dies meanwhile, ``path`` still holds the whole old one or the whole new
         one."""
-        unfinished = path.with_suffix(".tmp")
-        torch.save(
+        checkpoints.save(
+            path,
             {
                 "config": asdict(self.config),
                 "step": self.step,
@@ -157,16 +160,18 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             },
-            unfinished,
         )
-        os.replace(unfinished, path)
 
     def load(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``. Raises ValueError as ``read_checkpoint`` does."""
+        """Continue from the checkpoint at ``path``. Raises ValueError as ``read_checkpoint`` does, and if its weights
+        or its state do not fit."""
         saved = read_checkpoint(path, self.config)
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except Exception as error:  # of any type, since the dictionaries may hold anything
+            raise ValueError(f"{path} does not fit this run ({checkpoints.first_line(error)}); {REMEDY}") from error
         self.step, self.history = saved["step"], History(**saved["history"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
@@ -180,22 +185,36 @@ class Run:
 def read_checkpoint(path: Path, config: RunConfig) -> dict[str, Any]:
     """What ``Run.save`` wrote to ``path``.
 
-    Raises ValueError if it cannot be read, and if its config is not ``config``; the text names what differs.
+    Raises ValueError if it is damaged or no checkpoint of the demo, and if its config is not ``config``. The text, one
+    line, names the file and what differs.
     """
-    try:
-        saved = torch.load(path, map_location=config.device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # its type depends on the bytes: UnpicklingError, RuntimeError, EOFError, KeyError...
-        raise ValueError(f"{path} is not a whole checkpoint; delete it, or leave --resume away") from error
+    kinds = {"config": dict, "step": int, "history": dict, "model": dict, "optimizer": dict}
+    saved = checkpoints.load(path, kinds, REMEDY, config.device)
     for name, value in asdict(config).items():
         was = saved["config"].get(name, getattr(RunConfig, name, None))  # an older checkpoint may lack an option
-        if was != value:
+        if type(was) is not type(value) or was != value:
             raise ValueError(
-                f"{path} was made with {name.replace('_', ' ')} {was!r}, not {value!r}: "
+                f"{path} was made with {name.replace('_', ' ')} {shown(was)}, not {value!r}: "
                 "resume with the same options, or leave --resume away to start anew, or choose another --out"
             )
+    if not 0 <= saved["step"] <= config.steps or not _is_history(saved["history"], saved["step"]):
+        raise ValueError(
+            f"{path} is no checkpoint of the demo: its losses are not those of {saved['step']} steps; {REMEDY}"
+        )
     return saved
+
+
+def _is_history(saved: dict[str, Any], step: int) -> bool:
+    """Whether ``saved`` is a ``History`` of so many steps."""
+    evaluated = saved.get("held_out_loss")
+    if saved.keys() != {each.name for each in fields(History)} or not isinstance(evaluated, dict):
+        return False
+    curves = [saved[name] for name in saved.keys() - {"held_out_loss"}]
+    return (
+        all(isinstance(curve, list) and len(curve) == step for curve in curves)
+        and all(type(value) is float for curve in [*curves, evaluated.values()] for value in curve)
+        and all(type(at) is int and 0 <= at <= step for at in evaluated)
+    )
 
 
 def make_model(name: str, sequence: int, seed: int, vocabulary: int = VOCABULARY) -> torch.nn.Module:

@@ -26,6 +26,7 @@ from ...core.implicit_gradient import ImplicitGradient
 from ...layerwise.linear import LinearForward
 
 ALLOCATION = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
+MOST_TOKENS = 1 << 27  # they have memory, unlike activations: 1 GB
 FLASH_HEAD = 256  # the widest attention head that the flash kernel takes
 
 aten = torch.ops.aten
@@ -139,6 +140,8 @@ def _check(model: nn.Module, batch: int, sequence: int) -> None:
     for name, value in (("batch", batch), ("sequence", sequence)):
         if value < 1:
             raise ValueError(f"{name}={value} (allowed: 1 or more)")
+    if batch * sequence > MOST_TOKENS:
+        raise ValueError(f"batch={batch} and sequence={sequence} (allowed: up to {MOST_TOKENS:,} tokens)")
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             raise ValueError(f"{name} is on {parameter.device}: give a model on the meta device, as meta_model makes")

@@ -12,16 +12,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from textwrap import fill
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..llama import default_rank, meta_model, named_sizes
-from ..text import COLUMNS, table
+from ..text import fill, table
 from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
+from .coverage import Coverage, dense_coverage
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 
+STATE_BYTES = {"float32": 8, "bfloat16": 4}  # of the two moments of a dense weight
 COMPARISON_ONLY = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison of methods
 
 
@@ -36,49 +38,18 @@ class Report:
     dtype: str
     state_dtype: str
     rank: int
+    coverage: Coverage
     methods: dict[str, Memory]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``apollo-triton memory``."""
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--model",
-        nargs="+",
-        metavar="MODEL",
-        help=f"{', '.join(named_sizes())} (the paper's LLaMA), a config.json, a directory that holds one, or a Hugging "
-        "Face hub id: exact bytes of each (default: the totals of the named sizes)",
-    )
-    what.add_argument("--paper", action="store_true", help="the paper's memory column beside exact counts")
-    parser.add_argument(
-        "--rank", type=int, help="of APOLLO (default: hidden / 4 for 60M to 1B, as the paper; else 256)"
-    )
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16)"
-    )
-    parser.add_argument("--state-dtype", choices=["float32", "bfloat16"], help="of APOLLO's moments (default: float32)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
-    )
-    parser.add_argument(
-        "--single-card",
-        action="store_true",
-        help="activations included, part by part, what the recipe 7b_one_card takes (default model: 7B)",
-    )
-    parser.add_argument("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
-    parser.add_argument("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")
-    parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print what the options ask for, and return 0. Raises ValueError or OSError for a wrong model, rank or option."""
     if not options.single_card:
         _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
+    if options.rank is not None and options.rank < 1:
+        raise ValueError(f"--rank {options.rank}: it must be an integer of 1 or more")
     if options.paper:
-        _refuse(options, *COMPARISON_ONLY, "single_card", reason="--paper has the paper's own settings")
+        _refuse(options, "model", *COMPARISON_ONLY, "single_card", reason="--paper has the paper's own settings")
         print(_paper_json() if options.json else _paper_text())
         return 0
     if options.single_card:
@@ -126,20 +97,29 @@ def _refuse(options: argparse.Namespace, *names: str, reason: str) -> None:
 
 def _report(name: str, options: argparse.Namespace) -> Report:
     dtype, state_dtype = options.dtype or "bfloat16", options.state_dtype or "float32"
-    rank = default_rank(name) if options.rank is None else options.rank
     apollo_options: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
     if options.target_modules:
         targets = options.target_modules
         apollo_options["target_modules"] = targets[0] if targets == ["all-linear"] else targets
     model = meta_model(name, getattr(torch, dtype))
-    methods = {
-        "AdamW": adamw(model),
-        "AdamW-8bit": adamw_8bit(model),
-        "APOLLO": apollo(model, rank, **apollo_options),
-        "APOLLO-Mini": apollo_mini(model, **apollo_options),
-    }
+    rank = default_rank(name, _width(model)) if options.rank is None else options.rank
+    try:
+        methods = {
+            "AdamW": adamw(model),
+            "AdamW-8bit": adamw_8bit(model),
+            "APOLLO": apollo(model, rank, **apollo_options),
+            "APOLLO-Mini": apollo_mini(model, **apollo_options),
+        }
+        coverage = dense_coverage(model, rank, apollo_options.get("target_modules"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} (the options are --target-modules, and --rank, here {rank})") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, methods)
+    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, coverage, methods)
+
+
+def _width(model: nn.Module) -> int:
+    """The narrower side of the model's widest matrix: of a transformer its hidden size."""
+    return max((min(p.shape[-2:]) for p in model.parameters() if p.dim() > 1), default=1)
 
 
 def _as_dict(report: Report) -> dict[str, Any]:
@@ -155,13 +135,21 @@ def _details(report: Report) -> str:
     for part in ("weights", "gradients", "moments", "other", "total"):
         rows.append([part, *(f"{getattr(memory, part):,}" for memory in memories)])
     rows.append(["total, GB", *(f"{memory.total / GB:.3f}" for memory in memories)])
+    coverage = report.coverage
+    dense_state = coverage.dense * STATE_BYTES[report.state_dtype]
+    share = dense_state / memories[-1].state if memories[-1].state else 0.0
     sentence = (
         f"GB = 1e9 bytes. State alone: {memories[0].state / GB:.3f} GB with AdamW, whose moments are {report.dtype} "
-        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, nearly all "
-        "of it for what is not projected (embeddings, head)."
+        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, "
+        f"{'nearly all' if share > 0.9 else f'{share:.0%}'} of it for what is not projected ({coverage.kinds})."
     )
+    if coverage.share >= 0.005:  # a router is not worth a sentence
+        sentence += (
+            f" Of the matrices that are neither embeddings nor the head, {coverage.share:.0%} of the weights stay "
+            f"dense with APOLLO: {coverage.examples}. --target-modules chooses others."
+        )
     title = f"{report.model}: {report.kind}, {report.parameters:,} parameters in {report.dtype}"
-    return "\n".join([title, "", table(rows), "", fill(sentence, COLUMNS)])
+    return "\n".join([fill(title), "", table(rows), "", fill(sentence)])
 
 
 def _summary(reports: Sequence[Report]) -> str:
@@ -175,7 +163,7 @@ def _summary(reports: Sequence[Report]) -> str:
         f"APOLLO's moments in {reports[0].state_dtype}. Activations come on top. Exact bytes: --model 7B; the paper's "
         "figures: --paper."
     )
-    return "\n".join([table(rows), "", fill(sentence, COLUMNS)])
+    return "\n".join([table(rows), "", fill(sentence)])
 
 
 def _paper_text() -> str:
@@ -184,7 +172,7 @@ def _paper_text() -> str:
     for cells in parts:
         rows = [["", "size", "paper", "GB", "GiB", ""]]
         rows += [[c.method, c.size, c.printed, c.digits(GB), c.digits(GIB), _verdict(c)] for c in cells]
-        tables.append(table(rows, left=(0, 5)))
+        tables.append(table(rows, left=(0, 5), keys=2))
     everything = [cell for cells in parts for cell in cells]
     reproduced = sum(bool(cell.reproduced) for cell in everything)
     sentence = (
@@ -194,7 +182,7 @@ def _paper_text() -> str:
         "for the states beside the exact GB without and with those dense moments. Why: docs/memory.md."
     )
     titles = "Weights and optimizer state in bfloat16 (arXiv 2412.05270, table 2)", "Optimizer state alone (table 3)"
-    return "\n".join([titles[0], "", tables[0], "", titles[1], "", tables[1], "", fill(sentence, COLUMNS)])
+    return "\n".join([fill(titles[0]), "", tables[0], "", fill(titles[1]), "", tables[1], "", fill(sentence)])
 
 
 def _verdict(cell: Cell) -> str:

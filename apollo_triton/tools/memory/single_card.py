@@ -7,7 +7,6 @@ updates of the others and checkpointed decoder layers. ``apollo-triton memory --
 from __future__ import annotations
 
 from dataclasses import dataclass
-from textwrap import fill
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ...core.targets import Targets
 from ...int8.layers import quantize_model
 from ...int8.weight import Int8Weight
 from ..llama import meta_model
-from ..text import COLUMNS, table
+from ..text import fill, table
 from .activations import training_peak
 from .count import apollo_mini
 from .paper import GB
@@ -104,7 +103,7 @@ def text(counted: SingleCard) -> str:
         "between allocations, which are not counted."
     )
     shown = table([["", "bytes", "GB"], *rows(counted)])
-    return "\n".join([fill(title, COLUMNS), "", shown, "", fill(sentence, COLUMNS)])
+    return "\n".join([fill(title), "", shown, "", fill(sentence)])
 
 
 def as_dict(counted: SingleCard) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""What each subcommand of ``apollo-triton`` takes. Nothing here imports torch, so ``--help`` and errors come at once.
+
+A function's docstring is the subcommand's summary.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+# Of ``demo``: what every method is trained with.
+STEPS, BATCH, SEQUENCE, MINI_SCALE = 600, 8, 128, 128.0
+# Names that modules which import torch define. A test compares them.
+LLAMA_SIZES = "60M", "130M", "350M", "1B", "7B", "13B"
+DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
+DEMO_METHODS = "adamw", "apollo", "mini"
+
+
+def demo(parser: ArgumentParser) -> None:
+    """Train a small LLaMA with AdamW, APOLLO and APOLLO-Mini and compare them: three minutes on two free CPU cores."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="PATH", help="a file, or a folder of text files, to train on")
+    add("--model", default="1M", metavar="SIZE", help=f"{', '.join(DEMO_SIZES)} (1M)")
+    add("--methods", default=",".join(DEMO_METHODS), metavar="NAMES", help="which, and in what order (all)")
+    add("--lr", default="", metavar="NAME=LR,...", help="learning rates, e.g. adamw=3e-3,mini=1e-2")
+    add("--mini-scale", type=float, default=MINI_SCALE, metavar="X", help="Mini's scale (%(default)g)")
+    add("--steps", type=int, default=STEPS, metavar="N", help="of each method (%(default)s)")
+    add("--batch", type=int, default=BATCH, metavar="N", help="sequences a step (%(default)s)")
+    add("--sequence", type=int, default=SEQUENCE, metavar="N", help="bytes in each (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, batches and projections")
+    add(
+        "--gradients",
+        default="stored",
+        metavar="KIND",
+        help="of APOLLO and Mini: stored, freed or none, in backward (%(default)s)",
+    )
+    add("--device", default="cpu", metavar="NAME", help="cpu, cuda or auto (%(default)s)")
+    add("--out", type=Path, default="runs/demo", metavar="FOLDER", help="for results (%(default)s)")
+    add("--resume", action="store_true", help="continue the run that --out holds")
+
+
+def env(parser: ArgumentParser) -> None:
+    """The versions, devices and settings that a report of a bug needs, in Markdown."""
+    parser.add_argument("--json", action="store_true", help="the same as a JSON object")
+
+
+def memory(parser: ArgumentParser) -> None:
+    """Count the exact bytes of weights, gradients and optimizer state, with AdamW, AdamW-8bit and APOLLO."""
+    add = parser.add_argument
+    add(
+        "--model",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(LLAMA_SIZES)} (the paper's LLaMA), a config.json, a directory that holds one, or a Hugging "
+        "Face hub id: exact bytes of each (default: the totals of the named sizes). The word --model may be left out.",
+    )
+    add("--paper", action="store_true", help="the paper's memory column beside exact counts")
+    add(
+        "--rank",
+        type=int,
+        help="of APOLLO (default: of the named sizes the paper's; else a quarter of the width, at most 256)",
+    )
+    add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights (default: bfloat16)")
+    add("--state-dtype", choices=["float32", "bfloat16"], help="of APOLLO's moments (default: float32)")
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
+    )
+    add(
+        "--single-card",
+        action="store_true",
+        help="activations included, part by part, what the recipe 7b_one_card takes (default model: 7B)",
+    )
+    add("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
+    add("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")
+    add("--json", action="store_true", help="print JSON, all sizes in bytes")
+
+
+def validate(parser: ArgumentParser) -> None:
+    """Check the Triton kernels and the reference backend against float64, on a GPU or in Triton's interpreter."""
+    add = parser.add_argument
+    add(
+        "--full", action="store_true", help="the product of shapes, dtypes, ranks and options: hours in the interpreter"
+    )
+    add("--device", help="cuda, cuda:1, xpu, ..., or cpu for Triton's interpreter (default: a GPU if there is one)")
+    add("--seed", type=int, default=0, help="of the weights, gradients and projections (default: 0)")
