@@ -52,7 +52,7 @@ def shown(value: Any) -> str:
     >>> shown("x" * 300)[:8]
     "'xxxxxxx"
     """
-    text = _SHORT.repr(value)
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in _SHORT.repr(value))
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

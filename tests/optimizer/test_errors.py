@@ -6,6 +6,7 @@ What is changed between steps is in tests/layerwise/test_refusals.py, for every 
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 
 import pytest
 import torch
@@ -59,12 +60,29 @@ def trained():
         ({"state_bits": 16}, "Invalid state_bits: 16"),
         ({"capturable": 1}, "Invalid capturable: 1 .allowed: True or False"),
         ({"stochastic_rounding": 0.5}, "Invalid stochastic_rounding: 0.5"),
+        ({"lr": torch.zeros((), device="meta")}, "Invalid learning rate: a torch.float32 tensor of shape"),
+        ({"lr": torch.tensor(1j)}, r"Invalid learning rate: tensor\(0.\+1.j\) .allowed: .* dense real tensor"),
+        ({"lr": torch.zeros(1).to_sparse()}, "Invalid learning rate: a torch.float32 tensor of shape"),
+        ({"lr": 1e39}, r"Invalid learning rate: 1e\+39"),  # infinite in float32, in which a step computes
+        ({"weight_decay": 1e300}, r"Invalid weight_decay value: 1e\+300"),
+        ({"eps": 10**400}, "Invalid epsilon value: an integer of 1329 bits"),
+        ({"state_bits": torch.tensor([8, 8])}, "Invalid state_bits: a torch.int64 tensor of shape"),
+        ({"state_dtype": torch.tensor([8, 8])}, "Invalid state_dtype: a torch.int64 tensor of shape"),
         ({"max_grad_norm": 0}, "Invalid max_grad_norm: 0 .allowed: None or a number above 0"),
     ],
 )
 def test_constructor_options(options, text):
     with pytest.raises(ValueError, match=text):
         APOLLOAdamW([nn.Parameter(torch.zeros(4, 4))], **options)
+
+
+def test_numbers_that_torch_does_not_take_are_read_as_python_s_own():
+    """An integer above 2**63 and a fraction, which failed within the step."""
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2, "scale": 2**70}], eps=2**64, weight_decay=Fraction(1, 10))
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert weight.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 STEPS = 2
+READ_BY_KERNELS = {
+    "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "update_norm", "projection", "step", "seed",
+}  # fmt: skip
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -97,15 +100,38 @@ def test_one_fault(fault):
 @pytest.mark.parametrize("examples", [30, pytest.param(3000, marks=pytest.mark.full)])
 def test_one_fault_in_what_kernels_read(examples):
     """Tensors of the state, by which the process would die."""
-    tensors = {"exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "update_norm", "projection", "step"}
-    given(faults(tensors))(settings(max_examples=examples, **QUICK)(check_fault))()
+    given(faults(READ_BY_KERNELS))(settings(max_examples=examples, **QUICK)(check_fault))()
 
 
-def loaded_and_trained(state_dict, path, backend):
-    optimizer, named = load(state_dict, path, backend)
+def trained(run):
+    """The weights before a step and after it."""
+    optimizer, named = run
     before = {name: parameter.detach().clone() for name, parameter in named.items()}
     train(optimizer, named, STEPS)
     return {name: (before[name], parameter.detach()) for name, parameter in named.items()}
+
+
+def assert_alike(one, other):
+    """Two backends went the same way, up to the order of float32 sums."""
+    for name, (start, end) in one.items():
+        assert (other[name][1] - end).norm() <= 1e-4 * (end - start).norm(), name
+
+
+def check_on_kernels(fault):
+    """Refused by both, or read alike by both."""
+    path, way = fault
+    state_dict = broken(good(), path, way)
+    runs = [load(state_dict, path, backend) for backend in ("reference", "triton")]
+    assert (runs[0] is None) == (runs[1] is None)
+    if runs[0] is not None:
+        assert_alike(*(trained(run) for run in runs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [4, pytest.param(100, marks=pytest.mark.full)])
+def test_one_fault_on_the_kernels(examples):
+    pytest.importorskip("triton")
+    given(faults(READ_BY_KERNELS))(settings(max_examples=examples, **QUICK)(check_on_kernels))()
 
 
 KERNELS = [
@@ -129,7 +155,5 @@ def test_what_is_loaded_is_read_alike_by_both_backends():
         for index, state in good()["state"].items():
             if name in state and state[name].dtype != torch.uint8:
                 state_dict = broken(state_dict, ("state", index, name), way)
-    ends = [loaded_and_trained(state_dict, ("state",), backend) for backend in ("reference", "triton")]
-    for name, (start, end) in ends[0].items():
-        moved = (end - start).norm()
-        assert (ends[1][name][1] - end).norm() <= 1e-4 * moved, name
+    runs = [load(state_dict, ("state",), backend) for backend in ("reference", "triton")]
+    assert_alike(*(trained(run) for run in runs))
