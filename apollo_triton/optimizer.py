@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +31,7 @@ from .params.advice import (
 )
 from .params.checks import check_groups, holds_matrix
 from .params.idle import IdleSteps
-from .params.loading import FOREIGN_KEY, Loaded, read_state_dict
+from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
 from .params.sharding import is_dtensor
@@ -303,7 +303,7 @@ class APOLLOAdamW(Optimizer):
                 place_learning_rate(group)
             loaded.append(new)
             # torch.optim would cast and copy state. It gets none, and ``place`` puts ours into the empty dictionary.
-            return {"state": {}, "param_groups": list(_with_indices(new.groups))}
+            return {"state": {}, "param_groups": list(with_indices(new.groups))}
 
         def place(optimizer: Optimizer) -> None:
             self.state.update(loaded[-1].state)
@@ -345,12 +345,3 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
-
-
-def _with_indices(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The groups with indices instead of parameters, as in a ``state_dict``."""
-    first = 0
-    for group in groups:
-        count = len(group["params"])
-        yield {**group, "params": list(range(first, first + count))}
-        first += count

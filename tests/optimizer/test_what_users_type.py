@@ -7,13 +7,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import warnings
 from itertools import permutations
 
 import pytest
 import torch
 from torch import nn
 from unchanged import assert_unchanged, snapshot
+from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups
 from apollo_triton.tools.validate.backend_run import BackendRun
@@ -22,14 +22,6 @@ from apollo_triton.tools.validate.cases import Case
 
 def make_model(dtype=torch.float32):
     return nn.ModuleDict({"attn": nn.Linear(16, 16), "mlp": nn.Linear(16, 32)}).to(dtype)
-
-
-def warnings_of(call, *arguments, **keys):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call(*arguments, **keys)
-    assert all(each.filename == __file__ for each in caught), "a warning does not point at the caller's line"
-    return [str(each.message) for each in caught]
 
 
 # --- arguments
