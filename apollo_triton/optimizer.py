@@ -266,6 +266,12 @@ class APOLLOAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         new = NewGroup.of(param_group, self.param_groups, self.defaults)
+        # Before anything changes, since warnings may be errors.
+        advise_on_keys(param_group, new.where)
+        advise_on_group(new.params, new.settings, new.where)
+        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
+            self._told_of_rounding = True
+            advise_on_rounding(new.lr)
         unnamed = new.name_all(self.param_groups)
         try:
             super().add_param_group(new.group)
@@ -275,11 +281,6 @@ class APOLLOAdamW(Optimizer):
             raise
         self._had_matrix.append(holds_matrix(self.param_groups[-1]))
         place_learning_rate(self.param_groups[-1])
-        advise_on_keys(param_group, new.where)
-        advise_on_group(new.params, new.settings, new.where)
-        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
-            self._told_of_rounding = True
-            advise_on_rounding(new.lr)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved on any device, at any dtype; tensors are copied.

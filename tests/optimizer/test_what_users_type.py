@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from itertools import permutations
 
 import pytest
@@ -211,3 +212,14 @@ def test_copies_of_an_optimizer_say_nothing_again_and_take_groups(way):
 def test_a_command_does_not_warn_of_the_odd_shapes_that_it_tries():
     case = Case("verbs", "narrow", ((40, 4),), "bf16", {"rank": 4, "lr": 1e-5})
     assert not warnings_of(BackendRun, case, "reference", torch.device("cpu"), 0)
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    """The group was there, and its optimizer was thrown away, or used as if it were not."""
+    model = make_model()
+    optimizer = APOLLOAdamW([{"params": [model["mlp"].weight], "rank": 4}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'rnak'"):
+            optimizer.add_param_group({"params": [model["attn"].weight], "rnak": 4})
+    assert len(optimizer.param_groups) == 1
