@@ -137,8 +137,6 @@ class APOLLOAdamW(Optimizer):
         capturable: bool = False,
     ) -> None:
         check_is_no_model(params, type(self).__name__)
-        if not isinstance(params, Tensor):
-            params = list(params)
         defaults = {
             "lr": lr.detach().clone() if isinstance(lr, Tensor) else lr,
             "betas": betas,
@@ -158,6 +156,8 @@ class APOLLOAdamW(Optimizer):
             "capturable": capturable,
         }
         Settings.of(defaults)
+        if not isinstance(params, Tensor):
+            params = list(params)
         self._reset_transients()
         self._had_matrix: list[bool] = []
         super().__init__(params, defaults)
