@@ -155,7 +155,7 @@ def read_validation(options: argparse.Namespace, ranks: Ranks, packer: data.Pack
     count = int(ranks.agree(len(found), dist.ReduceOp.MIN))
     if not count:
         raise SystemExit(
-            f"no rank may be without a sequence of {options.sequence} tokens to evaluate on, and one is; give "
+            f"the text to evaluate on has no sequence of {options.sequence} tokens for each rank; give "
             f"--validation FILE with more text, a larger --held-out than {options.held_out}, or --evaluate-every 0"
         )
     return found[:count]

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     and a module, or a command, each with its own arguments. Exits with 2 and says what is missing if there is no such
     program."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        print(f"usage: python -m apollo_triton.compat PROGRAM [ARGUMENT ...]\n\n{(__doc__ or '').replace('``', '')}")
         sys.exit(0 if arguments else 2)
     program = arguments[0]
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

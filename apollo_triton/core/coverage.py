@@ -208,8 +208,11 @@ def _other_names(model: nn.Module, rank: int, group_keys: dict[str, Any]) -> str
         targets = Targets(model, entries)
         if highest := _highest_rank(model, targets, group_keys):
             possible = coverage(model, targets, min(rank, highest), group_keys).low_rank.values()
-            names = ", ".join(repr(name.rpartition(".")[0]) for name in [*possible][:3])
+            modules = [name.rpartition(".")[0] for name in [*possible][:3]]
             limit = f", and a rank of at most {highest}" if rank > highest else ""
+            if not all(modules):  # the model is one layer, which has no name
+                return f"give {entries!r}{limit}" if entries == ALL_LINEAR else f"give '.*'{limit}"
+            names = ", ".join(map(repr, modules))
             return f"give substrings or regular expressions of names such as {names}{also}{limit}"
     if next(model.parameters(), None) is None:
         return f"the model ({type(model).__name__}) has no parameters"

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .messages import shown
+
 # A list of the user's own is a choice, and is taken as it is. These two stand for "the model's matrices".
 DEFAULT_TARGETS = ("attn", "mlp")
 ALL_LINEAR = "all-linear"
@@ -41,8 +43,8 @@ class Targets:
         entries: list[Any] = given if isinstance(given, list) else [given]
         if not all(isinstance(entry, str) for entry in entries):
             raise ValueError(
-                f"Invalid target_modules: {given!r} (allowed: a list of substrings or regular expressions of module "
-                f"names, one regular expression, or {ALL_LINEAR!r})"
+                f"Invalid target_modules: {shown(given)} (allowed: a list of substrings or regular expressions of "
+                f"module names, one regular expression, or {ALL_LINEAR!r})"
             )
         for entry in entries:
             try:

@@ -40,7 +40,22 @@ def no_match(model: nn.Module, targets: Targets) -> str:
         start += f" names no nn.Linear, and nothing else becomes int8, such as {name!r} ({type(module).__name__})"
     else:
         start += ": no nn.Linear of the model matches"
+        if targets.is_lone and any(targets.entries[0] in name for name in linears):
+            start += (
+                "; a lone string is a regular expression that has to match a module's whole name: "
+                f"target_modules={targets.entries!r}, a list, takes substrings"
+            )
     return f"{start}; {advice}"
+
+
+def idle_note(model: nn.Module, targets: Targets) -> str:
+    """What to say of entries of the user's own list that match no module; "" if there are none."""
+    if not targets.is_choice:
+        return ""
+    named = dict(model.named_modules(remove_duplicate=False)).items()
+    idle = [each for each in targets.entries if not any(targets.entry_matches(each, *found) for found in named)]
+    entries = " and ".join(map(repr, idle))
+    return f"target_modules={targets.given!r}: no module matches {entries}; the other entries are used" if idle else ""
 
 
 def float_note(model: nn.Module, targets: Targets) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.messages import warn
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
-from .coverage import float_note, no_match, targeted
+from .coverage import float_note, idle_note, no_match, targeted
 from .replaced import REPLACED_BY, mark_replaced
 from .saved import PARTS, assembled, checked
 from .weight import Int8Weight
@@ -133,7 +133,8 @@ def quantize_model(
     weight; if a layer has more than a weight and a bias of its own, a weight that something computes, holds or updates
     (pruning, weight norm, a hook, FSDP, accelerate), or values that are not finite; and if a weight is shared with
     something that is not converted. Warns if the default targets or "all-linear", or modules that ``target_modules``
-    names, leave over a tenth of the matrices in floats, such as fused experts.
+    names, leave over a tenth of the matrices in floats, such as fused experts. Warns of an entry of a list that matches
+    no module.
 
     >>> model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(256, 64)}))
     >>> model["mlp"].weight
@@ -162,7 +163,7 @@ def quantize_model(
                     weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
-    if note := float_note(model, targets):
+    for note in filter(None, (idle_note(model, targets), float_note(model, targets))):
         warn(note)
     return model
 

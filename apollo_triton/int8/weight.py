@@ -291,7 +291,9 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
             f"{name} is {weight.dtype} {tuple(weight.shape)}; int8 weights are made of matrices of "
             + ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
         )
-    if not isinstance(group_size, int) or group_size < 1 or weight.numel() % group_size:
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"Invalid group_size: {shown(group_size)} (allowed: an integer of 1 or more)")
+    if weight.numel() % group_size:
         raise ValueError(
             f"group_size={group_size!r} does not divide the {weight.numel()} elements of {name}, of shape "
             f"{tuple(weight.shape)}; use one that does, such as {math.gcd(weight.numel(), 128)}"

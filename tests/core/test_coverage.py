@@ -49,6 +49,16 @@ def test_a_layer_of_one_output_stays_dense_and_is_named(make):
     assert re.search(r"1 targeted weights are .*narrow.* and stay dense: mlp.gate.weight \(width 1\)", text)
 
 
+@pytest.mark.parametrize(
+    ("model", "advice"), [(nn.Linear(16, 16), "all-linear"), (nn.Conv2d(16, 16, 3), ".*"), (nn.LSTM(16, 16), ".*")]
+)
+def test_a_model_of_one_layer_is_told_what_takes_it(model, advice):
+    """It was told to give names such as '', the name of the model itself."""
+    with pytest.raises(ValueError, match=f"no module; give '{re.escape(advice)}'$"):
+        apollo_param_groups(model, rank=8)
+    assert apollo_param_groups(model, rank=8, target_modules=advice)[0]["param_names"][0].startswith("weight")
+
+
 def test_what_saves_no_state_stays_dense():
     """As many numbers of state as AdamW's at less precision: a rank of the whole width, and svd's stored P."""
     model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False), "attn": nn.Linear(64, 64, bias=False)})

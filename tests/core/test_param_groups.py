@@ -128,6 +128,7 @@ def test_narrow_weights_are_low_rank_where_the_group_allows_it():
         ({"proj_type": "foo"}, "Invalid proj_type: 'foo' .allowed: 'std'"),
         ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: a list of substrings"),
         ({"target_modules": ["mlp", 5]}, "Invalid target_modules: "),
+        ({"target_modules": [nn.Sequential(nn.ReLU())]}, r"Invalid target_modules: \[Sequential.*ReLU.* .allowed"),
     ],
 )
 def test_wrong_arguments_are_named(options, text):

@@ -172,6 +172,16 @@ def group_size(model):
     return {"group_size": 7}
 
 
+@spoils(r"Invalid group_size: '8' .allowed: an integer of 1 or more")
+def group_size_as_text(model):
+    return {"group_size": "8"}
+
+
+@spoils(r"target_modules=\['tt'\], a list, takes substrings; give substrings")
+def part_of_a_name_outside_a_list(model):
+    return {"target_modules": "tt"}
+
+
 @pytest.mark.parametrize(("spoil", "text"), OBSTACLES)
 def test_what_would_break_or_be_lost_is_refused_by_name_before_anything_changes(spoil, text):
     """A pruned layer lost its mask and failed at the next forward; hooks, adapters and ties were gone."""
@@ -181,6 +191,17 @@ def test_what_would_break_or_be_lost_is_refused_by_name_before_anything_changes(
     with pytest.raises(ValueError, match=text):
         quantize_model(model, **({"group_size": 8} | keys))
     assert dict(model.named_modules()) == before
+
+
+def test_a_misspelt_entry_of_a_list_is_named():
+    """The layers that it was meant for stayed float, and a reader of the memory wondered why."""
+    model = net()
+    with pytest.warns(UserWarning, match=r"no module matches 'mpl'; the other entries are used") as caught:
+        quantize_model(model, target_modules=["attn", "mpl"], group_size=8)
+    assert [each.filename for each in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, target_modules=["attn", "mlp"], group_size=8)  # int8 already is no reason to warn
 
 
 def test_after_the_advice_it_works():

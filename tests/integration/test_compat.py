@@ -51,6 +51,7 @@ for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
         optimizer = getattr(apollo_torch, name)([{"params": weights, "rank": 5}, {"params": [dense]}])
     [said] = caught
     assert str(said.message).startswith("rank 5 is above the projected width of 2 weights, the narrowest 3: "), said
+    assert said.filename == "<string>", "not at the line that makes the optimizer"
     optimizer.step()
     assert [tuple(optimizer.state[each]["exp_avg"].shape) for each in weights] == [(6, 5), (8, 5), (9, 5)]
     try:

@@ -142,3 +142,25 @@ def test_names_come_from_the_checkpoint_where_there_were_none():
         warnings.simplefilter("error")
         named.load_state_dict(APOLLOAdamW([{"params": [two]}, {"params": [three]}]).state_dict())
     assert [group["param_names"] for group in named.param_groups] == [["one"], ["two"]]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_state_of_adamw_over_all_parameters_is_called_adamws(count):
+    """It has one group where ours has two, or groups of other sizes, and only their numbers were compared."""
+    weight, bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+    groups = [{"params": [weight, bias]}, {"params": [nn.Parameter(torch.ones(3))]}][:count]
+    optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}, {"params": [bias]}])
+    with pytest.raises(ValueError, match="it is a group of AdamW or another optimizer"):
+        optimizer.load_state_dict(torch.optim.AdamW(groups).state_dict())
+
+
+def test_groups_of_other_sizes_are_refused_with_what_to_do():
+    weight, bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+    optimizer = APOLLOAdamW([{"params": [weight, bias], "rank": 2}, {"params": [nn.Parameter(torch.ones(3))]}])
+    saved = optimizer.state_dict()
+    saved["param_groups"].reverse()
+    advice = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups$"
+    with pytest.raises(ValueError, match=rf"group 0 has 1 parameters, and the optimizer's 2; {advice}"):
+        optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=rf"groups: 1, and the optimizer has 2; {advice}"):
+        optimizer.load_state_dict(saved | {"param_groups": saved["param_groups"][:1]})

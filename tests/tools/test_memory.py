@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, ViTConfig
 
 from apollo_triton import APOLLOAdamW, quantize_model
 from apollo_triton.cli import main
@@ -215,6 +215,19 @@ def test_the_note_names_what_stays_dense(tmp_path, capsys):
     )
     call("--model", str(tmp_path), "--target-modules", "self_attn", "fc")
     assert "stay dense" not in capsys.readouterr().out
+
+
+def test_patches_and_positions_are_embeddings_in_the_note_and_below_the_table(tmp_path, capsys):
+    """For ViT the note said that 53 % of the matrices stay dense, and the sentence below the table 61 %."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(tmp_path)
+    call("--model", str(tmp_path))
+    out, err = capsys.readouterr()
+    attention, mlp, pooler = 2 * 4 * 64 * 64, 2 * 2 * 64 * 128, 64 * 64
+    share = f"{(attention + pooler) / (attention + mlp + pooler):.0%}"
+    assert f"leaves {share} of the elements" in err
+    assert f"{share} of the weights stay dense with APOLLO: layers.*.attention.q_proj" in " ".join(out.split())
+    assert "patch_embeddings" not in out + err
 
 
 def test_default_ranks_are_the_papers(capsys):

@@ -102,7 +102,7 @@ def table(results: list[Result]) -> Any:
     shown = rich_table.Table(title=f"LLaMA {first.config.model}, {first.config.steps} steps", title_justify="left")
     shown.add_column("optimizer", no_wrap=True)
     for heading in ("lr", "held-out loss", "state", "optimizer step", "tokens/s"):
-        shown.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right", overflow="fold")  # a narrow terminal loses no figure
     for result in results:
         shown.add_row(
             result.label,

@@ -50,8 +50,9 @@ def dense_coverage(model: nn.Module, rank: int, targets: Any = None) -> Coverage
     for name, parameter in model.named_parameters():
         size = parameter.numel() if parameter.requires_grad else 0
         dense_size += size if name in dense else 0
-        if id(parameter) in embeddings | head:
-            kinds["embeddings" if id(parameter) in embeddings else "head"] = None
+        is_embedding = id(parameter) in embeddings or "embed" in name  # as the note on dense matrices has it
+        if is_embedding or id(parameter) in head:
+            kinds["embeddings" if is_embedding else "head"] = None
         elif parameter.dim() > 1:
             total += size
             if name in dense:

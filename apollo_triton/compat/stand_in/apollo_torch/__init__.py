@@ -4,10 +4,10 @@ The classes are apollo_triton's with one difference: they accept a rank above a 
 The Trainer's default rank of 128 is above the width of many small models.
 """
 
-import warnings
 from typing import Any
 
 import apollo_triton
+from apollo_triton.core.messages import warn
 from apollo_triton.core.settings import Settings
 from apollo_triton.params.member import geometry_of
 
@@ -36,10 +36,9 @@ def _warn_of_wide_ranks(group: dict[str, Any]) -> None:
     widths = [geometry.width for geometry in geometries if geometry is not None]
     narrow = [width for width in widths if settings.rank is not None and settings.rank > width]
     if narrow:
-        warnings.warn(
+        warn(
             f"rank {settings.rank} is above the projected width of {len(narrow)} weights, the narrowest {min(narrow)}: "
-            "their state is larger than AdamW's; a smaller rank saves memory",
-            stacklevel=5,
+            "their state is larger than AdamW's; a smaller rank saves memory"
         )
 
 
