@@ -304,5 +304,5 @@ def _is_away(value: Tensor, device: torch.device) -> bool:
 def _complaint(param: Param, name: str, problem: str) -> str:
     return (
         f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
-        "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
+        "group changed; use the groups that it was saved with, or begin with a fresh optimizer"
     )
