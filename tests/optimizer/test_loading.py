@@ -293,7 +293,7 @@ def test_it_is_called_one_also_where_it_has_fewer_groups(other):
     """``AdamW(model.parameters())`` has one group, APOLLO two: the error was about their numbers alone."""
     model = nn.Sequential(nn.Linear(16, 16))
     optimizer = APOLLOAdamW.apollo(model, rank=4, target_modules=["0"])
-    with pytest.raises(ValueError, match="parameter group 0: it is a group of AdamW or another optimizer of torch.opt"):
+    with pytest.raises(ValueError, match="parameter group 0: it is a group of AdamW or another optimizer of"):
         optimizer.load_state_dict(other(model.parameters(), lr=0.1).state_dict())
     ours = APOLLOAdamW([{"params": [*model.parameters()]}]).state_dict()
     with pytest.raises(ValueError, match="groups: 1, and the optimizer has 2; build the groups as they were"):
