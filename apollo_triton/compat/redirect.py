@@ -7,8 +7,9 @@
 This puts a folder with a package ``apollo_torch`` first on the path. ``import``, ``find_spec`` and
 ``importlib.metadata`` then find it like any package, in this process and in those that it starts.
 
-PROGRAM is a script if it ends in .py or has a path separator, as in ./train, and a command otherwise. Python looks beside a script, and with -m in the current folder, before it looks anywhere else. So a
-program is not started where an apollo_torch of its own lies there.
+PROGRAM is a script if it ends in .py or has a path separator, as in ./train, and a command otherwise. Python looks
+beside a script, and with -m in the current folder, before it looks anywhere else. So a program is not started where an
+apollo_torch of its own lies there.
 """
 
 from __future__ import annotations
