@@ -204,3 +204,12 @@ def _naming(param: Param) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"state_dict, parameter group {param.group}, {error}") from None
+
+
+def with_indices(groups: list[Group]) -> Iterator[Group]:
+    """The groups with indices instead of parameters, as in a ``state_dict``."""
+    first = 0
+    for group in groups:
+        count = len(group["params"])
+        yield {**group, "params": list(range(first, first + count))}
+        first += count

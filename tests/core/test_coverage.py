@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, projection_matrix
 from apollo_triton.core.coverage import NARROWEST, coverage_note
@@ -35,14 +35,6 @@ def meta_model(kind, keys):
     with torch.device("meta"):
         causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
-
-
-def warnings_of(call, *arguments, **keys):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call(*arguments, **keys)
-    assert all(each.filename == __file__ for each in caught), "a warning does not point at the caller's line"
-    return [str(each.message) for each in caught]
 
 
 # --- weights that low rank suits badly

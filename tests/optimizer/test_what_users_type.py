@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from unchanged import assert_unchanged, snapshot
+from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups
 from apollo_triton.tools.validate.backend_run import BackendRun
@@ -22,14 +23,6 @@ from apollo_triton.tools.validate.cases import Case
 
 def make_model(dtype=torch.float32):
     return nn.ModuleDict({"attn": nn.Linear(16, 16), "mlp": nn.Linear(16, 32)}).to(dtype)
-
-
-def warnings_of(call, *arguments, **keys):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call(*arguments, **keys)
-    assert all(each.filename == __file__ for each in caught), "a warning does not point at the caller's line"
-    return [str(each.message) for each in caught]
 
 
 # --- arguments
@@ -222,3 +215,14 @@ def test_copies_of_an_optimizer_say_nothing_again_and_take_groups(way):
 def test_a_command_does_not_warn_of_the_odd_shapes_that_it_tries():
     case = Case("verbs", "narrow", ((40, 4),), "bf16", {"rank": 4, "lr": 1e-5})
     assert not warnings_of(BackendRun, case, "reference", torch.device("cpu"), 0)
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    """The group was there, and its optimizer was thrown away, or used as if it were not."""
+    model = make_model()
+    optimizer = APOLLOAdamW([{"params": [model["mlp"].weight], "rank": 4}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'rnak'"):
+            optimizer.add_param_group({"params": [model["attn"].weight], "rnak": 4})
+    assert len(optimizer.param_groups) == 1
