@@ -93,6 +93,8 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
         raise ValueError(f"state_dict: 'state' is {shown(state_dict['state'])}, not a dictionary; {_ADVICE}")
     if not isinstance(saved_groups, (list, tuple)):
         raise ValueError(f"state_dict: 'param_groups' is {shown(saved_groups)}, not a list; {_ADVICE}")
+    for index, saved in enumerate(saved_groups):
+        _check_algorithm(saved, f"state_dict, parameter group {index}")
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and the optimizer has "
@@ -109,13 +111,18 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"group {index} has {len(saved['params'])} parameters, and the optimizer's {len(own['params'])}"
             )
-        foreign = next((name for name in _OF_TORCH if name in saved and "correct_bias" not in saved), None)
-        if foreign is not None:
-            raise ValueError(
-                f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose "
-                "state belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
-            )
     return list(saved_groups)
+
+
+def _check_algorithm(saved: object, where: str) -> None:
+    """Raise ValueError for a group of torch.optim's own optimizers. They mostly have one group where we have two."""
+    keys = saved if isinstance(saved, Mapping) else {}
+    foreign = next((name for name in _OF_TORCH if name in keys and "correct_bias" not in keys), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose state "
+            "belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
+        )
 
 
 def _group(saved: Mapping[str, Any], own: Group, where: str) -> Group:

@@ -90,6 +90,10 @@ def test_an_adamw_state_is_called_one(make_other, text, keeps_groups):
     with pytest.raises(ValueError, match=text):
         optimizer.load_state_dict(state_dict)
     assert same(everything(optimizer), before)
+    if not keeps_groups:  # one group, and two here, as the factories make: that is how most who switch come
+        optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}, {"params": [bias]}])
+        with pytest.raises(ValueError, match=text):
+            optimizer.load_state_dict(state_dict)
 
 
 @pytest.mark.parametrize(
