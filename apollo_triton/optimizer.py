@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +31,7 @@ from .params.advice import (
 )
 from .params.checks import check_groups, holds_matrix
 from .params.idle import IdleSteps
-from .params.loading import FOREIGN_KEY, Loaded, read_state_dict
+from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
 from .params.sharding import is_dtensor
@@ -137,8 +137,6 @@ class APOLLOAdamW(Optimizer):
         capturable: bool = False,
     ) -> None:
         check_is_no_model(params, type(self).__name__)
-        if not isinstance(params, Tensor):
-            params = list(params)
         defaults = {
             "lr": lr.detach().clone() if isinstance(lr, Tensor) else lr,
             "betas": betas,
@@ -158,6 +156,8 @@ class APOLLOAdamW(Optimizer):
             "capturable": capturable,
         }
         Settings.of(defaults)
+        if not isinstance(params, Tensor):
+            params = list(params)
         self._reset_transients()
         self._had_matrix: list[bool] = []
         super().__init__(params, defaults)
@@ -266,6 +266,12 @@ class APOLLOAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         new = NewGroup.of(param_group, self.param_groups, self.defaults)
+        # Before anything changes, since warnings may be errors.
+        advise_on_keys(param_group, new.where)
+        advise_on_group(new.params, new.settings, new.where)
+        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
+            self._told_of_rounding = True
+            advise_on_rounding(new.lr)
         unnamed = new.name_all(self.param_groups)
         try:
             super().add_param_group(new.group)
@@ -275,11 +281,6 @@ class APOLLOAdamW(Optimizer):
             raise
         self._had_matrix.append(holds_matrix(self.param_groups[-1]))
         place_learning_rate(self.param_groups[-1])
-        advise_on_keys(param_group, new.where)
-        advise_on_group(new.params, new.settings, new.where)
-        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
-            self._told_of_rounding = True
-            advise_on_rounding(new.lr)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved on any device, at any dtype; tensors are copied.
@@ -304,7 +305,7 @@ class APOLLOAdamW(Optimizer):
                     place_learning_rate(group)
             loaded.append(new)
             # torch.optim would cast and copy state. It gets none, and ``place`` puts ours into the empty dictionary.
-            return {"state": {}, "param_groups": list(_with_indices(new.groups))}
+            return {"state": {}, "param_groups": list(with_indices(new.groups))}
 
         def place(optimizer: Optimizer) -> None:
             self.state.update(loaded[-1].state)
@@ -346,12 +347,3 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
-
-
-def _with_indices(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The groups with indices instead of parameters, as in a ``state_dict``."""
-    first = 0
-    for group in groups:
-        count = len(group["params"])
-        yield {**group, "params": list(range(first, first + count))}
-        first += count

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.settings import PER_STEP, STRUCTURAL, Settings
+from ..params.fake import fake_mode_of
 from ..params.member import Param
 from ..params.sharding import LocalShard
 from .collectives import gathered, ordered_axes
@@ -32,8 +33,15 @@ class Agreement:
     ) -> None:
         """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes.
 
-        ``settings`` are by the index of the group.
+        ``settings`` are by the index of the group. Raises ValueError also for shards that have no values to send.
         """
+        for param, shard in found:
+            has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
+            if not has_values and any(axis.size > 1 for axis in shard.mesh_axes):
+                raise ValueError(
+                    f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
+                    "or meta tensors, or count bytes with apollo-triton memory"
+                )
         axes = ordered_axes([shard for _, shard in found])
         if not axes:
             return

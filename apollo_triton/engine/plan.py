@@ -243,11 +243,6 @@ class Plan:
             if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
                 raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
             name = backend.name
-            if any(axis.size > 1 for axis in shard.mesh_axes) and (backend.name == "none" or local(parameter).is_meta):
-                raise ValueError(
-                    f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
-                    "or meta tensors, or count bytes with apollo-triton memory"
-                )
             if not local(parameter).numel():
                 # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the
                 # bit as the other ranks do: on their backend.

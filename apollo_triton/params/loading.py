@@ -97,16 +97,8 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
         raise ValueError(f"state_dict: 'state' is {shown(state_dict['state'])}, not a dictionary; {_ADVICE}")
     if not isinstance(saved_groups, (list, tuple)):
         raise ValueError(f"state_dict: 'param_groups' is {shown(saved_groups)}, not a list; {_ADVICE}")
-    for index, saved in enumerate(saved_groups):  # first of all, since AdamW has one group where APOLLO has two
-        where = f"state_dict, parameter group {index}"
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"{where}: it is {shown(saved)}, not a dictionary; {_ADVICE}")
-        foreign = next((name for name in _OF_TORCH if name in saved and "correct_bias" not in saved), None)
-        if foreign is not None:
-            raise ValueError(
-                f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose "
-                "state belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
-            )
+    for index, saved in enumerate(saved_groups):
+        _check_algorithm(saved, f"state_dict, parameter group {index}")
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and the optimizer has "
@@ -114,6 +106,8 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
         )
     for index, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         where = f"state_dict, parameter group {index}"
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{where}: it is {shown(saved)}, not a dictionary; {_ADVICE}")
         if not isinstance(saved.get("params"), (list, tuple)):
             raise ValueError(f"{where}: 'params' is {shown(saved.get('params'))}, not a list; {_ADVICE}")
         if len(saved["params"]) != len(own["params"]):
@@ -123,6 +117,17 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
                 f"{_SAME_GROUPS}"
             )
     return list(saved_groups)
+
+
+def _check_algorithm(saved: object, where: str) -> None:
+    """Raise ValueError for a group of torch.optim's own optimizers. They mostly have one group where we have two."""
+    keys = saved if isinstance(saved, Mapping) else {}
+    foreign = next((name for name in _OF_TORCH if name in keys and "correct_bias" not in keys), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose state "
+            "belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
+        )
 
 
 def _group(saved: Mapping[str, Any], own: Group, where: str) -> Group:
@@ -211,3 +216,12 @@ def _naming(param: Param) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"state_dict, parameter group {param.group}, {error}") from None
+
+
+def with_indices(groups: list[Group]) -> Iterator[Group]:
+    """The groups with indices instead of parameters, as in a ``state_dict``."""
+    first = 0
+    for group in groups:
+        count = len(group["params"])
+        yield {**group, "params": list(range(first, first + count))}
+        first += count

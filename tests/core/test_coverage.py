@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, projection_matrix
 from apollo_triton.core.coverage import NARROWEST, coverage_note
@@ -35,14 +35,6 @@ def meta_model(kind, keys):
     with torch.device("meta"):
         causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
-
-
-def warnings_of(call, *arguments, **keys):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call(*arguments, **keys)
-    assert all(each.filename == __file__ for each in caught), "a warning does not point at the caller's line"
-    return [str(each.message) for each in caught]
 
 
 # --- weights that low rank suits badly
@@ -161,7 +153,8 @@ def test_a_large_share_that_stays_dense_is_named_with_what_to_pass(kind):
 def test_fused_experts_are_named_under_all_linear(targets):
     model = meta_model("mixtral", MOE)
     (text,) = warnings_of(apollo_param_groups, model, rank=8, target_modules=targets)
-    assert "model.layers.*.mlp.experts.gate_up_proj (2)" in text
+    assert "not counted): model.layers.*.mlp.experts.gate_up_proj (2), " in text
+    assert ".gate." not in text  # the router, of which the advice does not hold
     assert "target_modules=['all-linear', 'experts'] makes them low-rank" in text
     assert_advice_helps(model, text)
 
@@ -218,6 +211,7 @@ def test_only_what_would_work_for_this_model_is_suggested():
     assert "no matrix that could be low-rank" in text
     assert "all-linear" not in text
     assert "the model (Sequential) has no parameters" in text_of(nn.Sequential(), ["attn"])
+    assert text_of(nn.Linear(16, 16), ["attn"]).endswith("; give target_modules='all-linear'")  # its name is ''
     narrow = nn.ModuleDict({"fc": nn.Linear(16, 16), "gate": nn.Linear(16, 1)})
     assert text_of(narrow, ["attn"], rank=64).endswith("such as 'fc', or 'all-linear', and a rank of at most 15")
     assert "give a rank of at most 15" in text_of(narrow, ["fc"], rank=64)

@@ -112,9 +112,9 @@ def trained(run):
 
 
 def assert_alike(one, other):
-    """Two backends went the same way, up to the order of float32 sums."""
+    """Two backends went the same way, up to the order of float32 sums and the rounding of weights that hardly move."""
     for name, (start, end) in one.items():
-        assert (other[name][1] - end).norm() <= 1e-4 * (end - start).norm(), name
+        assert (other[name][1] - end).norm() <= 1e-4 * (end - start).norm() + 2**-23 * end.norm(), name
 
 
 def check_on_kernels(fault):

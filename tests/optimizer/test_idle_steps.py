@@ -45,8 +45,11 @@ TEXT = (
 )
 
 
-@pytest.mark.parametrize("gradients", ["kept", "freed", "none"])
-@pytest.mark.parametrize("conversion", CONVERSIONS)
+# quantize_model refuses layers that have hooks.
+@pytest.mark.parametrize(
+    ("conversion", "gradients"),
+    [("quantize_model", "kept"), *(("dequantize_model", gradients) for gradients in ("kept", "freed", "none"))],
+)
 def test_an_optimizer_from_before_a_conversion_is_refused(conversion, gradients):
     """It stepped and trained nothing of what the model holds. The rest of the model has gradients and does not move."""
     make, convert = CONVERSIONS[conversion]
@@ -68,6 +71,21 @@ def test_an_optimizer_from_before_a_conversion_is_refused(conversion, gradients)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     groups = [{"params": [model["mlp"].weight], "rank": 2}, {"params": [model["mlp"].bias]}]
     APOLLOAdamW(groups).step()  # one that was made after it is not
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_gradient_from_before_the_conversion_is_no_sign_of_life(conversion):
+    """The new weight shared it with the old one, so that the optimizer went on to train what no model holds."""
+    make, convert = CONVERSIONS[conversion]
+    model = make()
+    optimizer = optimizer_of(model)
+    backward(model)
+    optimizer.step()
+    convert(model)  # without zero_grad()
+    assert model["mlp"].weight.grad is not None
+    backward(model)
+    with pytest.raises(ValueError, match=TEXT.format(conversion)):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("gradients", ["freed", "none"])

@@ -157,7 +157,7 @@ def test_overlap_is_exact(first, second):
     numbers = torch.arange(128)
     places = [numbers.as_strided(t.shape, t.stride(), t.storage_offset()).flatten().tolist() for t in tensors]
     for tensor, place in zip(tensors, places, strict=True):
-        assert aliasing._overlaps_itself(tensor) == (len(set(place)) < len(place))
+        assert aliasing.overlaps_itself(tensor) == (len(set(place)) < len(place))
     params = [aliasing.Param(0, index, "", nn.Parameter(t)) for index, t in enumerate(tensors)]
     try:
         aliasing.check_separate(params)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from unchanged import assert_unchanged, snapshot
+from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups
 from apollo_triton.tools.validate.backend_run import BackendRun
@@ -22,14 +23,6 @@ from apollo_triton.tools.validate.cases import Case
 
 def make_model(dtype=torch.float32):
     return nn.ModuleDict({"attn": nn.Linear(16, 16), "mlp": nn.Linear(16, 32)}).to(dtype)
-
-
-def warnings_of(call, *arguments, **keys):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call(*arguments, **keys)
-    assert all(each.filename == __file__ for each in caught), "a warning does not point at the caller's line"
-    return [str(each.message) for each in caught]
 
 
 # --- arguments
@@ -61,6 +54,7 @@ def test_a_model_or_one_group_in_place_of_parameters(optimizer):
         ({"learning_rate": 0.1}, "'learning_rate' .did you mean 'lr'"),
         ({"target_module": ["mlp"]}, "'target_module' .did you mean 'target_modules'"),
         ({"update_proj_gab": 10}, "'update_proj_gab' .did you mean 'update_proj_gap'"),
+        ({"LR": 0.1}, "'LR' .did you mean 'lr'"),
         ({"zzz": 1}, "'zzz' .allowed: backend, betas"),
     ],
 )
@@ -71,9 +65,9 @@ def test_unknown_options_are_answered(option, text):
         keys = {} if make == APOLLOAdamW.mini else {"rank": 4}
         with pytest.raises(TypeError, match=f"unknown option {text}"):
             make(model, **keys, **option)
-    if not {"target_module", "update_proj_gab"} & set(option):
-        with pytest.raises(TypeError, match=f"APOLLOAdamW: unknown option {text}"):
-            APOLLOAdamW(model.parameters(), **option)
+    # Also of what is no argument of the constructor, such as a group's key.
+    with pytest.raises(TypeError, match=f"APOLLOAdamW: unknown option {text}"):
+        APOLLOAdamW(model.parameters(), **option)
 
 
 @pytest.mark.parametrize("option", ["rank", "scale", "target_modules"])
@@ -105,6 +99,7 @@ def test_known_options_go_where_they_belong():
         ({"rank": 4, "update_proj_gab": 4}, "did you mean 'update_proj_gap'"),
         ({"beta": (0.9, 0.99)}, "did you mean 'betas'"),
         ({"learning_rate": 0.1}, "did you mean 'lr'"),
+        ({"Lr": 0.1}, "'Lr' does nothing .did you mean 'lr'"),
         ({"amsgrad": True}, "'amsgrad' does nothing .not here"),
         ({"target_modules": ["mlp"]}, "'target_modules' does nothing in a group: apollo_param_groups"),
         ({"scale": 128.0, "scale_type": "tensor"}, "has no 'rank'.*'scale_type' and 'scale' has no effect"),
@@ -113,6 +108,7 @@ def test_known_options_go_where_they_belong():
         ({"amsgrad": False, "foreach": None, "fused": True, "maximize": False, "momentum": 0.9, "layer": 1}, None),
         ({"rank": None, "scale": 128.0}, None),  # dense on purpose
         ({"use_muon": False, "wd_mult": 1.0, "lr_mult": 1.0, "swa_lr": 1, "group_name": "b", "swa": 1}, None),
+        ({"weight_decay_mult": 1.0, "apply_weight_decay": True, "initial_weight_decay": 0.1, "eta": 1}, None),
     ],
 )
 def test_keys_of_a_group_that_do_nothing(keys, text):
@@ -219,3 +215,14 @@ def test_copies_of_an_optimizer_say_nothing_again_and_take_groups(way):
 def test_a_command_does_not_warn_of_the_odd_shapes_that_it_tries():
     case = Case("verbs", "narrow", ((40, 4),), "bf16", {"rank": 4, "lr": 1e-5})
     assert not warnings_of(BackendRun, case, "reference", torch.device("cpu"), 0)
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    """The group was there, and its optimizer was thrown away, or used as if it were not."""
+    model = make_model()
+    optimizer = APOLLOAdamW([{"params": [model["mlp"].weight], "rank": 4}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'rnak'"):
+            optimizer.add_param_group({"params": [model["attn"].weight], "rnak": 4})
+    assert len(optimizer.param_groups) == 1

@@ -12,7 +12,7 @@ LR = 1e-2
 GROUPS = {
     "mini": {"rank": 1, "scale_type": "tensor", "scale": 128.0},
     "rank 4": {"rank": 4},
-    "rank 16": {"rank": 16, "scale": 2.0},
+    "rank 16": {"rank": 16, "scale": 2.0, "rank_above_width": True},
     "rademacher": {"rank": 5, "distribution": "rademacher", "scale_type": "tensor"},
     "left": {"rank": 3, "proj_type": "left"},
     "right": {"rank": 3, "proj_type": "right"},
