@@ -7,6 +7,7 @@ and runs no code.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from typing import IO, Any
@@ -68,7 +69,8 @@ def from_apollo_torch(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any
 
     Source: states of apollo-torch 1.0.3, observed by running it (``tests/optimizer/test_checkpoint.py``).
     """
-    if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "read"):
+    is_binary = hasattr(path, "read") and not isinstance(path, io.TextIOBase)
+    if not isinstance(path, (str, os.PathLike)) and not is_binary:
         raise TypeError(f"path is {shown(path)}; give a path, or a file that is open for reading bytes")
     if not isinstance(path, (str, os.PathLike)):
         return _read(path, "the file")

@@ -54,5 +54,6 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
         # ``memory 7B``. A positional argument of argparse would not be found behind an option before Python 3.13.
         options.model = [*(options.model or []), *rest] or None
     elif rest:
-        parsers[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        unknown = [word for word in rest if options.command != "memory" or word.startswith("-")]
+        parsers[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return options

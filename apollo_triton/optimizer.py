@@ -297,11 +297,12 @@ class APOLLOAdamW(Optimizer):
         loaded: list[Loaded] = []
 
         def read(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            new = read_state_dict(state_dict, self.param_groups)
-            if self._layerwise is not None:
-                self._layerwise.check_settings(new.groups)
-            for group in new.groups:
-                place_learning_rate(group)
+            with torch.inference_mode(False), torch.no_grad():  # no step could change what is made under it
+                new = read_state_dict(state_dict, self.param_groups)
+                if self._layerwise is not None:
+                    self._layerwise.check_settings(new.groups)
+                for group in new.groups:
+                    place_learning_rate(group)
             loaded.append(new)
             # torch.optim would cast and copy state. It gets none, and ``place`` puts ours into the empty dictionary.
             return {"state": {}, "param_groups": list(with_indices(new.groups))}

@@ -7,9 +7,9 @@
 This puts a folder with a package ``apollo_torch`` first on the path. ``import``, ``find_spec`` and
 ``importlib.metadata`` then find it like any package, in this process and in those that it starts.
 
-PROGRAM is a script if it ends in .py or has a path separator, as in ./train. It is a command otherwise, if there is one
-of this name. Python looks beside a script, and with -m in the current folder, before it looks anywhere else. So a
-program is not started where an apollo_torch of its own lies there.
+PROGRAM is a script if it ends in .py or has a path separator, as in ./train, and a command otherwise. Python looks
+beside a script, and with -m in the current folder, before it looks anywhere else. So a program is not started where an
+apollo_torch of its own lies there.
 """
 
 from __future__ import annotations
@@ -108,9 +108,12 @@ def main(arguments: Sequence[str]) -> None:
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     is_path = program.endswith(".py") or any(separator in program for separator in ("/", os.sep))
     found = None if is_path or program == "-m" else shutil.which(program, path=beside)
-    is_script = found is None and Path(program).is_file()
+    is_script = is_path and Path(program).is_file()
     if found is None and not is_script and program != "-m":
-        print(f"{program}: no such file, and no command of this name; -m runs a module", file=sys.stderr)
+        kind = "file" if is_path else "command"
+        # A file called torchrun is not taken for the command where that is not installed.
+        hint = f"write ./{program} for the file of this name" if Path(program).is_file() else "-m runs a module"
+        print(f"{program}: no such {kind}; {hint}", file=sys.stderr)
         sys.exit(2)
     for folder in _looks_first(arguments, is_script):
         if _found_in([str(folder)]) is not None:

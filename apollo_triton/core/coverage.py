@@ -97,7 +97,7 @@ def coverage_note(
         return ""
     return (
         f"target_modules={targets.given!r} leaves {found.missed_share:.0%} of the elements of this model's matrices "
-        f"dense, with AdamW's state (embeddings and head not counted): {abridged(found.missed)}; "
+        f"dense, with AdamW's state (embeddings and head not counted): {abridged(_large_missed(found))}; "
         f"target_modules={_wider_targets(model, found)!r} makes them low-rank, and a list of your own is taken as it is"
     )
 
@@ -143,8 +143,10 @@ def _matrices(model: nn.Module, embeddings: set[int]) -> Iterator[tuple[str, nn.
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
             continue  # [out, in, kernel] would be taken for experts
         for name, parameter in module.named_parameters(recurse=False):
-            # A bias may have dimensions: of experts [experts, n], as a table of relative positions, of attention.
-            is_bias = not {"bias", "biases"}.isdisjoint(name.split("_"))
+            # A bias may have dimensions: of experts [experts, n], as a table of relative positions, of attention. Such
+            # a table may also be a module, as LayoutLMv3's `rel_pos_bias.weight` is.
+            words = f"{module_name.rpartition('.')[2]}_{name}".split("_")
+            is_bias = not {"bias", "biases"}.isdisjoint(words)
             if parameter.dim() >= 2 and id(parameter) not in embeddings and not is_bias:
                 yield module_name, module, f"{module_name}.{name}" if module_name else name, parameter
 
@@ -165,15 +167,20 @@ def _all_too_narrow(model: nn.Module, targets: Targets, group_keys: dict[str, An
 def _wider_targets(model: nn.Module, found: Coverage) -> str | list[str]:
     """The ``target_modules`` that take what was missed as well."""
     modules = dict(model.named_modules())
-    least = 0.01 * (found.elements + sum(found.missed.values()))
-    kinds: dict[str, int] = {}
-    for name, elements in found.missed.items():
-        kinds[_last_name(name)] = kinds.get(_last_name(name), 0) + elements
-    large = [name for name in found.missed if kinds[_last_name(name)] >= least]  # routers are no reason for an entry
-    wanted = [*found.low_rank.values(), *large]
+    wanted = [*found.low_rank.values(), *_large_missed(found)]
     unlike = [name for name in wanted if not is_linear(modules[name.rpartition(".")[0]])]
     names = dict.fromkeys(_last_name(name) for name in unlike)
     return [ALL_LINEAR, *names] if names else ALL_LINEAR
+
+
+def _large_missed(found: Coverage) -> list[str]:
+    """What was missed, the largest kinds first, without those that are no reason for an entry: routers and the like."""
+    kinds: dict[str, int] = {}
+    for name, elements in found.missed.items():
+        kinds[_last_name(name)] = kinds.get(_last_name(name), 0) + elements
+    least = 0.01 * (found.elements + sum(found.missed.values()))
+    large = [name for name in found.missed if kinds[_last_name(name)] >= least]
+    return sorted(large or found.missed, key=lambda name: -kinds[_last_name(name)])
 
 
 def _highest_rank(model: nn.Module, targets: Targets, group_keys: dict[str, Any]) -> int:
@@ -211,7 +218,7 @@ def _other_names(model: nn.Module, rank: int, group_keys: dict[str, Any]) -> str
             modules = [name.rpartition(".")[0] for name in [*possible][:3]]
             limit = f", and a rank of at most {highest}" if rank > highest else ""
             if not all(modules):  # the model is one layer, which has no name
-                return f"give {entries!r}{limit}" if entries == ALL_LINEAR else f"give '.*'{limit}"
+                return f"give target_modules={ALL_LINEAR if entries == ALL_LINEAR else '.*'!r}{limit}"
             names = ", ".join(map(repr, modules))
             return f"give substrings or regular expressions of names such as {names}{also}{limit}"
     if next(model.parameters(), None) is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Settings:
         ``torch.optim``.
         """
         values = {name: group[name] for name in FIELD_NAMES if name in group}
+        if missing := [name for name in _NEEDED if name not in values]:
+            raise ValueError(
+                f"{where or 'the group'}: {missing[0]!r} is missing; use optimizer.add_param_group(...) instead of "
+                "changing optimizer.param_groups, or give the key a value"
+            )
         for name, value in values.items():
             if name in LOW_RANK_DEFAULTS and values.get("rank") is None:
                 continue
@@ -114,6 +119,7 @@ class Settings:
 
 
 FIELD_NAMES = tuple(field.name for field in fields(Settings))
+_NEEDED = tuple(field.name for field in fields(Settings) if field.default is MISSING)
 # Schedulers change these, OneCycleLR even the betas. Each launch gets their current values, so a change costs nothing;
 # a change of any other setting makes a new plan.
 PER_STEP = ("lr", "weight_decay", "betas", "eps")

@@ -33,23 +33,23 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     "unknown option 'update_proj_gab' (did you mean 'update_proj_gap'?)"
     """
     known = list(known)
-    near = _nearest(name, known)
-    if name in _ELSEWHERE:
-        help_text = _ELSEWHERE[name]
-    elif name in _GROUP_KEYS and name not in known:
-        help_text = (
-            f"a key of a parameter group: {{'params': ..., 'rank': ..., {name!r}: ...}}"
-            if name != "rank"
-            else "a key of a parameter group: {'params': ..., 'rank': ...}"
+    help_text = _ELSEWHERE.get(name, "") or _place_of(name)
+    if not help_text and (near := _nearest(name, [*known, *_GROUP_KEYS, "target_modules"])):
+        help_text = f"did you mean {near!r}?" + ("" if near in known else f" It is {_place_of(near)}")
+    return f"unknown option {name!r} ({help_text or 'allowed: ' + ', '.join(sorted(known))})"
+
+
+def _place_of(name: str) -> str:
+    """Where a name is allowed that is no argument of the constructor; "" for any other name."""
+    if name in _GROUP_KEYS:
+        others = "" if name == "rank" else f", {name!r}: ..."
+        return (
+            f"a key of a parameter group: {{'params': ..., 'rank': ...{others}}}, or an argument of "
+            "APOLLOAdamW.apollo(model, ...) and apollo_param_groups(model, ...)"
         )
-        help_text += ", or an argument of APOLLOAdamW.apollo(model, ...) and apollo_param_groups(model, ...)"
-    elif name == "target_modules":
-        help_text = "an argument of APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini and apollo_param_groups"
-    elif near:
-        help_text = f"did you mean {near!r}?"
-    else:
-        help_text = f"allowed: {', '.join(sorted(known))}"
-    return f"unknown option {name!r} ({help_text})"
+    if name == "target_modules":
+        return "an argument of APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini and apollo_param_groups"
+    return ""
 
 
 def unread_keys(group: dict[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
             notes.append(
                 f"{key!r} does nothing in a group: apollo_param_groups(model, target_modules=...) makes groups"
             )
-        elif near and near not in key.split("_"):  # "scale_lr" is a word of its own, no typing error of "scale"
+        elif near and f"_{near}_" not in f"_{key}_":  # "weight_decay_mult" is a name of its own, no typing error
             notes.append(f"{key!r} does nothing (did you mean {near!r}?)")
     unranked = [key for key in LOW_RANK_DEFAULTS if key in group]
     if unranked and "rank" not in group:
@@ -76,7 +76,8 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=0.75)), "")
+    near = next(iter(difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.75)), "")
+    return near if len(name) > 4 or abs(len(name) - len(near)) < 2 else ""  # "eta" is not "betas"
 
 
 def explaining_unknown_options(init: Callable[_P, None]) -> Callable[_P, None]:

@@ -15,7 +15,10 @@ DEFAULT_TARGETS = ("attn", "mlp")
 ALL_LINEAR = "all-linear"
 
 # What an output layer is called. As in the paper, the head is dense, with all that lies in it.
-_HEADS = frozenset({"head", "classifier", "pre_classifier", "score", "cls", "embed_out", "qa_outputs"})
+_HEADS = frozenset(
+    {"head", "heads", "classifier", "pre_classifier", "score", "cls", "embed_out", "qa_outputs", "logits", "to_logits"}
+    | {"output_projection", "unembed"}
+)
 # A "head" or "score" in a numbered layer or in attention is most likely attention's own. These are heads there too, as
 # DeepSeek's `mtp.layers.0.shared_head.head` is.
 _HEADS_IN_LAYERS = frozenset({"lm_head", "lm_heads", "shared_head", "embed_out"})

@@ -59,6 +59,9 @@ class Engine:
 
         Raises ValueError or RuntimeError, before anything changes, for what cannot be updated.
         """
+        if torch.is_inference_mode_enabled():  # what a step makes there could not be changed outside
+            with torch.inference_mode(False), torch.no_grad():
+                return self.run(groups, states, scaling, given)
         plan = self._plan_for(groups, states, scaling, given or {})  # kept while nothing has moved
         plan.advance()
         updates = plan.updates(self._caches)
@@ -75,6 +78,7 @@ class Engine:
             factors, sums = plan.collectives.gather_factors(factors, sums)
             for update in updates:
                 self._count_skipped(update.apply(factors, sums))  # s, G -> W
+        torch.autograd.graph.increment_version(plan.changed)  # autograd does not see what kernels write
         if scaling.found_inf is not None:
             plan.take_back(scaling.found_inf)
 

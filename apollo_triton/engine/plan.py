@@ -46,8 +46,8 @@ class Plan:
 
     ``members``: every parameter with a gradient. ``counts`` and ``steps``: how many steps each has taken, on the host
     and in its state. ``tables``: what the kernels update, low-rank ones first. ``captured``: whether a CUDA graph reads
-    the tables. ``devices``: where members are. ``collectives`` adds up what is sharded. ``clips``: whether all
-    gradients are clipped together, to ``max_grad_norm``.
+    the tables. ``devices``: where members are. ``changed``: the parameters that a step writes to. ``collectives`` adds
+    up what is sharded. ``clips``: whether all gradients are clipped together, to ``max_grad_norm``.
 
     ``first_group`` and ``first_index`` are the indices of the first group and parameter among all of the optimizer's.
     """
@@ -85,6 +85,7 @@ class Plan:
             lay_out(member.state, member.parameter, member.geometry is not None)
         self._is_fake = any(fake_mode_of(member.parameter) is not None for member in self.members)
         self.devices = {member.parameter.device for member in self.members}
+        self.changed = [member.parameter for member in self.members if member.backend != "none"]
         self.collectives = Collectives(self.members)
         self.max_grad_norm = settings[0].max_grad_norm if settings else None
         self.clips = self.max_grad_norm is not None

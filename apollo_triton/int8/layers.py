@@ -204,7 +204,7 @@ def dequantize_model(model: nn.Module) -> nn.Module:
 def _in_place_of(old: Tensor, value: Tensor, conversion: str) -> nn.Parameter:
     """A parameter of ``value`` with the gradient of ``old`` and what its user has set on it."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
-    new.grad = old.grad
+    new.grad, old.grad = old.grad, None  # one tensor of both would grow, and an old optimizer would step by it
     ours = {*Int8Weight.__annotations__, "_is_param", REPLACED_BY}
     vars(new).update({name: each for name, each in vars(old).items() if name not in ours})
     mark_replaced(old, conversion)

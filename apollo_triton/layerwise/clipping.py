@@ -6,9 +6,11 @@ is its name in the functions that are running when they call ``step()``, and the
 
 from __future__ import annotations
 
+import dis
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
-from types import FrameType
+from types import FrameType, FunctionType
 
 import torch
 
@@ -33,11 +35,21 @@ def useless_clipping() -> str | None:
             return f"{call.format(value)} clips nothing: use {off}"
     for frame in frames:
         code = frame.f_code
-        names = _CLIPPING.intersection((*code.co_names, *code.co_varnames, *code.co_freevars))
-        if names and _package(frame) not in _NOT_THE_USERS:
-            where = f"{min(names)} in {code.co_name} ({code.co_filename})"
-            return f"{where} finds no gradient and clips nothing: leave it out"
+        if _package(frame) not in _NOT_THE_USERS and (names := [*_clipping_of(frame)]):
+            where = f"{names[0]} in {code.co_name} ({code.co_filename})"
+            return f"{where} finds no gradient of this optimizer's parameters and clips nothing: leave it out"
     return None
+
+
+def _clipping_of(frame: FrameType) -> Iterator[str]:
+    """What the function that runs there uses to clip, under any name. To import it is no use of it."""
+    for instruction in dis.get_instructions(frame.f_code):
+        if not instruction.opname.startswith("LOAD") or instruction.opname == "LOAD_CONST":
+            continue
+        # from Python 3.12 on, one instruction may load two
+        for name in instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,):
+            value = frame.f_globals.get(name)
+            yield from _CLIPPING & {name, value.__name__ if isinstance(value, FunctionType) else name}
 
 
 def _callers() -> list[FrameType]:

@@ -329,8 +329,6 @@ class Layerwise:
         group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
         with naming(param):
             engine.run([group], optimizer.state, given=given)
-        # Kernels write unseen by autograd, which must know of it should a backward yet to come need the old value.
-        torch.autograd.graph.increment_version(parameter)
         self._updated.add(parameter)
 
 

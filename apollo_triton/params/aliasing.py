@@ -58,7 +58,7 @@ def _memory_of(parameter: Tensor) -> list[Tensor]:
 
 def address(tensor: Tensor) -> int:
     """Where a tensor begins; 0 if it has no memory: empty, on the meta device, a FakeTensor, freed by FSDP1."""
-    if tensor.is_meta or not tensor.numel():
+    if tensor.is_meta or not tensor.numel() or hasattr(tensor, "fake_mode"):  # which warns if it is asked
         return 0
     try:
         # Of a freed storage a slice's own data_ptr() is its offset.

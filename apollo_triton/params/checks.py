@@ -76,6 +76,10 @@ def check_parameter(param: Param, settings: Settings) -> None:
             "half; known are plain tensors, DTensor and the int8 weights of apollo_triton.quantize_model. Train the "
             "model before it is converted, or leave this parameter to another optimizer"
         )
+    if trained and parameter.is_inference():
+        raise ValueError(
+            f"{param} was made under torch.inference_mode(), and nothing outside may change it; make the model outside"
+        )
     if trained:
         check_elements(param)
     if isinstance(parameter, Int8Weight):

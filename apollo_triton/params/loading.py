@@ -21,11 +21,12 @@ from .member import Param, find_shard, params_of
 from .saved_state import check_saved_state, check_values, copied, loaded_state
 
 _ADVICE = "give what optimizer.state_dict() returned"
-_AS_SAVED = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups"
+_SAME_GROUPS = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups"
 # ``torch.optim`` writes its own default into every group that it copies or loads, though our step knows no such thing.
 FOREIGN_KEY = "differentiable"
-# Keys of torch.optim's optimizers: Adam and its relatives, SGD and RMSprop, Adagrad, Adadelta, Adafactor, Rprop.
-_OF_TORCH = ("amsgrad", "momentum", "momentum_decay", "lr_decay", "rho", "beta2_decay", "etas")
+# Keys of torch.optim's optimizers: Adam and its relatives, SGD and RMSprop, Adagrad, Adadelta, Adafactor, Rprop, ASGD;
+# RAdam and Adamax have only those that all have.
+_OF_TORCH = ("amsgrad", "momentum", "momentum_decay", "lr_decay", "rho", "beta2_decay", "etas", "lambd", "foreach")
 
 Group = dict[str, Any]
 
@@ -95,31 +96,36 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
     if not isinstance(saved_groups, (list, tuple)):
         raise ValueError(f"state_dict: 'param_groups' is {shown(saved_groups)}, not a list; {_ADVICE}")
     for index, saved in enumerate(saved_groups):
+        _check_algorithm(saved, f"state_dict, parameter group {index}")
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and the optimizer has "
+            f"{len(groups)}; {_SAME_GROUPS}"
+        )
+    for index, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         where = f"state_dict, parameter group {index}"
         if not isinstance(saved, Mapping):
             raise ValueError(f"{where}: it is {shown(saved)}, not a dictionary; {_ADVICE}")
         if not isinstance(saved.get("params"), (list, tuple)):
             raise ValueError(f"{where}: 'params' is {shown(saved.get('params'))}, not a list; {_ADVICE}")
-        # Before anything is counted: AdamW of all parameters has one group, and ours has two.
-        foreign = next((name for name in _OF_TORCH if name in saved and "correct_bias" not in saved), None)
-        if foreign is not None:
-            raise ValueError(
-                f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose "
-                "state belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
-            )
-    if len(saved_groups) != len(groups):
-        raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and the optimizer has "
-            f"{len(groups)}; {_AS_SAVED}"
-        )
-    for index, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         if len(saved["params"]) != len(own["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
                 f"group {index} has {len(saved['params'])} parameters, and the optimizer's {len(own['params'])}; "
-                f"{_AS_SAVED}"
+                f"{_SAME_GROUPS}"
             )
     return list(saved_groups)
+
+
+def _check_algorithm(saved: object, where: str) -> None:
+    """Raise ValueError for a group of torch.optim's own optimizers. They mostly have one group where we have two."""
+    keys = saved if isinstance(saved, Mapping) else {}
+    foreign = next((name for name in _OF_TORCH if name in keys and "correct_bias" not in keys), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{where}: it is a group of AdamW or another optimizer of torch.optim (it has {foreign!r}), whose state "
+            "belongs to another algorithm; load the weights alone, and begin with a fresh optimizer"
+        )
 
 
 def _group(saved: Mapping[str, Any], own: Group, where: str) -> Group:

@@ -139,9 +139,11 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shar
         if expected.optional and name not in state:
             continue
         check_tensor(param, state, name, expected)
+        _check_changeable(param, name, state[name])
         _check_device(param, name, state[name])
         _check_placement(param, name, state[name], shard)
     check_tensor(param, state, "step", Expected((), (torch.float32,)))
+    _check_changeable(param, "step", state["step"])
     if state["step"].device.type != "cpu":
         _check_device(param, "step", state["step"])
     seed = state.get("seed")
@@ -171,6 +173,15 @@ def check_tensor(param: Param, state: Mapping[str, Any], name: str, expected: Ex
         raise ValueError(
             f"{param}: its state {name!r} {problem}; convert it, or let optimizer.load_state_dict(...) bring the state "
             "in, which converts real floating-point dtypes"
+        )
+
+
+def _check_changeable(param: Param, name: str, value: Tensor) -> None:
+    """Raise ValueError for a tensor that PyTorch would not let a step write to."""
+    if value.is_inference():
+        raise ValueError(
+            f"{param}: its state {name!r} was made under torch.inference_mode(), and nothing outside may change it; "
+            "bring the state along: optimizer.load_state_dict(optimizer.state_dict())"
         )
 
 
@@ -293,5 +304,5 @@ def _is_away(value: Tensor, device: torch.device) -> bool:
 def _complaint(param: Param, name: str, problem: str) -> str:
     return (
         f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
-        "group changed; give the group the settings it was saved with, or clear optimizer.state[parameter]"
+        "group changed; use the groups that it was saved with, or begin with a fresh optimizer"
     )

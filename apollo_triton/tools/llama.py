@@ -20,6 +20,8 @@ from ..core.messages import shown, warn
 from .bounds import TooLarge, bounded
 from .model_config import checked, read_config
 
+_MOST_ELEMENTS = 2**50  # of one weight; the bytes of more could overflow where torch counts them
+
 
 @cache
 def paper_figures() -> dict[str, Any]:
@@ -79,7 +81,11 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         else:
             config = _loaded_config(transformers, path, model)
         with torch.device("meta"):
-            return _from_config(transformers, config, model).to(dtype)
+            made = _from_config(transformers, config, model).to(dtype)
+    for name, weight in made.named_parameters():
+        if weight.numel() > _MOST_ELEMENTS:
+            raise ValueError(f"{model!r}: {name} has {weight.numel()} elements (allowed: up to {_MOST_ELEMENTS})")
+    return made
 
 
 def _llama_config(transformers: Any, size: str) -> Any:

@@ -54,7 +54,7 @@ def test_a_layer_of_one_output_stays_dense_and_is_named(make):
 )
 def test_a_model_of_one_layer_is_told_what_takes_it(model, advice):
     """It was told to give names such as '', the name of the model itself."""
-    with pytest.raises(ValueError, match=f"no module; give '{re.escape(advice)}'$"):
+    with pytest.raises(ValueError, match=f"no module; give target_modules='{re.escape(advice)}'$"):
         apollo_param_groups(model, rank=8)
     assert apollo_param_groups(model, rank=8, target_modules=advice)[0]["param_names"][0].startswith("weight")
 
@@ -163,7 +163,8 @@ def test_a_large_share_that_stays_dense_is_named_with_what_to_pass(kind):
 def test_fused_experts_are_named_under_all_linear(targets):
     model = meta_model("mixtral", MOE)
     (text,) = warnings_of(apollo_param_groups, model, rank=8, target_modules=targets)
-    assert "model.layers.*.mlp.experts.gate_up_proj (2)" in text
+    assert "not counted): model.layers.*.mlp.experts.gate_up_proj (2), " in text
+    assert ".gate." not in text  # the router, of which the advice does not hold
     assert "target_modules=['all-linear', 'experts'] makes them low-rank" in text
     assert_advice_helps(model, text)
 
@@ -220,6 +221,7 @@ def test_only_what_would_work_for_this_model_is_suggested():
     assert "no matrix that could be low-rank" in text
     assert "all-linear" not in text
     assert "the model (Sequential) has no parameters" in text_of(nn.Sequential(), ["attn"])
+    assert text_of(nn.Linear(16, 16), ["attn"]).endswith("; give target_modules='all-linear'")  # its name is ''
     narrow = nn.ModuleDict({"fc": nn.Linear(16, 16), "gate": nn.Linear(16, 1)})
     assert text_of(narrow, ["attn"], rank=64).endswith("such as 'fc', or 'all-linear', and a rank of at most 15")
     assert "give a rank of at most 15" in text_of(narrow, ["fc"], rank=64)

@@ -37,6 +37,9 @@ HEADS = [
     "decoder.output.modules_to_save.adapter",
     "qa_outputs",
     "1.head",  # of an nn.Sequential
+    "heads.head",  # torchvision's vision transformer
+    "decoder.net.to_logits",  # x-transformers
+    "decoder.output_projection",  # fairseq
 ]
 NOT_HEADS = [
     "encoder.layer.0.attention.output.dense",  # BERT
@@ -150,6 +153,7 @@ def test_biases_of_any_shape_stay_dense():
         dense["param_names"]
     )
     attention = nn.MultiheadAttention(16, 2, add_bias_kv=True)
+    attention.rel_pos_bias = nn.Linear(32, 16, bias=False)  # LayoutLMv3's
     for name in ("relative_position_bias_table", "attention_biases", "pos_bias_u"):
         attention.register_parameter(name, nn.Parameter(torch.zeros(16, 16)))
     attention.register_parameter("unbiased", nn.Parameter(torch.zeros(16, 16)))  # a name of its own

@@ -172,7 +172,7 @@ def test_in_the_process_itself_it_stays_unused_and_is_named(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("tool", "the command"), ("./tool", "the file"), ("tool.py", "the file"), ("only", "the file")]
+    ("name", "runs"), [("tool", "the command"), ("./tool", "the file"), ("tool.py", "the file"), ("./only", "the file")]
 )
 def test_a_file_with_the_name_of_a_command(name: str, runs: str, tmp_path: Path) -> None:
     """A file called torchrun in the current folder, run by Python in place of the command."""
@@ -211,7 +211,15 @@ def test_what_takes_the_place_of_the_process(
             redirect.main(arguments)
     python = sys.executable
     assert started == [[python, "-m", "json.tool", "--help"], [str(tool), "--version"], [python, "-m"]]
-    for arguments, said in ((["nothing.py"], "nothing.py: no such file, and no command of this name"), ([], "")):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "only").write_text("print('the file')")
+    refused = {
+        ("nothing.py",): "nothing.py: no such file; -m runs a module",
+        ("nothing",): "nothing: no such command; -m runs a module",
+        ("only",): "only: no such command; write ./only for the file of this name",  # torchrun, not installed
+        (): "",
+    }
+    for arguments, said in refused.items():
         with pytest.raises(SystemExit) as error:
             redirect.main(arguments)
         assert error.value.code == 2

@@ -51,11 +51,14 @@ def test_fine_tuning(
             return super().training_step(*arguments, **named)
 
     monkeypatch.setattr(transformers, "Trainer", Kept)
-    same = [f"--model={tiny_model}", "--data=questions.json", f"--method={method}", "--lr=3e-3", "--save-every=4"]
+    arguments = transformers.TrainingArguments
+    early = lambda *given, **named: arguments(*given, **named | {"save_steps": 4})  # noqa: E731
+    monkeypatch.setattr(transformers, "TrainingArguments", early)
+    same = [f"--model={tiny_model}", "--data=questions.json", f"--method={method}", "--lr=3e-3"]
     begun = run(*same, "--folder=whole", "--resume", name="finetune_sft")
-    assert "--resume: --folder whole holds no checkpoint, so this begins at step 1" in begun
+    assert "begins at step 1" in begun
     # Of the model of the fixture: 64 x 64 three times, 64 x 128 twice; and o_proj, gate_proj, 2 x 257 x 64, 3 norms.
-    assert f"trained: {3 * 64**2 + 2 * 64 * 128:,} parameters of q_proj, k_proj, v_proj, up_proj, down_proj" in begun
+    assert f"trained: {3 * 64**2 + 2 * 64 * 128:,} parameters of down_proj, k_proj, q_proj, up_proj, v_proj" in begun
     frozen = "embed_tokens, gate_proj, input_layernorm, lm_head, norm, o_proj, post_attention_layernorm"
     assert f"frozen: {64**2 + 64 * 128 + 2 * 257 * 64 + 3 * 64:,} parameters of {frozen}" in begun
     (trainer,) = trainers
@@ -85,14 +88,14 @@ def test_fine_tuning(
 
 
 BAD_DATA = {
-    "2 examples are needed at least, since one is held out": '[{"instruction": "1 + 1?", "output": "2"}]',
-    "with an instruction and an output": '[{"question": "1 + 1?"}, {"question": "1 + 2?"}]',
+    "ValueError: test_size=1 should be": '[{"instruction": "1 + 1?", "output": "2"}]',
+    "KeyError: 'instruction'": '[{"question": "1 + 1?"}, {"question": "1 + 2?"}]',
+    "KeyError: 'output'": '[{"instruction": "1 + 1?"}, {"instruction": "1 + 2?"}]',
     "--data bad.json: ": "[]",
-    "--data bad.json: --data cannot be read as json, or has no examples": "",
-    "--data cannot be read as json": "instructions {",
-    "instruction or output of example 2 is not a text": (
-        '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": null, "output": "2"}]'
-    ),
+    "--data bad.json: StopIteration": "",
+    "--data bad.json: DatasetGenerationError": "instructions {",
+    "TypeError": '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": null, "output": "2"}]',
+    "ValueError": '[{"instruction": "1 + 1?", "output": "2"}, {"instruction": "1 + 2?", "output": null}]',
 }
 
 
@@ -105,12 +108,10 @@ def test_data_that_cannot_be_fine_tuned_on(message: str, questions: Path, tiny_m
 
 
 BAD_TUNING = {
-    "--save-every 0 must be at least 1": ["--save-every=0"],
-    "--rank 8 is for --method apollo; Mini has rank 1": ["--rank=8", "--method=mini"],
     "Invalid learning rate": ["--lr=-1"],
-    "narrower than rank 500": ["--rank=500"],
-    "--model bare, --data": ["--model=bare"],
-    "--data is no file": ["--data=pipe"],
+    "--model bare: ValueError": ["--model=bare"],
+    "--model nowhere: ": ["--model=nowhere"],
+    "--data pipe: FileNotFoundError": ["--data=pipe"],
 }
 
 
@@ -133,7 +134,7 @@ def test_a_number_of_processes_that_cannot_share_a_step(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
         run(f"--model={tiny_model}", "--data=questions.json", name="finetune_sft")
-    assert "BATCH 16 a multiple of 12" in capsys.readouterr().err
+    assert "BATCH, 16, must be a multiple of the 12 sequences" in capsys.readouterr().err
 
 
 def test_the_file_needs_no_other_of_the_repository() -> None:

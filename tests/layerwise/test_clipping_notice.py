@@ -9,6 +9,7 @@ import torch
 from layerwise_cases import loss_of, make_model, make_optimizer
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_ as clip
 
 from apollo_triton import attach_layerwise
 
@@ -54,6 +55,13 @@ def imported_there(loop):
         loop.end()
 
 
+def by_another_name(loop):
+    for step in range(3):
+        loop.backward(step)
+        clip(loop.model.parameters(), 1.0)
+        loop.end()
+
+
 def from_a_closure(loop):
     clip_grad_norm_ = nn.utils.clip_grad_norm_
 
@@ -85,13 +93,13 @@ def warned(run, *arguments):
     return [each for each in caught if "clips nothing" in str(each.message)]
 
 
-@pytest.mark.parametrize("run", [by_torch, by_its_name, imported_there, from_a_closure, by_accelerate])
+@pytest.mark.parametrize("run", [by_torch, by_its_name, by_another_name, imported_there, from_a_closure, by_accelerate])
 @pytest.mark.parametrize("gradients", ["freed", "none"])
 def test_whoever_clips_is_told_once(run, gradients):
     (found,) = warned(run, Loop(gradients))
     where = "one" if run is from_a_closure else run.__name__
     assert str(found.message).startswith(
-        f"clip_grad_norm_ in {where} ({__file__}) finds no gradient and clips nothing: leave it"
+        f"clip_grad_norm_ in {where} ({__file__}) finds no gradient of this optimizer's parameters and clips nothing: "
     )
     assert "max_grad_norm=1.0" in str(found.message)
     assert found.filename == __file__
@@ -103,7 +111,17 @@ def not_at_all(loop):
         loop.end()
 
 
-@pytest.mark.parametrize(("run", "gradients"), [(not_at_all, "freed"), (not_at_all, "none"), (by_torch, "kept")])
+def imported_for_others(loop):
+    """As a script imports it, whose function that runs clips nothing."""
+    from torch.nn.utils import clip_grad_norm_  # noqa: F401
+
+    not_at_all(loop)
+
+
+@pytest.mark.parametrize(
+    ("run", "gradients"),
+    [(not_at_all, "freed"), (not_at_all, "none"), (by_torch, "kept"), (imported_for_others, "freed")],
+)
 def test_nobody_else_is(run, gradients):
     assert warned(run, Loop(gradients)) == []
 

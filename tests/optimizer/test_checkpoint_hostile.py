@@ -343,6 +343,9 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         from_apollo_torch(tmp_path)
     with pytest.raises(TypeError, match="path is 3; give a path"):
         from_apollo_torch(3)  # type: ignore[arg-type]
+    (tmp_path / "good.pt").write_bytes(saved(whole()))
+    with (tmp_path / "good.pt").open() as text, pytest.raises(TypeError, match="a file that is open for reading bytes"):
+        from_apollo_torch(text)  # type: ignore[arg-type]  # it was called damaged
 
 
 def test_a_tensor_as_the_learning_rate() -> None:

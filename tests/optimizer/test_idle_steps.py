@@ -73,6 +73,21 @@ def test_an_optimizer_from_before_a_conversion_is_refused(conversion, gradients)
     APOLLOAdamW(groups).step()  # one that was made after it is not
 
 
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_a_gradient_from_before_the_conversion_is_no_sign_of_life(conversion):
+    """The new weight shared it with the old one, so that the optimizer went on to train what no model holds."""
+    make, convert = CONVERSIONS[conversion]
+    model = make()
+    optimizer = optimizer_of(model)
+    backward(model)
+    optimizer.step()
+    convert(model)  # without zero_grad()
+    assert model["mlp"].weight.grad is not None
+    backward(model)
+    with pytest.raises(ValueError, match=TEXT.format(conversion)):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("gradients", ["freed", "none"])
 def test_such_an_optimizer_cannot_be_attached(gradients):
     model = make_model()

@@ -72,6 +72,7 @@ def test_another_rate_to_begin_with_is_a_difference():
         (torch.optim.AdamW, "parameter group 0: it is a group of AdamW"),
         (lambda params, lr: torch.optim.AdamW(params, lr, amsgrad=True), "parameter group 0: it is a group of AdamW"),
         (torch.optim.SGD, r"another optimizer of torch.optim \(it has 'momentum'\)"),
+        (torch.optim.RAdam, r"another optimizer of torch.optim \(it has 'foreach'\)"),
     ],
 )
 @pytest.mark.parametrize("keeps_groups", [False, True])
@@ -90,6 +91,10 @@ def test_an_adamw_state_is_called_one(make_other, text, keeps_groups):
     with pytest.raises(ValueError, match=text):
         optimizer.load_state_dict(state_dict)
     assert same(everything(optimizer), before)
+    if not keeps_groups:  # one group, and two here, as the factories make: that is how most who switch come
+        optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}, {"params": [bias]}])
+        with pytest.raises(ValueError, match=text):
+            optimizer.load_state_dict(state_dict)
 
 
 @pytest.mark.parametrize(

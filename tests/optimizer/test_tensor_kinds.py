@@ -91,7 +91,11 @@ def test_a_step_of_what_has_no_values_makes_the_state_and_counts(kind, dtype, ca
         assert layer.weight.grad is None
 
 
-def test_fake_tensors_are_stepped_outside_of_their_mode_and_on_a_device_that_is_not_here():
+def test_fake_tensors_are_stepped_outside_of_their_mode_and_on_a_device_that_is_not_here(monkeypatch):
+    def warns(_: Tensor) -> int:  # once in a process, that this will be an error
+        raise AssertionError("a FakeTensor was asked where it lies")
+
+    monkeypatch.setattr(FakeTensor, "untyped_storage", warns)
     with FakeTensorMode():
         weight = nn.Parameter(torch.empty(16, 32, device="cuda"))
         weight.grad = torch.empty_like(weight)

@@ -54,6 +54,7 @@ def test_a_model_or_one_group_in_place_of_parameters(optimizer):
         ({"learning_rate": 0.1}, "'learning_rate' .did you mean 'lr'"),
         ({"target_module": ["mlp"]}, "'target_module' .did you mean 'target_modules'"),
         ({"update_proj_gab": 10}, "'update_proj_gab' .did you mean 'update_proj_gap'"),
+        ({"LR": 0.1}, "'LR' .did you mean 'lr'"),
         ({"zzz": 1}, "'zzz' .allowed: backend, betas"),
     ],
 )
@@ -64,9 +65,9 @@ def test_unknown_options_are_answered(option, text):
         keys = {} if make == APOLLOAdamW.mini else {"rank": 4}
         with pytest.raises(TypeError, match=f"unknown option {text}"):
             make(model, **keys, **option)
-    if not {"target_module", "update_proj_gab"} & set(option):
-        with pytest.raises(TypeError, match=f"APOLLOAdamW: unknown option {text}"):
-            APOLLOAdamW(model.parameters(), **option)
+    # Also of what is no argument of the constructor, such as a group's key.
+    with pytest.raises(TypeError, match=f"APOLLOAdamW: unknown option {text}"):
+        APOLLOAdamW(model.parameters(), **option)
 
 
 @pytest.mark.parametrize("option", ["rank", "scale", "target_modules"])
@@ -98,6 +99,7 @@ def test_known_options_go_where_they_belong():
         ({"rank": 4, "update_proj_gab": 4}, "did you mean 'update_proj_gap'"),
         ({"beta": (0.9, 0.99)}, "did you mean 'betas'"),
         ({"learning_rate": 0.1}, "did you mean 'lr'"),
+        ({"Lr": 0.1}, "'Lr' does nothing .did you mean 'lr'"),
         ({"amsgrad": True}, "'amsgrad' does nothing .not here"),
         ({"target_modules": ["mlp"]}, "'target_modules' does nothing in a group: apollo_param_groups"),
         ({"scale": 128.0, "scale_type": "tensor"}, "has no 'rank'.*'scale_type' and 'scale' has no effect"),
@@ -106,6 +108,7 @@ def test_known_options_go_where_they_belong():
         ({"amsgrad": False, "foreach": None, "fused": True, "maximize": False, "momentum": 0.9, "layer": 1}, None),
         ({"rank": None, "scale": 128.0}, None),  # dense on purpose
         ({"use_muon": False, "wd_mult": 1.0, "lr_mult": 1.0, "swa_lr": 1, "group_name": "b", "swa": 1}, None),
+        ({"weight_decay_mult": 1.0, "apply_weight_decay": True, "initial_weight_decay": 0.1, "eta": 1}, None),
     ],
 )
 def test_keys_of_a_group_that_do_nothing(keys, text):

@@ -35,7 +35,7 @@ print("imported:", *sorted({{"torch", "transformers", "triton"}} & set(sys.modul
         (["env", "--help"], 0, "--json"),
         (["memory", "--rank", "many"], 2, "argument --rank: invalid int value: 'many'"),
         (["validate", "7B"], 2, "apollo-triton validate: error: unrecognized arguments: 7B"),
-        (["memory", "7B", "--ranks", "4"], 2, "apollo-triton memory: error: unrecognized arguments"),
+        (["memory", "7B", "--ranks", "4"], 2, "apollo-triton memory: error: unrecognized arguments: --ranks"),
         ([], 2, "the following arguments are required"),
     ],
 )

@@ -271,6 +271,8 @@ def test_wrong_models_are_named_with_what_is_allowed(tmp_path, monkeypatch):
         ({"hidden_size": "big"}, r"'hidden_size' is 'big' \(allowed: an integer of 1 or more\)"),
         ({"hidden_size": 64, "num_attention_heads": 0}, r"'num_attention_heads' is 0 \(allowed: an integer of 1 to"),
         ({"head_dim": -64}, "negative dimension|-64"),
+        # small enough to be made, and too large to be counted: its moments, or those of all weights
+        ({"vocab_size": 2**45, "num_hidden_layers": 1}, r"embed_tokens.weight has \d+ elements .allowed: up to"),
     ],
 )
 def test_a_config_with_a_wrong_value_is_one_line_that_names_the_file(tmp_path, changes, message):
