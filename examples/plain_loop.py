@@ -60,7 +60,10 @@ def main() -> None:
             raise SystemExit(f"--checkpoint {options.checkpoint}: {first_line(error)}") from error
         first = saved["step"]
         if saved["accumulate"] != options.accumulate:
-            raise SystemExit(f"--checkpoint {options.checkpoint} is of a run with --accumulate {saved['accumulate']}")
+            raise SystemExit(
+                f"--checkpoint {options.checkpoint} is of a run with --accumulate {saved['accumulate']}; give that, or "
+                "another --checkpoint to begin anew"
+            )
     if first >= options.steps:
         print(f"step {first} of {options.checkpoint} is done already; give more --steps, or another --checkpoint")
 
