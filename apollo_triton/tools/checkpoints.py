@@ -7,6 +7,7 @@ over that line. The files of a distributed checkpoint get theirs after PyTorch h
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def save(path: Path, value: dict[str, Any]) -> None:
 
 
 def seal(path: Path) -> None:
-    """Add the line with the checksum to a file."""
+    """Add the line with the checksum to a file, and wait until it is on the disk."""
     with path.open("rb+") as file:
         digest = _digest(file, None)
         file.write(BEGIN + digest + b"\n")
+        file.flush()
+        os.fsync(file.fileno())  # the checkpoint before it may be deleted next
 
 
 def check(path: Path, remedy: str) -> None:

@@ -86,6 +86,15 @@ def test_what_is_no_file(path: Path) -> None:
     assert "is a pipe or a device; a file is needed" in refused(path)
 
 
+def test_a_sealed_file_is_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the recipes then delete the checkpoint before it, and a loss of power leaves this one without a checksum."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    path.write_bytes(b"shard")
+    checkpoints.seal(path)
+    assert synced == [path.stat().st_size]
+
+
 @pytest.mark.parametrize("failing", ["torch.save", "os.replace", "apollo_triton.tools.checkpoints.seal"])
 def test_a_save_that_fails_keeps_the_old_file_and_leaves_nothing(
     path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
