@@ -32,6 +32,11 @@ def no_match(model: nn.Module, targets: Targets) -> str:
     if linears:
         quoted = ", ".join(repr(name) for name in linears[:3])
         advice = f"give substrings or regular expressions of names such as {quoted}, or 'all-linear'"
+    if targets.is_lone and any(targets.entries[0] in name for name in linears):
+        advice += (
+            f"; a lone string is a regular expression that has to match a module's whole name: "
+            f"target_modules={targets.entries!r}, a list, takes substrings"
+        )
     if are_int8:
         more = f"; for the others {advice}" if linears else ""
         return f"{start}: the {len(are_int8)} layers that it names are int8 already, such as {are_int8[0]!r}{more}"
@@ -41,6 +46,20 @@ def no_match(model: nn.Module, targets: Targets) -> str:
     else:
         start += ": no nn.Linear of the model matches"
     return f"{start}; {advice}"
+
+
+def unused_entries(model: nn.Module, targets: Targets) -> str:
+    """What to say of the entries of a list that match no module at all; "" if there are none."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    unused = [
+        repr(entry)
+        for entry in targets.entries
+        if not any(targets.entry_matches(entry, name, module) for name, module in names.items())
+    ]
+    if not targets.is_choice or not unused:
+        return ""
+    verb = "matches" if len(unused) == 1 else "match"
+    return f"target_modules={targets.given!r}: {' and '.join(unused)} {verb} no module; the other entries are used"
 
 
 def float_note(model: nn.Module, targets: Targets) -> str:

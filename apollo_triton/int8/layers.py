@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.coverage import NARROWEST
 from ..core.messages import warn
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
-from .coverage import float_note, no_match, targeted
+from .coverage import float_note, no_match, targeted, unused_entries
 from .replaced import REPLACED_BY, mark_replaced
 from .saved import PARTS, assembled, checked
 from .weight import Int8Weight
@@ -125,6 +126,7 @@ def quantize_model(
         stochastic_rounding: whether the optimizer rounds updates stochastically. Rounding to the nearest would lose
             small updates.
 
+    The default targets and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense.
     A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
     that share a weight share the int8 weight. Frozen weights stay frozen. A second call converts what it names and is
     not int8 yet.
@@ -147,6 +149,8 @@ def quantize_model(
     matching = {id(module) for module in modules.values()}
     named = model.named_modules(remove_duplicate=False)  # a layer under each of its names
     chosen = {name: module for name, module in named if type(module) is nn.Linear and id(module) in matching}
+    if not targets.is_choice:  # what apollo_param_groups leaves dense at every rank, such as a gate of one output
+        chosen = {name: module for name, module in chosen.items() if not _is_narrow(module.weight)}
     if not chosen:
         raise ValueError(no_match(model, targets))
     check_convertible(model, chosen, group_size)
@@ -162,8 +166,9 @@ def quantize_model(
                     weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
-    if note := float_note(model, targets):
-        warn(note)
+    for note in (unused_entries(model, targets), float_note(model, targets)):
+        if note:
+            warn(note)
     return model
 
 
@@ -198,6 +203,10 @@ def dequantize_model(model: nn.Module) -> nn.Module:
             layers[id(module)] = linear
         _replace(model, name, layers[id(module)])
     return model
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dim() == 2 and 0 < min(weight.shape) < NARROWEST  # not what ZeRO has emptied or FSDP flattened
 
 
 def _in_place_of(old: Tensor, value: Tensor, conversion: str) -> nn.Parameter:
