@@ -126,7 +126,8 @@ def quantize_model(
         stochastic_rounding: whether the optimizer rounds updates stochastically. Rounding to the nearest would lose
             small updates.
 
-    The default targets and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense.
+    The default targets and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense,
+    except where there are no others.
     A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
     that share a weight share the int8 weight. Frozen weights stay frozen. A second call converts what it names and is
     not int8 yet.
@@ -150,7 +151,7 @@ def quantize_model(
     named = model.named_modules(remove_duplicate=False)  # a layer under each of its names
     chosen = {name: module for name, module in named if type(module) is nn.Linear and id(module) in matching}
     if not targets.is_choice:  # what apollo_param_groups leaves dense at every rank, such as a gate of one output
-        chosen = {name: module for name, module in chosen.items() if not _is_narrow(module.weight)}
+        chosen = {name: module for name, module in chosen.items() if not _is_narrow(module.weight)} or chosen
     if not chosen:
         raise ValueError(no_match(model, targets))
     check_convertible(model, chosen, group_size)
