@@ -73,7 +73,9 @@ def coverage(model: nn.Module, targets: Targets, rank: int, group_keys: dict[str
             continue
         seen.add(id(parameter))
         reason = narrowness(Geometry.of(parameter.shape, proj_type), rank, proj)
-        if reason and group_keys.get("rank_above_width"):
+        # AdamW does not train int8 weights, so these are low-rank wherever the rank fits.
+        is_int8 = getattr(parameter, "needs_low_rank", False) and not reason.startswith("narrower than rank")
+        if reason and (is_int8 or group_keys.get("rank_above_width")):
             reason = ""
         if targets.match(module_name, module):
             if reason:

@@ -32,6 +32,11 @@ def no_match(model: nn.Module, targets: Targets) -> str:
     if linears:
         quoted = ", ".join(repr(name) for name in linears[:3])
         advice = f"give substrings or regular expressions of names such as {quoted}, or 'all-linear'"
+    if targets.is_lone and any(targets.entries[0] in name for name in linears):
+        advice += (
+            f"; a lone string is a regular expression that has to match a module's whole name: "
+            f"target_modules={targets.entries!r}, a list, takes substrings"
+        )
     if are_int8:
         more = f"; for the others {advice}" if linears else ""
         return f"{start}: the {len(are_int8)} layers that it names are int8 already, such as {are_int8[0]!r}{more}"

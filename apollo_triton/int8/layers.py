@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.coverage import NARROWEST
 from ..core.messages import warn
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
@@ -125,6 +126,8 @@ def quantize_model(
         stochastic_rounding: whether the optimizer rounds updates stochastically. Rounding to the nearest would lose
             small updates.
 
+    The default targets and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense,
+    except where there are no others.
     A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
     that share a weight share the int8 weight. Frozen weights stay frozen. A second call converts what it names and is
     not int8 yet.
@@ -148,6 +151,8 @@ def quantize_model(
     matching = {id(module) for module in modules.values()}
     named = model.named_modules(remove_duplicate=False)  # a layer under each of its names
     chosen = {name: module for name, module in named if type(module) is nn.Linear and id(module) in matching}
+    if not targets.is_choice:  # what apollo_param_groups leaves dense at every rank, such as a gate of one output
+        chosen = {name: module for name, module in chosen.items() if not _is_narrow(module.weight)} or chosen
     if not chosen:
         raise ValueError(no_match(model, targets))
     check_convertible(model, chosen, group_size)
@@ -199,6 +204,10 @@ def dequantize_model(model: nn.Module) -> nn.Module:
             layers[id(module)] = linear
         _replace(model, name, layers[id(module)])
     return model
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.dim() == 2 and 0 < min(weight.shape) < NARROWEST  # not what ZeRO has emptied or FSDP flattened
 
 
 def _in_place_of(old: Tensor, value: Tensor, conversion: str) -> nn.Parameter:

@@ -95,6 +95,7 @@ class Int8Weight(Tensor):
     zero: Tensor
     group_size: int
     stochastic_rounding: bool
+    needs_low_rank = True  # read by core/coverage.py
 
     @staticmethod
     def __new__(

@@ -27,6 +27,10 @@ from .clipping import useless_clipping
 from .linear import LinearForward, layers_of
 
 GRADIENTS = ("freed", "none", "auto")
+_GONE = (
+    "the optimizer of these layer-wise updates is gone, and optimizer.step() is still needed; keep it in a variable "
+    "for as long as you train"
+)
 _attached: weakref.WeakSet[Layerwise] = weakref.WeakSet()
 
 
@@ -119,6 +123,7 @@ class Layerwise:
         self._engines: dict[Tensor, Engine] = {}
         self._left: list[RemovableHandle] = []  # hooks that have outlived the optimizer
         self._updated: set[Tensor] = set()  # since the last step()
+        self._steps: list[bool] = []  # not empty once there was a step()
         self._accumulating = self._looked_for_clipping = False
         self._lock = threading.Lock()  # autograd has a thread a device, and the caches are shared
 
@@ -132,10 +137,7 @@ class Layerwise:
     def _optimizer(self) -> APOLLOAdamW:
         optimizer = self._reference()
         if optimizer is None:
-            raise RuntimeError(
-                "the optimizer of these layer-wise updates is gone, and optimizer.step() is still needed; keep it in a "
-                "variable for as long as you train, or call remove() on the handle of attach_layerwise"
-            )
+            raise RuntimeError(f"{_GONE}, or call remove() on the handle of attach_layerwise")
         return optimizer
 
     @property
@@ -201,6 +203,7 @@ class Layerwise:
     def check_step(self) -> None:
         """Raise ValueError if a group has what needs all gradients at once. Warn once if whoever steps clips them."""
         check_groups(self._optimizer.param_groups, self.gradients)
+        self._steps[:] = [True]
         if self._updated and not self._looked_for_clipping:
             self._looked_for_clipping = True
             useless = useless_clipping()
@@ -239,10 +242,14 @@ class Layerwise:
         for param in new:
             check_parameter(param)
         this = weakref.ref(self)  # a hook lives in C++, where the garbage collector would not see a cycle
+        steps = self._steps
 
         def update(parameter: Tensor) -> None:
             if (handle := this()) is not None:
                 handle._update_from_gradient(parameter)
+            elif not steps:  # attach_layerwise(model, APOLLOAdamW(...)): nothing holds either
+                steps.append(True)
+                warn(f"{_GONE}. No weight moves")
 
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)

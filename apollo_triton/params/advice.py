@@ -56,7 +56,9 @@ def advise_on_group(params: Sequence[Param], settings: Settings, where: str) -> 
     narrow = [
         (param, reason)
         for param, geometry in geometries
-        if geometry is not None and (reason := narrowness(geometry, settings.rank, settings.proj))
+        if geometry is not None
+        and not isinstance(param.tensor, Int8Weight)  # which AdamW does not train
+        and (reason := narrowness(geometry, settings.rank, settings.proj))
     ]
     if narrow:
         (first, reason), *more = narrow

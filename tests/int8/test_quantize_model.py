@@ -350,3 +350,19 @@ def test_a_parametrized_layer_stays_as_it_is_and_is_named():
         quantize_model(model, group_size=8)
     assert isinstance(model["attn"], Int8Linear)
     model["mlp"](torch.ones(2, 24)).sum().backward()
+
+
+def test_what_the_default_converts_the_factories_train():
+    """A gate of one output, and a key projection as wide as the rank, which the factories left dense, as they leave
+    float ones: a ValueError, since AdamW does not train int8 weights."""
+    sizes = {"q": 128, "k": 16, "gate": 1}
+    model = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(128, rows) for name, rows in sizes.items()})})
+    quantize_model(model)
+    assert [name for name, each in model["attn"].items() if isinstance(each, Int8Linear)] == ["q", "k"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* put what is narrow")
+        warnings.filterwarnings("ignore", message="1 targeted weights are .*gate.weight")
+        for optimizer in (APOLLOAdamW.mini(model), APOLLOAdamW.apollo(model, rank=16)):
+            assert optimizer.param_groups[0]["param_names"] == ["attn.q.weight", "attn.k.weight"]
+            model["attn"]["k"](torch.ones(2, 128)).sum().backward()
+            optimizer.step()

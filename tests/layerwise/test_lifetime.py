@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -182,3 +183,25 @@ def test_a_converted_model_lets_its_float_weights_go():
     gone = weakref.ref(model["mlp"].weight)
     quantize_model(model)
     assert gone() is None
+
+
+@pytest.mark.parametrize("gradients", ["freed", "none"])
+def test_where_nobody_kept_either_a_warning_says_so_once(gradients):
+    """The handle goes with its optimizer, and the hooks were silent then. After a step() both may go: see above."""
+    model = make_model()
+    attach_layerwise(model, make_optimizer(model, rank=4), gradients=gradients)
+    with pytest.warns(UserWarning, match=r"optimizer of these layer-wise updates is gone.*keep it") as found:
+        loss_of(model, 0).backward()
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model, 0).backward()
+    model = make_model()
+    optimizer = make_optimizer(model, rank=4)
+    attach_layerwise(model, optimizer, gradients=gradients)
+    optimizer.step()
+    del optimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model, 0).backward()

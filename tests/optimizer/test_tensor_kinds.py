@@ -95,11 +95,12 @@ def test_fake_tensors_are_stepped_outside_of_their_mode_and_on_a_device_that_is_
     def warns(_: Tensor) -> int:  # once in a process, that this will be an error
         raise AssertionError("a FakeTensor was asked where it lies")
 
-    monkeypatch.setattr(FakeTensor, "untyped_storage", warns)
     with FakeTensorMode():
         weight = nn.Parameter(torch.empty(16, 32, device="cuda"))
         weight.grad = torch.empty_like(weight)
-    optimizer = APOLLOAdamW([{"params": [weight], "rank": 4}])
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeTensor, "untyped_storage", warns)
+        optimizer = APOLLOAdamW([{"params": [weight], "rank": 4}])
     for _ in range(2):
         optimizer.step()
     assert isinstance(optimizer.state[weight]["exp_avg"], FakeTensor)
