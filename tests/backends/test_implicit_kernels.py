@@ -141,6 +141,7 @@ def test_long_sums_in_parts(sides, side, dtype, poisoned):
     assert relative(fused_operands.gram_norms(layer.table, operands), G.square().sum(1)) <= 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sides", "rank"), values([(192, 160), (160, 192)], [1, 16]))
 def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
     """S or K rounded to one bfloat16: errors of 2**-9 of the terms, which are 100 times the sum here."""

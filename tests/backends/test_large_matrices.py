@@ -38,6 +38,7 @@ def assert_reaches(launch, at, size, loaded=None, stored=None):
         assert expected is None or torch.equal(torch.from_numpy(found), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keeps_rows", "aligned"), [(True, True), (True, False), (False, True), (False, False)])
 def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
     """2.9e9 elements that do not exist: the last programs reach just the last ones, and no others."""

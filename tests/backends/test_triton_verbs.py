@@ -130,6 +130,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "group", "of"), pairs(LAYOUTS, [MINI, {"rank": 3}, {"rank": 17}, {}], ["weight", "gradient", "both"])
 )

@@ -103,6 +103,7 @@ DDP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DDP)
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_ddp_is_a_single_process_bit_for_bit(world, case):

@@ -242,6 +242,7 @@ def cast_and_replaced(mesh_shape):
     return end, resumed, errors
 
 
+@pytest.mark.slow
 def test_dtypes_of_state_survive(tmp_path):
     """bfloat16 moments that come back as float32, float32 norms rounded to the dtype of the weight, other dtypes that
     come in; moments of another dtype or of the whole weight read as this rank's."""

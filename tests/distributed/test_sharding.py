@@ -211,6 +211,7 @@ def rounded_on_a_mesh(mesh_shape, backend):
 ROUNDED_CASES = {"rows": ((16, 64), {}, "0"), "vector": ((24,), {}, "0"), "experts": ((3, 6, 4), APOLLO, "0")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_shard_rounds_as_its_place_in_the_whole_does(backend):
     """Random bits that belong to a place in the local shard: ranks would round alike."""
@@ -333,6 +334,7 @@ def _changing(model):
     return model.everything()
 
 
+@pytest.mark.slow
 def test_missing_gradients_and_schedules_keep_the_sharing_right():
     """A plan of what is sent where, kept while a gradient is gone: parts of one weight added to another's."""
     cases = few_cases_of(1)
@@ -365,6 +367,7 @@ def gradients_elsewhere(mesh_shape, cases, cut, steps):
     return model.everything(), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh_shape", "weight_cut", "cut"),
     [

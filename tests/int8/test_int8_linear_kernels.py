@@ -66,6 +66,7 @@ def test_forward_and_gradients(case, dtype):
         assert [launch.kernel for launch in recorder.launches] == ["forward_kernel", "input_gradient_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), values(CASES[1:-1], DTYPES), ids=str)
 def test_the_weight_is_dequantised_to_the_bit(case, dtype):
     """Products with the identity give back what the tiles held: any scale, zero point or rounding that is off."""
@@ -101,6 +102,7 @@ def test_any_shape(data):
         recorder.assert_clean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_any_layout(dtype):
     """Batches of sequences, transposed activations, a gradient that is expanded: read by the wrong strides."""
@@ -133,6 +135,7 @@ def test_autocast():
     assert_a_product(ends[0][0], x.bfloat16(), floats(weight, torch.bfloat16).mT, bias.bfloat16().double())
 
 
+@pytest.mark.slow
 @in_interpreter
 @pytest.mark.parametrize(
     ("rows", "turns", "dtype"),
@@ -171,6 +174,7 @@ def test_scales_are_loaded_once_for_as_many_columns_as_share_one():
     assert run_length(400, 100, 64) == 64  # four rows: no row is of two groups
 
 
+@pytest.mark.slow
 @in_interpreter
 @pytest.mark.parametrize("side", ["outputs", "rows"])
 def test_more_than_two_to_the_31_elements(side):

@@ -117,8 +117,9 @@ BAD_TUNING = {
 
 @pytest.mark.parametrize("message", BAD_TUNING)
 def test_wrong_options_of_fine_tuning(
-    message: str, questions: Path, tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    message: str, questions: Path, tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries to reach it for 40 seconds
     Path("bare").mkdir()
     (Path("bare") / "config.json").write_text((tiny_model / "config.json").read_text())
     os.mkfifo("pipe")

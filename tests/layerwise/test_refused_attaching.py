@@ -146,6 +146,7 @@ def test_distributed_data_parallel_is_refused(gradients, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @LAYER_WISE
 def test_another_optimizers_hooks_are_named_and_garbage_is_not(gradients):
     """A notebook's cell that runs twice: the first optimizer's hooks would move the weights, with its own rate."""

@@ -139,6 +139,7 @@ SYNC_OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @APOLLO_AND_MINI
 @pytest.mark.parametrize(("dtype", "options"), SYNC_OPTIONS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -166,6 +166,7 @@ def test_refresh_happens_at_the_same_step(proj: str) -> None:
         assert min(distances(wrong, official, first_wrong_step)[:3]) > SEEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("group", [{"scale_type": "channel"}, MINI], ids=["apollo", "mini"])
 def test_bfloat16_weights_are_no_further_from_exact_arithmetic(group: dict, weight_decay: float) -> None:

@@ -217,6 +217,7 @@ def test_the_note_names_what_stays_dense(tmp_path, capsys):
     assert "stay dense" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_patches_and_positions_are_embeddings_in_the_note_and_below_the_table(tmp_path, capsys):
     """For ViT the note said that 53 % of the matrices stay dense, and the sentence below the table 61 %."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -65,6 +65,7 @@ def test_activations_and_state_are_those_of_their_own_modules(seven):
     assert state == seven.parts["optimizer state of int8 weights"] + seven.parts["optimizer state of the others"]
 
 
+@pytest.mark.slow
 def test_an_update_takes_in_passing_what_is_said(seven):
     """Storages that live during the worst kind of update, of bfloat16 rounded stochastically, on real tensors."""
     pytest.importorskip("bitsandbytes")
@@ -114,6 +115,7 @@ def test_the_table_of_the_documentation_is_the_commands(seven):
     assert shown.strip("\n") == single_card.text(seven).split("\n\n")[1]
 
 
+@pytest.mark.slow
 def test_json_is_exact_and_takes_models_and_shapes(capsys):
     assert call("--json", "--model", "60M", "130M", "--batch", "2", "--sequence", "64") == 0
     reports = json.loads(capsys.readouterr().out)

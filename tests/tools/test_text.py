@@ -60,6 +60,7 @@ def test_no_figure_is_broken_or_lost(rows, columns):
     assert sorted(figures) == sorted(figure for row in rows for figure in row[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, pytest.param(40, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "arguments", [["7B"], pytest.param([], marks=pytest.mark.full), ["--paper"], ["--single-card", "60M"]], ids=str
