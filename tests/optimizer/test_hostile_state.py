@@ -97,10 +97,21 @@ def test_one_fault(fault):
     check_fault(fault)
 
 
+def run_with(check, examples):
+    """``check`` with faults in what kernels read, by a new function, since hypothesis decorates one only once."""
+
+    @given(faults(READ_BY_KERNELS))
+    @settings(max_examples=examples, **QUICK)
+    def run(fault):
+        check(fault)
+
+    run()
+
+
 @pytest.mark.parametrize("examples", [30, pytest.param(3000, marks=pytest.mark.full)])
 def test_one_fault_in_what_kernels_read(examples):
     """Tensors of the state, by which the process would die."""
-    given(faults(READ_BY_KERNELS))(settings(max_examples=examples, **QUICK)(check_fault))()
+    run_with(check_fault, examples)
 
 
 def trained(run):
@@ -131,7 +142,7 @@ def check_on_kernels(fault):
 @pytest.mark.parametrize("examples", [4, pytest.param(100, marks=pytest.mark.full)])
 def test_one_fault_on_the_kernels(examples):
     pytest.importorskip("triton")
-    given(faults(READ_BY_KERNELS))(settings(max_examples=examples, **QUICK)(check_on_kernels))()
+    run_with(check_on_kernels, examples)
 
 
 KERNELS = [
