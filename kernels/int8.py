@@ -6,14 +6,13 @@ w = (q - zero) * scale, with a scale (float32) and a zero point (uint8) per grou
 import triton
 import triton.language as tl
 
-from .apply import limited, norm_and_factor, step_size
+from .apply import tile_factor
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits, rounding_bits_by_row
-from .rescale import current_step
+from .step import step_numbers
 from .table import (
     COLUMNS,
     FIELDS,
-    FIRST_CHANNEL,
     FIRST_TILE_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
@@ -25,7 +24,6 @@ from .table import (
     power_of_two,
 )
 
-_FIELDS = tl.constexpr(FIELDS)
 _LEAST_RANGE = tl.constexpr(1e-5)
 
 
@@ -77,7 +75,7 @@ def store_groups(
 @triton.jit(do_not_specialize=["step"])
 def apply_int8_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
+    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
     GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
@@ -91,7 +89,7 @@ def apply_int8_kernel(
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
     G_row_stride = tl.load(p_row + GRADIENT_ROW_STRIDE)
     p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))
@@ -122,24 +120,14 @@ def apply_int8_kernel(
     old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
     before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
 
-    u, s = norm_and_factor(
-        p_row, p_sums, rows if KEEPS_ROWS else columns, scale_before_limiter, PER_CHANNEL, BLOCK_CHANNELS
-    )
-    if PER_CHANNEL:
-        p_s = p_factors + tl.load(p_row + FIRST_CHANNEL)
-        if KEEPS_ROWS:
-            s = tl.load(p_s + row, mask=row < rows, other=0.0)
-        else:
-            s = tl.load(p_s + column, mask=mask, other=0.0)
-    factor = limited(s * scale_before_limiter, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER)
-    t = current_step(step, p_step)
-    lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
-    factor = factor * (h * scale_after_limiter)
-    if p_gradient_scale is not None:
-        factor = factor * tl.load(p_gradient_scale)
+    t, h, decay = step_numbers(step, step_size, decay, p_step)
+    factor, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale, matrix, block, row, column, rows, columns,
+        h, scale_before_limiter, scale_after_limiter, KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
+    )  # fmt: skip
     W = before - factor * G
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.
-    W -= (lr * weight_decay) * W
+    W -= decay * W
 
     bits = None
     if STOCHASTIC:
