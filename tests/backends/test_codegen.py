@@ -28,9 +28,9 @@ FEW = ["--few", "sm_90"]
 ALL = ["sm_90", "--sampled", "sm_80", "sm_100", "gfx942"]
 
 # Instructions an element, as static code. An H200 stays memory-bound below about 13 for each 2 bytes that are streamed:
-# the sketch streams 2 bytes, apply 6, dense 22 or 28 of which no more than 44 instructions are to be spent. Int8 weights
-# take more than their 4 bytes leave room for: 50 with random bits, and 77 when each element was divided. gfx942 has
-# twice the threads, so each spreads the same set-up over half as many elements.
+# the sketch streams 2 bytes, apply 6, dense 22 or 28 of which no more than 44 instructions are to be spent. apply
+# on int8 weights streams 4, and takes 50: it was 77 when it divided each element. gfx942 has twice the threads, so each
+# spreads the same set-up over half as many elements.
 MOST_PER_ELEMENT = {"sketch": 13, "apply": 32, "dense": 44, "squared_norm": 6}
 MOST_PER_ELEMENT_STOCHASTIC = {"apply": 48, "apply_int8": 58, "dense": 80}
 # Bytes of stack a thread where R, M and V of a 64 x 128 tile on 4 warps, or of 64 x 256 on 8, do not fit 255 registers
