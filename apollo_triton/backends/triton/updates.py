@@ -30,6 +30,7 @@ def updates_of(
     """
     updates: list[Update] = []
     for table in tables:
+        table.uses.hold()
         group, step = settings[table.group].with_lr_for(table.device), int(counts[table.first])
         scalars = StepScalars(step) if step_tensors is None else StepScalars(0, step_tensors[table.first])
         if table.is_dense:
@@ -68,7 +69,7 @@ class TableUpdate:
     def squared_norms(self) -> ByMember:
         table = self._table
         R = 4 * table.channels * table.rank
-        if self._channel_norms is None and keeps_sketch(R, table.gradient_bytes, verbs.is_fused(table)):
+        if self._channel_norms is None and keeps_sketch(R, table.gradient_bytes, table.is_fused):
             self._kept = self._sketch()
         if self._channel_norms is None:
             norms = dense.squared_norms(table).sum(1)
