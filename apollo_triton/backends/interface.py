@@ -24,11 +24,13 @@ WARM_UP = "a step is captured before one was run as it is: run a step with the s
 
 class StepScalars(NamedTuple):
     """The numbers that one step passes to every verb: t on the host, 0 where ``step_tensor`` (float32) has it on the
-    device; and ``gradient_scale``, a float32 scalar that multiplies every gradient, None for 1."""
+    device; ``gradient_scale``, a float32 scalar that multiplies every gradient, None for 1; and ``numbers``, float32
+    ``[3]``: t, the step size h and the decay, where t or the learning rate is on the device."""
 
     step: int
     step_tensor: Tensor | None = None
     gradient_scale: Tensor | None = None
+    numbers: Tensor | None = None
 
 
 class Sketch(NamedTuple):

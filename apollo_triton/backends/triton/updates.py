@@ -13,6 +13,7 @@ from ...core.settings import Settings
 from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
 from . import dense, implicit, projections, verbs
+from .arguments import step_scalars
 from .matrices import Table
 
 
@@ -29,10 +30,15 @@ def updates_of(
     ``step_tensors`` t is on the device. ``cache`` has the P of weights that are sharded along the projected dimension.
     """
     updates: list[Update] = []
+    shared: dict[tuple[int, float, torch.device], StepScalars] = {}
     for table in tables:
         table.uses.hold()
         group, step = settings[table.group].with_lr_for(table.device), int(counts[table.first])
-        scalars = StepScalars(step) if step_tensors is None else StepScalars(0, step_tensors[table.first])
+        key = table.group, step, table.device
+        if key not in shared:
+            step_tensor = None if step_tensors is None else step_tensors[table.first]
+            shared[key] = step_scalars(group, step, step_tensor, table.device)
+        scalars = shared[key]
         if table.is_dense:
             updates.append(DenseUpdate(table, group, scalars))
             continue
