@@ -16,6 +16,7 @@ from torch import Tensor
 from ...core.geometry import Geometry
 from ...core.moments_8bit import whole_blocks
 from ...core.settings import Settings
+from ...core.streams import Uses
 from ...int8.weight import Int8Weight
 from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
@@ -108,6 +109,7 @@ class Table(Channels):
     ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
     channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
     updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
+    ``uses``: which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -152,6 +154,9 @@ class Table(Channels):
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
         self.moments = MomentTable(self) if self.is_width_sharded else None
+        values = [*vars(self).values(), *vars(self.moments or self).values()]
+        values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
+        self.uses = Uses([value for value in values if isinstance(value, Tensor)])
         self.update_gradient_addresses()
 
     def _build(self, clips: bool) -> None:
@@ -267,6 +272,16 @@ class Table(Channels):
         if self.device.type == "cpu":
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether sketch and rescale are one launch: R fits the registers, and its moments end where channels end."""
+        return self.rank <= sketch.FUSED_RANK and self.absmaxes is None
+
+    def count_skipped(self) -> Tensor:
+        """How many updates of all matrices were skipped."""
+        self.uses.hold()
+        return self.skipped.sum()
 
     def set_projections(self, matrices: Sequence[Tensor]) -> None:
         """Tell the kernels where P of each matrix is."""
