@@ -66,7 +66,8 @@ class Engine:
         plan.advance()
         updates = plan.updates(self._caches)
         with _no_autocast(plan.devices):  # autocast would round the products of the projection
-            # G -> R, only if R must be summed over ranks. Elsewhere ``rescale`` makes R, on a GPU in the same launch.
+            # G -> R, only if R must be summed over ranks. Elsewhere ``squared_norms`` makes R, or without clipping
+            # ``rescale``, on a GPU in the same launch.
             sketches = _joined(update.sketch() for update in updates if update.is_width_sharded)
             norms = plan.squared_norms(updates) if plan.clips else {}
             sketches, norms = plan.collectives.sum_sketches(sketches, norms)

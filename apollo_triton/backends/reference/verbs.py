@@ -82,7 +82,7 @@ def rescale(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sket
         of_part = Sketch(sketch.projected[matrices], sketch.squared_norms[matrices])
         results.append(_rescale_part(part, settings, scalars, of_part))
         first = matrices.stop
-    return _joined(results)
+    return joined(results)
 
 
 def _rescale_part(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sketch) -> Factors:
@@ -142,10 +142,10 @@ def _floats(state: Tensor | Blockwise, channels: slice) -> Tensor:
 
 def sketch_and_rescale(batch: Batch, settings: Settings, scalars: StepScalars) -> Factors:
     """Both verbs with nothing in between, a part of the batch at a time, so that little of R is alive."""
-    return _joined([_rescale_part(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()])
+    return joined([_rescale_part(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()])
 
 
-def _joined(parts: list[Factors]) -> Factors:
+def joined(parts: list[Factors]) -> Factors:
     """The factors of a whole batch from those of its parts, in order."""
     channels = [part.channel for part in parts if part.channel is not None]
     return Factors(_cat(channels) if channels else None, _cat([part.sums for part in parts]))

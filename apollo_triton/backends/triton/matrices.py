@@ -146,7 +146,7 @@ class Table(Channels):
             index: slice(end - count, end)
             for index, count, end in zip(members, counts, itertools.accumulate(counts), strict=True)
         }
-        self._build()
+        self._build(settings.max_grad_norm is not None)
         self._gradient_addresses: list[int] = []
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
@@ -154,7 +154,7 @@ class Table(Channels):
         self.moments = MomentTable(self) if self.is_width_sharded else None
         self.update_gradient_addresses()
 
-    def _build(self) -> None:
+    def _build(self, clips: bool) -> None:
         rows: list[list[int]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
@@ -208,6 +208,9 @@ class Table(Channels):
             for _ in range(geometry.matrices)
         ]
         self.matrices = len(rows)
+        self.gradient_bytes = self.gradient_dtype.itemsize * sum(
+            row[table.ROWS.value] * row[table.COLUMNS.value] for row in rows
+        )
         stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
         self.flat_gradients = self.aligned and all(
             row[table.ROWS.value] == 1 or row[stride] == row[columns] for row in rows
@@ -218,9 +221,10 @@ class Table(Channels):
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
-        if self.is_sum_sharded:  # lengths of the sums that ranks add up
+        if self.is_sum_sharded or (clips and not self.is_dense):  # lengths of what is added up to a matrix's norm
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+        if self.is_sum_sharded:  # and to the sums of ``rescale``
             self.program_counts = self._on_device(torch.tensor(channel_programs, dtype=torch.int64, device="cpu"))
         self.tile_programs = self._on_device(_owners(tile_programs))
         parts_of = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
