@@ -7,11 +7,8 @@ looks the compiled kernel up, as on a GPU. Only the launcher, which would conver
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 DEVICE, STREAM = 0, 0
 
