@@ -72,8 +72,8 @@ class Kernel:
         flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
         flags |= {"SIGNS": (True, "signs")}
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
-        if "p_step" in dict(self.types) and "p_step" not in at:
-            words.append("t on the device")
+        on_device = {"p_step": "t on the device", "p_lr": "lr on the device"}
+        words += [word for name, word in on_device.items() if name in dict(self.types) and name not in at]
         if self.name in ("sketch_kernel", "project_kernel") and "num_stages" in dict(self.options):
             words.append(f"{dict(self.options)['num_stages']} stages")
         if "GROUP" in at:
@@ -102,6 +102,8 @@ class Kernel:
         )
         if self.name in tile:
             return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
+        if self.name == "step_kernel":
+            return 1
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)
 
     def compiled(self, target: str) -> Any:

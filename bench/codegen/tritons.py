@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="unpacked versions of Triton")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
-    results = Results("codegen-tritons", device=None, fresh=True, folder=arguments.out)
+    results = Results("tritons", device=None, fresh=True, folder=arguments.out)
     for folder in [*arguments.folders, None]:
         version, rows = compiled(folder)
         for target in dict.fromkeys(row["target"] for row in rows):
@@ -48,7 +48,7 @@ def main() -> None:
                 f"triton {version}, {target}",
                 triton=version,
                 target=target,
-                sketches=len(works),
+                compiled=[row["what"] for row in works],
                 failed={row["what"]: row["error"] for row in here if "error" in row},
                 hazards={row["what"]: row["hazards"] for row in works if row["hazards"]},
                 slots={row["what"]: row["slots"] for row in works if row["slots"] != row["wanted_slots"]},

@@ -98,6 +98,7 @@ def few(target: str) -> Iterator[Variant]:
         rows = {"proj_type": "right"}
         yield {"group": {"rank": 16} | rows, "dtype": _FLOAT32, "sharded": True, "only": kernels}
         yield {"group": {"rank": 256} | _COLUMNS, **_8BIT, "only": ("rescale_blockwise_kernel",)}
+        yield {"group": _MINI, "capturable": True, "only": ("step_kernel",)}
     elif target == "sm_100":
         yield _sketch(64, _FLOAT16)  # P goes through registers
         yield {"group": _MINI, "only": ("apply_kernel",)}
