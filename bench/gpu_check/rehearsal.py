@@ -7,6 +7,7 @@ GPU. What it cannot rehearse: graphs, events, and the compiler.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import traceback
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def rehearsing(folder: Path) -> Iterator[None]:
     """Toy sizes, kernels that are interpreted also where "auto" is asked for, and results in ``folder``."""
     figures, toy = paper_figures(), whole_step.Case("TOY", torch.bfloat16, 1)
     matrices = whole_step.Case("TOY", torch.bfloat16, 1, layers=1, matrices_only=True)
+    importlib.import_module(processes.KERNELS)  # once, and not in each process that is forked
     torch.set_num_threads(1)  # a process that is forked from one with threads would wait for them
     with contextlib.ExitStack() as stack:
         for patch in (

@@ -43,7 +43,7 @@ CHECKS = (
         55,
         rehearsal=("--toy", "--repeat", "0.001", "--shapes", "dense|int8, Mini", *TOY),
     ),
-    Check("b: tests", "gpu_check.suite", (), 100, rehearsal=("--toy", *TOY)),
+    Check("b: tests", "gpu_check.suite", (), 95, rehearsal=("--toy", *TOY)),
     Check("c: validate", "gpu_check.validation", (), 45, rehearsal=("--cases", "projection: rank 1 gaussian.*", *TOY)),
     Check(
         "d: whole step, 7B matrices",

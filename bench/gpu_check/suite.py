@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
             toy = Path(folder) / "test_toy.py"
             toy.write_text(TOY, encoding="utf-8")
         chosen = [str(toy)] if options.toy else ["tests", "-m", "gpu"]
-        workers = [] if "xdist" in missing else ["-n", str(2 if options.toy else cores()), "--dist", "worksteal"]
+        workers = [] if "xdist" in missing else ["-n", str(1 if options.toy else cores()), "--dist", "worksteal"]
         run([*chosen, *workers], Path(folder), results)
     print(f"written to {results.path}")
 
