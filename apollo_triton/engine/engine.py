@@ -88,7 +88,7 @@ class Engine:
         the parameters."""
         counts = list(self._skipped.values())
         if self._plan is not None:
-            counts += [table.skipped.sum() for table in self._plan.tables]
+            counts += [table.count_skipped() for table in self._plan.tables]
         return counts
 
     def take_over(self, other: Engine) -> None:
@@ -126,7 +126,7 @@ class Engine:
         self._plan = Plan(groups, states, settings, given, on_device, self._agreement, self._caches, *first)
         if plan is not None:
             for table in plan.tables:
-                self._count_skipped(table.skipped.sum())
+                self._count_skipped(table.count_skipped())
             if plan.captured:
                 self._captured.append(plan)
         return self._plan

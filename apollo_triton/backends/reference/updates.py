@@ -15,7 +15,7 @@ from ...params.member import Member
 from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
 from . import dense, dense_8bit, verbs
-from .matrices import Batch
+from .matrices import Batch, joined_factors
 
 
 def updates_of(
@@ -104,7 +104,7 @@ class BatchUpdate:
         self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
         if self._kept:
             kept, self._kept = self._kept, []
-            self._factors = verbs.joined([verbs.rescale(part, self._settings, self._scalars, R) for part, R in kept])
+            self._factors = joined_factors([verbs.rescale(part, self._settings, self._scalars, R) for part, R in kept])
             return
         if not self.is_width_sharded:
             self._factors = verbs.sketch_and_rescale(self._batch, self._settings, self._scalars)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...core.geometry import Geometry
 from ...core.moments_8bit import whole_blocks
 from ...core.settings import Settings
+from ...core.streams import Uses
 from ...int8.weight import Int8Weight
 from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
@@ -109,6 +110,7 @@ class Table(Channels):
     ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
     channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
     updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
+    ``uses``: which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -141,7 +143,8 @@ class Table(Channels):
         if self.int8 is not None:
             self.tile_blocks = int8.blocks(self.int8.group_size)
         elif not self.is_dense:
-            self.tile_blocks = apply.blocks(max(geometry.columns for geometry in self.geometries))
+            in_16_bits = aligned and self.weight_dtype.itemsize == self.gradient_dtype.itemsize == 2
+            self.tile_blocks = apply.blocks(max(geometry.columns for geometry in self.geometries), in_16_bits)
         counts = [geometry.matrices for geometry in self.geometries]
         self.matrices_of = {
             index: slice(end - count, end)
@@ -153,6 +156,9 @@ class Table(Channels):
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
         self.moments = MomentTable(self) if self.is_width_sharded else None
+        values = [*vars(self).values(), *vars(self.moments or self).values()]
+        values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
+        self.uses = Uses([value for value in values if isinstance(value, Tensor)])
         if not self.is_implicit:
             self._gradient_places = [*self._find_gradient_places(members)]
             self.update_gradient_addresses({at: each.formed_gradient.data_ptr() for at, each in members.items()})
@@ -272,6 +278,16 @@ class Table(Channels):
         """To be copied without waiting. The caching host allocator lends the memory to nobody else before the copy, of
         whose stream it is told, is done."""
         return values if self.device.type == "cpu" else values.pin_memory()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether sketch and rescale are one launch: R fits the registers, and its moments end where channels end."""
+        return self.rank <= sketch.FUSED_RANK and self.absmaxes is None
+
+    def count_skipped(self) -> Tensor:
+        """How many updates of all matrices were skipped."""
+        self.uses.hold()
+        return self.skipped.sum()
 
     def set_projections(self, matrices: Sequence[Tensor]) -> None:
         """Tell the kernels where P of each matrix is."""

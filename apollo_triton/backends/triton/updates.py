@@ -32,6 +32,7 @@ def updates_of(
     updates: list[Update] = []
     shared: dict[tuple[int, float, torch.device], StepScalars] = {}
     for table in tables:
+        table.uses.hold()
         group, step = settings[table.group].with_lr_for(table.device), int(counts[table.first])
         key = table.group, step, table.device
         if key not in shared:
@@ -74,7 +75,7 @@ class TableUpdate:
     def squared_norms(self) -> ByMember:
         table = self._table
         R = 4 * table.channels * table.rank
-        if self._channel_norms is None and keeps_sketch(R, table.gradient_bytes, verbs.is_fused(table)):
+        if self._channel_norms is None and keeps_sketch(R, table.gradient_bytes, table.is_fused):
             self._kept = self._sketch()
         if self._channel_norms is None:
             norms = dense.squared_norms(table).sum(1)

@@ -82,14 +82,9 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
     return result
 
 
-def is_fused(table: Table) -> bool:
-    """Whether ``sketch_and_rescale`` is one launch."""
-    return table.rank <= sketch_kernels.FUSED_RANK and table.absmaxes is None
-
-
 def sketch_and_rescale(table: Table, settings: Settings, scalars: StepScalars) -> Factors:
     """Both verbs with nothing in between: one launch up to rank 256, else and for 8-bit moments two."""
-    if not is_fused(table):
+    if not table.is_fused:
         return rescale(table, settings, scalars, sketch(table, settings, scalars))
     factors = _empty_factors(table, settings)
     _sketch(table, settings, scalars, None, factors)
