@@ -24,8 +24,8 @@ _FIRST, _LAST = (3, 4), (3, 7)
 
 
 class Handle(NamedTuple):
-    """A compiled kernel: ``run``, the ``function`` and ``metadata`` that it wants, the ``constants``, in whose places its
-    launcher wants something, and where the current ``stream`` of a ``device`` is to be had."""
+    """A compiled kernel, by ``run``. It wants its ``function`` and ``metadata``, something in the places of
+    ``constants``, and the current ``stream`` of the ``device``."""
 
     run: Callable[..., None]
     function: Any
