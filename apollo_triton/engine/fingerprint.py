@@ -25,7 +25,7 @@ States = Mapping[Tensor, dict[str, Any]]
 Given = Mapping[Tensor, ImplicitGradient]
 
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
-_MISALIGNED = 15 .__and__  # by how many bytes
+_MISALIGNED = (15).__and__  # by how many bytes
 _ADDRESSED = ("step", *MOMENTS, "update_norm", *ABSMAXES)
 # A sparse gradient has no address, and what is no tensor has no strides.
 _NO_ADDRESS = (RuntimeError, KeyError, AttributeError, TypeError)
@@ -59,9 +59,9 @@ class Places:
     """Where every parameter with a gradient and its state are, to be looked at again at each step.
 
     Parameters and whatever their state holds are to be the very same objects: a tensor of another dtype may come to lie
-    where the old one was. Their addresses, shapes, strides and dtypes are compared as lists of one kind, which ``map``
-    fills and ``==`` compares in C: 0.2 ms for 224 parameters, of which a tuple for each took 0.35. Of gradients only the
-    numbers are kept. ``gradients`` are their addresses, 0 for one that is never formed.
+    where the old one was. Addresses, shapes, strides and dtypes are compared as lists of one kind, which ``map`` fills
+    and ``==`` compares in C: 0.2 ms for 224 parameters, of which a tuple for each took 0.35. Of gradients only numbers
+    are kept: in ``gradients`` their addresses, 0 for one that is never formed.
     """
 
     def __init__(self, groups: Groups, states: States, given: Given) -> None:

@@ -29,7 +29,8 @@ CHOSEN = {
 
 # Instructions an element, as static code. A B200 stays memory-bound below 26 for the 6 bytes that apply streams, and
 # below 8.8 for the 2 of the sketch at rank 1; an H200 below 13 for each 2 bytes. Of dense's 22 or 28 bytes no more than
-# 44 are to be spent. int8 apply streams 4 bytes. gfx942 has twice the threads, so each spreads the same set-up over
+# 44 are to be spent. int8 apply streams 4 bytes, and took 77 when it divided
+# each element. gfx942 has twice the threads, so each spreads the same set-up over
 # half as many elements.
 MOST_PER_ELEMENT = {"sketch": 8.9, "apply": 15, "apply_int8": 58, "dense": 44, "squared_norm": 6}
 MOST_PER_ELEMENT_STOCHASTIC = {"apply": 27, "dense": 80}

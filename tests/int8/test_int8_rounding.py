@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, drawn
 
-from apollo_triton.int8.weight import dequantized, quantized
+from apollo_triton.int8.weight import Int8Weight, dequantized, quantized
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 LARGEST = torch.finfo(torch.float32).max
@@ -117,17 +117,45 @@ def test_stochastic_rounding_takes_each_neighbour_with_its_probability():
     assert bias[6:].mean().abs() <= 2.0**-19  # of numbers and their opposites
 
 
+def test_random_bits_do_not_favour_a_side():
+    """-1/2, which a value of the grid may follow to its neighbour; a mean that is not 0."""
+    noise = Int8Weight.of(torch.zeros(64, 64), 16).noise(slice(8, 64), seed=3, step=1) * 2**16
+    assert noise.shape == (56, 64)
+    assert (noise % 2 == 1).all()
+    assert -(2**15) < noise.min() < -(2**14)
+    assert 2**14 < noise.max() < 2**15
+
+
+def test_stochastic_rounding_stays_on_the_grid():
+    """Its ends lie up to half a step within the range: codes of -1 and 256, which are 255 and 0."""
+    noise = torch.arange(1 - 2**15, 2**15, 2, device="cpu")[:, None] / 2**16
+    for ends, codes in (([-100.4, 154.6], [{0}, {254, 255}]), ([-100.6, 154.4], [{0, 1}, {255}])):
+        q, _, _ = quantized((torch.tensor(ends) / 256).expand(len(noise), 2), noise.expand(-1, 2))
+        assert [set(column.tolist()) for column in q.T] == codes
+
+
+def near_ties(seed):
+    """Values a bit beside the middles of a grid of any scale, which a division may round otherwise."""
+    groups = drawn((1, 16), seed).cpu()
+    q, scale, zero = quantized(groups)
+    inner = (q.float() - zero + 0.5) * scale
+    inside = (inner > groups.min()) & (inner < groups.max()) & (q > 0) & (q < 255)
+    return torch.where(inside, inner, groups)[0]
+
+
 @pytest.mark.parametrize("size", [16, 12])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_kernels_give_the_bits_of_pytorch(size, stochastic):
-    """Other products or another order of sums. On a GPU also a product and a sum that became one operation."""
+    """Divisions, or another order of sums. On a GPU also a product and a sum that became one operation."""
     pytest.importorskip("triton")
     from int8_kernels import requantize_kernel
 
-    groups = [each[:size] for each in ADVERSARIAL.values()]
-    groups += [drawn((size,), seed, scale=10.0 ** (seed - 30)).cpu() for seed in range(64 - len(groups))]
-    values = torch.stack(groups).to(DEVICE)
-    bits = torch.randint(2**16, values.shape, generator=torch.Generator().manual_seed(1), device="cpu").int().to(DEVICE)
+    groups = [*ADVERSARIAL.values(), *map(near_ties, range(32))]
+    groups += [drawn((16,), seed, scale=10.0 ** (2 * seed - 30)).cpu() for seed in range(64 - len(groups))]
+    values = torch.stack(groups)[:, :size].contiguous().to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(2**16, values.shape, generator=generator, device="cpu", dtype=torch.int32).to(DEVICE)
+    bits[:, 2:10:2], bits[:, 3:11:2] = 0, 2**15  # noise of 0 and -1/2, were they not made odd
     q, zero = torch.empty_like(values, dtype=torch.uint8), torch.empty(64, dtype=torch.uint8, device=DEVICE)
     scale = torch.empty(64, device=DEVICE)
     requantize_kernel[(1,)](values, bits if stochastic else None, q, scale, zero, size, BLOCK_GROUP=16, BLOCK_GROUPS=64)

@@ -274,8 +274,8 @@ class Table(Channels):
         return self._pinned(values).to(self.device, non_blocking=True)
 
     def _pinned(self, values: Tensor) -> Tensor:
-        """To be copied without waiting. The caching host allocator gives the memory to nobody else until the copy, whose
-        stream it is told, is done."""
+        """To be copied without waiting. The caching host allocator lends the memory to nobody else before the copy, of
+        whose stream it is told, is done."""
         return values if self.device.type == "cpu" else values.pin_memory()
 
     @property
