@@ -143,7 +143,8 @@ class Table(Channels):
         if self.int8 is not None:
             self.tile_blocks = int8.blocks(self.int8.group_size)
         elif not self.is_dense:
-            self.tile_blocks = apply.blocks(max(geometry.columns for geometry in self.geometries))
+            in_16_bits = aligned and self.weight_dtype.itemsize == self.gradient_dtype.itemsize == 2
+            self.tile_blocks = apply.blocks(max(geometry.columns for geometry in self.geometries), in_16_bits)
         counts = [geometry.matrices for geometry in self.geometries]
         self.matrices_of = {
             index: slice(end - count, end)
