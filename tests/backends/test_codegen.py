@@ -49,12 +49,14 @@ PRODUCTS = ("apply_operands", "apply_int8_operands", "tile_norms", "gram", "gram
 
 # Why a tile of a row has not the slots that its stages ask for.
 OTHER_SLOTS = {
-    "triton 3.4 and later give no slot to a left operand of mma.sync that is stored transposed": lambda row, name: (
+    "triton 3.4 and later give none to a left operand of mma.sync that is stored transposed": lambda row, name: (
         row["target"] in ("sm_80", "sm_89", "gfx942")
-        and (name in ("dY", "kept") or row["kernel"] == "sketch" and name == "G" and "columns" in row["what"])
+        and (name in ("dY", "kept") or (row["kernel"] == "sketch" and name == "G" and "columns" in row["what"]))
     ),
-    "nor to the gradient of a layer where each weight has a scale of its own": lambda row, name: (
-        row["kernel"] == "input_gradient" and name == "G" and "runs of 1 " in row["what"]
+    "rows that do not start at 16 bytes are loaded element by element": lambda row, name: (
+        "unaligned" in row["what"]
+        or (row["kernel"] in LINEAR and "groups of 1001" in row["what"])
+        or (row["kernel"] == "input_gradient" and "groups of 27" in row["what"])
     ),
     "a loop in the loop, over the three parts of svd's P": lambda row, name: "svd" in row["what"],
     "AMD's compiler gives none to what two products use": lambda row, name: (
