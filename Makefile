@@ -34,7 +34,7 @@ tests: $(call INSTALLED,test)
 quick: lint types
 	$(PYTEST) -m "not full and not slow" $(ARGS)
 
-# Every repetition, all codegen targets, the site, and foreign programs, two of them with stacks of their own.
+# Every repetition, all codegen targets, the site, foreign programs, two of them with stacks of their own, two Tritons.
 test-all: lint types $(call INSTALLED,test-all) $(TOOLS)
 	$(PYTEST) --doctest-modules $(ARGS)
 

@@ -14,7 +14,6 @@ from .table import COLUMNS, EXP_AVG, EXP_AVG_SQ, FIELDS, FIRST_CHANNEL, FIRST_CH
 
 BLOCK = 256
 
-_FIELDS = tl.constexpr(FIELDS)
 _BLOCK = tl.constexpr(BLOCK)
 _BLOCKS_AT_ONCE = tl.constexpr(4)
 _LEAST_NORMAL = tl.constexpr(2.0**-126)
@@ -86,7 +85,7 @@ def rescale_blockwise_kernel(
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
     p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(tl.uint8))
     p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(tl.uint8))

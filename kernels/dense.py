@@ -7,12 +7,11 @@ written. Clipping by the norm of all gradients uses the same squared norms.
 import triton
 import triton.language as tl
 
-from .apply import step_size
 from .philox import EXP_AVG as EXP_AVG_STREAM
 from .philox import EXP_AVG_SQ as EXP_AVG_SQ_STREAM
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import round_nearest, round_stochastic, rounding_bits_by_row
-from .rescale import current_step
+from .step import step_numbers
 from .table import (
     COLUMNS,
     EXP_AVG,
@@ -31,7 +30,6 @@ from .table import (
     WEIGHT_ROW_STRIDE,
 )
 
-_FIELDS = tl.constexpr(FIELDS)
 BLOCK = 4096  # elements a program of the step, and an iteration of the norm's loop; 16 a thread
 NORM_PROGRAMS = 256  # at most so many programs share one matrix's norm: each dense program adds up their sums again
 
@@ -58,7 +56,7 @@ def squared_norm_kernel(
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program * 2)
     share = tl.load(p_programs + program * 2 + 1)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     columns = tl.load(p_row + COLUMNS)
     elements = tl.load(p_row + ROWS) * columns
     p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))
@@ -80,7 +78,7 @@ def squared_norm_kernel(
 @triton.jit(do_not_specialize=["step"])
 def dense_kernel(
     p_table, p_gradients, p_programs, p_parts, p_skipped, p_gradient_scale,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, keep1, keep2, eps,
+    step, step_size, decay, p_step, keep1, keep2, eps,
     WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, NORM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +89,7 @@ def dense_kernel(
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     columns = tl.load(p_row + COLUMNS)
     elements = tl.load(p_row + ROWS) * columns
     p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
@@ -125,12 +123,11 @@ def dense_kernel(
     moves = tl.abs(squared_norm) < float("inf")
     if block == 0:
         tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
-    t = current_step(step, p_step)
-    lr, h = step_size(lr, p_lr, t, p_step, correction, log_beta1, log_beta2)
+    t, h, decay = step_numbers(step, step_size, decay, p_step)
     M += keep1 * (G - M)
     V += keep2 * (G * G - V)
     W -= h * (M / (tl.sqrt(V) + eps))
-    W -= (lr * weight_decay) * W
+    W -= decay * W
     mask = mask & (tl.broadcast_to(tl.abs(squared_norm), [BLOCK]) < float("inf"))  # as a block: see apply_kernel
     seed = tl.load(p_row + SEED)
     first += tl.load(p_row + ROUNDING_OFFSET)  # of a shard; without it all ranks would draw the same bits

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from .linear import tile_place
 from .operands import gradient_tile
-from .rescale import current_step
 from .sketch import dot, projected
+from .step import current_step
 from .table import SEED, power_of_two
 
 _ENOUGH = 256  # programs, two for each multiprocessor of an H100

@@ -16,9 +16,9 @@ from .int8 import store_groups
 from .linear import tile_place
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
-from .rescale import current_step
 from .sketch import dot
-from .table import SEED
+from .step import step_numbers
+from .table import COLUMNS, ROWS, SCALE, SEED, WEIGHT, WEIGHT_COLUMN_STRIDE, WEIGHT_ROW_STRIDE, ZERO
 
 
 def blocks(itemsize: int, tensor_cores: bool, has_large_shared_memory: bool) -> dict[str, int]:
@@ -81,7 +81,7 @@ def halves(tile):
 @triton.jit
 def update(
     p_W, difference, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
-    KEEPS_ROWS: tl.constexpr, BY_EIGHTS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    KEEPS_ROWS: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """W <- W - difference, then W <- W - decay W, for the tile that begins at ``first_row`` and ``first_column``."""
     BLOCK_ROWS: tl.constexpr = difference.shape[0]
@@ -96,7 +96,7 @@ def update(
     W -= decay * W
     store_weight(
         p_W, W, mask, u, p_row, t, first_row, first_column, rows, columns,
-        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
+        KEEPS_ROWS, ALIGNED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def update_int8(
     m_group = ((o_row < rows)[:, None] & (o_run < columns)[None, :]).reshape(GROUPS)
     o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
     index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = tl.broadcast_to(m_group[:, None], [GROUPS, GROUP])
+    mask = m_group[:, None]
     q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
     old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
     old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
@@ -130,70 +130,94 @@ def update_int8(
     store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, GROUPS)
 
 
+@triton.jit
+def sizes(p_row, ROWS_BY_EIGHTS: tl.constexpr, COLUMNS_BY_EIGHTS: tl.constexpr):
+    """Rows and columns of the matrix. The compiler is told of multiples of 8, so that rows of dY and X are loaded 16
+    bytes at a time."""
+    rows, columns = tl.load(p_row + ROWS).to(tl.int32), tl.load(p_row + COLUMNS).to(tl.int32)
+    if ROWS_BY_EIGHTS:
+        rows = tl.multiple_of(rows, 8)
+    if COLUMNS_BY_EIGHTS:
+        columns = tl.multiple_of(columns, 8)
+    return rows, columns
+
+
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_operands_kernel(
-    p_row, p_W, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
-    W_row_stride, W_column_stride,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
-    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    BY_EIGHTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    p_row, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, tokens,
+    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    WEIGHT_DTYPE: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS_BY_EIGHTS: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program updates one tile of W. The two scales, and a u that is not finite, are as in ``apply_kernel``.
 
-    ``p_row`` is the matrix's row of its table. Reads X once for every BLOCK_ROWS rows and dY once for every
-    BLOCK_COLUMNS columns; reads and writes W.
+    ``p_row`` is the matrix's row of its table. ALIGNED: rows of W are contiguous, start at multiples of 16 bytes and
+    hold a multiple of 8 elements. Reads X once for every BLOCK_ROWS rows and dY once for every BLOCK_COLUMNS columns;
+    reads and writes W.
     """
+    rows, columns = sizes(p_row, ROWS_BY_EIGHTS, ALIGNED)
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
     G = gradient_tile(
         p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_TOKENS
     )
-    t = current_step(step, p_step)
-    factor, lr, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
-        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
+    t, h, decay = step_numbers(step, step_size, decay, p_step)
+    factor, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, None, 0, tl.program_id(0),
+        o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-    decay = lr * weight_decay
+    p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
+    W_row_stride = tl.load(p_row + WEIGHT_ROW_STRIDE)
+    if ALIGNED:
+        p_W, W_row_stride = tl.multiple_of(p_W, 16), tl.multiple_of(W_row_stride, 8)
+        W_column_stride = 1
+    else:
+        W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
     left, right = halves(factor * G)
     update(
         p_W, left, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
-        KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
+        KEEPS_ROWS, ALIGNED, STOCHASTIC,
     )  # fmt: skip
     update(
         p_W, right, decay, u, p_row, t, first_row, first_column + BLOCK_COLUMNS // 2, rows, columns,
-        W_row_stride, W_column_stride, KEEPS_ROWS, BY_EIGHTS, STOCHASTIC,
+        W_row_stride, W_column_stride, KEEPS_ROWS, ALIGNED, STOCHASTIC,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_int8_operands_kernel(
-    p_row, p_q, p_scale, p_zero, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, rows, columns, tokens,
-    lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
-    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    p_row, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, tokens,
+    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, ROWS_BY_EIGHTS: tl.constexpr,
+    USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The same for int8 weights, stored with new scales and zero points as in ``apply_int8_kernel``.
 
     GROUP is a power of two and divides the columns of W and of the tile, so that a tile owns whole groups. Reads and
     writes q: 2 bytes a parameter, and 10 a group.
     """
+    rows, columns = sizes(p_row, ROWS_BY_EIGHTS, ALIGNED)
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
     G = gradient_tile(
         p_X, p_dY, o_row, o_column, rows, columns, tokens, PRECISION, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_TOKENS
     )
-    t = current_step(step, p_step)
-    factor, lr, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, 0, tl.program_id(0), o_row, o_column, rows, columns,
-        lr, p_lr, t, p_step, correction, log_beta1, log_beta2, scale_before_limiter, scale_after_limiter,
+    t, h, decay = step_numbers(step, step_size, decay, p_step)
+    factor, u = tile_factor(
+        p_row, p_factors, p_sums, p_previous, p_skipped, None, 0, tl.program_id(0),
+        o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-    decay = lr * weight_decay
+    p_q = tl.load(p_row + WEIGHT).to(tl.pointer_type(tl.uint8))
+    p_scale = tl.load(p_row + SCALE).to(tl.pointer_type(tl.float32))
+    p_zero = tl.load(p_row + ZERO).to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        p_q = tl.multiple_of(p_q, 16)
     if GROUP < BLOCK_COLUMNS:
         left, right = halves(factor * G)
         update_int8(

@@ -118,8 +118,8 @@ def rounding_bits_by_row(
 ):
     """``rounding_bits`` of a tile ``[ROWS, COLUMNS]`` that starts at element ``first`` of a parameter with rows of
     ``row_length``. Both are multiples of 8, so that one call gives the bits of eight neighbours."""
-    o_row = tl.arange(0, ROWS).to(tl.int64) * row_length
-    calls = (first + o_row[:, None]) // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    o_row = tl.arange(0, ROWS).to(tl.int64) * (row_length // 8)
+    calls = first // 8 + o_row[:, None] + tl.arange(0, COLUMNS // 8)[None, :]
     w0, w1, w2, w3 = words(seed, step, calls & 0xFFFFFFFF, calls >> 32, stream)
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .philox import GAUSSIAN, interleave4, normals, round_nearest, sign_words, signs, words
-from .rescale import current_step
+from .step import current_step
 
 BLOCK_CALLS = 256  # Philox calls a program, four widths each
 ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of it, the width of the sketch's widest tile

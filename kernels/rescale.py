@@ -11,6 +11,7 @@ import triton.language as tl
 from .philox import EXP_AVG as EXP_AVG_STREAM
 from .philox import EXP_AVG_SQ as EXP_AVG_SQ_STREAM
 from .philox import round_stochastic, rounding_bits, rounding_bits_by_row
+from .step import current_step
 from .table import (
     COLUMNS,
     EXP_AVG,
@@ -24,17 +25,7 @@ from .table import (
     UPDATE_NORM,
 )
 
-_FIELDS = tl.constexpr(FIELDS)
-_NORM_EPS = tl.constexpr(1e-8)
-
-
-@triton.jit
-def current_step(step, p_step):
-    """t (1, 2, ...): ``step`` from the host or, if ``p_step`` is given, the float32 at that address."""
-    if p_step is None:
-        return step
-    else:
-        return tl.load(p_step).to(tl.int32)
+NORM_EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -90,7 +81,7 @@ def store_factors(
     """
     squared_G = squared_G * gradient_scale * gradient_scale
     if PER_CHANNEL:
-        s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + _NORM_EPS)
+        s = tl.sqrt(squared_N) / (tl.sqrt(squared_R) + NORM_EPS)
         tl.store(p_factors + tl.load(p_row + FIRST_CHANNEL) + o_channel, s, mask=m_channel)
         store_sum(p_sums + program, s * s * squared_G)
     else:
@@ -121,7 +112,7 @@ def rescale_kernel(
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
     block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
     o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from .philox import gaussian_row, sign_words, signs
-from .rescale import current_step, moved_moments, store_factors
+from .rescale import moved_moments, store_factors
+from .step import current_step
 from .table import (
     COLUMNS,
     FIELDS,
@@ -28,7 +29,6 @@ from .table import (
     power_of_two,
 )
 
-_FIELDS = tl.constexpr(FIELDS)
 _IEEE = tl.constexpr("ieee")  # triton 3.6 does not accept a plain string as a default
 # Where P comes from.
 GAUSSIAN = tl.constexpr(0)  # made in this kernel; ranks below SMALL_RANK
@@ -223,7 +223,7 @@ def sketch_kernel(
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
     program, rank_block = tl.program_id(0) // RANK_BLOCKS, tl.program_id(0) % RANK_BLOCKS
     matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * _FIELDS
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
     rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
     row_stride = tl.load(p_row + GRADIENT_ROW_STRIDE)
     p_G = tl.load(p_gradients + matrix).to(tl.pointer_type(GRADIENT))

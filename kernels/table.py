@@ -8,7 +8,7 @@ import os
 
 import triton.language as tl
 
-FIELDS = 16
+FIELDS = tl.constexpr(16)
 
 WEIGHT = tl.constexpr(0)  # address of the weight [rows, columns]
 EXP_AVG = tl.constexpr(1)  # addresses of its moments [channels, rank]

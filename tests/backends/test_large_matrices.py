@@ -63,7 +63,7 @@ def test_more_than_two_to_the_31_elements(keeps_rows, aligned):
     ):
         table.addresses[0, field.value] = value
     table.gradients[0] = gradient_at
-    table.tile_blocks = tables.apply.blocks(columns)
+    table.tile_blocks = tables.apply.blocks(columns, in_16_bits=False)
     across = -(-columns // table.tile_blocks["BLOCK_COLUMNS"])
     table.tile_programs = torch.zeros(-(-rows // table.tile_blocks["BLOCK_ROWS"]) * across, dtype=torch.int32)
     block = table.channel_blocks["BLOCK_CHANNELS"]

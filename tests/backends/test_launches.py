@@ -245,7 +245,7 @@ def test_tiles_of_elementwise_work_do_not_show(group, monkeypatch):
     options = {**group, "constructor": {"stochastic_rounding": True}}
     expected, _ = train(weights, **options)
     tiles = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 64, "num_warps": 4}
-    monkeypatch.setattr(tables.apply, "blocks", lambda columns: tiles)
+    monkeypatch.setattr(tables.apply, "blocks", lambda columns, in_16_bits: tiles)
     ours, optimizer = train(weights, **options)
     assert optimizer._engine._plan.tables[0].tile_blocks == tiles
     assert_same_bits(expected, ours)

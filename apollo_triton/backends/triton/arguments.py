@@ -12,6 +12,7 @@ from torch import Tensor
 from ...core import gpu
 from ...core.settings import Settings
 from ...kernels import sketch as sketch_kernels
+from ...kernels import step as step_kernels
 from ..interface import StepScalars
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
@@ -28,19 +29,36 @@ def sketch_blocks(
     return blocks | {"num_stages": sketch_kernels.stages(rank)} if gpu.has_large_shared_memory(device) else blocks
 
 
-def step_arguments(settings: Settings, scalars: StepScalars) -> tuple[Any, ...]:
-    """lr, p_lr, weight_decay, step, p_step, correction, log_beta1, log_beta2: what the kernels' ``step_size`` takes."""
-    on_device = isinstance(settings.lr, Tensor)
-    correction = settings.bias_correction(scalars.step) if scalars.step_tensor is None else 1.0
-    return (
-        0.0 if on_device else float(settings.lr),
-        settings.lr if on_device else None,
-        float(settings.weight_decay),
-        scalars.step,
-        scalars.step_tensor,
-        correction,
+def step_scalars(settings: Settings, step: int, step_tensor: Tensor | None, device: torch.device) -> StepScalars:
+    """The scalars of a group's step, on the device if it has t (``step_tensor``) or the learning rate: one launch."""
+    lr = settings.lr
+    if step_tensor is None and not isinstance(lr, Tensor):
+        return StepScalars(step)
+    numbers = torch.empty(3, dtype=torch.float32, device=device)
+    gpu.launch(
+        step_kernels.step_kernel,
+        (1,),
+        device,
+        numbers,
+        step if step_tensor is None else 0,
+        step_tensor,
+        0.0 if isinstance(lr, Tensor) else lr,
+        lr if isinstance(lr, Tensor) else None,
+        settings.bias_correction(step) if step_tensor is None else 1.0,
         *(_log(beta) if settings.correct_bias else 0.0 for beta in settings.betas),
+        settings.weight_decay,
+        num_warps=1,
     )
+    return StepScalars(0 if step_tensor is not None else step, step_tensor, numbers=numbers)
+
+
+def step_arguments(settings: Settings, scalars: StepScalars) -> tuple[int, float, float, Tensor | None]:
+    """step, step_size, decay and p_step: what the kernels' ``step_numbers`` takes."""
+    if scalars.numbers is not None:
+        return 0, 0.0, 0.0, scalars.numbers
+    lr = settings.lr
+    assert not isinstance(lr, Tensor)
+    return scalars.step, lr * settings.bias_correction(scalars.step), lr * settings.weight_decay, None
 
 
 def moment_arguments(settings: Settings) -> tuple[float, float, float]:

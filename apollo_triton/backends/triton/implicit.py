@@ -10,6 +10,7 @@ Nothing of the weight's shape is allocated, and nothing is read back from the de
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections
-from .arguments import PARTS, scale_arguments, sketch_blocks, step_arguments
+from .arguments import DTYPES, PARTS, scale_arguments, sketch_blocks, step_arguments
 from .matrices import Table
 from .projections import projection_kind
 
@@ -125,59 +126,37 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
     X, dY = gradient.inputs, gradient.output_gradient
     (tokens, rows), columns = dY.shape, X.shape[1]
     precision, weight = gpu.precision(X.dtype), table.members[0].weight
-    common = (
+    if isinstance(weight, Int8Weight):
+        kernel, stored = operands_kernels.apply_int8_operands_kernel, weight.q
+        blocks = operands_kernels.int8_blocks(weight.group_size, *_tile_conditions(X, precision))
+        kind: dict[str, Any] = {"STOCHASTIC": weight.stochastic_rounding, "GROUP": weight.group_size}
+    else:
+        kernel, stored = operands_kernels.apply_operands_kernel, weight
+        blocks = operands_kernels.blocks(*_tile_conditions(X, precision))
+        stochastic = settings.stochastic_rounding and weight.dtype == torch.bfloat16
+        kind = {"STOCHASTIC": stochastic, "WEIGHT_DTYPE": DTYPES[weight.dtype]}
+    gpu.launch(
+        kernel,
+        (math.prod(_tiles(rows, columns, blocks)),),
+        table.device,
+        table.addresses,
         X,
         dY,
         factors.channel,
         factors.sums,
         table.previous,
         table.skipped,
-        rows,
-        columns,
         tokens,
-    )
-    step = (
         *step_arguments(settings, scalars),
         *scale_arguments(settings),
-    )
-    constants = {
-        "KEEPS_ROWS": table.keeps_rows,
-        "PER_CHANNEL": factors.channel is not None,
-        "USE_LIMITER": not settings.disable_nl,
-        "PRECISION": precision,
-        "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
-    }
-    if isinstance(weight, Int8Weight):
-        blocks = operands_kernels.int8_blocks(weight.group_size, *_tile_conditions(X, precision))
-        gpu.launch(
-            operands_kernels.apply_int8_operands_kernel,
-            (math.prod(_tiles(rows, columns, blocks)),),
-            table.device,
-            table.addresses,
-            weight.q,
-            weight.scale,
-            weight.zero,
-            *common,
-            *step,
-            STOCHASTIC=weight.stochastic_rounding,
-            GROUP=weight.group_size,
-            **constants,
-            **blocks,
-        )
-        return
-    blocks = operands_kernels.blocks(*_tile_conditions(X, precision))
-    gpu.launch(
-        operands_kernels.apply_operands_kernel,
-        (math.prod(_tiles(rows, columns, blocks)),),
-        table.device,
-        table.addresses,
-        weight,
-        *common,
-        *weight.stride(),
-        *step,
-        STOCHASTIC=settings.stochastic_rounding and weight.dtype == torch.bfloat16,
-        BY_EIGHTS=columns % 8 == 0,
-        **constants,
+        KEEPS_ROWS=table.keeps_rows,
+        PER_CHANNEL=factors.channel is not None,
+        ALIGNED=_is_aligned(stored),
+        ROWS_BY_EIGHTS=rows % 8 == 0,
+        USE_LIMITER=not settings.disable_nl,
+        PRECISION=precision,
+        BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
+        **kind,
         **blocks,
     )
 
@@ -233,6 +212,12 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
         **blocks,
     )
     return _sum(R)
+
+
+def _is_aligned(weight: Tensor) -> bool:
+    """Whether rows are contiguous, start at multiples of 16 bytes and hold a multiple of 8 elements."""
+    row_stride, column_stride = weight.stride()
+    return column_stride == 1 and weight.data_ptr() % 16 == row_stride % 8 == weight.shape[1] % 8 == 0
 
 
 def _tile_conditions(operand: Tensor, precision: str) -> tuple[int, bool, bool]:
