@@ -113,7 +113,7 @@ CHANGES = (
     Change("clipping without a third read, Mini", "APOLLO-Mini, clipped"),
     Change("clipping without a third read, rank 64", "APOLLO, clipped", 64),
     Change("ranks 2 to 15 on tensor cores, rank 4", "APOLLO", 4),
-    Change("int8 `apply`", "APOLLO-Mini, int8"),
+    Change("int8 `apply`", "Q-Mini"),
     Change("two halves at rank 256", "APOLLO"),
 )
 
