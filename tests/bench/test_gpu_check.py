@@ -254,10 +254,10 @@ def test_an_old_way_differs_from_the_new_one_only_while_it_steps():
     """A patch that has no effect where kernels are launched, or that stays."""
     from apollo_triton.kernels import apply, sketch
 
-    with changes._patched(("apply in tiles of 16 rows", "no more than 2 tiles ahead")):
-        assert apply.blocks(512)["BLOCK_ROWS"] == 16
-        assert apply.blocks(512).keys() == {"BLOCK_ROWS", "BLOCK_COLUMNS", "num_warps"}
+    with changes._patched(("apply on 8 warps", "no more than 2 tiles ahead")):
+        assert apply.blocks(512, True) == {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 512, "num_warps": 8}
         assert sketch.stages(256) == 2
+    assert apply.blocks(512, True)["num_warps"] == 4
     assert sketch.stages(256) > 2
     assert set().union(*(change.before for change in changes.CHANGES)) <= set(changes.OLD)
 
