@@ -163,15 +163,12 @@ CONTENDERS = {
         Contender("flashoptim AdamW", "flashoptim", _plain("flashoptim", "FlashAdamW"), needs="cuda"),
         Contender("adafactor8bit, Mini", "adafactor8bit", _adafactor8bit(mini=True), reads=2, needs="cuda"),
         Contender("adafactor8bit, APOLLO", "adafactor8bit", _adafactor8bit(mini=False), reads=2, needs="cuda"),
-        *(
-            Contender(f"{name}, {what}", "apollo-triton", make, reads=2)
-            for name, mini in (("APOLLO-Mini", True), ("APOLLO", False))
-            for what, make in (
-                ("clipped", _ours(mini, max_grad_norm=1.0)),
-                ("stochastic", _ours(mini, stochastic_rounding=True)),
-                ("int8", _ours_int8(mini)),
-            )
-        ),
+        Contender("APOLLO-Mini, clipped", "apollo-triton", _ours(mini=True, max_grad_norm=1.0), reads=2),
+        Contender("APOLLO, clipped", "apollo-triton", _ours(mini=False, max_grad_norm=1.0), reads=2),
+        Contender("APOLLO-Mini, stochastic", "apollo-triton", _ours(mini=True, stochastic_rounding=True), reads=2),
+        Contender("APOLLO, stochastic", "apollo-triton", _ours(mini=False, stochastic_rounding=True), reads=2),
+        Contender("Q-Mini", "apollo-triton", _ours_int8(mini=True), reads=2),
+        Contender("Q-APOLLO", "apollo-triton", _ours_int8(mini=False), reads=2),
         _replayed("APOLLO-Mini, graph replay", "apollo-triton", _ours(mini=True, capturable=True), reads=2),
         _replayed("APOLLO, graph replay", "apollo-triton", _ours(mini=False, capturable=True), reads=2),
         _replayed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from apollo_triton.tools.demo.corpus import VOCABULARY
 from apollo_triton.tools.demo.report import as_bytes
 
 from .report_data import (
@@ -238,7 +239,7 @@ def pretraining(machine: Machine) -> str:
         settings = file["settings"]
         about = (
             f"{training_of(file)} of {settings['text']} ({settings['steps']} steps of {settings['batch']} x "
-            f"{settings['sequence']}, byte-level BPE of {settings['vocabulary']}, {settings['dtype']}). "
+            f"{settings['sequence']}, {_tokens(settings)}, {settings['dtype']}). "
             "A seed decides weights, batches and projections, in the same way for all variants. ± is a 95 % confidence "
             "interval over seeds. The learning rates are those of a sweep with one seed for the small model, and the "
             "paper's for larger ones. The runs end far from convergence: they tell whether the variants train alike "
@@ -248,6 +249,11 @@ def pretraining(machine: Machine) -> str:
         heads += ["against AdamW (Q-: float weights), same seed", "state"]
         parts += [about, table(heads, lines)]
     return "\n\n".join(["### Quality", *parts]) if parts else ""
+
+
+def _tokens(settings: Row) -> str:
+    bytes_alone = settings["vocabulary"] == VOCABULARY
+    return "a token a byte" if bytes_alone else f"byte-level BPE of {settings['vocabulary']}"
 
 
 def host(machine: Machine) -> str:

@@ -13,7 +13,7 @@ from ..stage import Stage
 MINUTES = 8.0
 # Of whole_step: the cases and contenders of (d), and those of (f).
 MATRICES = "7B matrices (bfloat16|float32)|7B matrices 4 layers bfloat16"
-OPTIMIZERS = "(?!.*graph replay)(APOLLO|PyTorch (SGD|AdamW, fused|Muon)|apollo-torch|flashoptim|adafactor8bit).*"
+OPTIMIZERS = "(?!.*graph replay)(Q-|APOLLO|PyTorch (SGD|AdamW, fused|Muon)|apollo-torch|flashoptim|adafactor8bit).*"
 MODELS = "(60M|1B) bfloat16"
 REPLAYS = "APOLLO(-Mini)?(, graph replay)?|PyTorch (SGD|AdamW), fused(, graph replay)?"
 # The paper's learning rate for APOLLO, and a usual one for AdamW. 13 million bytes of the standard library's source.

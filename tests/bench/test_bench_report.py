@@ -258,8 +258,8 @@ def test_every_contender_and_variant_has_its_method_s_colour():
     expected = {
         "AdamW": ["AdamW", "PyTorch AdamW, fused", "PyTorch AdamW, foreach", "PyTorch AdamW, fused, graph replay"],
         "SGD": ["PyTorch SGD, fused"],
-        "APOLLO": ["APOLLO", "APOLLO, graph replay"],
-        "APOLLO-Mini": ["Mini", "APOLLO-Mini", "APOLLO-Mini, graph replay"],
+        "APOLLO": ["APOLLO", "APOLLO, graph replay", "APOLLO, clipped", "APOLLO, stochastic"],
+        "APOLLO-Mini": ["Mini", *(f"APOLLO-Mini{how}" for how in ("", ", graph replay", ", clipped", ", stochastic"))],
         "Q-APOLLO": ["Q-APOLLO", "Q-APOLLO, to the nearest"],
         "Q-Mini": ["Q-Mini", "Q-Mini, to the nearest", "Q-Mini, 8-bit moments"],
         "apollo-torch": ["apollo-torch"],
@@ -268,6 +268,9 @@ def test_every_contender_and_variant_has_its_method_s_colour():
         "torchao": ["torchao AdamW8bit"],
         "GaLore": ["GaLore"],
         "optimi": ["optimi AdamW, triton"],
+        "Muon": ["PyTorch Muon"],
+        "flashoptim": ["flashoptim AdamW"],
+        "adafactor8bit": ["adafactor8bit, Mini", "adafactor8bit, APOLLO"],
     }
     for variant in ("a seed per matrix", "Rademacher", "bf16 moments"):
         expected["APOLLO"].append(f"APOLLO, {variant}")
