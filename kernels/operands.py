@@ -16,8 +16,8 @@ from .int8 import store_groups
 from .linear import tile_place
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
+from .projected import dot
 from .rescale import current_step
-from .sketch import dot
 from .table import SEED
 
 
