@@ -16,7 +16,7 @@ from .int8 import store_groups
 from .linear import tile_place
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
-from .sketch import dot
+from .projected import dot
 from .step import step_numbers
 from .table import COLUMNS, ROWS, SCALE, SEED, WEIGHT, WEIGHT_COLUMN_STRIDE, WEIGHT_ROW_STRIDE, ZERO
 
