@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed-$(1)
 # Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
 TOOLS := $(patsubst tests/integration/programs/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/integration/programs/*.txt))
 
-.PHONY: demo test test-all quick lint types tests smoke docs bench bench-gpu clean
+.PHONY: demo test test-all quick lint types tests smoke docs bench bench-gpu gpu-check clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
@@ -34,7 +34,7 @@ tests: $(call INSTALLED,test)
 quick: lint types
 	$(PYTEST) -m "not full and not slow" $(ARGS)
 
-# Every repetition, all codegen targets, the site, and foreign programs, two of them with stacks of their own.
+# Every repetition, all codegen targets, the site, foreign programs, two of them with stacks of their own, two Tritons.
 test-all: lint types $(call INSTALLED,test-all) $(TOOLS)
 	$(PYTEST) --doctest-modules $(ARGS)
 
@@ -50,6 +50,10 @@ bench: $(call INSTALLED,bench)
 
 bench-gpu: $(call INSTALLED,bench)
 	$(RUN) -m bench --gpu $(ARGS)
+
+# For a GPU that is lent for a quarter of an hour. Everywhere: make gpu-check ARGS=--rehearse
+gpu-check: $(call INSTALLED,bench)
+	$(RUN) -m bench.gpu_check $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("Python 3.10 or newer is needed, this is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'

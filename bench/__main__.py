@@ -1,7 +1,7 @@
 """Run all benchmarks, stage after stage, and write the report.
 
     python -m bench                # what suits this machine
-    python -m bench --gpu          # everything that needs a CUDA device, in stages of under 8 minutes
+    python -m bench --gpu          # everything that needs a CUDA device: first the stages of bench.gpu_check
     python -m bench --only NAME    # stages whose names match a regular expression; --list names them
 
 If a stage fails or takes too long, its error is printed, its rows so far are kept, and the next stage starts. A stage
@@ -11,35 +11,14 @@ that is started again measures only the missing rows. Rows of another version, m
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
 
 import torch
 
 from apollo_triton.tools.llama import named_sizes
 
-from .results_file import ROOT
-
-GPU_SECONDS = 8 * 60
-CPU_SECONDS = 45 * 60
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``python -m bench.<module> <arguments>``. ``resumes``: it keeps rows of an earlier run, unless given --fresh."""
-
-    name: str
-    module: str
-    arguments: tuple[str, ...] = ()
-    seconds: int = CPU_SECONDS
-    resumes: bool = True
-
+from .gpu_check.stages import CHECKS
+from .stage import DONE, GPU_SECONDS, Stage, run
 
 COUNTED = [
     Stage("launches and bytes", "kernel_table", resumes=False),
@@ -71,52 +50,23 @@ PRETRAINING = (
     *("--lr", "AdamW=2e-3", "APOLLO=1e-2", "Mini=1e-2", "--variants"),
 )
 SHORT_GPU = [
-    _gpu("whole step, small", "whole_step", "--cases", "(60M|130M) bfloat16"),
-    _gpu("whole step, 7B matrices", "whole_step", "--cases", "7B matrices bfloat16"),
+    *(check for check in CHECKS if check.module == "whole_step"),
     _gpu("kernels, 7B", "kernels", "-k", "7B-"),
 ]
 GPU = [
-    *SHORT_GPU,
-    _gpu("whole step, 350M", "whole_step", "--cases", "350M bfloat16"),
-    _gpu("whole step, float32", "whole_step", "--cases", "60M float32"),
-    _gpu("whole step, 1B", "whole_step", "--cases", "1B bfloat16"),
+    *CHECKS,
+    _gpu("kernels, 7B", "kernels", "-k", "7B-"),
+    _gpu("whole step, small", "whole_step", "--cases", "(130M|350M) bfloat16|60M float32"),
     _gpu("whole step, 7B", "whole_step", "--cases", "7B bfloat16"),
     _gpu("whole step, by rank", "whole_step", "--cases", "7B .* rank .*"),
     _gpu("whole step, by layers", "whole_step", "--cases", "350M .* layers .*"),
     _gpu("no gradient, 7B", "no_gradient"),
-    *(_gpu(f"training, {size}", "training", "--sizes", size) for size in ("1B", "7B", "13B")),
+    *(_gpu(f"training, {size}", "training", "--sizes", size) for size in ("1B", "13B")),
     *(_gpu(f"kernels, {size}", "kernels", "-k", f"{size}-") for size in named_sizes() if size != "7B"),
     _gpu("pre-training, AdamW and APOLLO", "pretrain", *PRETRAINING, "AdamW", "APOLLO"),
     _gpu("pre-training, Mini and apollo-torch", "pretrain", *PRETRAINING, "Mini", "apollo-torch"),
     _gpu("pre-training, variants", "pretrain", *PRETRAINING, "APOLLO, Rademacher", "Mini, a seed per matrix"),
 ]
-
-
-def run(stage: Stage, fresh: bool) -> bool:
-    """Run a stage until it ends or reaches its time limit. Returns whether it succeeded."""
-    command = [sys.executable, "-m", f"bench.{stage.module}", *stage.arguments]
-    print(f"\n== {stage.name}: python {' '.join(command[1:])}", flush=True)
-    command += ["--fresh"] if fresh and stage.resumes else []
-    started = time.perf_counter()
-    # The libraries print many warnings, which matter only if the stage fails.
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=errors, start_new_session=True)
-        problem = ""
-        try:
-            if process.wait(stage.seconds):
-                problem = f"it failed (exit code {process.returncode})"
-        except subprocess.TimeoutExpired:
-            problem = f"it was stopped after {stage.seconds // 60} minutes"
-        finally:
-            if process.poll() is None:  # together with its workers, which would keep running
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if problem:
-            errors.seek(0)
-            print("".join(errors.readlines()[-5:]), end="")
-            print(f"-- {stage.name}: {problem}; its rows so far are kept", flush=True)
-    print(f"-- {time.perf_counter() - started:.0f} s", flush=True)
-    return not problem
 
 
 def main() -> int:
@@ -142,11 +92,11 @@ def main() -> int:
         raise SystemExit("--gpu: PyTorch sees no CUDA device here; python -m bench measures what a CPU can measure")
     failed = []
     try:
-        failed = [stage.name for stage in stages if not run(stage, options.fresh)]
+        failed = [stage.name for stage in stages if run(stage, options.fresh) != DONE]
     except KeyboardInterrupt:
         print("\nInterrupted. The rows so far are kept, and the same command continues from there.")
         failed = ["interrupted"]
-    if not run(Stage("report", "report", resumes=False), fresh=False):
+    if run(Stage("report", "report", resumes=False), fresh=False) != DONE:
         failed.append("report")
     print(f"\nNot all went well: {', '.join(failed)}" if failed else "\nSee bench/REPORT.md")
     return 1 if failed else 0

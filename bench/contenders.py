@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.int8.weight import Int8Weight
 
 from .parameter_sets import Shapes, Weights
 from .results_file import version
@@ -23,6 +24,9 @@ OFFICIAL_KEYS: dict[str, Any] = {"proj": "random", "proj_type": "std", "update_p
 # The most multiplications and additions, about, for GaLore's decompositions in one step. There are three such steps, so
 # that they take about a minute.
 MOST_SVD_FLOP = {"cpu": 1.5e12, "cuda": 7e12}
+# Likewise for Muon's products, of which there are as many steps as of any other contender: seconds each would be long.
+MOST_PRODUCT_FLOP = {"cpu": 1e12, "cuda": 1.5e14}
+INT8_GROUP = 128
 
 Maker = Callable[[Weights, int, dict[str, Any]], torch.optim.Optimizer]
 
@@ -51,9 +55,23 @@ class Contender:
             return "it needs a CUDA device"
         if self.needs == "compiler" and not device.startswith("cuda") and shutil.which("g++") is None:
             return "torch.compile needs a C++ compiler on a CPU"
+        kind = device.partition(":")[0]
         flop = 20 * sum(max(shape) * min(shape) ** 2 for shape in shapes.matrices)
-        if self.needs == "svd" and flop > MOST_SVD_FLOP[device.partition(":")[0]]:
+        if self.needs == "svd" and flop > MOST_SVD_FLOP[kind]:
             return f"the {len(shapes.matrices)} decompositions of its first step, {flop:.0e} operations, take too long"
+        if self.needs == "products":
+            return self._obstacle_to_products(kind, shapes)
+        return None
+
+    def _obstacle_to_products(self, kind: str, shapes: Shapes) -> str | None:
+        """Muon's: five times G G^T, its square, and that times G."""
+        flop = 5 * sum(4 * max(shape) * min(shape) ** 2 + 2 * min(shape) ** 3 for shape in shapes.matrices)
+        if not hasattr(torch.optim, "Muon"):
+            return f"torch {torch.__version__} does not have it"
+        if shapes.rest:
+            return "it takes matrices alone"
+        if flop > MOST_PRODUCT_FLOP[kind]:
+            return f"the products of a step, {flop:.0e} operations, take too long"
         return None
 
 
@@ -66,6 +84,18 @@ def _ours(mini: bool, **options: Any) -> Maker:
     def make(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:
         groups = _groups(weights, (MINI if mini else {"rank": rank}) | more)
         return APOLLOAdamW(groups, lr=LEARNING_RATE, **options)
+
+    return make
+
+
+def _ours_int8(mini: bool) -> Maker:
+    """On int8 weights with the same gradients, rounded stochastically, as ``quantize_model`` makes them."""
+
+    def make(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:
+        matrices = [nn.Parameter(Int8Weight.of(weight.detach(), INT8_GROUP, True)) for weight in weights.matrices]
+        for matrix, weight in zip(matrices, weights.matrices, strict=True):
+            matrix.grad = weight.grad
+        return _ours(mini)(Weights(matrices, weights.rest), rank, more)
 
     return make
 
@@ -96,6 +126,20 @@ def _plain(module: str, name: str, **options: Any) -> Maker:
     return make
 
 
+def _adafactor8bit(mini: bool) -> Maker:
+    """The other fused APOLLO, with Adam's rules as in its documentation, and its own defaults for the state."""
+
+    def make(weights: Weights, rank: int, more: dict[str, Any]) -> torch.optim.Optimizer:
+        method = {"apollo_scale_type": "tensor", "apollo_scale": MINI["scale"]} if mini else {}
+        adam = {"beta1": 0.9, "beta2": 0.999, "beta2_decay": None, "eps": (1e-6, 1e-3), "d": 0.0, "factored": False}
+        off = dict.fromkeys(("relative_step", "scale_parameter", "scale_weight_decay"), False)
+        low_rank = {"apollo_rank": 1 if mini else rank, **method}
+        maker = importlib.import_module("adafactor8bit").Adafactor8Bit
+        return maker(_groups(weights, low_rank), lr=LEARNING_RATE, **adam, **off)
+
+    return make
+
+
 def _replayed(name: str, package: str, make: Maker, reads: int = 1) -> Contender:
     return Contender(name, package, make, reads, captured=True, needs="cuda")
 
@@ -115,6 +159,16 @@ CONTENDERS = {
         Contender("torchao AdamW8bit", "torchao", _plain("torchao.optim", "AdamW8bit"), needs="compiler"),
         Contender("optimi AdamW, triton", "torch-optimi", _plain("optimi", "AdamW", triton=True), needs="cuda"),
         Contender("GaLore", "galore-torch", _galore, refreshes=True, needs="svd"),
+        Contender("PyTorch Muon", "torch", _plain("torch.optim", "Muon"), needs="products"),
+        Contender("flashoptim AdamW", "flashoptim", _plain("flashoptim", "FlashAdamW"), needs="cuda"),
+        Contender("adafactor8bit, Mini", "adafactor8bit", _adafactor8bit(mini=True), reads=2, needs="cuda"),
+        Contender("adafactor8bit, APOLLO", "adafactor8bit", _adafactor8bit(mini=False), reads=2, needs="cuda"),
+        Contender("APOLLO-Mini, clipped", "apollo-triton", _ours(mini=True, max_grad_norm=1.0), reads=2),
+        Contender("APOLLO, clipped", "apollo-triton", _ours(mini=False, max_grad_norm=1.0), reads=2),
+        Contender("APOLLO-Mini, stochastic", "apollo-triton", _ours(mini=True, stochastic_rounding=True), reads=2),
+        Contender("APOLLO, stochastic", "apollo-triton", _ours(mini=False, stochastic_rounding=True), reads=2),
+        Contender("Q-Mini", "apollo-triton", _ours_int8(mini=True), reads=2),
+        Contender("Q-APOLLO", "apollo-triton", _ours_int8(mini=False), reads=2),
         _replayed("APOLLO-Mini, graph replay", "apollo-triton", _ours(mini=True, capturable=True), reads=2),
         _replayed("APOLLO, graph replay", "apollo-triton", _ours(mini=False, capturable=True), reads=2),
         _replayed(
@@ -151,8 +205,10 @@ def _tensors(value: Any, is_projection: bool) -> Iterator[tuple[Tensor, bool]]:
         yield from _tensors(vars(value), True)  # their projectors
 
 
-def bytes_to_move(contender: Contender, weights: Weights, optimizer: torch.optim.Optimizer) -> int:
+def bytes_to_move(contender: Contender, optimizer: torch.optim.Optimizer) -> int:
     """The least bytes of a step: weights and state read and written, gradients and projections read."""
     state, projections = state_bytes(optimizer)
-    gradients = sum(weight.grad.nbytes for weight in weights.all if weight.grad is not None)
-    return 2 * weights.bytes + contender.reads * gradients + 2 * state - projections
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None)
+    own = sum(tensor.nbytes for tensor, _ in _tensors([weight.detach() for weight in weights], False))
+    return 2 * own + contender.reads * gradients + 2 * state - projections

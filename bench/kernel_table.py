@@ -24,8 +24,9 @@ from .contenders import MINI  # noqa: E402
 from .report_text import launches  # noqa: E402
 from .results_file import Results, Row  # noqa: E402
 
-METHODS = {
+METHODS: dict[str, dict[str, object]] = {
     "APOLLO-Mini": MINI,
+    "APOLLO-Mini, clipped": {**MINI, "max_grad_norm": 1.0},
     "APOLLO, rank 64": {"rank": 64},
 }
 LAYERS = 4
@@ -33,14 +34,16 @@ PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernel table: python -m bench.kernel_table --write -->", "<!-- end of the kernel table -->"
 
 
-def recorded(group: dict[str, object]) -> tuple[list[Launch], dict[str, list[torch.Tensor]], int]:
+def recorded(method: dict[str, object]) -> tuple[list[Launch], dict[str, list[torch.Tensor]], int]:
     """The launches of a second step, the tensors that they read and write by name, and the count of parameters."""
     torch.manual_seed(0)
     shapes = [(512, 384), (384, 512)] * LAYERS
     weights = [torch.nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
-    optimizer = APOLLOAdamW([{"params": weights, **group}], backend="triton")
+    options = {name: value for name, value in method.items() if name == "max_grad_norm"}  # of the constructor alone
+    group = {name: value for name, value in method.items() if name not in options}
+    optimizer = APOLLOAdamW([{"params": weights, **group}], backend="triton", **options)
     optimizer.step()
     with Recorder() as recorder:
         optimizer.step()

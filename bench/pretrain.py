@@ -3,6 +3,7 @@
     python -m bench.pretrain                                      # sized down: 20 minutes on two CPU cores
     python -m bench.pretrain --stage pretrain-int8                # int8 weights against float ones
     python -m bench.pretrain --model 60M --sequence 256 --batch 128 --steps 1000 --vocabulary 32000 --dtype bfloat16
+    python -m bench.pretrain --vocabulary 256                     # bytes of the standard library, without tokenizers
 
 A run is one variant with one seed. On a CPU each run has one process and one thread. Runs that the results file holds
 are not run again. A seed decides the weights, the batches and the projections.
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups, quantize_model
-from apollo_triton.tools.demo.corpus import Corpus
+from apollo_triton.tools.demo.corpus import VOCABULARY, Corpus, load_corpus
 from apollo_triton.tools.demo.training import SIZES, OptimizerMaker, Run, RunConfig
 
 from .contenders import apollo_torch, state_bytes
@@ -34,6 +35,7 @@ from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 
 # The best rates of a sweep with the small model and one seed (results/*/pretrain_sweep.json).
+START_METHOD = "spawn"  # of processes; CUDA does not survive a fork
 LEARNING_RATES = {"AdamW": 5e-3, "APOLLO": 2e-2, "Mini": 1e-2}
 
 
@@ -143,7 +145,7 @@ def train(config: RunConfig) -> Row:
 
 def results_of(configs: list[RunConfig], corpus: Corpus, workers: int) -> Iterator[tuple[RunConfig, Row]]:
     """The row of every config as soon as its run ends. Several run at a time. A failed run has a row that says why."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     with ProcessPoolExecutor(workers, context, initializer=_use, initargs=(corpus,)) as pool:
         futures = {pool.submit(train, config): config for config in configs}
         for future in as_completed(futures):
@@ -168,7 +170,7 @@ def learning_rates(given: list[str]) -> dict[str, float]:
     return rates
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run what is missing. After each run its row is written to the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="1M", choices=SIZES, help="a LLaMA's size (%(default)s)")
@@ -187,9 +189,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
     parser.add_argument("--name", help="name of the results file (default: the stage's)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rates = learning_rates(options.lr)
-    corpus = load_tokens(options.data, options.vocabulary, options.megabytes)
+    if options.vocabulary == VOCABULARY:
+        corpus = load_corpus(options.data, options.sequence + 1)
+    else:
+        corpus = load_tokens(options.data, options.vocabulary, options.megabytes)
     size, length = (options.batch, options.sequence)
     configs = [
         RunConfig(method, rates[VARIANTS[method].rate], None, options.model, options.steps, size, length, seed, *rest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import report_figures, report_tables, report_text
+from . import report_figures, report_gpu_check, report_tables, report_text
 from .report_data import Machine, load
 from .report_targets import TARGETS
 from .results_file import BENCH, RESULTS, ROOT, write_whole
@@ -39,6 +39,7 @@ def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
             report_tables.pretraining(machine),
             report_figures.pretraining(machine, pictures),
             report_tables.host(machine),
+            report_gpu_check.gpu_check(machine),
         ]
         sections.append("\n\n".join([f"## {machine.name}", report_tables.provenance(machine), *filter(None, parts)]))
     sections.append(report_text.counted(counted))

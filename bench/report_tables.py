@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from apollo_triton.tools.demo.corpus import VOCABULARY
 from apollo_triton.tools.demo.report import as_bytes
 
 from .report_data import (
@@ -183,7 +184,9 @@ def no_gradient(machine: Machine) -> str:
         by_tokens = {(row["contender"], row["tokens"]): row for row in chosen}
         tokens = sorted({count for _, count in by_tokens})
         names = dict.fromkeys(name for name, _ in by_tokens)
-        for head, cell in NO_GRADIENT_CELLS.items():
+        for head, (figure, cell) in NO_GRADIENT_CELLS.items():
+            if not any(figure in row for row in chosen):
+                continue  # measured before the host was
             lines = [
                 [name, *(cell(by_tokens[name, count]) if (name, count) in by_tokens else "" for count in tokens)]
                 for name in names
@@ -202,9 +205,11 @@ def no_gradient(machine: Machine) -> str:
     )
 
 
-NO_GRADIENT_CELLS: dict[str, Callable[[Row], str]] = {
-    "ms (times AdamW's)": lambda row: f"{milliseconds(row['ms'][1])} ({row['times AdamW']:.2f})",
-    "peak": lambda row: as_bytes(row["peak_bytes"]),
+# The figure that a table shows, and its cell.
+NO_GRADIENT_CELLS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "ms (times AdamW's)": ("ms", lambda row: f"{milliseconds(row['ms'][1])} ({row['times AdamW']:.2f})"),
+    "ms of the host": ("host_ms", lambda row: milliseconds(row["host_ms"]) if "host_ms" in row else ""),
+    "peak": ("peak_bytes", lambda row: as_bytes(row["peak_bytes"])),
 }
 
 
@@ -234,7 +239,7 @@ def pretraining(machine: Machine) -> str:
         settings = file["settings"]
         about = (
             f"{training_of(file)} of {settings['text']} ({settings['steps']} steps of {settings['batch']} x "
-            f"{settings['sequence']}, byte-level BPE of {settings['vocabulary']}, {settings['dtype']}). "
+            f"{settings['sequence']}, {_tokens(settings)}, {settings['dtype']}). "
             "A seed decides weights, batches and projections, in the same way for all variants. ± is a 95 % confidence "
             "interval over seeds. The learning rates are those of a sweep with one seed for the small model, and the "
             "paper's for larger ones. The runs end far from convergence: they tell whether the variants train alike "
@@ -246,22 +251,45 @@ def pretraining(machine: Machine) -> str:
     return "\n\n".join(["### Quality", *parts]) if parts else ""
 
 
+def _tokens(settings: Row) -> str:
+    bytes_alone = settings["vocabulary"] == VOCABULARY
+    return "a token a byte" if bytes_alone else f"byte-level BPE of {settings['vocabulary']}"
+
+
 def host(machine: Machine) -> str:
-    """What a step and one layer's update cost in Python, and what the import adds."""
+    """What a step and one layer's update cost on the host, without the driver's launches, and what the import adds."""
     rows = machine.rows("host_overhead")
     if not rows:
         return ""
     parts = ["### Host"]
-    if steps := [row for row in rows if "stable_ms" in row]:
-        heads = ["ms of a step on the host, kernels stubbed out", "gradients stay", "all move", "launches"]
-        lines = [
-            [row["id"], f"{row['stable_ms']:.2f}", f"{row['moved_ms']:.2f}", str(row["launches"])] for row in steps
-        ]
-        parts.append(table(heads, lines))
-    if layers := [row for row in rows if "us" in row]:
-        heads = ["µs of a layer-wise update on the host, kernels stubbed out", "median", "launches"]
-        parts.append(table(heads, [[row["id"], f"{row['us']:.0f}", str(row["launches"])] for row in layers]))
+    for about, figures in HOST_FIGURES.items():
+        chosen = [row for row in rows if next(iter(figures)) in row]
+        known = [kind for kind in figures if any(kind in row for row in chosen)]
+        lines = [[row["id"], *(_host_figure(row, kind) for kind in known)] for row in chosen]
+        if lines:
+            parts.append(table([about, *(figures[kind] for kind in known)], lines))
     found = machine.find("import_time", "import")
     if found:
         parts.append(f"`import apollo_triton` takes {found['ratio']:.2f} times as long as `import torch`.")
     return "\n\n".join(parts)
+
+
+# Figures with their heads. Files from before launches were counted in lack some.
+HOST_FIGURES = {
+    "ms of a step on the host": {
+        "stable_ms": "gradients stay",
+        "moved_ms": "all move",
+        "stable_launched_ms": "they stay, launches counted in",
+        "moved_launched_ms": "all move, launches counted in",
+        "launches": "launches",
+    },
+    "µs of a layer-wise update on the host": {
+        "us": "without launches",
+        "launched_us": "launches counted in",
+        "launches": "launches",
+    },
+}
+
+
+def _host_figure(row: Row, kind: str) -> str:
+    return f"{row[kind]:.2f}" if kind.endswith("ms") else f"{row[kind]:.0f}"

@@ -117,14 +117,27 @@ def counted(machine: Machine) -> str:
             failed = sum(row["target"] == target for row in rows) - len(compiled)
             stack = max(compiled, key=lambda row: row["stack"], default={"stack": 0})
             largest = f"{stack['stack']} ({stack['kernel']} {stack['what']})" if stack["stack"] else "0"
-            cells = [target, f"{len(compiled)} of {len(compiled) + failed}", largest]
+            written = sum(row.get("hazards", 0) for row in compiled)
+            cells = [target, f"{len(compiled)} of {len(compiled) + failed}", largest, str(written)]
             lines.append([*cells, ", ".join(sorted({row["kernel"] for row in compiled if row["float64"]})) or "none"])
-        heads = ["compiled for", "kernels", "largest stack, bytes a thread", "float64 in"]
+        heads = ["compiled for", "kernels", "largest stack, bytes a thread"]
+        heads += ["writes under a product in flight", "float64 in"]
         parts += [
             table(heads, lines),
             "[Every kernel](results/every-machine/codegen.txt): instructions, registers, widths.",
         ]
+    if rows := machine.rows("tritons"):
+        lines = [[row["triton"], row["target"], *(str(len(row[name])) for name in _OF_TRITONS)] for row in rows]
+        heads = ["triton", "compiled for", *_OF_TRITONS.values()]
+        parts += ["Every sketch by a product, compiled by each Triton:", table(heads, lines)]
     return "\n\n".join(parts if len(parts) > 1 else [*parts, MISSING])
+
+
+_OF_TRITONS = {"compiled": "sketches", "failed": "not compiled"}
+_OF_TRITONS |= {
+    "hazards": "that write under a product in flight",
+    "slots": "with other slots than their stages ask for",
+}
 
 
 def published() -> str:

@@ -35,6 +35,7 @@ Row = dict[str, Any]
 class Results:
     """The rows of the benchmark ``name`` on one device. Each has its own ``"id"``.
 
+    The file is in ``folder``, by default in the folder that APOLLO_RESULTS names, or else in ``bench/results``.
     ``device`` is None for figures that are counted and are the same on every machine.
 
     Opening a file keeps the rows of an earlier run if its source, versions, machine and ``settings`` (all else that
@@ -51,7 +52,8 @@ class Results:
         folder: Path | None = None,
     ) -> None:
         described = {"name": EVERY_MACHINE} if device is None else describe(device)
-        self.path = (RESULTS if folder is None else folder) / folder_name(described) / f"{name}.json"
+        folder = folder or Path(os.environ.get("APOLLO_RESULTS", RESULTS))
+        self.path = folder / folder_name(described) / f"{name}.json"
         self._header = {"machine": described, "versions": versions(), "source": source(), "settings": settings or {}}
         self.rows: dict[str, Row] = {}
         earlier = {} if fresh else _read(self.path)
@@ -68,6 +70,10 @@ class Results:
     def add(self, identity: str, **figures: Any) -> None:
         """Write a row, in place of one with the same id. The file is complete whenever the program ends."""
         self.rows[identity] = {"id": identity, **figures}
+        self.write()
+
+    def write(self) -> None:
+        """Write all rows."""
         # One row per line, so that a diff shows which rows changed.
         lines = ",\n".join(json.dumps(row) for row in self.rows.values())
         header = json.dumps(self._header | {"commit": commit()}, indent=1).removesuffix("\n}")

@@ -3,7 +3,7 @@
     python -m bench.training                            # 1B, 7B and 13B on a GPU; 60M on a CPU
     python -m bench.training --sizes 7B --sequence 256
 
-The weights are random, the batches are real tokens, and activations are not checkpointed. Every run has its own
+The weights are random, the batches are text in bytes, and activations are not checkpointed. Every run has its own
 process. Beside each figure stands what ``apollo-triton memory`` counts for weights, gradients and state.
 """
 
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from apollo_triton import APOLLOAdamW, attach_layerwise
 from apollo_triton.core.extras import require
+from apollo_triton.tools.demo.corpus import load_corpus
 from apollo_triton.tools.llama import default_rank, meta_model, named_sizes
 from apollo_triton.tools.memory.count import adamw, apollo, apollo_mini
 
 from .clock import rounded, wait
 from .parameter_sets import llama_shapes
-from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 from .whole_step import reason, release
 
@@ -41,6 +41,7 @@ METHODS = ("AdamW", "APOLLO", "APOLLO-Mini", "APOLLO-Mini, layer-wise")
 # The paper is about these three. A CPU could train them too, but would need far more than minutes.
 SIZES = {"cuda": ("1B", "7B", "13B"), "cpu": ("60M",)}
 MOST_BATCHES = 256
+START_METHOD = "spawn"  # of processes; CUDA does not survive a fork
 
 
 def make_optimizer(method: str, model: nn.Module, size: str) -> torch.optim.Optimizer:
@@ -190,15 +191,19 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
                 **{"size": size, "method": method, "sequence": sequence},
                 **{"dtype": str(dtype).removeprefix("torch."), "parameters": llama_shapes(size).parameters},
             }
-            row["counted_bytes"] = counted(method, size, dtype)
+            try:
+                row["counted_bytes"] = counted(method, size, dtype)
+            except ModuleNotFoundError as error:  # transformers, which has the model
+                yield identity, row | {"skipped": reason(error)}
+                continue
             if size not in sizes:
                 yield identity, row | {"skipped": "it needs a CUDA device"}
                 continue
             if tokens is None:
-                tokens = load_tokens(None, 32000, 4).train
+                tokens = load_corpus(None, sequence).train
             # One process per run: the peak is that of this run alone, and a run that is killed for its memory stops no
             # other.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
                 try:
                     row |= pool.submit(run, size, method, batch, sequence, dtype, device, tokens).result()
                 except BrokenProcessPool:
@@ -208,7 +213,7 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
             yield identity, row
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--sizes", nargs="*", choices=named_sizes(), help="(default: 1B 7B 13B; on a CPU 60M)")
@@ -216,7 +221,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, help="tokens in each (1024; on a CPU 256)")
     parser.add_argument("--name", default="training", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    options: Any = parser.parse_args()
+    options: Any = parser.parse_args(arguments)
     sizes = options.sizes or list(SIZES[options.device.partition(":")[0]])
     options.sequence = options.sequence or (1024 if options.device.startswith("cuda") else 256)
     about = {"batch": options.batch, "sequence": options.sequence}

@@ -2,6 +2,7 @@
 
     python -m bench.whole_step                     # what suits this machine: minutes on a CPU
     python -m bench.whole_step --cases '7B.*'      # the cases whose names match
+    python -m bench.whole_step --contenders 'APOLLO.*'
     python -m bench.whole_step --list
 
 All contenders update the same weights with the same gradients, in an order that rotates. If they all fit into memory,
@@ -11,6 +12,7 @@ they run together. Otherwise each peer runs alone beside ours.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import re
@@ -70,6 +72,8 @@ def cases(device: str) -> list[Case]:
         return [
             *(Case(size, bfloat16, 50) for size in ("60M", "130M", "350M", "1B", "7B")),
             Case("7B", bfloat16, 30, matrices_only=True),
+            Case("7B", float32, 20, (*OURS, "PyTorch SGD, fused", "PyTorch AdamW, fused"), matrices_only=True),
+            Case("7B", bfloat16, 15, (*OURS, "PyTorch Muon"), layers=4, matrices_only=True),
             Case("60M", float32, 50),
             *(Case("7B", bfloat16, 30, GROWTH, layers=4, rank=rank, **by_rank) for rank in (*RANKS, 1024)),
             *(Case("350M", bfloat16, 30, GROWTH, layers=layers, **by_layers) for layers in (1, 2, 4, 8, 16, 32, 64)),
@@ -107,7 +111,7 @@ class Stepper:
             "launches": launches(self.step, device),
             "state_bytes": state,
             "extra_bytes": extra.peak - state,
-            "bytes": bytes_to_move(contender, weights, self.optimizer),
+            "bytes": bytes_to_move(contender, self.optimizer),
         }
 
     def refresh_ms(self) -> float | None:
@@ -258,14 +262,15 @@ def summary(row: Row) -> str:
     return f"{median:9.2f} ms ({first:.2f} to {third:.2f}){ratio}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--cases", default=".*", help="a regular expression that matches whole names (see --list)")
+    parser.add_argument("--contenders", default=".*", help="a regular expression that matches whole names")
     parser.add_argument("--list", action="store_true", help="the cases' names, and nothing else")
     parser.add_argument("--name", default="whole_step", help="name of the results file (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    options: Any = parser.parse_args()
+    options: Any = parser.parse_args(arguments)
     chosen = [case for case in cases(options.device) if re.fullmatch(options.cases, case.name)]
     if not chosen:
         raise SystemExit(f"--cases {options.cases!r}: no case matches; see --list")
@@ -273,7 +278,9 @@ def main() -> None:
         print("\n".join(case.name for case in chosen))
         return
     results = Results(options.name, options.device, fresh=options.fresh)
-    for case in chosen:
+    for whole in chosen:
+        named = tuple(name for name in whole.contenders if re.fullmatch(options.contenders, name))
+        case = dataclasses.replace(whole, contenders=named)
         try:
             measure(case, options.device, results)
         except Exception as error:  # for example too little memory for the weights themselves

@@ -24,7 +24,10 @@ from .table import (
     power_of_two,
 )
 
+# As in int8/weight.py, which explains the arithmetic. A test compares the bits of the two.
 _LEAST_RANGE = tl.constexpr(1e-5)
+_WHOLE = tl.constexpr(1.5 * 2.0**23)
+_NOISE_UNIT = tl.constexpr(2.0**-16)
 
 
 def blocks(group_size: int) -> dict[str, int]:
@@ -34,19 +37,19 @@ def blocks(group_size: int) -> dict[str, int]:
 
 
 @triton.jit
-def fresh_grid(W, mask):
-    """Scale and zero point of each group, a row of ``W`` where ``mask`` is true. The group's range, extended to include
-    0, is 255 steps (as in ``quantized`` of int8/weight.py)."""
-    low = tl.min(tl.where(mask, W, 0.0), 1)
-    high = tl.max(tl.where(mask, W, 0.0), 1)
-    low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-    span = high - low
-    scale = tl.div_rn(tl.maximum(span, _LEAST_RANGE), 255.0)
-    scale = tl.where(span < float("inf"), scale, tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0))
-    # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, ties to even.
-    steps = tl.div_rn(low, scale)
-    zero = -((steps + 12582912.0) - 12582912.0)
-    return scale, tl.minimum(tl.maximum(zero, 0.0), 255.0)
+def fresh_grid(W):
+    """The grid of each group, a row of ``W``: its scale, the reciprocal, and its zero point plus ``_WHOLE``."""
+    low = tl.minimum(tl.min(W, 1), 0.0)
+    high = tl.maximum(tl.max(W, 1), 0.0)
+    scale = tl.div_rn(tl.maximum(high * 0.5 - low * 0.5, _LEAST_RANGE * 0.5), 127.5)
+    inverse = tl.div_rn(1.0, scale)
+    return scale, inverse, tl.minimum(-low * inverse, 255.0) + _WHOLE
+
+
+@triton.jit
+def low_byte(values):
+    """The integers 0 to 255, uint8, that float32 ``values`` are above ``_WHOLE``."""
+    return values.to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -54,22 +57,26 @@ def store_groups(
     W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS: tl.constexpr
 ):  # fmt: skip
     """Store groups, the rows of ``W`` (float32), with new scales and zero points. Rounded stochastically by ``bits``,
-    or to the nearest if ``bits`` is None. Groups that are equal to ``before`` keep their bits, and all do if u is not
-    finite."""
-    scale, zero = fresh_grid(W, mask)
-    steps = tl.div_rn(W, scale[:, None])
-    if bits is None:
-        steps = (steps + 12582912.0) - 12582912.0
-    else:
-        down = tl.floor(steps)
-        steps = down + tl.where(steps - down > bits.to(tl.float32) * 0.0000152587890625, 1.0, 0.0)
-    steps = tl.minimum(tl.maximum(steps + zero[:, None], 0.0), 255.0)
-    differs = tl.max(tl.where(mask & (W != before), 1, 0), 1)
+    or to the nearest if ``bits`` is None. Groups of which no bit differs from ``before`` are left as they are, and all
+    are if u is not finite.
+
+    Where a group is smaller than its row, W and ``before`` are 0 in the rest, which does not change the grid. For each
+    element there is a product with a reciprocal, because a division takes 15 instructions.
+    """
+    # Not W - before, which a compiler may take together with the product that made it, and which is then not 0.
+    flipped = W.to(tl.uint32, bitcast=True) ^ before.to(tl.uint32, bitcast=True)
+    differs = tl.max(flipped, 1) > 0
+    scale, inverse, zero = fresh_grid(W)
+    offset = (zero - _WHOLE)[:, None]
+    steps = tl.clamp(W * inverse[:, None], -offset, 255.0 - offset)
+    if bits is not None:  # as signed numbers, odd ones
+        steps += (bits | 1).to(tl.int16).to(tl.float32) * _NOISE_UNIT
+    steps += zero[:, None]
     # Compared as a block: Triton's interpreter loses the type of a scalar comparison that is broadcast to a block.
-    m_group = m_group & (differs > 0) & (tl.broadcast_to(tl.abs(u), [BLOCK_GROUPS]) < float("inf"))
-    tl.store(p_q + index, steps.to(tl.uint8), mask=mask & m_group[:, None])
+    m_group = m_group & differs & (tl.broadcast_to(tl.abs(u), [BLOCK_GROUPS]) < float("inf"))
+    tl.store(p_q + index, low_byte(steps), mask=mask & m_group[:, None])
     tl.store(p_scale + o_group, scale, mask=m_group)
-    tl.store(p_zero + o_group, zero.to(tl.uint8), mask=m_group)
+    tl.store(p_zero + o_group, low_byte(zero), mask=m_group)
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -83,9 +90,9 @@ def apply_int8_kernel(
     """One program updates some groups of W. The two scales are as in ``apply_kernel``.
 
     ALIGNED: rows of G are contiguous, start at multiples of 16 bytes and hold whole groups, and the group size is a
-    power of two. A group that the update does not change in float32 keeps its bits, because repeated rounding would
-    make it drift. Reads G and q and writes q: 4 bytes an element with bfloat16 gradients, and 10 a group for scales and
-    zero points.
+    power of two and at least 8. A group that the update does not change in float32 keeps its bits, because repeated
+    rounding would make it drift. Reads G and q and writes q: 4 bytes an element with bfloat16 gradients, and 10 a group
+    for scales and zero points.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -100,16 +107,18 @@ def apply_int8_kernel(
     block = program - tl.load(p_row + FIRST_TILE_PROGRAM)
     first_group = block.to(tl.int64) * BLOCK_GROUPS
     o_group = first_group + tl.arange(0, BLOCK_GROUPS)
-    o_inside = tl.arange(0, BLOCK_GROUP)
+    o_inside = tl.arange(0, BLOCK_GROUP)[None, :]
     m_group = o_group < rows * columns // GROUP
-    mask = m_group[:, None] & (o_inside < GROUP)[None, :]
-    index = o_group[:, None] * GROUP + o_inside[None, :]
+    index = o_group[:, None] * GROUP + o_inside
+    mask = m_group[:, None] if GROUP == BLOCK_GROUP else m_group[:, None] & (o_inside < GROUP)
     if ALIGNED:
         p_G, p_q, G_row_stride = tl.multiple_of(p_G, 16), tl.multiple_of(p_q, 16), tl.multiple_of(G_row_stride, 8)
-        row = (o_group * GROUP // columns)[:, None]
-        first_column = tl.multiple_of(o_group * GROUP - row.reshape(BLOCK_GROUPS) * columns, 8)
-        column = first_column[:, None] + o_inside[None, :]
-        G = tl.load(p_G + row * G_row_stride + column, mask=mask, other=0.0).to(tl.float32)
+        # In 32 bits, because a 64-bit division takes about 70 instructions.
+        groups_in_row = (columns // GROUP).to(tl.int32)
+        in_matrix = o_group.to(tl.int32)
+        row = (in_matrix // groups_in_row)[:, None]
+        column = (in_matrix % groups_in_row)[:, None] * GROUP + o_inside
+        G = tl.load(p_G + row.to(tl.int64) * G_row_stride + column, mask=mask, other=0.0).to(tl.float32)
     else:
         row = index // columns
         column = index - row * columns
@@ -136,4 +145,6 @@ def apply_int8_kernel(
             bits = rounding_bits_by_row(seed, t, first_group * GROUP, GROUP, BLOCK_GROUPS, BLOCK_GROUP, WEIGHT_STREAM)
         else:
             bits = rounding_bits(seed, t, index, WEIGHT_STREAM)
+    if GROUP < BLOCK_GROUP:
+        W, before = tl.where(mask, W, 0.0), tl.where(mask, before, 0.0)
     store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS)

@@ -114,7 +114,7 @@ def update_int8(
     m_group = ((o_row < rows)[:, None] & (o_run < columns)[None, :]).reshape(GROUPS)
     o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
     index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = tl.broadcast_to(m_group[:, None], [GROUPS, GROUP])
+    mask = m_group[:, None]
     q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
     old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
     old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)

@@ -1,7 +1,8 @@
 """What the engine knows of a backend: the results of the verbs, and the updates that run them.
 
     sketch             G -> R, |G_c|^2             called only if the projected dimension is sharded; ranks sum R
-    rescale            R -> moments in place, s    takes the summed sketches, or makes the sketch itself
+    squared_norms      |G|^2                       called only to clip; of a sketch, which ``rescale`` takes then
+    rescale            R -> moments in place, s    takes the sketches that were made, or makes the sketch itself
     sharded_results    what other ranks need       called only if the sums over a matrix are sharded
     apply              s, G -> W in place          takes what came back from the other ranks
 
@@ -55,6 +56,25 @@ class Factors(NamedTuple):
     sums: Tensor
 
 
+_MOST_KEPT = 1 << 29  # bytes
+
+
+def keeps_sketch(R: int, gradient: int, is_fused: bool) -> bool:
+    """Whether clipping makes the sketch at once, takes the norm from it, and keeps it until the norm of all gradients
+    is known. If not, the gradient is read once more, for its norm alone.
+
+    ``R`` and ``gradient``: the bytes of each. If R is kept, it is written and read. That is worth it if it is less than
+    G, as for bfloat16 at ranks below a quarter of the width. ``is_fused``: without clipping R would not leave the
+    registers. If it does so anyway, to keep it moves nothing.
+
+    At most 512 MiB for a table or batch. They are taken when activations are gone, so that the peak of a training step
+    does not see them. LLaMA-7B's two tables take 5 + 1 MB at rank 1, 315 + 90 at rank 64, and 1258 + 361 at rank 256,
+    where the first is read once more. A bound on their sum would depend on what else is trained, and replicas of a
+    weight, which must agree to the bit, might keep it on one rank alone.
+    """
+    return R <= _MOST_KEPT and (not is_fused or gradient > 2 * R)
+
+
 class Update(Protocol):
     """What one step does to one batch, table or dense parameter. It lives for that step.
 
@@ -66,7 +86,7 @@ class Update(Protocol):
     device: torch.device
 
     def squared_norms(self) -> ByMember:
-        """|G|_F^2 of each matrix here, ``[matrices]``, which clipping needs of every member."""
+        """|G|_F^2 of each matrix here, ``[matrices]``, which clipping needs of every member, before ``rescale``."""
         ...
 
     def sketch(self) -> ByMember:

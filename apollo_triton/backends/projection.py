@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core import streams
 from ..core.geometry import as_matrices
 from ..core.projection import ProjectionCache, top_singular_vectors
 from ..core.settings import Settings
@@ -49,4 +50,6 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> Tensor:
         P = torch.stack(vectors) if member.local_state("exp_avg").dim() == 3 else vectors[0]
         shape = state_shapes(member.parameter, settings)["projection"]
         state["projection"] = as_sharded("projection", P, member.parameter, member.shard, shape)
-    return member.local_state("projection")
+    P = member.local_state("projection")
+    streams.hold_here(P)  # the next period frees it, on whatever stream it was made
+    return P

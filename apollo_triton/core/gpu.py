@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 
+from .handles import handles_of
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Start ``kernel`` on ``device``, whichever is the current one."""
-    with contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device):
-        kernel[grid](*arguments, **constants)
+    index = device.index
+    if index is None or torch.get_device_module(device).current_device() == index:  # the CPU has none
+        handles_of(kernel).launch(grid, index, arguments, constants)
+        return
+    with torch.get_device_module(device).device(device):
+        handles_of(kernel).launch(grid, index, arguments, constants)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .philox import Stream, philox
+from .streams import Uses
 
 # From this rank on P is multiplied on tensor cores. Its normals then have the 8 significant bits of bfloat16, so that
 # bfloat16 products are exact: the rounded matrix *is* the projection, for every dtype and in both backends.
@@ -113,7 +114,7 @@ class ProjectionCache:
     """
 
     def __init__(self) -> None:
-        self._matrices: dict[tuple[Any, ...], Tensor] = {}
+        self._matrices: dict[tuple[Any, ...], tuple[Tensor, Uses]] = {}
         self._used: set[tuple[Any, ...]] = set()
 
     def get(
@@ -123,10 +124,12 @@ class ProjectionCache:
         key = (seed, epoch, rank, start, stop, distribution, device)
         self._used.add(key)
         if key not in self._matrices:
-            self._matrices[key] = projection_matrix(
-                seed, epoch, rank, stop, distribution=distribution, device=device, start=start
-            )
-        return self._matrices[key]
+            matrix = projection_matrix(seed, epoch, rank, stop, distribution=distribution, device=device, start=start)
+            self._matrices[key] = matrix, Uses([matrix])
+            self._matrices[key][1].written()
+        matrix, uses = self._matrices[key]
+        uses.read()
+        return matrix
 
     def end_step(self) -> None:
         """Forget the projections that no parameter used since the last call: those of earlier epochs."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import streams
 
 # At most this many elements are converted to float32 at a time, whatever a weight's size: 4 MB. With smaller blocks
 # the calls cost more time than the cache saves (LLaMA-60M's gradients in bfloat16, 2 cores, project and norm: 6.4 ms
@@ -15,11 +18,11 @@ BLOCK_ELEMENTS = 1 << 20
 
 
 class Scratch:
-    """A few float32 buffers for each device, made once. With fresh memory for every block, page faults made conversions
-    take 78 of a step's 200 ms (LLaMA-60M in bfloat16 at rank 128)."""
+    """A few float32 buffers for each stream of a device, made once. With fresh memory for every block, page faults made
+    conversions take 78 of a step's 200 ms (LLaMA-60M in bfloat16 at rank 128)."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, int], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, int, Any], Tensor] = {}
 
     def blocks(self, tensor: Tensor, slot: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows of ``tensor`` in float32, each with its slice. The next block reuses its memory."""
@@ -38,7 +41,7 @@ class Scratch:
         elements = math.prod(shape)
         if elements > BLOCK_ELEMENTS:
             return torch.empty(tuple(shape), dtype=torch.float32, device=device)
-        key = device, slot
+        key = device, slot, streams.current(device)  # engines on two streams would overwrite each other's blocks
         if key not in self._buffers:
             self._buffers[key] = torch.empty(BLOCK_ELEMENTS, dtype=torch.float32, device=device)
         return self._buffers[key][:elements].view(tuple(shape))

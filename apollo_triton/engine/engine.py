@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import WARM_UP, ByMember
+from ..core import streams
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import SettingsReader
 from .agreement import Agreement
@@ -66,7 +67,8 @@ class Engine:
         plan.advance()
         updates = plan.updates(self._caches)
         with _no_autocast(plan.devices):  # autocast would round the products of the projection
-            # G -> R, only if R must be summed over ranks. Elsewhere ``rescale`` makes R, on a GPU in the same launch.
+            # G -> R, only if R must be summed over ranks. Elsewhere ``squared_norms`` makes R, or without clipping
+            # ``rescale``, on a GPU in the same launch.
             sketches = _joined(update.sketch() for update in updates if update.is_width_sharded)
             norms = plan.squared_norms(updates) if plan.clips else {}
             sketches, norms = plan.collectives.sum_sketches(sketches, norms)
@@ -86,8 +88,10 @@ class Engine:
         """How many updates of a matrix or dense parameter were skipped: int64 scalars to be added up, on the devices of
         the parameters."""
         counts = list(self._skipped.values())
+        for count in counts:
+            streams.hold_here(count)
         if self._plan is not None:
-            counts += [table.skipped.sum() for table in self._plan.tables]
+            counts += [table.count_skipped() for table in self._plan.tables]
         return counts
 
     def take_over(self, other: Engine) -> None:
@@ -125,7 +129,7 @@ class Engine:
         self._plan = Plan(groups, states, settings, given, on_device, self._agreement, self._caches, *first)
         if plan is not None:
             for table in plan.tables:
-                self._count_skipped(table.skipped.sum())
+                self._count_skipped(table.count_skipped())
             if plan.captured:
                 self._captured.append(plan)
         return self._plan
@@ -153,6 +157,8 @@ class Engine:
     def _count_skipped(self, skipped: Tensor | None) -> None:
         if skipped is not None:
             known = self._skipped.get(skipped.device)
+            if known is not None:
+                streams.hold_here(known)
             self._skipped[skipped.device] = skipped if known is None else known + skipped
 
 

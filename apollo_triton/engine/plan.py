@@ -35,7 +35,7 @@ from ..params.state import (
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
-from .fingerprint import Given, Groups, States, addresses, identities, structure
+from .fingerprint import Given, Groups, States, identities, places_of, structure
 
 if TYPE_CHECKING:
     from ..backends.triton.matrices import Table
@@ -102,9 +102,7 @@ class Plan:
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
-        self._places, self._gradients = (None, []) if self._is_fake else addresses(groups, states, given)
-        # Kept alive, so that no tensor that takes one's place gets its id.
-        self._state_tensors = [list(member.state.values()) for member in self.members]
+        self._places = None if self._is_fake else places_of(groups, states, given)
         self._with_svd = [
             member
             for member in self.members
@@ -121,14 +119,14 @@ class Plan:
         capturing: bool,
     ) -> bool:
         """Whether the plan is still right. Gradients may have moved; the tables are then told."""
-        if self._is_fake:
+        if self._places is None:
             return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
-        places, gradients = addresses(groups, states, given)
+        before = self._places.gradients
+        gradients = self._places.unless_moved(groups, states, given)
         if (
-            places is None
-            or places != self._places
+            gradients is None
             or on_device != self.on_device
             or not all(map(fits_projection, self._with_svd))
             or not (self._has_read(settings) or structure(settings) == self._structure)
@@ -140,11 +138,10 @@ class Plan:
         if capturing:
             self.captured = True
             for table in self.tables:
-                table.update_gradient_addresses_in_capture()
-        elif gradients != self._gradients or self.captured:
-            self._gradients = gradients
+                table.update_gradient_addresses_in_capture(gradients)
+        elif gradients != before or self.captured:
             for table in self.tables:
-                table.update_gradient_addresses()
+                table.update_gradient_addresses(gradients)
         return True
 
     def _has_read(self, settings: list[Settings]) -> bool:

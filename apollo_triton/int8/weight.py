@@ -23,6 +23,9 @@ from ..core.philox import Stream, random_halves
 # What an int8 weight can be made of, and stand for. The optimizer trains all of them except for float64.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LEAST_RANGE = 1e-5
+# Float32 has no fractions from 2**23 to 2**24. Adding this number rounds to the nearest integer, ties to the even one,
+# and leaves the integer in the lowest bits.
+_WHOLE = 1.5 * 2.0**23
 _LARGEST = torch.finfo(torch.float32).max
 # What a scale can be: above 0, and at most a 255th of the range of float32, with 0.4 % for rounding.
 SCALES = torch.finfo(torch.float32).smallest_normal * 2.0**-23, _LARGEST / 127
@@ -34,25 +37,30 @@ def quantized(groups: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tens
     """Quantise float32 ``groups`` ``[groups, group_size]``: q, uint8 of the same shape, scale, float32 ``[groups]``,
     and zero, uint8 ``[groups]``.
 
-    Values are rounded to the nearest. With ``noise``, uniform in [0, 1) and of the values' shape, a value is rounded up
-    if its fraction is above its noise, which happens with a probability equal to the fraction.
+    Values are rounded to the nearest. ``noise``, uniform in (-1/2, 1/2) and of the values' shape, is added before, in
+    steps of the grid. A value is then rounded up with a probability equal to its fraction.
+
+    The kernels (kernels/int8.py) give the same bits. A compiler for GPUs makes one operation of a product and a sum, so
+    between the two there is always a clamp. Where there is none the product is exact.
 
     >>> q, scale, zero = quantized(torch.tensor([[-1.0, 0.0, 1.55]]))
     >>> q.tolist(), zero.tolist()
     ([[0, 100, 255]], [100])
     """
     low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-    span = high - low
-    scale = torch.where(span.isfinite(), span.clamp(min=_LEAST_RANGE) / 255, high / 255 - low / 255)
-    zero = (-torch.round(low / scale)).clamp(0, 255)
-    steps = groups / scale[:, None]
-    if noise is None:
-        steps = steps.round_()
-    else:
-        down = steps.floor()
-        steps = down + (steps - down > noise)
-    q = steps.add_(zero[:, None]).clamp_(0, 255)
-    return q.to(torch.uint8), scale, zero.to(torch.uint8)
+    scale = (high * 0.5 - low * 0.5).clamp(min=_LEAST_RANGE / 2) / 127.5  # half of both, because high - low overflows
+    inverse = scale.reciprocal()  # at most 2.6e7, because of the least range
+    zero = (-low * inverse).clamp(max=255) + _WHOLE
+    offset = (zero - _WHOLE)[:, None]
+    steps = (groups * inverse[:, None]).clamp_(-offset, 255 - offset)
+    if noise is not None:
+        steps += noise
+    return low_byte(steps.add_(zero[:, None])), scale, low_byte(zero)
+
+
+def low_byte(values: Tensor) -> Tensor:
+    """The integers 0 to 255, uint8, that float32 ``values`` are above ``_WHOLE``."""
+    return values.view(torch.int32).to(torch.uint8)
 
 
 def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -216,12 +224,13 @@ class Int8Weight(Tensor):
             target.copy_(value if mask is None else torch.where(mask, target, value))
 
     def noise(self, rows: slice, seed: int, step: int) -> Tensor:
-        """The noise of stochastic rounding for the ``rows`` at ``step``: float32 multiples of 2**-16 in [0, 1), of
-        shape ``[rows, in]``, drawn by the index of each element as for the optimizer's other roundings."""
+        """The noise of stochastic rounding for the ``rows`` at ``step``, float32 ``[rows, in]``, drawn by the index of
+        each element as for the optimizer's other roundings: odd multiples of 2**-16 in (-1/2, 1/2). With the even ones
+        the mean would not be 0, and -1/2 would move values that lie on the grid."""
         columns = self.shape[1]
         first, count = rows.start * columns, (rows.stop - rows.start) * columns
         halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
-        return halves.to(torch.float32).mul_(2.0**-16).view(-1, columns)
+        return (halves | 1).to(torch.int16).to(torch.float32).mul_(2.0**-16).view(-1, columns)
 
     def _groups(self, rows: slice) -> slice:
         columns = self.shape[1]

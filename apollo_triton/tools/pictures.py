@@ -12,7 +12,7 @@ from ..core.extras import require
 from ..core.files import replaced
 
 # A colour and a marker for each method, the same in every picture. The first eight colours are Okabe and Ito's, with
-# grey for their yellow. For colour-blind readers any two of the twelve are at least 17 apart in Lab.
+# grey for their yellow. For colour-blind readers any two of the fifteen are at least 17 apart in Lab.
 METHODS = {
     "AdamW": ("#555555", "^"),
     "SGD": ("#000000", "D"),
@@ -26,6 +26,9 @@ METHODS = {
     "torchao": ("#CCBB66", "<"),
     "GaLore": ("#992200", ">"),
     "optimi": ("#7722EE", "h"),
+    "Muon": ("#440044", "p"),
+    "flashoptim": ("#660000", "v"),
+    "adafactor8bit": ("#AACCAA", "d"),
 }
 # How a method's name begins in the results; what follows is a variant. The longest that fits counts.
 _BEGINNINGS = {name: name for name in METHODS} | {
@@ -38,6 +41,8 @@ _BEGINNINGS = {name: name for name in METHODS} | {
     "bitsandbytes AdamW8bit": "bitsandbytes",
     "torchao AdamW8bit": "torchao",
     "optimi AdamW, triton": "optimi",
+    "PyTorch Muon": "Muon",
+    "flashoptim AdamW": "flashoptim",
 }
 # Of a method's second name in a picture, its third, and so on.
 _VARIANT_LINES = ("--", ":", "-.")

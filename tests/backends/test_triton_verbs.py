@@ -333,7 +333,7 @@ def test_a_plan_is_kept_and_tables_are_left_alone_while_gradients_stay(monkeypat
     copied = []
     tables = plan.tables
     for table in tables:
-        monkeypatch.setattr(table, "_on_device", lambda values: copied.append(values) or values)
+        monkeypatch.setattr(table, "_pinned", lambda values: copied.append(values) or values)
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
     assert optimizer._engine._plan is plan

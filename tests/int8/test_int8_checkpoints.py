@@ -9,7 +9,7 @@ import torch
 from int8_models import PARTS, bits, drawn, floats, int8, same
 from torch import nn
 
-from apollo_triton import APOLLOAdamW, dequantize_model
+from apollo_triton import APOLLOAdamW, dequantize_model, quantize_model
 from apollo_triton.int8.weight import Int8Weight
 
 
@@ -44,6 +44,41 @@ def test_an_int8_model_loads_both_names(names, assign):
     layer = int8(1)["mlp"]
     layer.load_state_dict(names(saved["mlp"].state_dict()), assign=assign)  # of a layer alone, without a prefix
     assert same(bits(layer), bits(saved["mlp"]))
+
+
+# Written at commit c7fe0b9, when values were divided by the scale to be rounded: a layer of normal weights, to whose
+# rows 0, 4 and -4 were added, in groups of 8, after three stochastic steps of Mini.
+DIVIDED = {
+    "weight_q": (
+        [133, 0, 255, 58, 104, 165, 46, 46],
+        [174, 255, 252, 208, 189, 182, 224, 194],
+        [53, 101, 141, 225, 0, 16, 153, 43],
+    ),
+    "weight_scale": ("0x1.a68c5ep-8", "0x1.3f7cecp-6", "0x1.5d9e72p-6"),
+    "weight_zero": (51, 0, 255),
+}
+# What ``dequantize`` gave then.
+DIVIDED_FLOATS = (
+    "0x1.0eb1ecp-1 -0x1.50b7dap-2 0x1.50b7dap+0 0x1.71bad2p-5 0x1.5dec3ep-2 0x1.785504p-1 -0x1.0817bap-5 "
+    "-0x1.0817bap-5",
+    "0x1.b24dd0p+1 0x1.3e3d70p+2 0x1.3a7ef8p+2 0x1.039580p+2 0x1.d7be74p+1 0x1.c645a0p+1 0x1.178d4ep+2 0x1.e43956p+1",
+    "-0x1.13df06p+2 -0x1.a4a2a2p+1 -0x1.37611ep+1 -0x1.47c48ap-1 -0x1.5c40d4p+2 -0x1.4666ecp+2 -0x1.169a42p+1 "
+    "-0x1.218736p+2",
+)
+
+
+def test_a_checkpoint_of_the_old_rounding_is_the_same_weights():
+    """Another meaning of codes, scales or zero points: all checkpoints would be other weights, without an error."""
+    state = {
+        "weight_q": torch.tensor(DIVIDED["weight_q"], dtype=torch.uint8),
+        "weight_scale": torch.tensor([float.fromhex(each) for each in DIVIDED["weight_scale"]]),
+        "weight_zero": torch.tensor(DIVIDED["weight_zero"], dtype=torch.uint8),
+    }
+    model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(8, 3, bias=False)}), group_size=8)
+    model["mlp"].load_state_dict(state)
+    expected = torch.tensor([[float.fromhex(each) for each in row.split()] for row in DIVIDED_FLOATS])
+    assert torch.equal(model["mlp"].weight.dequantize(), expected)
+    assert same(bits(model["mlp"]), state)
 
 
 @pytest.mark.parametrize("swaps", [False, True])

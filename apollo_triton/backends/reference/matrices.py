@@ -18,6 +18,7 @@ from ...core.implicit_gradient import G_SLOT, ImplicitGradient
 from ...core.moments_8bit import Blockwise
 from ...core.scratch import Scratch
 from ...params.member import Member
+from ..interface import Factors
 
 # The parts of a batch hold at most so many elements of R, so that rank 1 takes one small operation for many matrices
 # (LLaMA-60M, rank 1, 2 cores: 24 ms a step, 42 ms matrix by matrix). A matrix with a larger R is a part of its own.
@@ -88,6 +89,14 @@ class Batch:
         """Copy weights whose matrices had to be copies (``channels_last`` convolutions) back into their parameters."""
         for parameter, matrix in self._copies:
             parameter.copy_(matrix.view(parameter.shape))
+
+
+def joined_factors(parts: list[Factors]) -> Factors:
+    """The factors of a whole batch from those of its parts, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    channels = [part.channel for part in parts if part.channel is not None]
+    return Factors(torch.cat(channels) if channels else None, torch.cat([part.sums for part in parts]))
 
 
 _LISTS = (

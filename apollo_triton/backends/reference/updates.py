@@ -12,10 +12,10 @@ from ...core.projection import ProjectionCache
 from ...core.scratch import Scratch
 from ...core.settings import Settings
 from ...params.member import Member
-from ..interface import ByMember, Factors, Sketch, StepScalars, Update
+from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
 from . import dense, dense_8bit, verbs
-from .matrices import Batch
+from .matrices import Batch, joined_factors
 
 
 def updates_of(
@@ -66,7 +66,8 @@ class BatchUpdate:
         self.is_sum_sharded, self.is_width_sharded = bool(first.shard.sum_axes), bool(first.shard.width_axes)
         self._batch, self._settings, self._scalars = batch, settings, StepScalars(step)
         self._matrices: dict[int, slice] = {}  # of each member
-        self._squared_norms: Tensor | None = None
+        self._squared_norms: Tensor | None = None  # |G_c|^2 or |G|^2 of the local shard, once there is a sketch
+        self._kept: list[tuple[Batch, Sketch]] = []  # of each part, from ``squared_norms`` to ``rescale``
 
     def add(self, index: int, member: Member, projection: Tensor) -> None:
         """Add a parameter of the batch's geometry."""
@@ -75,28 +76,44 @@ class BatchUpdate:
         self._matrices[index] = slice(first, len(self._batch))
 
     def squared_norms(self) -> ByMember:
-        gradients = [gradient for gradient in self._batch.gradients if isinstance(gradient, Tensor)]
-        squares = dense.squared_norms(gradients, self._batch.scratch)
+        batch, geometry = self._batch, self._batch.geometry
+        gradients = [gradient for gradient in batch.gradients if isinstance(gradient, Tensor)]
+        R = 4 * len(batch) * geometry.channels * batch.rank
+        # As on the kernels: in a cache R costs nothing, and here most of it is in one as long as it is not kept.
+        if self._squared_norms is None and keeps_sketch(R, sum(G.nbytes for G in gradients), is_fused=True):
+            self._kept = self._sketches()
+        if self._squared_norms is None:
+            squares = dense.squared_norms(gradients, batch.scratch)
+        else:
+            squares = self._squared_norms.sum(1)
         return {index: squares[matrices] for index, matrices in self._matrices.items()}
 
+    def _sketches(self) -> list[tuple[Batch, Sketch]]:
+        sketches = [(part, verbs.sketch(part, self._settings, self._scalars)) for part in self._batch.parts()]
+        self._squared_norms = torch.cat([sketch.squared_norms for _, sketch in sketches])
+        return sketches
+
     def sketch(self) -> ByMember:
-        parts = [verbs.sketch(part, self._settings, self._scalars) for part in self._batch.parts()]
-        projected, norms = (torch.cat(values) for values in zip(*parts, strict=True))
+        projected = torch.cat([sketch.projected for _, sketch in self._sketches()])
+        assert self._squared_norms is not None
         if self._settings.scale_type == "channel":
-            projected = torch.cat((projected, norms.unsqueeze(-1)), -1)
-        else:
-            self._squared_norms = norms  # |G|^2 of the local shard, which the limiter's sums add up over ranks
+            projected = torch.cat((projected, self._squared_norms.unsqueeze(-1)), -1)
         return {index: projected[matrices] for index, matrices in self._matrices.items()}
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
         self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        if self._kept:
+            kept, self._kept = self._kept, []
+            self._factors = joined_factors([verbs.rescale(part, self._settings, self._scalars, R) for part, R in kept])
+            return
         if not self.is_width_sharded:
             self._factors = verbs.sketch_and_rescale(self._batch, self._settings, self._scalars)
             return
         projected = torch.cat([sketches[index] for index in self._matrices])
-        if self._squared_norms is None:
+        if self._settings.scale_type == "channel":
             sketch = Sketch(projected[..., :-1].contiguous(), projected[..., -1])
-        else:
+        else:  # |G|^2 of the local shard, which the limiter's sums add up over ranks
+            assert self._squared_norms is not None
             sketch = Sketch(projected, self._squared_norms)
         self._factors = verbs.rescale(self._batch, self._settings, self._scalars, sketch)
 

@@ -25,7 +25,7 @@ from ...core.settings import Settings
 from ...int8.weight import Int8Weight
 from ..interface import Factors, Sketch, StepScalars
 from . import implicit
-from .matrices import Batch
+from .matrices import Batch, joined_factors
 from .rounding import shrink, store
 
 _NORM_EPS = 1e-8
@@ -82,7 +82,7 @@ def rescale(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sket
         of_part = Sketch(sketch.projected[matrices], sketch.squared_norms[matrices])
         results.append(_rescale_part(part, settings, scalars, of_part))
         first = matrices.stop
-    return _joined(results)
+    return joined_factors(results)
 
 
 def _rescale_part(batch: Batch, settings: Settings, scalars: StepScalars, sketch: Sketch) -> Factors:
@@ -142,13 +142,9 @@ def _floats(state: Tensor | Blockwise, channels: slice) -> Tensor:
 
 def sketch_and_rescale(batch: Batch, settings: Settings, scalars: StepScalars) -> Factors:
     """Both verbs with nothing in between, a part of the batch at a time, so that little of R is alive."""
-    return _joined([_rescale_part(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()])
-
-
-def _joined(parts: list[Factors]) -> Factors:
-    """The factors of a whole batch from those of its parts, in order."""
-    channels = [part.channel for part in parts if part.channel is not None]
-    return Factors(_cat(channels) if channels else None, _cat([part.sums for part in parts]))
+    return joined_factors(
+        [_rescale_part(part, settings, scalars, sketch(part, settings, scalars)) for part in batch.parts()]
+    )
 
 
 def apply(batch: Batch, settings: Settings, scalars: StepScalars, factors: Factors) -> Tensor:

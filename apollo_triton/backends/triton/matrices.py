@@ -7,7 +7,8 @@ one vector of addresses is copied, and nothing otherwise. It holds no gradient, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...core.geometry import Geometry
 from ...core.moments_8bit import whole_blocks
 from ...core.settings import Settings
+from ...core.streams import Uses
 from ...int8.weight import Int8Weight
 from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
@@ -108,6 +110,7 @@ class Table(Channels):
     ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
     channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
     updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
+    ``uses``: which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -147,15 +150,20 @@ class Table(Channels):
             index: slice(end - count, end)
             for index, count, end in zip(members, counts, itertools.accumulate(counts), strict=True)
         }
-        self._build()
+        self._build(settings.max_grad_norm is not None)
         self._gradient_addresses: list[int] = []
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
         self.moments = MomentTable(self) if self.is_width_sharded else None
-        self.update_gradient_addresses()
+        values = [*vars(self).values(), *vars(self.moments or self).values()]
+        values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
+        self.uses = Uses([value for value in values if isinstance(value, Tensor)])
+        if not self.is_implicit:
+            self._gradient_places = [*self._find_gradient_places(members)]
+            self.update_gradient_addresses({at: each.formed_gradient.data_ptr() for at, each in members.items()})
 
-    def _build(self) -> None:
+    def _build(self, clips: bool) -> None:
         rows: list[list[int]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
@@ -209,6 +217,9 @@ class Table(Channels):
             for _ in range(geometry.matrices)
         ]
         self.matrices = len(rows)
+        self.gradient_bytes = self.gradient_dtype.itemsize * sum(
+            row[table.ROWS.value] * row[table.COLUMNS.value] for row in rows
+        )
         stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
         self.flat_gradients = self.aligned and all(
             row[table.ROWS.value] == 1 or row[stride] == row[columns] for row in rows
@@ -219,9 +230,10 @@ class Table(Channels):
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.channel_programs = self._on_device(_owners(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
-        if self.is_sum_sharded:  # lengths of the sums that ranks add up
+        if self.is_sum_sharded or (clips and not self.is_dense):  # lengths of what is added up to a matrix's norm
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+        if self.is_sum_sharded:  # and to the sums of ``rescale``
             self.program_counts = self._on_device(torch.tensor(channel_programs, dtype=torch.int64, device="cpu"))
         self.tile_programs = self._on_device(_owners(tile_programs))
         parts_of = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
@@ -260,57 +272,68 @@ class Table(Channels):
         return of_weight, of_gradient
 
     def _on_device(self, values: Tensor) -> Tensor:
-        """Copied without waiting: from pinned memory, which the caching host allocator keeps until the copy is done."""
-        if self.device.type == "cpu":
-            return values
-        return values.pin_memory().to(self.device, non_blocking=True)
+        return self._pinned(values).to(self.device, non_blocking=True)
+
+    def _pinned(self, values: Tensor) -> Tensor:
+        """To be copied without waiting. The caching host allocator lends the memory to nobody else before the copy, of
+        whose stream it is told, is done."""
+        return values if self.device.type == "cpu" else values.pin_memory()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether sketch and rescale are one launch: R fits the registers, and its moments end where channels end."""
+        return self.rank <= sketch.FUSED_RANK and self.absmaxes is None
+
+    def count_skipped(self) -> Tensor:
+        """How many updates of all matrices were skipped."""
+        self.uses.hold()
+        return self.skipped.sum()
 
     def set_projections(self, matrices: Sequence[Tensor]) -> None:
         """Tell the kernels where P of each matrix is."""
         addresses = [matrix.data_ptr() for matrix in matrices]
         if addresses != self._projection_addresses:
             self._projection_addresses = addresses
-            column = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-            self.addresses[:, table.PROJECTION.value].copy_(self._on_device(column))
+            self.addresses[:, table.PROJECTION.value].copy_(self._on_device(_int64(addresses)))
 
-    def update_gradient_addresses(self) -> None:
-        """Copy the gradients' addresses if one of them has changed."""
+    def update_gradient_addresses(self, gradients: Mapping[int, int] | Sequence[int]) -> None:
+        """Copy the addresses of the matrices' gradients if one of them has changed. ``gradients``: where they are, by
+        the member's index."""
         if self.is_implicit:
             return
-        addresses = self._find_gradients()
+        addresses = self._addresses_of_matrices(gradients)
         # A replayed graph leaves its own addresses there, of which the host learns nothing.
         if addresses != self._gradient_addresses or self._kept:
             self._gradient_addresses = addresses
-            self.gradients.copy_(self._on_device(torch.tensor(addresses, dtype=torch.int64, device="cpu")))
+            self.gradients.copy_(self._pinned(_int64(addresses)), non_blocking=True)
         if self._staging is None:
             self._staging = torch.empty(
                 self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
             )
 
-    def update_gradient_addresses_in_capture(self) -> None:
+    def update_gradient_addresses_in_capture(self, gradients: Sequence[int]) -> None:
         """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since
         no host memory can be pinned during a capture."""
         if self._staging is None:
             raise RuntimeError(WARM_UP)
-        self._staging.copy_(torch.tensor(self._find_gradients(), dtype=torch.int64, device="cpu"))
+        self._staging.copy_(_int64(self._addresses_of_matrices(gradients)))
         self.gradients.copy_(self._staging, non_blocking=True)
         self._kept.append(self._staging)
         self._staging = None
 
-    def _find_gradients(self) -> list[int]:
-        addresses: list[int] = []
+    def _addresses_of_matrices(self, gradients: Mapping[int, int] | Sequence[int]) -> list[int]:
+        return [at if index is None else gradients[index] + at for index, at in self._gradient_places]
+
+    def _find_gradient_places(self, members: Mapping[int, Member]) -> Iterator[tuple[int | None, int]]:
+        """Where each matrix's gradient begins: so many bytes into the gradient of the member of an index, or at an
+        address of its own (index None) if it is copied."""
         copies = {id(copy.member): copy.gradient for copy in self.copies}
-        for member, geometry in zip(self.members, self.geometries, strict=True):
-            gradient = copies.get(id(member))
-            if gradient is None:
-                gradient = member.formed_gradient
-            address = gradient.data_ptr()
-            if geometry.matrices == 1:
-                addresses.append(address)
-            else:
-                stride = gradient.stride(0) * gradient.element_size()
-                addresses += [address + position * stride for position in range(geometry.matrices)]
-        return addresses
+        for (index, member), geometry in zip(members.items(), self.geometries, strict=True):
+            copy = copies.get(id(member))
+            gradient = member.formed_gradient if copy is None else copy
+            stride = gradient.stride(0) * gradient.element_size() if geometry.matrices > 1 else 0
+            for position in range(geometry.matrices):
+                yield (index, position * stride) if copy is None else (None, copy.data_ptr() + position * stride)
 
     def gather_strided(self) -> None:
         """Copy weights and gradients without strides for rows and columns to where the kernels find them."""
@@ -332,6 +355,11 @@ def _blocks(length: int, block: int) -> int:
 def _programs(length: int, block: int) -> int:
     """How many programs share ``length``: one where it is 0, so that the matrix of an empty shard keeps its u_prev."""
     return max(1, _blocks(length, block))
+
+
+def _int64(values: list[int]) -> Tensor:
+    """On the host, in half of ``torch.tensor``'s 11 us for 224 values."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def _owners(programs: list[int]) -> Tensor:

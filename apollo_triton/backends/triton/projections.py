@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core import gpu
 from ...core.settings import Settings
+from ...core.streams import Uses
 from ...kernels import projection as projection_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import StepScalars
@@ -26,7 +27,8 @@ class ProjectionBuffer:
     """A random P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
 
     ``start`` is its first column, which is not 0 where a weight is cut along its width. ``epoch`` is the one it holds,
-    None for nothing yet. Rewritten in place, so that its address is for good.
+    None for nothing yet. Rewritten in place, so that its address is for good: ``uses`` keeps engines on several streams
+    from reading it before or after it holds what they read.
     """
 
     distribution: str
@@ -35,6 +37,10 @@ class ProjectionBuffer:
     width: int
     buffer: Tensor
     epoch: int | None = None
+    uses: Uses = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.uses = Uses([self.buffer])
 
     @classmethod
     def empty(
@@ -87,15 +93,21 @@ def buffer_for(kind: ProjectionKey, epoch: int | None, shared: MutableSet[Projec
 def refresh(table: HasProjections, settings: Settings, scalars: StepScalars) -> None:
     """Write the projections that the table's sketch will read, unless they hold this step's epoch already.
 
-    With t on the device the kernel itself finds out, so that a captured graph refreshes them too.
+    With t on the device the kernel itself finds out, so that a captured graph refreshes them too. No other plan reads
+    them then, so that there is nobody to wait for.
     """
     for projection in table.projections:
         if scalars.step_tensor is None:
             epoch = settings.epoch(scalars.step)
-            if projection.epoch != epoch:
-                _write(projection, settings, scalars, force=True)
-                projection.epoch = epoch
+            if projection.epoch == epoch:
+                projection.uses.read()
+                continue
+            projection.uses.write()
+            _write(projection, settings, scalars, force=True)
+            projection.uses.written()
+            projection.epoch = epoch
         else:
+            projection.uses.hold()
             _write(projection, settings, scalars, force=projection.epoch is None)
             projection.epoch = 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.implicit_gradient import ImplicitGradient
 from ...core.projection import ProjectionCache
 from ...core.settings import Settings
-from ..interface import ByMember, Factors, Sketch, StepScalars, Update
+from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
 from . import dense, implicit, projections, verbs
 from .arguments import step_scalars
@@ -32,6 +32,7 @@ def updates_of(
     updates: list[Update] = []
     shared: dict[tuple[int, float, torch.device], StepScalars] = {}
     for table in tables:
+        table.uses.hold()
         group, step = settings[table.group].with_lr_for(table.device), int(counts[table.first])
         key = table.group, step, table.device
         if key not in shared:
@@ -68,20 +69,31 @@ class TableUpdate:
             table.is_width_sharded,
         )
         self._table, self._settings, self._scalars = table, settings, scalars
-        self._channel_norms: Tensor | None = None  # |G_c|^2 of the local shard, for one factor a tensor
+        self._channel_norms: Tensor | None = None  # |G_c|^2 of the local shard, once there is a sketch
+        self._kept: Sketch | None = None  # from ``squared_norms`` to ``rescale``
 
     def squared_norms(self) -> ByMember:
-        norms = dense.squared_norms(self._table).sum(1)
-        return {index: norms[matrices] for index, matrices in self._table.matrices_of.items()}
+        table = self._table
+        R = 4 * table.channels * table.rank
+        if self._channel_norms is None and keeps_sketch(R, table.gradient_bytes, table.is_fused):
+            self._kept = self._sketch()
+        if self._channel_norms is None:
+            norms = dense.squared_norms(table).sum(1)
+        else:
+            norms = _sum_segments(self._channel_norms, table.channel_counts)
+        return {index: norms[matrices] for index, matrices in table.matrices_of.items()}
+
+    def _sketch(self) -> Sketch:
+        projections.refresh(self._table, self._settings, self._scalars)
+        sketch = verbs.sketch(self._table, self._settings, self._scalars)
+        self._channel_norms = sketch.squared_norms
+        return sketch
 
     def sketch(self) -> ByMember:
         table = self._table
-        projections.refresh(table, self._settings, self._scalars)
-        projected, norms = verbs.sketch(table, self._settings, self._scalars)
+        projected, norms = self._sketch()
         if self._settings.scale_type == "channel":
             projected = torch.cat((projected, norms[:, None]), 1)
-        else:
-            self._channel_norms = norms
         result: ByMember = {}
         first = 0
         for index, geometry in zip(table.matrices_of, table.geometries, strict=True):
@@ -93,12 +105,16 @@ class TableUpdate:
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
         table, settings = self._table, self._settings
         self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        if self._kept is not None:
+            self._factors = verbs.rescale(table, settings, self._scalars, self._kept)
+            self._kept = None
+            return
         if not self.is_width_sharded:
             projections.refresh(table, settings, self._scalars)
             self._factors = verbs.sketch_and_rescale(table, settings, self._scalars)
             return
         projected = torch.cat([sketches[index].flatten(0, 1) for index in table.matrices_of])
-        if self._channel_norms is None:
+        if settings.scale_type == "channel":
             sketch = Sketch(projected[:, :-1].contiguous(), projected[:, -1].contiguous())
         else:  # |G|^2 enters the sums in ``sharded_results``
             sketch = Sketch(

@@ -84,7 +84,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
 
 def sketch_and_rescale(table: Table, settings: Settings, scalars: StepScalars) -> Factors:
     """Both verbs with nothing in between: one launch up to rank 256, else and for 8-bit moments two."""
-    if table.rank > sketch_kernels.FUSED_RANK or table.absmaxes is not None:
+    if not table.is_fused:
         return rescale(table, settings, scalars, sketch(table, settings, scalars))
     factors = _empty_factors(table, settings)
     _sketch(table, settings, scalars, None, factors)

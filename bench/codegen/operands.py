@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import torch
 
 from apollo_triton.backends.interface import StepScalars
-from apollo_triton.core import gpu
 from apollo_triton.int8.weight import Int8Weight
 
 _MINI = {"rank": 1, "scale_type": "tensor"}
@@ -16,15 +14,11 @@ _MINI = {"rank": 1, "scale_type": "tensor"}
 # TF32, float16 and the other variants of the epilogues.
 VARIANTS: list[dict[str, Any]] = [
     {"group": _MINI},
-    {"group": {"rank": 256}, "stochastic_rounding": True, "roomy": True},
-    {"group": _MINI, "int8": 128, "roomy": True},
-    {"group": {"rank": 16}, "dtype": torch.float32},
-    {"group": {"rank": 64, "proj_type": "left"}, "dtype": torch.float32, "precision": "high"},
-    {"group": {"rank": 64}, "dtype": torch.float32, "precision": "high", "roomy": True},
     {"group": {"rank": 256}, "stochastic_rounding": True},
     {"group": _MINI, "int8": 128},
-    {"group": _MINI, "roomy": True},
-    {"group": {"rank": 128, "proj_type": "left"}, "int8": 256, "roomy": True},
+    {"group": {"rank": 16}, "dtype": torch.float32},
+    {"group": {"rank": 64, "proj_type": "left"}, "dtype": torch.float32, "precision": "high"},
+    {"group": {"rank": 64}, "dtype": torch.float32, "precision": "high"},
     {"group": {"rank": 4, "proj_type": "left"}, "dtype": torch.float16},
     {"group": {"rank": 128}, "weight": torch.float32},
     {"group": {"rank": 128, "proj_type": "left"}, "int8": 256},
@@ -40,13 +34,11 @@ def step(
     int8: int = 0,
     columns: int = 1024,
     precision: str = "highest",
-    roomy: bool = False,
     **options: Any,
 ) -> None:
     """Launch the kernels of one step of a weight ``[1024, columns]`` from the two factors of its gradient, on the CPU.
 
     The factors have 512 tokens, and the norms are computed in both ways. The caller must have replaced ``gpu.launch``.
-    ``roomy``: with the tiles of GPUs that have much shared memory.
     """
     from apollo_triton import APOLLOAdamW
     from apollo_triton.backends.triton import implicit
@@ -66,15 +58,14 @@ def step(
     gradient = ImplicitGradient(X, dY, limiter_norm="sketch")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    with mock.patch.object(gpu, "has_large_shared_memory", return_value=roomy):
-        given = {parameter: gradient}
-        plan = Plan(optimizer.param_groups, optimizer.state, [settings], given, False, Agreement(), Caches())
-        (table,), scalars = plan.tables, StepScalars(1)
-        sketch = implicit.sketch(table, settings, scalars, gradient)
-        for norms in (implicit.tile_norms, implicit.gram_norms):
-            norms(table, gradient)
-        factors = fused.rescale(table, settings, scalars, sketch)
-        implicit.apply(table, settings, scalars, factors, gradient)
+    given = {parameter: gradient}
+    plan = Plan(optimizer.param_groups, optimizer.state, [settings], given, False, Agreement(), Caches())
+    (table,), scalars = plan.tables, StepScalars(1)
+    sketch = implicit.sketch(table, settings, scalars, gradient)
+    for norms in (implicit.tile_norms, implicit.gram_norms):
+        norms(table, gradient)
+    factors = fused.rescale(table, settings, scalars, sketch)
+    implicit.apply(table, settings, scalars, factors, gradient)
     torch.set_float32_matmul_precision(before)
 
 

@@ -1,0 +1,112 @@
+"""Check this checkout on a GPU that is here for minutes: right first, then fast.
+
+    python -m bench.gpu_check --minutes 8 --out FOLDER
+    python -m bench.gpu_check --rehearse               # every stage on a CPU, at toy sizes
+
+It needs torch and triton, and neither make, git, nor a network; it installs nothing. ``APOLLO_COMMIT`` names the commit
+where git is missing. A stage has its own time limit and its own file in ``FOLDER/<machine>``. What a limit cuts off
+goes on with the time that other stages leave, and at the next call: from FOLDER, or else from ``bench/results``. So
+copy what is in FOLDER to there and call again. ``python -m bench.report`` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..stage import CUT_OFF, DONE
+from ..stage import run as run_stage
+from .stages import CHECKS, FILES, MINUTES, Check
+
+# Time for the end of the last stage and the files' way out.
+RESERVE = 10.0
+# A stage that has less time than this would only import and end.
+LEAST = 15.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (%(default)s)")
+    parser.add_argument("--out", type=Path, help="folder for the results files (default: bench/results)")
+    parser.add_argument("--rehearse", action="store_true", help="every stage on a CPU, at toy sizes")
+    options = parser.parse_args(arguments)
+    seconds = 60 * options.minutes - RESERVE
+    if seconds < LEAST:
+        raise SystemExit(f"--minutes {options.minutes:g}: the least is {(LEAST + RESERVE) / 60:.1f}")
+    if options.rehearse:
+        return rehearse(options.out, seconds)
+    import torch
+
+    from ..results_file import RESULTS
+
+    if not torch.cuda.is_available():
+        raise SystemExit("PyTorch sees no CUDA device here; --rehearse tries the stages on a CPU")
+    folder = (options.out or RESULTS).resolve()
+    os.environ["APOLLO_RESULTS"] = str(folder)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    carry_over(RESULTS, folder)
+    return finished(in_order(CHECKS, seconds, lambda check: run_stage(check, fresh=False)))
+
+
+def rehearse(out: Path | None, seconds: float) -> int:
+    """All stages at toy sizes, with their results in ``out`` or nowhere."""
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    from . import rehearsal
+
+    with contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(rehearsal.rehearsing(folder))
+        return finished(in_order(CHECKS, seconds, rehearsal.run))
+
+
+def carry_over(earlier: Path, folder: Path) -> None:
+    """Copy this machine's files of an earlier check, which may be unfinished, to where it goes on."""
+    from ..results_file import describe, folder_name
+
+    machine = folder_name(describe("cuda"))
+    for name in FILES:
+        source, target = (each / machine / f"{name}.json" for each in (earlier, folder))
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def in_order(
+    checks: tuple[Check, ...],
+    seconds: float,
+    run: Callable[[Check], str],
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, str]:
+    """Run the stages in their order, each within its share of ``seconds``, then those that were cut off, with all the
+    time that is left. Returns each stage's last outcome."""
+    end = clock() + seconds
+    share = min(1.0, seconds / (60 * MINUTES - RESERVE))
+    outcomes: dict[str, str] = {}
+    for goes_on in (False, True):
+        for check in checks:
+            left = end - clock()
+            limit = left if goes_on else min(check.seconds * share, left)
+            if (goes_on and outcomes[check.name] != CUT_OFF) or limit < min(LEAST, check.seconds * share):
+                outcomes.setdefault(check.name, CUT_OFF)
+                continue
+            outcomes[check.name] = run(dataclasses.replace(check, seconds=limit))
+    return outcomes
+
+
+def finished(outcomes: dict[str, str]) -> int:
+    """Print what became of the stages. Returns 1 if one failed."""
+    print()
+    for name, outcome in outcomes.items():
+        print(f"{name:30s} {outcome}{': call again, and it goes on' if outcome == CUT_OFF else ''}")
+    return 0 if all(outcome in (DONE, CUT_OFF) for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
