@@ -10,6 +10,8 @@ has all three parts, because its terms may be a thousand times a norm. If a sum 
 stored side by side and added in order, without atomics.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -22,6 +24,7 @@ from .table import SEED, power_of_two
 _ENOUGH = 256  # programs, two for each multiprocessor of an H100
 
 
+@lru_cache(maxsize=1024)
 def parts(programs: int, length: int, least: int) -> tuple[int, int]:
     """How many parts a sum of ``length`` terms is split into, and the length of a part, a multiple of ``least``. There
     are enough parts to fill a GPU with programs, but at most 8, and a part has about 4 * ``least`` terms or more."""
@@ -30,6 +33,7 @@ def parts(programs: int, length: int, least: int) -> tuple[int, int]:
     return -(-length // part) if length else 1, part
 
 
+@lru_cache(maxsize=1024)
 def collect_blocks(rank: int, tensor_cores: bool) -> dict[str, int]:
     """Tile sizes and warps of R = kept^T S. 32 tokens of S and of the operand take 24 KiB a stage."""
     if not tensor_cores:

@@ -8,6 +8,8 @@ product anyway. Here its epilogue reads and writes W instead of writing G: 4 byt
 10.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,7 @@ from .step import step_numbers
 from .table import COLUMNS, ROWS, SCALE, SEED, WEIGHT, WEIGHT_COLUMN_STRIDE, WEIGHT_ROW_STRIDE, ZERO
 
 
+@lru_cache(maxsize=1024)
 def blocks(itemsize: int, tensor_cores: bool, has_large_shared_memory: bool) -> dict[str, int]:
     """Tile sizes and warps of the product G. ``has_large_shared_memory``: a program may use 144 KiB of shared memory.
 

@@ -12,7 +12,6 @@ argument of a kernel, and is never compiled in.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...core import gpu
 from ...core.moments_8bit import dynamic_code
@@ -31,7 +30,7 @@ from .projections import projection_kind
 
 def sketch(table: Table, settings: Settings, scalars: StepScalars) -> Sketch:
     """R ``[all channels, rank]`` and |G_c|^2 ``[all channels]``, float32, of the gradients as they are."""
-    result = Sketch(_scratch(table, table.channels, table.rank), _scratch(table, table.channels))
+    result = Sketch(table.scratch(table.channels, table.rank), table.scratch(table.channels))
     _sketch(table, settings, scalars, result, None)
     return result
 
@@ -60,7 +59,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
             table.channel_programs,
             *(dynamic_code(signed, table.device) for signed in (True, False)),
             *sums,
-            _scratch(table, table.channels),
+            table.scratch(table.channels),
             *out,
             *moment_arguments(settings),
             **constants,
@@ -168,10 +167,6 @@ def _empty_factors(table: Channels, settings: Settings) -> Factors:
     programs = len(table.channel_programs)
     per_channel = settings.scale_type == "channel"
     return Factors(
-        _scratch(table, table.channels) if per_channel else None,
-        _scratch(table, programs, 1 if per_channel else 3),
+        table.scratch(table.channels) if per_channel else None,
+        table.scratch(programs, 1 if per_channel else 3),
     )
-
-
-def _scratch(table: Channels, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=table.device)
