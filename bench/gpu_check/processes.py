@@ -15,8 +15,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 # A server without a CUDA context has imported what jobs need, and forks them. The rehearsal forks from itself.
 START_METHOD = "forkserver"
-KERNELS = "apollo_triton.backends.triton.verbs"
-PRELOADED = ["torch", KERNELS, "bench.gpu_check.compilation", "bench.gpu_check.shapes"]
+PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs"]
+PRELOADED += [f"bench.gpu_check.{name}" for name in ("compilation", "shapes", "validation")]
 LONGEST_JOB = 90.0  # seconds
 
 Job = TypeVar("Job")
