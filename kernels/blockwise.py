@@ -9,12 +9,10 @@ makes two passes over them: channel by channel for the factors, then block by bl
 import triton
 import triton.language as tl
 
-from .rescale import store_factors
-from .table import COLUMNS, EXP_AVG, EXP_AVG_SQ, FIELDS, FIRST_CHANNEL, FIRST_CHANNEL_PROGRAM, ROWS
+from .rescale import own_channels, part_of_rows, squared_sketch, store_factors
+from .table import EXP_AVG, EXP_AVG_SQ, FIRST_CHANNEL
 
-BLOCK = 256
-
-_BLOCK = tl.constexpr(BLOCK)
+BLOCK = tl.constexpr(256)
 _BLOCKS_AT_ONCE = tl.constexpr(4)
 _LEAST_NORMAL = tl.constexpr(2.0**-126)
 
@@ -23,7 +21,7 @@ _LEAST_NORMAL = tl.constexpr(2.0**-126)
 def dequantized(p_q, p_absmax, p_code, offsets, mask):
     """The float32 values at ``offsets`` from the start of the tensor, and 0 where ``mask`` is false."""
     entry = tl.load(p_code + tl.load(p_q + offsets, mask=mask, other=0).to(tl.int32))
-    return entry * tl.load(p_absmax + offsets // _BLOCK, mask=mask, other=0.0)
+    return entry * tl.load(p_absmax + offsets // BLOCK, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -48,7 +46,7 @@ def quantized(values, absmax, p_code):
     for step in tl.static_range(8):
         ahead = index + (128 >> step)
         index = tl.where(tl.load(p_code + ahead) <= x, ahead, index)
-    following = tl.minimum(index + 1, _BLOCK - 1)
+    following = tl.minimum(index + 1, BLOCK - 1)
     middle = (tl.load(p_code + index) + tl.load(p_code + following)) * 0.5
     is_above = (x > middle) | ((x == middle) & (index % 2 == 1))  # ties to the even index
     return tl.where(is_above, following, index).to(tl.uint8)
@@ -66,7 +64,7 @@ def store_moment(p_q, p_absmax, p_code, offsets, mask, values, moves):
     -absmax, which is no entry of the table, would shrink at each rounding."""
     absmax = tl.max(tl.where(mask, magnitudes(values), 0.0), 1)
     m_block = tl.max(tl.where(mask & moves, 1, 0), 1) > 0
-    o_block = tl.min(offsets, 1) // _BLOCK
+    o_block = tl.min(offsets, 1) // BLOCK
     tl.store(p_absmax + o_block, absmax, mask=m_block)
     tl.store(p_q + offsets, quantized(values, absmax[:, None], p_code), mask=mask & m_block[:, None])
 
@@ -83,17 +81,13 @@ def rescale_blockwise_kernel(
     ``p_absmax`` int64 ``[matrices, 2]`` has the addresses of the absmaxes of M and of V. ``p_squared_R`` float32
     ``[all channels]`` is scratch. Reads R three times; reads q twice and writes it once, one byte a moment.
     """
-    program = tl.program_id(0)
-    matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * FIELDS
-    channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
+    matrix, p_row, channels, block = own_channels(p_table, p_programs, KEEPS_ROWS, BLOCK_CHANNELS)
     p_M = tl.load(p_row + EXP_AVG).to(tl.pointer_type(tl.uint8))
     p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         p_M, p_V = tl.multiple_of(p_M, 16), tl.multiple_of(p_V, 16)
     p_absmax_M = tl.load(p_absmax + matrix * 2).to(tl.pointer_type(tl.float32))
     p_absmax_V = tl.load(p_absmax + matrix * 2 + 1).to(tl.pointer_type(tl.float32))
-    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
     o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     first = tl.load(p_row + FIRST_CHANNEL)
@@ -103,19 +97,11 @@ def rescale_blockwise_kernel(
     if p_gradient_scale is not None:
         gradient_scale = tl.load(p_gradient_scale)
 
-    squared_R = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for start in range(0, RANK, BLOCK_RANK):
-        o_rank = start + tl.arange(0, BLOCK_RANK)
-        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
-        offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
-        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
-        squared_R += tl.sum(R * R, 1)
+    squared_R = squared_sketch(p_R, o_channel, m_channel, gradient_scale, RANK, BLOCK_RANK)
     finite = (squared_R < float("inf"))[:, None]
     squared_N = tl.zeros([BLOCK_CHANNELS], tl.float32)
     for start in range(0, RANK, BLOCK_RANK):
-        o_rank = start + tl.arange(0, BLOCK_RANK)
-        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
-        offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
+        offsets, mask = part_of_rows(o_channel, m_channel, start + tl.arange(0, BLOCK_RANK), RANK)
         R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
         M = moved(dequantized(p_M, p_absmax_M, p_code, offsets, mask), R, keep1, finite)
         V = moved(dequantized(p_V, p_absmax_V, p_code_sq, offsets, mask), R * R, keep2, finite)
@@ -124,15 +110,15 @@ def rescale_blockwise_kernel(
     tl.store(p_squared_R + o_channel, squared_R, mask=m_channel)
     squared_G = tl.load(p_squared_norms + first + o_channel, mask=m_channel, other=0.0)
     store_factors(
-        squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+        squared_N, squared_R, squared_G, p_row, matrix, tl.program_id(0), o_channel, m_channel,
         p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
     )  # fmt: skip
 
     tl.debug_barrier()  # all threads have read what is written next, and all see |R_c|^2
     first_element = block.to(tl.int64) * (BLOCK_CHANNELS * RANK)
     end = tl.minimum(channels.to(tl.int64) * RANK, first_element + BLOCK_CHANNELS * RANK)
-    o_in_blocks = tl.arange(0, _BLOCKS_AT_ONCE)[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    for start in range(0, BLOCK_CHANNELS * RANK, _BLOCKS_AT_ONCE * _BLOCK):
+    o_in_blocks = tl.arange(0, _BLOCKS_AT_ONCE)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    for start in range(0, BLOCK_CHANNELS * RANK, _BLOCKS_AT_ONCE * BLOCK):
         offsets = first_element + start + o_in_blocks
         mask = offsets < end
         R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale

@@ -29,6 +29,12 @@ NORM_EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
+def part_of_rows(o_channel, m_channel, o_rank, RANK: tl.constexpr):
+    """Offsets and mask of ``[channels, ranks]`` in R and in the moments, whose rows have RANK numbers."""
+    return o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :], m_channel[:, None] & (o_rank < RANK)[None, :]
+
+
+@triton.jit
 def moved_moments(
     R, finite, p_row, channel, o_channel, o_rank, m_channel, step, keep1, keep2, eps,
     RANK: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -43,8 +49,7 @@ def moved_moments(
     p_V = tl.load(p_row + EXP_AVG_SQ).to(tl.pointer_type(STATE))
     if ALIGNED:
         p_M, p_V = tl.multiple_of(p_M, 16), tl.multiple_of(p_V, 16)
-    offsets = o_channel.to(tl.int64)[:, None] * RANK + o_rank[None, :]
-    mask = m_channel[:, None] & (o_rank < RANK)[None, :]
+    offsets, mask = part_of_rows(o_channel, m_channel, o_rank, RANK)
     M = tl.load(p_M + offsets, mask=mask, other=0.0).to(tl.float32)
     V = tl.load(p_V + offsets, mask=mask, other=0.0).to(tl.float32)
     M = tl.where(finite[:, None], M + keep1 * (R - M), M)
@@ -99,6 +104,28 @@ def store_sum(p, values):
     tl.store(p + tl.arange(0, 1), tl.sum(values[None, :], 1))
 
 
+@triton.jit
+def own_channels(p_table, p_programs, KEEPS_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """The program's matrix, the address of its row of the table, how many channels it has, and the index of the
+    program's block of them."""
+    program = tl.program_id(0)
+    matrix = tl.load(p_programs + program)
+    p_row = p_table + matrix.to(tl.int64) * FIELDS
+    channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
+    return matrix, p_row, channels, program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+
+
+@triton.jit
+def squared_sketch(p_R, o_channel, m_channel, gradient_scale, RANK: tl.constexpr, BLOCK_RANK: tl.constexpr):
+    """|R_c|^2 of a block of channels."""
+    squared_R = tl.zeros([o_channel.shape[0]], tl.float32)
+    for start in range(0, RANK, BLOCK_RANK):
+        offsets, mask = part_of_rows(o_channel, m_channel, start + tl.arange(0, BLOCK_RANK), RANK)
+        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
+        squared_R += tl.sum(R * R, 1)
+    return squared_R
+
+
 @triton.jit(do_not_specialize=["step"])
 def rescale_kernel(
     p_table, p_programs, p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
@@ -110,39 +137,30 @@ def rescale_kernel(
 
     Reads R twice and |G_c|^2 once; reads and writes M and V. Source: arXiv 2412.05270, algorithm 1.
     """
-    program = tl.program_id(0)
-    matrix = tl.load(p_programs + program)
-    p_row = p_table + matrix.to(tl.int64) * FIELDS
-    channels = tl.load(p_row + ROWS) if KEEPS_ROWS else tl.load(p_row + COLUMNS)
-    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
+    matrix, p_row, channels, block = own_channels(p_table, p_programs, KEEPS_ROWS, BLOCK_CHANNELS)
     o_channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     first = tl.load(p_row + FIRST_CHANNEL)
+    p_R = p_projected + first * RANK
     gradient_scale = 1.0
     if p_gradient_scale is not None:
         gradient_scale = tl.load(p_gradient_scale)
     t = current_step(step, p_step)
-    o_R = (first + o_channel)[:, None] * RANK
 
-    squared_R = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    for start in range(0, RANK, BLOCK_RANK):
-        o_rank = start + tl.arange(0, BLOCK_RANK)
-        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
-        R = tl.load(p_projected + o_R + o_rank[None, :], mask=mask, other=0.0) * gradient_scale
-        squared_R += tl.sum(R * R, 1)
+    squared_R = squared_sketch(p_R, o_channel, m_channel, gradient_scale, RANK, BLOCK_RANK)
     finite = squared_R < float("inf")
     squared_N = tl.zeros([BLOCK_CHANNELS], tl.float32)
     channel = tl.load(p_row + ROUNDING_OFFSET)
     for start in range(0, RANK, BLOCK_RANK):
         o_rank = start + tl.arange(0, BLOCK_RANK)
-        mask = m_channel[:, None] & (o_rank < RANK)[None, :]
-        R = tl.load(p_projected + o_R + o_rank[None, :], mask=mask, other=0.0) * gradient_scale
+        offsets, mask = part_of_rows(o_channel, m_channel, o_rank, RANK)
+        R = tl.load(p_R + offsets, mask=mask, other=0.0) * gradient_scale
         N = moved_moments(
             R, finite, p_row, channel, o_channel, o_rank, m_channel, t, keep1, keep2, eps, RANK, STATE, ALIGNED
         )
         squared_N += tl.sum(N * N, 1)
     squared_G = tl.load(p_squared_norms + first + o_channel, mask=m_channel, other=0.0)
     store_factors(
-        squared_N, squared_R, squared_G, p_row, matrix, program, o_channel, m_channel,
+        squared_N, squared_R, squared_G, p_row, matrix, tl.program_id(0), o_channel, m_channel,
         p_factors, p_sums, p_previous, gradient_scale, PER_CHANNEL,
     )  # fmt: skip

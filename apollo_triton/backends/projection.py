@@ -51,7 +51,5 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> Tensor:
         shape = state_shapes(member.parameter, settings)["projection"]
         state["projection"] = as_sharded("projection", P, member.parameter, member.shard, shape)
     P = member.local_state("projection")
-    stream = streams.current(P.device)
-    if stream is not None:  # the next period frees it, on whatever stream it was made
-        streams.hold(P, stream)
+    streams.hold_here(P)  # the next period frees it, on whatever stream it was made
     return P

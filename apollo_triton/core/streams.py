@@ -28,6 +28,13 @@ def hold(tensor: Tensor, stream: Any) -> None:
     tensor.record_stream(stream)
 
 
+def hold_here(tensor: Tensor) -> None:
+    """The same for the current stream, before it reads what is replaced at some later step."""
+    stream = current(tensor.device)
+    if stream is not None:
+        hold(tensor, stream)
+
+
 class Uses:
     """The streams that use some tensors, which lie on one device and were made on its current stream.
 

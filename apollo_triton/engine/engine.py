@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import WARM_UP, ByMember
+from ..core import streams
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import SettingsReader
 from .agreement import Agreement
@@ -87,6 +88,8 @@ class Engine:
         """How many updates of a matrix or dense parameter were skipped: int64 scalars to be added up, on the devices of
         the parameters."""
         counts = list(self._skipped.values())
+        for count in counts:
+            streams.hold_here(count)
         if self._plan is not None:
             counts += [table.count_skipped() for table in self._plan.tables]
         return counts
@@ -154,6 +157,8 @@ class Engine:
     def _count_skipped(self, skipped: Tensor | None) -> None:
         if skipped is not None:
             known = self._skipped.get(skipped.device)
+            if known is not None:
+                streams.hold_here(known)
             self._skipped[skipped.device] = skipped if known is None else known + skipped
 
 

@@ -76,6 +76,7 @@ def every(target: str) -> Iterator[Variant]:
     rows = {"proj_type": "right"}
     yield {"group": _MINI | rows, "sharded": True}
     yield {"group": {"rank": 128} | rows, "sharded": True}
+    yield {"group": {"rank": 16} | rows, "dtype": _FLOAT32, "sharded": True}
     # Int8 weights. Groups whose size is no power of two go element by element.
     yield {"group": _MINI, "int8": 128}
     yield {"group": {"rank": 128}, "int8": 256}

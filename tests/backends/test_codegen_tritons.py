@@ -21,5 +21,10 @@ def test_another_triton_compiles_no_race(version):
         pytest.skip(f"triton is not in {folder}; make test-all installs it where this Python can run it")
     found, rows = compiled(folder)
     assert found == version
-    bad = [row for row in rows if row.get("hazards") != 0 or row["slots"] != row["wanted_slots"]]
+    bad = [row for row in rows if row.get("hazards") != 0 or raced(row)]
     assert not bad, "\n".join(map(str, bad))
+
+
+def raced(row):
+    """Whether a tile may be copied over while a product reads it. A tile without slots is slow, and right."""
+    return any(slots not in (0, row["wanted_slots"][name]) for name, slots in row["slots"].items())

@@ -9,6 +9,9 @@ import torch
 from kernel_cases import assert_same_bits, drawn, optimizer_of, parameters_of
 from torch import nn
 
+from apollo_triton import APOLLOAdamW
+from apollo_triton.layerwise import attach_layerwise
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 128.0}
@@ -64,6 +67,27 @@ def test_a_step_on_another_stream():
             optimizers[1].step()
         torch.cuda.current_stream().wait_stream(side)
     assert_same_bits(weights, copies, optimizers)
+
+
+def test_layers_on_two_streams_share_P():
+    """The one that comes first in a step writes P, while its stream has other work to do."""
+
+    def trained(streams):
+        weights = [nn.Parameter(drawn((rows, 128), rows, torch.bfloat16)) for rows in (256, 128)]
+        optimizer = APOLLOAdamW([{"params": weights, "rank": 16, "update_proj_gap": 1}], lr=1e-2)
+        attach_layerwise(nn.ParameterList(weights), optimizer)
+        for step in range(6):
+            for index in (0, 1) if step % 2 else (1, 0):
+                gradient = drawn(weights[index].shape, 10 * step + index, torch.bfloat16)
+                with torch.cuda.stream(streams[index]):
+                    torch.cuda._sleep(1_000_000)
+                    (weights[index] * gradient).sum().backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        return weights
+
+    one = torch.cuda.current_stream()
+    assert_same_bits(trained([one, one]), trained([torch.cuda.Stream(), torch.cuda.Stream()]))
 
 
 def test_a_step_waits_for_nothing():

@@ -126,6 +126,7 @@ def test_more_than_two_to_the_31_elements_from_factors(monkeypatch):
     own = layer.table
     own.channels = columns
     own.addresses[0, fields.ROWS.value], own.addresses[0, fields.COLUMNS.value] = rows, columns
+    own.addresses[0, fields.WEIGHT.value], own.addresses[0, fields.WEIGHT_ROW_STRIDE.value] = W_at, columns
     own.channel_blocks["BLOCK_CHANNELS"] = 1 << 30  # one partial sum to add up, not half a million
     own.members = [SimpleNamespace(weight=Phantom(W_at, torch.bfloat16, rows, columns))]
     own.previous.fill_(1)

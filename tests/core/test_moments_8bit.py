@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from tiers import pairs
 
-from apollo_triton.core import moments_8bit as blockwise
 from apollo_triton.core.moments_8bit import BLOCK, dequantize_blockwise, dynamic_code, quantize_blockwise
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -280,7 +279,7 @@ def check_kernels(values, signed):
 
 
 def test_kernels_know_the_block():
-    assert kernels()._BLOCK.value == BLOCK == blockwise.BLOCK
+    assert kernels().BLOCK.value == BLOCK
 
 
 @pytest.mark.parametrize(("kind", "size", "signed"), pairs(KINDS, SIZES, [True, False]))

@@ -121,9 +121,16 @@ def _clip(run: BackendRun) -> float:
 
 
 def _update_limit(run: BackendRun, index: int) -> float:
-    """Limit of an update. Clipping multiplies G twice, in s and in the update, by a factor that has half the error of a
-    sum of squares. u has half that error too."""
-    return UPDATE + (SQUARES if run.settings.max_grad_norm is not None else 0.0) + _cut_off(run, index) / 2
+    """Limit of an update. u has half the error of a sum of squares."""
+    return UPDATE + _clip_error(run) + _cut_off(run, index) / 2
+
+
+def _clip_error(run: BackendRun) -> float:
+    """What clipping adds to an error. It multiplies G twice, in s and in the update, by a factor that has half the
+    error of a sum of squares: that of any matrix's sketch."""
+    if run.settings.max_grad_norm is None:
+        return 0.0
+    return SQUARES + max(_cut_off(run, index) for index in range(len(run.parameters)))
 
 
 def _cut_off(run: BackendRun, index: int) -> float:
@@ -179,8 +186,7 @@ def _moment_errors(
             G.norm(dim=1, keepdim=True) * size_of(P.double(), run.settings),
             projected(G.shape[1]),
         )
-    if run.settings.max_grad_norm is not None:
-        limit += SQUARES
+    limit += _clip_error(run)
     scales = keep1 * dR + exact.after.M.abs(), keep2 * (2 * R.abs() + limit * dR) * dR + exact.after.V
     for name, key, found, true, scale, stream in (
         ("M", "exp_avg", got.M, exact.after.M, scales[0], Stream.EXP_AVG),
