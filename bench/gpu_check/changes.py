@@ -104,7 +104,7 @@ OLD: dict[str, Patch] = {
     "apply on 8 warps": blocks("kernels.apply", "blocks", num_warps=8),
     "no more than 2 tiles ahead": returning("kernels.sketch", "stages", 2),
     "the norm of clipping read from G": returning("backends.triton.updates", "keeps_sketch", False),
-    "no handles of launches": returning("core.handles", "_is_debugging", True),
+    "no handles of launches": returning("core.handles", "_is_watched", True),
 }
 CHANGES = (
     Change("`apply` of 64 elements a thread", "APOLLO-Mini", before=("apply on 8 warps",)),

@@ -24,7 +24,7 @@ from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections
-from .arguments import DTYPES, PARTS, scale_arguments, sketch_blocks, step_arguments
+from .arguments import DTYPES, product_constants, scale_arguments, step_arguments
 from .matrices import Table
 from .projections import projection_kind
 
@@ -167,9 +167,9 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
     kept, contracted = gradient.kept_and_contracted(table.keeps_rows)
     (tokens, channels), width = kept.shape, contracted.shape[1]
     kind = projection_kind(settings)
-    blocks = sketch_blocks(table.rank, kind, kept.dtype, table.device)
-    rank_blocks = -(-table.rank // blocks["BLOCK_RANK"])
-    token_blocks = -(-tokens // blocks["BLOCK_CHANNELS"])
+    constants = product_constants(table.rank, kind, kept.dtype, table.device)
+    rank_blocks = -(-table.rank // constants["BLOCK_RANK"])
+    token_blocks = -(-tokens // constants["BLOCK_CHANNELS"])
     S_parts, part = operand_sketch.parts(token_blocks * rank_blocks, width, 128)
     S = _parts(table, S_parts, tokens, table.rank)
     if tokens:
@@ -188,8 +188,7 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
             settings.update_proj_gap,
             RANK=table.rank,
             PROJECTION_KIND=kind.value,
-            PARTS=PARTS[torch.get_float32_matmul_precision()],
-            **blocks,
+            **constants,
         )
     S = _sum(S, S_parts)  # whose parts go before R's are made
     precision = gpu.precision(kept.dtype)

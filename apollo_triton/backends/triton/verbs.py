@@ -21,8 +21,9 @@ from ...kernels import blockwise as blockwise_kernels
 from ...kernels import int8 as int8_kernels
 from ...kernels import rescale as rescale_kernels
 from ...kernels import sketch as sketch_kernels
+from ...kernels.table import power_of_two
 from ..interface import Factors, Sketch, StepScalars
-from .arguments import DTYPES, PARTS, moment_arguments, scale_arguments, sketch_blocks, step_arguments
+from .arguments import DTYPES, moment_arguments, scale_arguments, sketch_constants, step_arguments
 from .matrices import Channels, Table
 from .projections import projection_kind
 
@@ -46,7 +47,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
         "PER_CHANNEL": result.channel is not None,
         "ALIGNED": table.aligned,
         "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
-        "BLOCK_RANK": min(64, table.channel_blocks["BLOCK_RANK"], 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
+        "BLOCK_RANK": min(64, power_of_two(table.rank), 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
     }
     if table.absmaxes is not None:
         gpu.launch(
@@ -129,10 +130,11 @@ def _sketch(
     table: Table, settings: Settings, scalars: StepScalars, out: Sketch | None, factors: Factors | None
 ) -> None:
     kind = projection_kind(settings, table.is_width_sharded)
-    blocks = sketch_blocks(table.rank, kind, table.gradient_dtype, table.device, table.aligned)
+    constants = sketch_constants(table, kind)
+    blocks = len(table.channel_programs) * table.split // (2 if constants["HALVES"] else 1)
     gpu.launch(
         sketch_kernels.sketch_kernel,
-        (len(table.channel_programs) * -(-table.rank // blocks["BLOCK_RANK"]), table.split),
+        (blocks * -(-table.rank // constants["BLOCK_RANK"]),),
         table.device,
         table.addresses,
         table.gradients,
@@ -155,10 +157,9 @@ def _sketch(
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=settings.scale_type == "channel",
         ALIGNED=table.aligned,
-        PARTS=PARTS[torch.get_float32_matmul_precision()],
         FUSED=factors is not None,
         SPLIT=table.split,
-        **blocks,
+        **constants,
     )
 
 
