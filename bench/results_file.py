@@ -26,6 +26,7 @@ RESULTS = BENCH / "results"
 EVERY_MACHINE = "every-machine"
 PACKAGES = (
     *("torch", "triton", "apollo-torch", "bitsandbytes", "torch-optimi", "torchao", "galore-torch"),
+    *("flashoptim", "adafactor8bit"),
     *("transformers", "tokenizers"),
 )
 

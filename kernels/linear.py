@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .philox import round_nearest
-from .sketch import dot
+from .projected import dot
 from .table import power_of_two
 
 # How many blocks of rows take turns at the same block of W. An H100 runs 264 programs at a time. With tiles of 128 x

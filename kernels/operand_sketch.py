@@ -10,18 +10,21 @@ has all three parts, because its terms may be a thousand times a norm. If a sum 
 stored side by side and added in order, without atomics.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
 from .linear import tile_place
 from .operands import gradient_tile
-from .sketch import dot, projected
+from .projected import NOT_AT_ALL, dot, projected_at_rank_1, projected_by_product
 from .step import current_step
 from .table import SEED, power_of_two
 
 _ENOUGH = 256  # programs, two for each multiprocessor of an H100
 
 
+@lru_cache(maxsize=1024)
 def parts(programs: int, length: int, least: int) -> tuple[int, int]:
     """How many parts a sum of ``length`` terms is split into, and the length of a part, a multiple of ``least``. There
     are enough parts to fill a GPU with programs, but at most 8, and a part has about 4 * ``least`` terms or more."""
@@ -30,6 +33,7 @@ def parts(programs: int, length: int, least: int) -> tuple[int, int]:
     return -(-length // part) if length else 1, part
 
 
+@lru_cache(maxsize=1024)
 def collect_blocks(rank: int, tensor_cores: bool) -> dict[str, int]:
     """Tile sizes and warps of R = kept^T S. 32 tokens of S and of the operand take 24 KiB a stage."""
     if not tensor_cores:
@@ -88,7 +92,7 @@ def transposed_product(
 @triton.jit(do_not_specialize=["tokens", "step", "update_proj_gap"])
 def project_kernel(
     p_row, p_summed, p_S, tokens, width, part, step, p_step, update_proj_gap,
-    RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, PARTS: tl.constexpr,
+    RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, PARTS: tl.constexpr, UNROLLED: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """S = summed P^T ``[parts, tokens, RANK]`` of BLOCK_CHANNELS tokens, over ``part`` widths. P is not yet scaled.
@@ -100,12 +104,19 @@ def project_kernel(
     o_rank = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     m_token = o_token < tokens
     first = tl.program_id(2) * part
-    epoch = (current_step(step, p_step) - 1) // update_proj_gap
-    S, _ = projected(
-        p_summed + o_token[:, None] * width, m_token, o_rank, first, tl.minimum(first + part, width), width, 1,
-        p_row, tl.load(p_row + SEED), epoch,
-        RANK, PROJECTION_KIND, True, PARTS, False, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
-    )  # fmt: skip
+    last = tl.minimum(first + part, width)
+    p_tile = p_summed + o_token[:, None] * width
+    if RANK == 1:
+        epoch = (current_step(step, p_step) - 1) // update_proj_gap
+        S, _ = projected_at_rank_1(
+            p_tile, m_token, first, last, width, 1, p_row, tl.load(p_row + SEED), epoch,
+            PROJECTION_KIND, True, False, BLOCK_CHANNELS, BLOCK_WIDTH,
+        )  # fmt: skip
+    else:
+        S, _ = projected_by_product(
+            p_tile, m_token, o_rank, first, last, width, 1, p_row,
+            RANK, PROJECTION_KIND, PARTS, UNROLLED, NOT_AT_ALL, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+        )  # fmt: skip
     p_S += (tl.program_id(2).to(tl.int64) * tokens + o_token[:, None]) * RANK + o_rank[None, :]
     tl.store(p_S, S, mask=m_token[:, None] & (o_rank < RANK)[None, :])
 

@@ -8,6 +8,8 @@ product anyway. Here its epilogue reads and writes W instead of writing G: 4 byt
 10.
 """
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -16,11 +18,12 @@ from .int8 import store_groups
 from .linear import tile_place
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
-from .sketch import dot
+from .projected import dot
 from .step import step_numbers
 from .table import COLUMNS, ROWS, SCALE, SEED, WEIGHT, WEIGHT_COLUMN_STRIDE, WEIGHT_ROW_STRIDE, ZERO
 
 
+@lru_cache(maxsize=1024)
 def blocks(itemsize: int, tensor_cores: bool, has_large_shared_memory: bool) -> dict[str, int]:
     """Tile sizes and warps of the product G. ``has_large_shared_memory``: a program may use 144 KiB of shared memory.
 
@@ -157,6 +160,13 @@ def apply_operands_kernel(
     reads and writes W.
     """
     rows, columns = sizes(p_row, ROWS_BY_EIGHTS, ALIGNED)
+    p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
+    W_row_stride = tl.load(p_row + WEIGHT_ROW_STRIDE)
+    if ALIGNED:
+        p_W, W_row_stride = tl.multiple_of(p_W, 16), tl.multiple_of(W_row_stride, 8)
+        W_column_stride = 1
+    else:
+        W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -169,13 +179,6 @@ def apply_operands_kernel(
         o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-    p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
-    W_row_stride = tl.load(p_row + WEIGHT_ROW_STRIDE)
-    if ALIGNED:
-        p_W, W_row_stride = tl.multiple_of(p_W, 16), tl.multiple_of(W_row_stride, 8)
-        W_column_stride = 1
-    else:
-        W_column_stride = tl.load(p_row + WEIGHT_COLUMN_STRIDE)
     left, right = halves(factor * G)
     update(
         p_W, left, decay, u, p_row, t, first_row, first_column, rows, columns, W_row_stride, W_column_stride,
@@ -201,6 +204,11 @@ def apply_int8_operands_kernel(
     writes q: 2 bytes a parameter, and 10 a group.
     """
     rows, columns = sizes(p_row, ROWS_BY_EIGHTS, ALIGNED)
+    p_q = tl.load(p_row + WEIGHT).to(tl.pointer_type(tl.uint8))
+    p_scale = tl.load(p_row + SCALE).to(tl.pointer_type(tl.float32))
+    p_zero = tl.load(p_row + ZERO).to(tl.pointer_type(tl.uint8))
+    if ALIGNED:
+        p_q = tl.multiple_of(p_q, 16)
     first_row, first_column = tile_place(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     o_row = first_row + tl.arange(0, BLOCK_ROWS)
     o_column = first_column + tl.arange(0, BLOCK_COLUMNS)
@@ -213,11 +221,6 @@ def apply_int8_operands_kernel(
         o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
-    p_q = tl.load(p_row + WEIGHT).to(tl.pointer_type(tl.uint8))
-    p_scale = tl.load(p_row + SCALE).to(tl.pointer_type(tl.float32))
-    p_zero = tl.load(p_row + ZERO).to(tl.pointer_type(tl.uint8))
-    if ALIGNED:
-        p_q = tl.multiple_of(p_q, 16)
     if GROUP < BLOCK_COLUMNS:
         left, right = halves(factor * G)
         update_int8(

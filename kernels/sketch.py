@@ -1,9 +1,7 @@
 """sketch: G -> R [channels, rank] and |G_c|^2, reading G once. If R need not leave the program, rescale follows at
 once.
 
-A program owns a block of channels and walks along the whole width, so that programs need not add up their results.
-Ranks below 16 multiply and accumulate, and P is made on the fly. From rank 16 on tensor cores make the product, and P
-is read: 2 bytes an entry, from the second-level cache.
+A program owns a block of channels, or two. ``projected.py`` has its loop over the width.
 """
 
 import math
@@ -11,7 +9,13 @@ import math
 import triton
 import triton.language as tl
 
-from .philox import gaussian_row, sign_words, signs
+from .projected import (
+    SINGULAR_VECTORS,
+    TENSOR_CORE_RANK,
+    projected_at_rank_1,
+    projected_by_product,
+    projected_in_halves,
+)
 from .rescale import moved_moments, store_factors
 from .step import current_step
 from .table import (
@@ -21,22 +25,12 @@ from .table import (
     FIRST_CHANNEL_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
-    INTERPRETED,
-    PROJECTION,
     ROUNDING_OFFSET,
     ROWS,
     SEED,
     power_of_two,
 )
 
-_IEEE = tl.constexpr("ieee")  # triton 3.6 does not accept a plain string as a default
-# Where P comes from.
-GAUSSIAN = tl.constexpr(0)  # made in this kernel; ranks below SMALL_RANK
-RADEMACHER = tl.constexpr(1)  # the same. At rank 256 it would take 62 instructions an element; reading P takes 9
-MATERIALISED = tl.constexpr(2)  # unit-variance bfloat16 in memory, rows padded to a multiple of 128 entries
-SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
-
-SMALL_RANK = 16  # the least rank that fills a tensor-core tile
 FUSED_RANK = 256  # the largest R that a program keeps in registers: 64 x 256 float32 are 64 registers a thread
 
 
@@ -49,15 +43,15 @@ def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
     BLOCK_CHANNELS must depend on the rank only. It decides how the limiter's partial sums are grouped, and so their
     last bit, and a matrix must be updated to the same bits alone and in a batch.
 
-    From rank 16 on P is read from the second-level cache once for every BLOCK_CHANNELS channels. More would read it
-    less often, but R and G G^T of 128 channels do not fit the registers. Measured on an H100, 1.2 G entries of
-    bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38), rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25), rank
-    256 2.08.
+    From rank 2 on P is read from the second-level cache once for every BLOCK_CHANNELS channels, or with HALVES once for
+    twice as many. As one tile, R and G G^T of 128 channels do not fit the registers. Measured on an H100, 1.2 G entries
+    of bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38), rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25),
+    rank 256 2.08.
     """
-    if rank < SMALL_RANK:
+    if rank < TENSOR_CORE_RANK:
         # 64 channels share one row of normals: about 4 instructions for each element of the gradient.
-        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": power_of_two(rank), "num_warps": 4}
-    block_rank = min(power_of_two(rank), FUSED_RANK)
+        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": rank, "num_warps": 4}
+    block_rank = min(max(16, power_of_two(rank)), FUSED_RANK)  # 16 fill a tensor core's tile
     return {
         "BLOCK_CHANNELS": 64,
         "BLOCK_WIDTH": 64 if needs_more_registers or block_rank > 64 else 128,
@@ -66,138 +60,31 @@ def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
     }
 
 
-def stages(rank: int) -> int:
-    """How many tiles are in shared memory at a time, if there is much of it; a tile takes 40 KiB at rank 256. With 5
-    tiles an H100 takes 2.08 ms, with 3 it takes 2.69."""
-    return 5 if rank > 128 else 4 if rank > 64 else 3
+def unrolls(block_rank: int, reads_svd: bool, has_asynchronous_products: bool, has_tensor_memory: bool) -> bool:
+    """Whether the products with the parts of a float32 G, or of svd's P, are unrolled: see ``projected.product``.
 
-
-@triton.jit
-def product(G, P, R, PARTS: tl.constexpr):
-    """R + G P for a tile of G ``[channels, width]`` and of P ``[width, rank]``, on tensor cores.
-
-    P has at most 8 significant bits, which bfloat16 and float16 hold exactly, so a half-precision G needs one product.
-    A float32 G is the exact sum of three bfloat16 parts (8 + 8 + 8 bits), and PARTS of them are multiplied: with
-    torch.set_float32_matmul_precision "highest" 3, "high" 2, "medium" 1.
+    On sm_90 always. In a loop their left operand, in registers, would be written while a product reads it. On sm_100
+    each product takes its own tensor memory: up to rank 128 they take at most the 512 columns that there are, at rank
+    256 544. Elsewhere (sm_80) from rank 64 on every warp would convert all parts again: at rank 128 82 instructions an
+    element instead of 25.
     """
-    if G.dtype == tl.float32:
-        # A loop. Unrolled, each product would take its own tensor memory on sm_100: 576 columns, and there are 512.
-        for _ in range(PARTS):
-            part = G.to(tl.bfloat16)
-            R = dot(part, P.to(tl.bfloat16), R)
-            G -= part.to(tl.float32)
-        return R
-    else:
-        return dot(G, P.to(G.dtype), R)
+    most = 32
+    if has_asynchronous_products and not has_tensor_memory:
+        most = FUSED_RANK
+    elif has_tensor_memory and not reads_svd:
+        most = 128
+    return block_rank <= most
 
 
-@triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr = _IEEE):
-    """accumulator + a b. ``PRECISION`` is for products of float32; those of half precision are always exact."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
-    else:
-        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+def stages(rank: int, tile: int) -> int:
+    """How many tiles of ``tile`` bytes are in shared memory at a time, if there is much of it. With 5 tiles an H100
+    takes 2.08 ms at rank 256, with 3 it takes 2.69."""
+    return min(5 if rank > 128 else 4 if rank > 64 else 3, (200 << 10) // tile)
 
 
-@triton.jit
-def row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT entries of row ``index`` of P, from ``start`` on, float32: made here, or read from memory for svd."""
-    if PROJECTION_KIND == GAUSSIAN:
-        return gaussian_row(seed, epoch, index, start, COUNT)
-    elif PROJECTION_KIND == RADEMACHER:
-        w0, w1, w2, w3 = sign_words(seed, epoch, index, start)
-        return signs(w0, w1, w2, w3, tl.arange(0, COUNT))
-    else:
-        o = start + tl.arange(0, COUNT)
-        p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32)) + index * width
-        return tl.load(p_P + o, mask=o < width, other=0.0)
-
-
-@triton.jit
-def sum_of_four(x, ALONG_ROWS: tl.constexpr):
-    """``x [channels, width]`` summed to a quarter of its width. The four terms of a sum belong to one thread:
-    neighbours if the width is contiguous, entries a quarter of the tile apart if the channels are."""
-    if ALONG_ROWS:
-        return tl.sum(x.reshape(x.shape[0], x.shape[1] // 4, 4), 2)
-    else:
-        return tl.sum(x.reshape(x.shape[0], 4, x.shape[1] // 4), 1)
-
-
-@triton.jit
-def projected(
-    p_tile, m_channel, o_rank, first, last, width, width_stride, p_row, seed, epoch,
-    RANK: tl.constexpr, PROJECTION_KIND: tl.constexpr, ALONG_ROWS: tl.constexpr, PARTS: tl.constexpr,
-    NORMS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
-):  # fmt: skip
-    """R = G P^T of the channels at ``p_tile`` ``[BLOCK_CHANNELS, 1]``, over widths ``first`` (a multiple of 128) to
-    ``last``, and with NORMS |G_c|^2. P is not yet scaled. ALONG_ROWS: widths are neighbours in memory."""
-    # In pairs, because triton 3.2 accepts no longer chains.
-    BY_PRODUCT: tl.constexpr = (NORMS and RANK >= 16) and p_tile.dtype.element_ty != tl.float32
-    R = tl.zeros([BLOCK_CHANNELS, BLOCK_RANK], tl.float32)
-    squared_G = tl.zeros([BLOCK_CHANNELS], tl.float32)
-    if RANK == 1:
-        # Runs of four are added in a thread's registers. The rest is added across threads once, at the end.
-        squares = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        products = tl.zeros([BLOCK_CHANNELS, BLOCK_WIDTH // 4], tl.float32)
-        for start in range(first, last, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            P = row_of_P(p_row, seed, epoch, 0, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-            products += sum_of_four(G * P[None, :], ALONG_ROWS)
-            if NORMS:
-                squares += sum_of_four(G * G, ALONG_ROWS)
-        squared_G = tl.sum(squares, 1)
-        R = tl.sum(products, 1)[:, None]
-    elif RANK < 16:
-        for start in range(first, last, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            mask = m_channel[:, None] & (o_width < width)[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0).to(tl.float32)
-            if NORMS:
-                squared_G += tl.sum(G * G, 1)
-            for index in tl.static_range(RANK):
-                P = row_of_P(p_row, seed, epoch, index, start, width, PROJECTION_KIND, BLOCK_WIDTH)
-                R += tl.where(o_rank == index, tl.sum(G * P[None, :], 1)[:, None], 0.0)
-    else:
-        # For half precision |G_c|^2 is the diagonal of G G^T, from tensor cores. If it were added up from G's elements,
-        # Triton 3.6 and 3.7 would keep one tile of G too few on sm_90, and copy the next tile over one that a product
-        # still reads: on an H100 a seventh of R was wrong at rank 256. Tensor cores cut off 1e-5 of a sum of 4096
-        # squares.
-        products = tl.zeros([BLOCK_CHANNELS, BLOCK_CHANNELS if BY_PRODUCT else 1], tl.float32)
-        for start in range(first, last, BLOCK_WIDTH):
-            o_width = start + tl.arange(0, BLOCK_WIDTH)
-            m_width = o_width < width
-            mask = m_channel[:, None] & m_width[None, :]
-            G = tl.load(p_tile + o_width[None, :] * width_stride, mask=mask, other=0.0)
-            if BY_PRODUCT:
-                products = dot(G, tl.trans(G), products)
-            elif NORMS:
-                squared_G += tl.sum(G * G, 1)
-            if PROJECTION_KIND == MATERIALISED:
-                p_P = tl.multiple_of(tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.bfloat16)), 16)
-                padded = (width + 127) // 128 * 128
-                # P is padded with zeros along the width. A mask there would make each load one entry wide.
-                m_P = (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * padded + o_width[:, None], mask=m_P, other=0.0)
-                R = product(G, P, R, PARTS)
-            else:
-                p_P = tl.load(p_row + PROJECTION).to(tl.pointer_type(tl.float32))
-                m_P = m_width[:, None] & (o_rank < RANK)[None, :]
-                P = tl.load(p_P + o_rank.to(tl.int64)[None, :] * width + o_width[:, None], mask=m_P, other=0.0)
-                # P is multiplied in three bfloat16 parts too. On sm_100 triton 3.7 rounds a float32 product to TF32 if
-                # one operand was bfloat16, even with input_precision="ieee".
-                if G.dtype == tl.float16:
-                    G = G.to(tl.float32)
-                for _ in range(3):
-                    part = P.to(tl.bfloat16)
-                    R = product(G, part, R, PARTS)
-                    P -= part.to(tl.float32)
-        if BY_PRODUCT:
-            o = tl.arange(0, BLOCK_CHANNELS)
-            squared_G = tl.sum(tl.where(o[:, None] == o[None, :], products, 0.0), 1)
-    return R, squared_G
+def programs_at_a_time(rank: int) -> int:
+    """How many blocks of channels a program may take: the number that a matrix has is a multiple of it."""
+    return 2 if rank > 128 else 1
 
 
 @triton.jit(do_not_specialize=["step", "update_proj_gap"])
@@ -206,7 +93,7 @@ def sketch_kernel(
     step, p_step, update_proj_gap, keep1, keep2, eps, entry_scale,
     RANK: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, PROJECTION_KIND: tl.constexpr,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
-    FUSED: tl.constexpr, SPLIT: tl.constexpr,
+    UNROLLED: tl.constexpr, NORMS: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
@@ -214,14 +101,17 @@ def sketch_kernel(
     FUSED: the program continues with the moments and the factors, and R is never stored. It reads and writes M and V.
 
     Otherwise R ``[all channels, RANK]`` and |G_c|^2 ``[all channels]`` are stored, in float32. There is then a program
-    for each block of ranks, and that of the first block stores the norms. A program of ``rescale`` owns SPLIT times as
-    many channels, and program_id(1) says which part of them this one has.
+    for each block of ranks, and that of the first block stores the norms. A program of ``rescale`` owns SPLIT blocks of
+    channels of this kernel. HALVES: a program has two blocks of channels, one after the other.
 
     Reads 2 or 4 bytes for each element of the gradient, and P from the cache.
     """
     # The programs of a block of channels, one for each block of ranks, are neighbours: they read G from memory once.
     RANK_BLOCKS: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
-    program, rank_block = tl.program_id(0) // RANK_BLOCKS, tl.program_id(0) % RANK_BLOCKS
+    block, rank_block = tl.program_id(0) // RANK_BLOCKS, tl.program_id(0) % RANK_BLOCKS
+    if HALVES:
+        block *= 2
+    program = block // SPLIT
     matrix = tl.load(p_programs + program)
     p_row = p_table + matrix.to(tl.int64) * FIELDS
     rows, columns = tl.load(p_row + ROWS), tl.load(p_row + COLUMNS)
@@ -239,19 +129,55 @@ def sketch_kernel(
     else:
         channels, width, channel_stride, width_stride = columns, rows, column_stride, row_stride
 
-    block = program - tl.load(p_row + FIRST_CHANNEL_PROGRAM)
-    o_channel = (block * SPLIT + tl.program_id(1)) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = (block - tl.load(p_row + FIRST_CHANNEL_PROGRAM) * SPLIT) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     o_rank = rank_block * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     t = current_step(step, p_step)
-    epoch = (t - 1) // update_proj_gap
-    seed = tl.load(p_row + SEED)
     p_tile = p_G + o_channel.to(tl.int64)[:, None] * channel_stride
+    if HALVES:
+        o_other = o_channel + BLOCK_CHANNELS
+        m_other = o_other < channels
+        R, squared_G, other_R, other_squared_G = projected_in_halves(
+            p_tile, p_tile + BLOCK_CHANNELS * channel_stride, m_channel, m_other, o_rank, width, width_stride, p_row,
+            RANK, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+        )  # fmt: skip
+        finish(
+            R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
+            p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+            t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
+        )  # fmt: skip
+        finish(
+            other_R, other_squared_G, p_row, matrix, program + 1, rank_block, o_other, m_other, o_rank,
+            p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+            t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
+        )  # fmt: skip
+    else:
+        if RANK == 1:
+            epoch = (t - 1) // update_proj_gap
+            R, squared_G = projected_at_rank_1(
+                p_tile, m_channel, 0, width, width, width_stride, p_row, tl.load(p_row + SEED), epoch,
+                PROJECTION_KIND, KEEPS_ROWS, True, BLOCK_CHANNELS, BLOCK_WIDTH,
+            )  # fmt: skip
+        else:
+            R, squared_G = projected_by_product(
+                p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row,
+                RANK, PROJECTION_KIND, PARTS, UNROLLED, NORMS, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+            )  # fmt: skip
+        finish(
+            R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
+            p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+            t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
+        )  # fmt: skip
 
-    R, squared_G = projected(
-        p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row, seed, epoch,
-        RANK, PROJECTION_KIND, KEEPS_ROWS, PARTS, True, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
-    )  # fmt: skip
+
+@triton.jit
+def finish(
+    R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
+    p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+    t, keep1, keep2, eps, entry_scale,
+    RANK: tl.constexpr, STATE: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """What a block of channels does with its R: moments and factors if FUSED, else it stores R and the norms."""
     R = R * entry_scale
     if FUSED:
         gradient_scale = 1.0

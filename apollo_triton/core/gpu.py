@@ -21,12 +21,28 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU, (0, 0) of anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
 def has_large_shared_memory(device: torch.device) -> bool:
     """Whether a program may use 160 KiB of shared memory. NVIDIA's data-center GPUs have 163 KiB or more, its other
     GPUs 99 KiB, AMD's 64 KiB."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+    return capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def has_asynchronous_products(device: torch.device) -> bool:
+    """Whether a product on tensor cores goes on while its warps do something else. Hopper, and Blackwell in data
+    centers."""
+    return capability(device)[0] in (9, 10, 11)
+
+
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether such products are added up in a memory of their own, of 512 columns, and not in registers."""
+    return capability(device)[0] in (10, 11)
 
 
 def precision(dtype: torch.dtype) -> str:

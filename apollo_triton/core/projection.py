@@ -17,7 +17,7 @@ from .streams import Uses
 
 # From this rank on P is multiplied on tensor cores. Its normals then have the 8 significant bits of bfloat16, so that
 # bfloat16 products are exact: the rounded matrix *is* the projection, for every dtype and in both backends.
-TENSOR_CORE_RANK = 16
+TENSOR_CORE_RANK = 2
 _WIDTH_PER_CALL = {"gaussian": 4, "rademacher": 128}
 
 
@@ -36,9 +36,9 @@ def projection_matrix(
     """Columns ``start`` to ``stop`` of the projection matrix P that a step uses: ``[rank, stop - start]``.
 
     Entries have mean 0 and variance ``1 / rank``. With ``distribution="gaussian"`` they are normal (Box-Muller); from
-    rank 16 on they are rounded to 8 significant bits before the division by ``sqrt(rank)``. With "rademacher" they are
+    rank 2 on they are rounded to 8 significant bits before the division by ``sqrt(rank)``. With "rademacher" they are
     ``+-1 / sqrt(rank)``. Step t (1, 2, ...) of an optimizer uses ``epoch = (t - 1) // update_proj_gap``. The same
-    numbers give the same entry on every device, in every slice and in every version.
+    numbers give the same entry on every device and in every slice.
 
     Source: APOLLO, arXiv 2412.05270, section 4. The random words are Philox4x32-10 with the key (seed, epoch) and the
     counter (width index, rank index).

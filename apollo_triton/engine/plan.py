@@ -294,7 +294,13 @@ class Plan:
 
     def _assign_projections(self, tables: list[Table], caches: Caches) -> None:
         """Give the tables whose P is in memory theirs: one for each seed and width, shared by all at the same step."""
-        from ..backends.triton.projections import MATERIALISED, ProjectionBuffer, buffer_for, projection_kind
+        from ..backends.triton.projections import (
+            MATERIALISED,
+            ProjectionBuffer,
+            buffer_for,
+            projection_dtype,
+            projection_kind,
+        )
 
         made: dict[tuple[Any, ...], ProjectionBuffer] = {}
         for table in tables:
@@ -302,8 +308,9 @@ class Plan:
             if table.is_dense or projection_kind(settings, table.is_width_sharded) is not MATERIALISED:
                 continue
             epoch = None if self.on_device else settings.epoch(int(count) + 1)
+            dtype = projection_dtype(table.gradient_dtype)
             for seed, start, width in sorted(set(table.projection_keys)):
-                kind = settings.distribution, seed, table.rank, start, width, table.device
+                kind = settings.distribution, seed, table.rank, start, width, dtype, table.device
                 key = kind, settings.update_proj_gap, count
                 if key not in made:
                     made[key] = buffer_for(kind, epoch, caches.projection_buffers)

@@ -58,8 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
 def rehearse(out: Path | None, seconds: float) -> int:
     """All stages at toy sizes, with their results in ``out`` or nowhere."""
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    from ..results_file import RESULTS
     from . import rehearsal
 
+    if out is not None and out.resolve() == RESULTS:
+        raise SystemExit("--rehearse --out bench/results: figures of a rehearsal mean nothing; name another folder")
     with contextlib.ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(rehearsal.rehearsing(folder))

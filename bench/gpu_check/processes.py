@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
+
 # A server without a CUDA context has imported what jobs need, and forks them. The rehearsal forks from itself.
 START_METHOD = "forkserver"
-KERNELS = "apollo_triton.backends.triton.verbs"
-PRELOADED = ["torch", KERNELS, "bench.gpu_check.compilation", "bench.gpu_check.shapes"]
+PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs"]
+PRELOADED += [f"bench.gpu_check.{name}" for name in ("compilation", "shapes", "validation")]
 LONGEST_JOB = 90.0  # seconds
 
 Job = TypeVar("Job")
@@ -80,6 +82,7 @@ def _done(job: Job, process: Any, connection: Connection, seconds: float) -> Don
 
 
 def _work(connection: Connection, function: Callable[[Job], Any], job: Job) -> None:
+    torch.set_num_threads(1)  # there are as many of these as cores
     try:
         outcome = function(job), ""
     except Exception as error:

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 LONGEST_TEXT = 1200  # characters of a failure: its end, which has the values
 
 _noted = False
@@ -30,6 +32,7 @@ def pytest_configure(config: Any) -> None:
     _noted = not hasattr(config, "workerinput")  # a worker's outcomes reach the main process
 
 
+@pytest.hookimpl(trylast=True)  # the suite's conftest looks at all tests first
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     passed = set(Path(os.environ["GPU_CHECK_PASSED"]).read_text(encoding="utf-8").split())
     known = [item for item in items if fingerprint(item.nodeid) in passed]

@@ -52,7 +52,8 @@ def rehearsing(folder: Path) -> Iterator[None]:
     """Toy sizes, and results in ``folder``."""
     figures, toy = paper_figures(), whole_step.Case("TOY", torch.bfloat16, 1)
     matrices = whole_step.Case("TOY", torch.bfloat16, 1, layers=1, matrices_only=True)
-    importlib.import_module(processes.KERNELS)  # once, and not in each process that is forked
+    for name in processes.PRELOADED:  # once, and not in each process that is forked
+        importlib.import_module(name)
     torch.set_num_threads(1)  # a process that is forked from one with threads would wait for them
     with contextlib.ExitStack() as stack:
         for patch in (

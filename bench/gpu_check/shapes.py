@@ -68,6 +68,7 @@ SHAPES = (
     Shape("rank 20, stochastic", _rank(20), dtype=torch.bfloat16, options=_stochastic),
     Shape("8-bit moments", _rank(20), ((320, 70),), options={"state_bits": 8, "min_8bit_size": 0}),
     Shape("dense", {}, ((33, 71), (5,))),
+    Shape("step count on the device", MINI, options={"capturable": True}),
     Shape("dense, clipped", {}, ((33, 71), (5,)), options={"max_grad_norm": 0.05}),
     Shape("int8, Mini", MINI, ((128, 72), (72, 128)), int8=32),
     Shape("int8, rank 16", _rank(16), ((130, 70), (70, 130)), int8=35),
@@ -120,8 +121,10 @@ def trained(shape: Shape, device: str, name: str) -> list[tuple[Tensor, Tensor]]
         if shape.int8:
             weights = [nn.Parameter(Int8Weight.of(weight.detach(), shape.int8)) for weight in weights]
     before = [_floats(weight) for weight in weights]
-    backend = "triton" if name == "kernels" else "reference"
-    optimizer = APOLLOAdamW([{"params": weights, **shape.group}], lr=1e-2, backend=backend, seed=1, **shape.options)
+    backend, options = ("triton", shape.options) if name == "kernels" else ("reference", dict(shape.options))
+    if backend == "reference":
+        options.pop("capturable", None)  # which is for kernels
+    optimizer = APOLLOAdamW([{"params": weights, **shape.group}], lr=1e-2, backend=backend, seed=1, **options)
     if shape.tokens:
         attach_layerwise(model, optimizer, gradients="none")
     for _ in range(STEPS):

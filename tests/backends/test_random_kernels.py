@@ -66,7 +66,7 @@ def projection_rows_kernel(p_gaussian, p_signs, seed, epoch, start, RANK: tl.con
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 2**31 - 1), block=st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
 def test_entries_made_in_a_kernel_are_the_twins(seed, epoch, block):
-    rank, count, start = 3, 128, 128 * block
+    rank, count, start = 1, 128, 128 * block  # above rank 1 P is rounded, and read from memory
     out = torch.empty(2, rank, count, device=DEVICE)
     projection_rows_kernel[(1,)](out[0], out[1], seed, epoch, start, rank, count)
     options = {"start": start, "stop": start + count, "device": DEVICE}
@@ -117,7 +117,7 @@ def test_the_materialised_projection_is_the_twins_bit_for_bit(sizes, distributio
     assert rank >= TENSOR_CORE_RANK
     optimizer = optimizer_of(parameters_of([(width, width)]), rank=rank, update_proj_gap=5)
     own = Settings.of(optimizer.param_groups[0])
-    projection = ProjectionBuffer.empty(distribution, seed, rank, start, width, torch.device(DEVICE))
+    projection = ProjectionBuffer.empty(distribution, seed, rank, start, width, torch.bfloat16, torch.device(DEVICE))
     projection.buffer.fill_(float("nan"))
     for step in (1, 5, 6, 23):
         _write(projection, own, StepScalars(step), force=True)

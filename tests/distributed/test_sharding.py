@@ -30,7 +30,7 @@ MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 4, 
 SIGNS = {"rank": 2, "distribution": "rademacher", "update_proj_gap": 5, "scale": 2.0, "proj_type": "left"}
 RIGHT = {"rank": 2, "proj_type": "right", "update_proj_gap": 4, "disable_nl": True}
 REVERSED = {"rank": 3, "proj_type": "reverse_std", "scale_type": "tensor", "update_proj_gap": 4, "weight_decay": 0.1}
-LARGE = {"rank": 16, "update_proj_gap": 4, "seed_per_param": True}  # P has 8 significant bits from rank 16 on
+LARGE = {"rank": 16, "update_proj_gap": 4, "seed_per_param": True}
 
 SHAPES = {
     "tall": ((10, 3), APOLLO),

@@ -178,7 +178,7 @@ def _make(arguments: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = [line for line in found.stdout.splitlines() if not line.startswith("make")]
     assert recipe, found.stdout  # a phony target without a rule
     for words in map(shlex.split, recipe):
-        if words[1:2] == ["-m"] and words[2] in ("apollo_triton", "bench"):
+        if words[1:2] == ["-m"] and words[2].partition(".")[0] in ("apollo_triton", "bench"):
             _python(words[1:], monkeypatch)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
@@ -11,22 +11,54 @@ from torch import Tensor
 
 from ...core import gpu
 from ...core.settings import Settings
+from ...kernels import projected
 from ...kernels import sketch as sketch_kernels
 from ...kernels import step as step_kernels
 from ..interface import StepScalars
+
+if TYPE_CHECKING:
+    from .matrices import Table
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 # How many bfloat16 parts of a float32 gradient are multiplied, by torch.get_float32_matmul_precision().
 PARTS = {"highest": 3, "high": 2, "medium": 1}
 
 
-def sketch_blocks(
-    rank: int, kind: Any, operand: torch.dtype, device: torch.device, aligned: bool = True
-) -> dict[str, int]:
-    """Tile sizes, warps and stages of a product with P of a kind."""
-    needs_more_registers = operand == torch.float32 or kind is sketch_kernels.SINGULAR_VECTORS or not aligned
-    blocks = sketch_kernels.blocks(rank, needs_more_registers)
-    return blocks | {"num_stages": sketch_kernels.stages(rank)} if gpu.has_large_shared_memory(device) else blocks
+def product_constants(
+    rank: int, kind: Any, operand: torch.dtype, device: torch.device, aligned: bool = True, halves: bool = False
+) -> dict[str, Any]:
+    """Tile sizes, warps, stages and the other constants of a product with P of a kind."""
+    reads_svd = kind is projected.SINGULAR_VECTORS
+    in_parts = operand == torch.float32 or reads_svd
+    blocks = sketch_kernels.blocks(rank, in_parts or not aligned)
+    if gpu.has_large_shared_memory(device):
+        G = blocks["BLOCK_CHANNELS"] * (2 if halves else 1) * operand.itemsize
+        P = blocks["BLOCK_RANK"] * (4 if reads_svd else 2)
+        blocks["num_stages"] = sketch_kernels.stages(rank, blocks["BLOCK_WIDTH"] * (G + P))
+    unrolled = in_parts and sketch_kernels.unrolls(
+        blocks["BLOCK_RANK"], reads_svd, gpu.has_asynchronous_products(device), gpu.has_tensor_memory(device)
+    )
+    return blocks | {"UNROLLED": unrolled, "PARTS": PARTS[torch.get_float32_matmul_precision()]}
+
+
+def sketch_constants(table: Table, kind: Any) -> dict[str, Any]:
+    """``product_constants`` of a table's sketch, how it computes norms, and whether it takes channels in halves."""
+    device, is_float32 = table.device, table.gradient_dtype == torch.float32
+    is_asynchronous = gpu.has_asynchronous_products(device)
+    # Two tiles of G and one of P fit the registers and shared memory of sm_90 and sm_100.
+    halves = (
+        sketch_kernels.programs_at_a_time(table.rank) == 2
+        and not is_float32
+        and table.aligned
+        and kind is projected.MATERIALISED
+        and is_asynchronous
+        and gpu.has_large_shared_memory(device)
+    )
+    # Triton does not pipeline a tile with channels side by side that is both operands of a product on sm_80.
+    by_sum = is_float32 or (gpu.capability(device)[0] in (8, 12) and not table.keeps_rows)
+    norms = projected.BY_SUM if by_sum else projected.BY_PRODUCT
+    constants = product_constants(table.rank, kind, table.gradient_dtype, device, table.aligned, halves)
+    return constants | {"NORMS": norms.value, "HALVES": halves}
 
 
 def step_scalars(settings: Settings, step: int, step_tensor: Tensor | None, device: torch.device) -> StepScalars:

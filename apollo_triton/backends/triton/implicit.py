@@ -24,7 +24,7 @@ from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections
-from .arguments import DTYPES, PARTS, scale_arguments, sketch_blocks, step_arguments
+from .arguments import DTYPES, product_constants, scale_arguments, step_arguments
 from .matrices import Table
 from .projections import projection_kind
 
@@ -60,7 +60,8 @@ def tile_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
     blocks = operands_kernels.blocks(*_tile_conditions(X, precision))
     row_blocks, column_blocks = _tiles(rows, columns, blocks)
     channels = rows if table.keeps_rows else columns
-    norms = _scratch(table, column_blocks if table.keeps_rows else row_blocks, channels)
+    parts = column_blocks if table.keeps_rows else row_blocks
+    norms = _parts(table, parts, channels)
     gpu.launch(
         operand_sketch.tile_norms_kernel,
         (row_blocks * column_blocks,),
@@ -75,7 +76,7 @@ def tile_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
         PRECISION=precision,
         **blocks,
     )
-    return _sum(norms)
+    return _sum(norms, parts)
 
 
 def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
@@ -88,7 +89,7 @@ def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
     side = -(-tokens // blocks["BLOCK_TOKENS"])
     K_parts, part = operand_sketch.parts(side * (side + 1) // 2, width, blocks["BLOCK_WIDTH"])
     row_length = side * blocks["BLOCK_TOKENS"]
-    K = _scratch(table, K_parts, tokens, row_length)
+    K = _parts(table, K_parts, tokens, row_length)
     gpu.launch(
         operand_sketch.gram_kernel,
         (side, side, K_parts),
@@ -104,13 +105,13 @@ def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
     )
     blocks = operand_sketch.collect_blocks(tokens, on_tensor_cores)
     token_blocks = -(-tokens // blocks["BLOCK_RANK"])
-    norms = _scratch(table, token_blocks, channels)
+    norms = _parts(table, token_blocks, channels)
     gpu.launch(
         operand_sketch.gram_norms_kernel,
         (-(-channels // blocks["BLOCK_CHANNELS"]), token_blocks),
         table.device,
         kept,
-        _sum(K),
+        _sum(K, K_parts),
         norms,
         tokens,
         row_length,
@@ -118,7 +119,7 @@ def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
         PRECISION=precision,
         **blocks,
     )
-    return _sum(norms).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
+    return _sum(norms, token_blocks).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
 
 
 def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Factors, gradient: ImplicitGradient) -> None:
@@ -166,11 +167,11 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
     kept, contracted = gradient.kept_and_contracted(table.keeps_rows)
     (tokens, channels), width = kept.shape, contracted.shape[1]
     kind = projection_kind(settings)
-    blocks = sketch_blocks(table.rank, kind, kept.dtype, table.device)
-    rank_blocks = -(-table.rank // blocks["BLOCK_RANK"])
-    token_blocks = -(-tokens // blocks["BLOCK_CHANNELS"])
+    constants = product_constants(table.rank, kind, kept.dtype, table.device)
+    rank_blocks = -(-table.rank // constants["BLOCK_RANK"])
+    token_blocks = -(-tokens // constants["BLOCK_CHANNELS"])
     S_parts, part = operand_sketch.parts(token_blocks * rank_blocks, width, 128)
-    S = _scratch(table, S_parts, tokens, table.rank)
+    S = _parts(table, S_parts, tokens, table.rank)
     if tokens:
         gpu.launch(
             operand_sketch.project_kernel,
@@ -187,15 +188,14 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
             settings.update_proj_gap,
             RANK=table.rank,
             PROJECTION_KIND=kind.value,
-            PARTS=PARTS[torch.get_float32_matmul_precision()],
-            **blocks,
+            **constants,
         )
-    S = _sum(S)  # whose parts go before R's are made
+    S = _sum(S, S_parts)  # whose parts go before R's are made
     precision = gpu.precision(kept.dtype)
     blocks = operand_sketch.collect_blocks(table.rank, _on_tensor_cores(kept, precision))
     programs = -(-channels // blocks["BLOCK_CHANNELS"]), -(-table.rank // blocks["BLOCK_RANK"])
     R_parts, part = operand_sketch.parts(math.prod(programs), tokens, blocks["BLOCK_TOKENS"])
-    R = _scratch(table, R_parts, channels, table.rank)
+    R = _parts(table, R_parts, channels, table.rank)
     gpu.launch(
         operand_sketch.collect_kernel,
         (*programs, R_parts),
@@ -211,7 +211,7 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
         PRECISION=precision,
         **blocks,
     )
-    return _sum(R)
+    return _sum(R, R_parts)
 
 
 def _is_aligned(weight: Tensor) -> bool:
@@ -233,10 +233,11 @@ def _tiles(rows: int, columns: int, blocks: dict[str, int]) -> tuple[int, int]:
     return -(-rows // blocks["BLOCK_ROWS"]), -(-columns // blocks["BLOCK_COLUMNS"])
 
 
-def _sum(parts: Tensor) -> Tensor:
-    """Over the first dimension, in one order whatever the run."""
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+def _parts(table: Table, parts: int, *shape: int) -> Tensor:
+    """Memory for the parts of a sum, side by side; a single one has no dimension for it, which would have to go."""
+    return table.scratch(*shape) if parts == 1 else table.scratch(parts, *shape)
 
 
-def _scratch(table: Table, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=table.device)
+def _sum(values: Tensor, parts: int) -> Tensor:
+    """Over the parts, in one order whatever the run."""
+    return values if parts == 1 else values.sum(0)

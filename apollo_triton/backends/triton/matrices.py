@@ -74,6 +74,10 @@ class Channels:
     absmaxes: Tensor | None
     previous: Tensor
 
+    def scratch(self, *shape: int) -> Tensor:
+        """Memory of a step for float32 numbers, in two thirds of ``torch.empty``'s 1.2 us."""
+        return self.previous.new_empty(*shape)
+
 
 class MomentTable(Channels):
     """The channels of a table's matrices whose moments are on this rank, where sketches are summed over ranks."""
@@ -203,7 +207,7 @@ class Table(Channels):
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moment.column_stride
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
-                    channel_programs.append(_programs(geometry.channels, self.channel_blocks["BLOCK_CHANNELS"]))
+                    channel_programs.append(self._channel_programs(geometry.channels))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
                 parts = _programs(geometry.rows * geometry.columns, dense.BLOCK)
@@ -247,6 +251,11 @@ class Table(Channels):
                 absmaxes = (member.state[name] for name in ABSMAXES)
                 rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+
+    def _channel_programs(self, channels: int) -> int:
+        """How many blocks of channels a matrix has. The last may be empty, where the sketch takes them two by two."""
+        at_a_time = sketch.programs_at_a_time(self.rank)
+        return _programs(channels, at_a_time * self.channel_blocks["BLOCK_CHANNELS"]) * at_a_time
 
     def _tiles(self, geometry: Geometry) -> int:
         """How many programs of ``apply`` a matrix has."""

@@ -12,19 +12,19 @@ from torch import Tensor
 from ...core import gpu
 from ...core.settings import Settings
 from ...core.streams import Uses
+from ...kernels import projected
 from ...kernels import projection as projection_kernels
-from ...kernels import sketch as sketch_kernels
 from ..interface import StepScalars
 
-MATERIALISED = sketch_kernels.MATERIALISED
+MATERIALISED = projected.MATERIALISED
 
-# Distribution, seed, rank, first column, width and device of a P.
-ProjectionKey = tuple[str, int, int, int, int, torch.device]
+# Distribution, seed, rank, first column, width, dtype and device of a P.
+ProjectionKey = tuple[str, int, int, int, int, torch.dtype, torch.device]
 
 
 @dataclass(eq=False)  # each is itself, and can be held weakly
 class ProjectionBuffer:
-    """A random P in memory, ``[rank, padded width]`` of unit-variance bfloat16, shared by the matrices of its width.
+    """A random P in memory, ``[rank, padded width]`` of unit variance, shared by the matrices of its width.
 
     ``start`` is its first column, which is not 0 where a weight is cut along its width. ``epoch`` is the one it holds,
     None for nothing yet. Rewritten in place, so that its address is for good: ``uses`` keeps engines on several streams
@@ -44,16 +44,17 @@ class ProjectionBuffer:
 
     @classmethod
     def empty(
-        cls, distribution: str, seed: int, rank: int, start: int, width: int, device: torch.device
+        cls, distribution: str, seed: int, rank: int, start: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> ProjectionBuffer:
         """Memory for P, not yet written."""
         row = -(-width // projection_kernels.ROW_MULTIPLE) * projection_kernels.ROW_MULTIPLE
-        return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=torch.bfloat16, device=device))
+        return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=dtype, device=device))
 
     @property
     def kind(self) -> ProjectionKey:
         """What ``empty`` was given: two of a kind hold the same P in the same epoch."""
-        return self.distribution, self.seed, self.buffer.shape[0], self.start, self.width, self.buffer.device
+        buffer = self.buffer
+        return self.distribution, self.seed, buffer.shape[0], self.start, self.width, buffer.dtype, buffer.device
 
 
 class HasProjections(Protocol):
@@ -63,16 +64,22 @@ class HasProjections(Protocol):
 def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
     """Whether the kernels make P in place or read it, and which.
 
-    If a weight is sharded along the projected dimension, its slice of P is kept in memory: the kernels that make P in
-    place always start at column 0, and a slice is small.
+    If a weight is sharded along the projected dimension, its slice of P is kept in memory at rank 1 too: the kernels
+    that make P in place always start at column 0, and a slice is small.
     """
     assert settings.rank is not None
-    is_small = settings.rank < sketch_kernels.SMALL_RANK
-    if settings.proj == "svd" or (is_width_sharded and is_small):
-        return sketch_kernels.SINGULAR_VECTORS
-    if not is_small:
+    is_made_in_place = settings.rank < projected.TENSOR_CORE_RANK
+    if settings.proj == "svd" or (is_width_sharded and is_made_in_place):
+        return projected.SINGULAR_VECTORS
+    if not is_made_in_place:
         return MATERIALISED
-    return sketch_kernels.RADEMACHER if settings.distribution == "rademacher" else sketch_kernels.GAUSSIAN
+    return projected.RADEMACHER if settings.distribution == "rademacher" else projected.GAUSSIAN
+
+
+def projection_dtype(gradient: torch.dtype) -> torch.dtype:
+    """The dtype of a P in memory: that of the gradient, so that it is multiplied as it is read. 8 significant bits fit
+    either."""
+    return torch.float16 if gradient == torch.float16 else torch.bfloat16
 
 
 def buffer_for(kind: ProjectionKey, epoch: int | None, shared: MutableSet[ProjectionBuffer]) -> ProjectionBuffer:

@@ -12,7 +12,6 @@ argument of a kernel, and is never compiled in.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...core import gpu
 from ...core.moments_8bit import dynamic_code
@@ -22,15 +21,16 @@ from ...kernels import blockwise as blockwise_kernels
 from ...kernels import int8 as int8_kernels
 from ...kernels import rescale as rescale_kernels
 from ...kernels import sketch as sketch_kernels
+from ...kernels.table import power_of_two
 from ..interface import Factors, Sketch, StepScalars
-from .arguments import DTYPES, PARTS, moment_arguments, scale_arguments, sketch_blocks, step_arguments
+from .arguments import DTYPES, moment_arguments, scale_arguments, sketch_constants, step_arguments
 from .matrices import Channels, Table
 from .projections import projection_kind
 
 
 def sketch(table: Table, settings: Settings, scalars: StepScalars) -> Sketch:
     """R ``[all channels, rank]`` and |G_c|^2 ``[all channels]``, float32, of the gradients as they are."""
-    result = Sketch(_scratch(table, table.channels, table.rank), _scratch(table, table.channels))
+    result = Sketch(table.scratch(table.channels, table.rank), table.scratch(table.channels))
     _sketch(table, settings, scalars, result, None)
     return result
 
@@ -47,7 +47,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
         "PER_CHANNEL": result.channel is not None,
         "ALIGNED": table.aligned,
         "BLOCK_CHANNELS": table.channel_blocks["BLOCK_CHANNELS"],
-        "BLOCK_RANK": min(64, table.channel_blocks["BLOCK_RANK"], 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
+        "BLOCK_RANK": min(64, power_of_two(table.rank), 8192 // table.channel_blocks["BLOCK_CHANNELS"]),
     }
     if table.absmaxes is not None:
         gpu.launch(
@@ -59,7 +59,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
             table.channel_programs,
             *(dynamic_code(signed, table.device) for signed in (True, False)),
             *sums,
-            _scratch(table, table.channels),
+            table.scratch(table.channels),
             *out,
             *moment_arguments(settings),
             **constants,
@@ -130,10 +130,11 @@ def _sketch(
     table: Table, settings: Settings, scalars: StepScalars, out: Sketch | None, factors: Factors | None
 ) -> None:
     kind = projection_kind(settings, table.is_width_sharded)
-    blocks = sketch_blocks(table.rank, kind, table.gradient_dtype, table.device, table.aligned)
+    constants = sketch_constants(table, kind)
+    blocks = len(table.channel_programs) * table.split // (2 if constants["HALVES"] else 1)
     gpu.launch(
         sketch_kernels.sketch_kernel,
-        (len(table.channel_programs) * -(-table.rank // blocks["BLOCK_RANK"]), table.split),
+        (blocks * -(-table.rank // constants["BLOCK_RANK"]),),
         table.device,
         table.addresses,
         table.gradients,
@@ -156,10 +157,9 @@ def _sketch(
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=settings.scale_type == "channel",
         ALIGNED=table.aligned,
-        PARTS=PARTS[torch.get_float32_matmul_precision()],
         FUSED=factors is not None,
         SPLIT=table.split,
-        **blocks,
+        **constants,
     )
 
 
@@ -167,10 +167,6 @@ def _empty_factors(table: Channels, settings: Settings) -> Factors:
     programs = len(table.channel_programs)
     per_channel = settings.scale_type == "channel"
     return Factors(
-        _scratch(table, table.channels) if per_channel else None,
-        _scratch(table, programs, 1 if per_channel else 3),
+        table.scratch(table.channels) if per_channel else None,
+        table.scratch(programs, 1 if per_channel else 3),
     )
-
-
-def _scratch(table: Channels, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=table.device)

@@ -134,7 +134,7 @@ def _clip_error(run: BackendRun) -> float:
 
 
 def _cut_off(run: BackendRun, index: int) -> float:
-    """The share of |G_c|^2 that tensor cores may cut off. They are used for half precision, from rank 16 on."""
+    """The share of |G_c|^2 that tensor cores may cut off. They are used for half precision, from rank 2 on."""
     rank = run.settings.rank or 0
     if run.name != "kernels" or run.gradient_dtype == torch.float32 or rank < TENSOR_CORE_RANK:
         return 0.0
