@@ -82,6 +82,9 @@ class Kernel:
         flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
         flags |= {"SIGNS": (True, "signs"), "HALVES": (True, "halves")}
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
+        operand = f"{at.get('GRADIENT')} {dict(self.types).get('p_summed')}"
+        if at.get("UNROLLED") is False and ("fp32" in operand or at["PROJECTION_KIND"] == _KINDS.index("svd")):
+            words.append("parts in a loop")
         on_device = {"p_step": "t on the device", "p_lr": "lr on the device"}
         words += [word for name, word in on_device.items() if name in dict(self.types) and name not in at]
         if self.name in ("sketch_kernel", "project_kernel") and "num_stages" in dict(self.options):

@@ -105,7 +105,7 @@ def few(target: str) -> Iterator[Variant]:
         yield _sketch(64, _FLOAT16)  # P goes through registers
         yield {"group": _MINI, "only": ("apply_kernel",)}
     elif target == "sm_80":
-        yield _sketch(16, columns=True)
+        yield _sketch(4, columns=True)
 
 
 def _sketch(rank: int, dtype: torch.dtype = _BFLOAT16, columns: bool = False) -> Variant:
