@@ -63,6 +63,11 @@ def test_state_bytes_of_ours_and_of_the_official_optimizer():
     weight, gradient = 2 * (2 * 64 * 32 + 32), 2 * (2 * 64 * 32 + 32)
     expected = 2 * weight + 2 * gradient + 2 * (moments + steps + norms)
     assert bytes_to_move(CONTENDERS["APOLLO"], ours) == expected
+    quantized = CONTENDERS["Q-APOLLO"].make(weights, 4, {})
+    quantized.step()
+    codes, groups = 2 * 64 * 32, 2 * 64 * 32 // 128  # a scale and a zero point each, 5 bytes
+    weight_int8 = codes + 5 * groups + 2 * 32
+    assert bytes_to_move(CONTENDERS["Q-APOLLO"], quantized) == expected - 2 * weight + 2 * weight_int8
     official = CONTENDERS["apollo-torch"].make(weights, 4, {})
     official.step()
     projections = 2 * 2 * 4 * 32  # kept in its projectors, in the gradient's dtype, and only read
