@@ -136,7 +136,7 @@ def counted(machine: Machine) -> str:
 _OF_TRITONS = {"compiled": "sketches", "failed": "not compiled"}
 _OF_TRITONS |= {
     "hazards": "that write under a product in flight",
-    "slots": "with other slots than their stages ask for",
+    "slots": "with fewer slots than their stages ask for",
 }
 
 

@@ -10,7 +10,7 @@ from . import listing
 from .hazards import hazards
 from .kernel import Kernel
 from .listing import Instruction, Listing
-from .pipeline import STREAMED, Tile, tiles
+from .pipeline import Tile, tiles
 from .targets import TARGETS
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ def measure(kernel: Kernel, target: str) -> Row:
     opcodes = " ".join(instruction.opcode for instruction in machine.code)
     stages, pipelined = compiled.metadata.num_stages, tiles(compiled.asm["ttgir"])
     uses_tensor_cores = bool(re.search(r"\b[HIQ]MMA|GMMA|UTC\w*MMA|v_mfma", opcodes))
-    streamed = {name: pipelined.get(name, Tile()) for name in STREAMED.get(kernel.name, ()) if uses_tensor_cores}
+    streamed = {name: pipelined.get(name, Tile()) for name in kernel.streamed if uses_tensor_cores}
     return row | {
         "warps": compiled.metadata.num_warps,
         **_resources(compiled, target),

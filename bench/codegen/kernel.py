@@ -19,6 +19,16 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 _KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/sketch.py
 
+# What the products of each kernel stream, by the names of the variables.
+_STREAMED = {
+    **dict.fromkeys(("sketch_kernel", "project_kernel"), ("G", "P")),
+    **dict.fromkeys(("collect_kernel", "gram_norms_kernel"), ("S", "kept")),
+    **dict.fromkeys(("tile_norms_kernel", "apply_operands_kernel", "apply_int8_operands_kernel"), ("X", "dY")),
+    "gram_kernel": ("X", "Z"),
+    "forward_kernel": ("x", "q"),
+    "input_gradient_kernel": ("G", "q"),
+}
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -70,8 +80,11 @@ class Kernel:
         letters = {"GRADIENT": "G", "WEIGHT_DTYPE": "W", "STATE": "M"}
         words += [f"{letter} {at[name]}" for name, letter in letters.items() if name in at]
         flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
-        flags |= {"SIGNS": (True, "signs")}
+        flags |= {"SIGNS": (True, "signs"), "HALVES": (True, "halves")}
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
+        operand = f"{at.get('GRADIENT')} {dict(self.types).get('p_summed')}"
+        if at.get("UNROLLED") is False and ("fp32" in operand or at["PROJECTION_KIND"] == _KINDS.index("svd")):
+            words.append("parts in a loop")
         on_device = {"p_step": "t on the device", "p_lr": "lr on the device"}
         words += [word for name, word in on_device.items() if name in dict(self.types) and name not in at]
         if self.name in ("sketch_kernel", "project_kernel") and "num_stages" in dict(self.options):
@@ -89,6 +102,12 @@ class Kernel:
         return " ".join(words)
 
     @property
+    def streamed(self) -> tuple[str, ...]:
+        """What the kernel's products stream, if it has any, by the names of the variables."""
+        names = _STREAMED.get(self.name, ())
+        return (*names, "other_G") if self.at.get("HALVES") else names
+
+    @property
     def per_turn(self) -> int:
         """How many elements a program handles in one turn of its loop, or in all if it has no loop."""
         at = self.at
@@ -101,7 +120,8 @@ class Kernel:
             ("apply_operands_kernel", "apply_int8_operands_kernel", "tile_norms_kernel"), "ROWS COLUMNS"
         )
         if self.name in tile:
-            return math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
+            halves = 2 if at.get("HALVES") else 1
+            return halves * math.prod(at[f"BLOCK_{side}"] for side in tile[self.name].split())
         if self.name == "step_kernel":
             return 1
         return at["BLOCK"] * (4 if self.name == "projection_kernel" else 1)

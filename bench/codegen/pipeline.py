@@ -1,9 +1,9 @@
 """How Triton pipelines the tiles of a matrix product, read off its intermediate code (TTGIR).
 
 With n stages a tile is copied n - 1 turns ahead into slots of shared memory. An asynchronous product (sm_90, sm_100)
-still reads its tile when the copies of the next turn start, so such a tile needs n slots. Triton forgets the last of
-them for a tile that something else uses as well: the copy then overwrites what the product reads, and results are
-wrong. A tile that goes from its slot to registers is no longer needed by then, and has n - 1 slots.
+may still read its tile when the copies of the next turn start, so such a tile needs n slots. Triton forgets the last
+of them for a tile that something else uses as well: the copy then overwrites what the product reads, and results are
+wrong. A tile that goes from its slot to registers, or whose products have been waited for, needs n - 1 slots.
 """
 
 from __future__ import annotations
@@ -12,19 +12,9 @@ import linecache
 import re
 from typing import NamedTuple
 
-# What the products of each kernel stream, by the names of the variables.
-STREAMED = {
-    **dict.fromkeys(("sketch_kernel", "project_kernel"), ("G", "P")),
-    **dict.fromkeys(("collect_kernel", "gram_norms_kernel"), ("S", "kept")),
-    **dict.fromkeys(("tile_norms_kernel", "apply_operands_kernel", "apply_int8_operands_kernel"), ("X", "dY")),
-    "gram_kernel": ("X", "Z"),
-    "forward_kernel": ("x", "q"),
-    "input_gradient_kernel": ("G", "q"),
-}
-
 
 class Tile(NamedTuple):
-    """The slots of a tile, and whether a product reads them while the next copies run."""
+    """The slots of a tile, and whether a product reads them while copies run."""
 
     slots: int = 0
     read_by_product: bool = False
@@ -34,18 +24,26 @@ class Tile(NamedTuple):
         return stages if self.read_by_product else stages - 1
 
 
+class _Product(NamedTuple):
+    """A product in flight: the buffers that it reads, and on sm_100 what is waited at."""
+
+    buffers: set[str]
+    barrier: str = ""
+
+
 _ALLOCATION = re.compile(r"\s*(%\w+) = \S+\.local_alloc\s*: \(\) -> \S+memdesc<(\d+)x\d+x\d+x.*loc\((#\w+)\)")
 _VIEW = re.compile(r"\s*(%\w+) = \S+ (%\w+)\b.* -> \S+memdesc<")
-_PRODUCT = re.compile(r".*\b(?:warp_group_dot|tc_gen5_mma) (%\w+), (%\w+),")
+_PRODUCT = re.compile(r".*\b(warp_group_dot|tc_gen5_mma) (%.*?) [:{]")
+_WAIT = re.compile(r".*\bwarp_group_dot_wait .*pendings = (\d+)|.*\bwait_barrier (%\w+)")
+_COPY = re.compile(r".*\basync_copy_global_to_local |\s*scf\.yield")  # the next turn begins with copies
 
 
 def tiles(ttgir: str) -> dict[str, Tile]:
     """Each pipelined tile by the name of the variable that it was loaded to."""
-    found = dict[str, Tile]()
-    slots, names, buffer = dict[str, int](), dict[str, str](), dict[str, str]()  # buffer: of each view of one
     lines = ttgir.splitlines()
     locations = dict(match.groups() for line in lines if (match := re.match(r"(#loc\w*) = loc\((.*)\)$", line)))
-    in_products = set[str]()
+    slots, names, buffer = dict[str, int](), dict[str, str](), dict[str, str]()  # buffer: of each view of one
+    in_flight, read = list[_Product](), set[str]()
     for line in lines:
         if match := _ALLOCATION.match(line):
             slots[match[1]], names[match[1]] = int(match[2]), _variable(match[3], locations)
@@ -53,10 +51,19 @@ def tiles(ttgir: str) -> dict[str, Tile]:
         elif (match := _VIEW.match(line)) and match[2] in buffer:
             buffer[match[1]] = buffer[match[2]]
         elif match := _PRODUCT.match(line):
-            in_products |= {buffer[view] for view in match.groups() if view in buffer}
+            operands = match[2].split(", ")
+            barrier = operands[5].partition("[")[0] if len(operands) > 5 else ""
+            if barrier or "isAsync = true" in line:
+                in_flight.append(_Product({buffer[view] for view in operands[:2] if view in buffer}, barrier))
+        elif match := _WAIT.match(line):
+            oldest = max(0, len(in_flight) - int(match[1])) if match[1] else 0
+            in_flight = [product for product in in_flight[oldest:] if product.barrier != match[2]]
+        elif _COPY.match(line):
+            read.update(*(product.buffers for product in in_flight))
+    found = dict[str, Tile]()
     for one, count in slots.items():
-        tile, other = Tile(count, one in in_products), found.get(names[one])
-        found[names[one]] = tile if other is None else Tile(min(count, other.slots), max(tile[1], other[1]))
+        other = found.get(names[one], Tile(count))
+        found[names[one]] = Tile(min(count, other.slots), one in read or other.read_by_product)
     return found
 
 

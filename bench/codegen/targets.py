@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,7 +16,7 @@ class Target(NamedTuple):
     """A GPU as Triton names it, and what a program may have of it."""
 
     backend: str
-    architecture: int | str
+    architecture: Any
     threads: int  # of a warp
     shared_memory: int  # KiB
     tensor_memory: int = 0  # columns
@@ -35,8 +35,9 @@ TARGETS = {
 def as_on(name: str) -> Iterator[None]:
     """The package chooses tiles, stages and precision on the CPU as it would on this target."""
     target = TARGETS[name]
+    is_amd = target.backend == "hip"
+    capability = (0, 0) if is_amd else divmod(target.architecture, 10)
     with contextlib.ExitStack() as stack:
-        large = target.shared_memory >= 160
-        stack.enter_context(mock.patch.object(gpu, "has_large_shared_memory", return_value=large))
-        stack.enter_context(mock.patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None))
+        stack.enter_context(mock.patch.object(gpu, "capability", return_value=capability))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "7.0" if is_amd else None))
         yield

@@ -26,6 +26,7 @@ def sketches(target: str) -> Iterator[Variant]:
     for rank in (16, 64, 128, 256):
         for dtype in (_BFLOAT16, _FLOAT16, _FLOAT32):
             yield _sketch(rank, dtype)
+    yield from (_sketch(4), _sketch(32, _FLOAT32))
     for rank, dtype in ((64, _FLOAT32), (16, _BFLOAT16), (256, _BFLOAT16)):
         yield _sketch(rank, dtype, columns=True)
 
@@ -101,10 +102,10 @@ def few(target: str) -> Iterator[Variant]:
         yield {"group": {"rank": 256} | _COLUMNS, **_8BIT, "only": ("rescale_blockwise_kernel",)}
         yield {"group": _MINI, "capturable": True, "only": ("step_kernel",)}
     elif target == "sm_100":
-        yield _sketch(64, _FLOAT16)  # P goes through registers
+        yield _sketch(64, _FLOAT16)  # whose P is float16, too
         yield {"group": _MINI, "only": ("apply_kernel",)}
     elif target == "sm_80":
-        yield _sketch(16, columns=True)
+        yield _sketch(4, columns=True)
 
 
 def _sketch(rank: int, dtype: torch.dtype = _BFLOAT16, columns: bool = False) -> Variant:

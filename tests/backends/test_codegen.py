@@ -35,32 +35,36 @@ MOST_PER_ELEMENT = {"sketch": 8.9, "apply": 24, "apply_int8": 58, "dense": 44, "
 MOST_PER_ELEMENT_STOCHASTIC = {"dense": 80}
 # Of 16-bit weights and gradients, rounded to nearest or stochastically.
 MOST_OF_APPLY = {"sm_100": (15, 27), "sm_90": (16, 28), "sm_89": (16, 28), "sm_80": (16, 28), "gfx942": (28, 44)}
-# At rank 256 a half-precision gradient, of which two halves share a tile of P: 8.9 and a spill in the loop without.
-MOST_PER_ELEMENT_AT_256 = 6.5
+# The same of products with a half-precision gradient, by the highest rank. At rank 256 two halves share a tile of P:
+# apart they take 8.9 and 10.1. Where P goes through registers, because its dtype is not G's, rank 64 takes 5.4.
+MOST_OF_PRODUCT = {"sm_90": {64: 4, 128: 5.2, 256: 6.5}, "sm_100": {64: 4, 128: 5.2, 256: 7}}
 STAGES_AT_256 = 4
-# Bytes of stack a thread where R, M and V of a 64 x 128 tile on 4 warps, or of 64 x 256 on 8, do not fit 255 registers
-# (304 and 472 on sm_90). Written and read once per program: 116 KiB against 512 KiB of gradient at width 4096.
-MOST_STACK_FROM_128 = 512
+# Bytes of stack a thread where R, M and V of a 64 x 128 tile on 4 warps, or of two of 64 x 256 on 8, do not fit 255
+# registers (304 and 1016 on sm_90). Written and read once per program: 116 KiB against 512 KiB of gradient at width
+# 4096, 500 KiB against 1 MiB.
+MOST_STACK_AT_128, MOST_STACK_AT_256 = 512, 1024
 # The two directions of an int8 linear layer.
 LINEAR = ("forward", "input_gradient")
 # A step from a layer's operands.
 PRODUCTS = ("apply_operands", "apply_int8_operands", "tile_norms", "gram", "gram_norms", "collect")
 
 
-# Why a tile of a row has not the slots that its stages ask for.
-OTHER_SLOTS = {
+# Why a tile of a row has fewer slots than its stages ask for.
+FEWER_SLOTS = {
     "triton 3.4 and later give none to a left operand of mma.sync that is stored transposed": lambda row, name: (
         (
             row["target"] in ("sm_80", "sm_89", "gfx942") or "64x32x" in row["what"]
         )  # sm_90: 32 rows are too few for wgmma
-        and (name in ("dY", "kept") or (row["kernel"] == "sketch" and name == "G" and "columns" in row["what"]))
+        and name in ("dY", "kept")
     ),
     "rows that do not start at 16 bytes are loaded element by element": lambda row, name: (
         "unaligned" in row["what"]
         or (row["kernel"] in LINEAR and "groups of 1001" in row["what"])
         or (row["kernel"] == "input_gradient" and "groups of 27" in row["what"])
     ),
-    "a loop in the loop, over the three parts of svd's P": lambda row, name: "svd" in row["what"],
+    "triton pipelines no loop with a loop inside; unrolled, the parts would not fit: kernels/sketch.py": (
+        lambda row, name: "parts in a loop" in row["what"]
+    ),
     "AMD's compiler gives none to what two products use": lambda row, name: (
         row["target"] == "gfx942" and row["kernel"] in ("sketch", "project")
     ),
@@ -169,12 +173,15 @@ def test_nothing_spills_but_the_tile_from_rank_128_on(rows):
     fits = [row for row in of(rows, "sketch") if rank(row) < 128 or "split" in row["what"]]
     others = of(rows, "apply", "apply_int8", "dense", "squared_norm", "rescale", "rescale_blockwise")
     aligned = [row for row in fits + others if "unaligned" not in row["what"]]
-    check(aligned, lambda row: row["stack"] <= 8 and row["spilling"] <= 1)
+    check([row for row in aligned if row["target"] != "sm_80"], lambda row: row["stack"] <= 8 and row["spilling"] <= 1)
+    check(
+        aligned, lambda row: row["stack"] <= 24 and row["spills_in_loop"] == 0
+    )  # sm_80: columns of float32 at rank 64
 
 
 def test_spills_of_the_tile_from_rank_128_on_are_bounded(rows):
     tile = [row for row in of(rows, "sketch") if rank(row) >= 128 and "unaligned" not in row["what"]]
-    check(tile, lambda row: row["stack"] <= MOST_STACK_FROM_128)
+    check(tile, lambda row: row["stack"] <= (MOST_STACK_AT_128 if rank(row) == 128 else MOST_STACK_AT_256))
 
 
 def test_nothing_is_written_under_a_product_in_flight(rows):
@@ -187,13 +194,13 @@ def test_every_tile_of_a_product_has_the_slots_of_its_stages(rows):
     H100). A slot too few for all, or none: the kernel waits for memory."""
     products = [row for row in rows if row.get("slots")]
     assert products
-    other = [(row, name) for row in products for name, number in row["slots"].items() if number != wanted(row, name)]
-    bad = [f"{name}: {row}" for row, name in other if not any(holds(row, name) for holds in OTHER_SLOTS.values())]
+    short = [(row, name) for row in products for name, number in row["slots"].items() if number < wanted(row, name)]
+    bad = [f"{name}: {row}" for row, name in short if not any(holds(row, name) for holds in FEWER_SLOTS.values())]
     assert not bad, "\n".join(bad)
     if "gfx942" in {
         row["target"] for row in rows
     }:  # all variants: a reason that no longer holds would hide the next fault
-        assert all(any(holds(*each) for each in other) for holds in OTHER_SLOTS.values())
+        assert all(any(holds(*each) for each in short) for holds in FEWER_SLOTS.values())
 
 
 def test_tiles_fit_shared_memory(rows):
@@ -213,15 +220,22 @@ def test_instructions_an_element_leave_the_memory_to_decide(rows):
     check([row for row in streaming + mini if "unaligned" not in row["what"]], holds)
 
 
-def test_the_loop_of_rank_256_spills_nothing_and_is_short(rows):
+def test_the_loop_of_a_product_is_short_and_spills_nothing(rows):
     """Registers that go to memory and back in every turn, halves that are multiplied apart, a stage less."""
-    on_wide_memory = [row for row in of(rows, "sketch") if row["target"] in ("sm_90", "sm_100")]
-    whole = [row for row in on_wide_memory if rank(row) == 256 and "unaligned" not in row["what"]]
-    assert whole
-    check(whole, lambda row: row["spills_in_loop"] == 0)
-    half = [row for row in whole if "G bf16" in row["what"]]
-    check(half, lambda row: row["per_element"] <= MOST_PER_ELEMENT_AT_256)
-    check(half, lambda row: row["slots"] and set(row["slots"].values()) == {STAGES_AT_256})
+    sketches = [row for row in of(rows, "sketch") if row["target"] in MOST_OF_PRODUCT and 1 < rank(row) <= 256]
+    half = [
+        row for row in sketches if re.search("P read .*G (bf|fp)16", row["what"]) and "unaligned" not in row["what"]
+    ]
+
+    def is_short(row):
+        bounds = MOST_OF_PRODUCT[row["target"]]
+        return row["per_element"] <= bounds[min(most for most in bounds if rank(row) <= most)]
+
+    check(half, is_short)
+    check(half, lambda row: row["spills_in_loop"] == 0)
+    at_256 = [row for row in half if rank(row) == 256]
+    assert at_256
+    check(at_256, lambda row: set(row["slots"].values()) == {STAGES_AT_256})
 
 
 def test_int8_weights_of_a_layer_are_loaded_at_least_8_bytes_at_a_time(rows):

@@ -109,19 +109,33 @@ def ttgir(dialect: str, uses: str) -> str:
 %3 = scf.for %4 = %c0 to %5 step %c64 iter_args(%6 = %cst) -> (tensor<64x64xf32, #mma>) : i64 {{
   %7 = {dialect}.memdesc_index %1[%8] : !{dialect}.memdesc<2x64x32xbf16> -> !{dialect}.memdesc<64x32xbf16> loc(#loc3)
 {uses}
+  scf.yield %10 : tensor<64x64xf32>
 }}"""
 
 
-def test_slots_are_read_off_by_the_name_of_the_variable():
-    """Barriers counted as slots, a product through a transposed view of the tile missed, other versions' names."""
-    view = "%9 = ttg.memdesc_trans %7 : !ttg.memdesc<64x32xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc3)"
-    product = (
-        "%10 = ttng.warp_group_dot %11, %9, %6 {isAsync = true} : tensor<64x32xbf16> -> tensor<64x64xf32> loc(#loc3)"
-    )
-    registers = "%12 = ttg.local_load %7 : !ttg.memdesc<64x32xbf16> -> tensor<64x32xbf16, #blocked> loc(#loc3)"
-    assert tiles(ttgir("ttg", f"{view}\n{product}")) == {"G": (2, True)}
-    assert tiles(ttgir("ttg", registers)) == {"G": (2, False)}
-    blackwell = "ttng.tc_gen5_mma %7, %11, %13, %true, %true, %14 : !ttg.memdesc<64x32xbf16>, loc(#loc3)"
-    assert tiles(ttgir("ttg", f"{registers}\n{blackwell}")) == {"G": (2, True)}
-    old = "%10 = triton_nvidia_gpu.warp_group_dot %7, %11, %6 {isAsync = true} : !tt.memdesc<64x32xbf16> loc(#loc3)"
-    assert tiles(ttgir("triton_gpu", old)) == {"G": (2, True)}
+VIEW = "%9 = ttg.memdesc_trans %7 : !ttg.memdesc<64x32xbf16> -> !ttg.memdesc<32x64xbf16> loc(#loc3)"
+HOPPER = "%10 = ttng.warp_group_dot %11, %9, %6 {isAsync = true} : tensor<64x32xbf16> -> tensor<64x64xf32> loc(#loc3)"
+BLACKWELL = "ttng.tc_gen5_mma %7, %11, %13, %true, %true, %14[%true] {is_async} : !ttg.memdesc<64x32xbf16>, loc(#loc3)"
+REGISTERS = "%12 = ttg.local_load %7 : !ttg.memdesc<64x32xbf16> -> tensor<64x32xbf16, #blocked> loc(#loc3)"
+COPY = "%15 = ttg.async_copy_global_to_local %16, %17 mask %18 : tensor<64x32x!tt.ptr<bf16>> -> <64x32xbf16> loc(#loc3)"
+OLD = "%10 = triton_nvidia_gpu.warp_group_dot %7, %11, %6 {isAsync = true} : !tt.memdesc<64x32xbf16> loc(#loc3)"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "uses", "is_read"),
+    [
+        ("ttg", [REGISTERS, COPY], False),
+        ("ttg", [VIEW, HOPPER, COPY], True),  # through a view of it
+        ("ttg", [VIEW, HOPPER, "ttng.warp_group_dot_wait %10 {pendings = 1 : i32} : loc(#loc3)", COPY], True),
+        ("ttg", [VIEW, HOPPER, "ttng.warp_group_dot_wait %10 {pendings = 0 : i32} : loc(#loc3)", COPY], False),
+        ("ttg", [VIEW, HOPPER.replace("{isAsync = true} ", ""), COPY], False),
+        ("ttg", [COPY, VIEW, HOPPER], True),  # by the copies of the next turn
+        ("ttg", [REGISTERS, BLACKWELL, COPY], True),
+        ("ttg", [BLACKWELL, "ttng.wait_barrier %14, %c0, %true : loc(#loc3)", COPY], False),
+        ("ttg", [BLACKWELL, "ttng.wait_barrier %99, %c0, %true : loc(#loc3)", COPY], True),  # for an earlier one
+        ("triton_gpu", [OLD, COPY], True),  # as triton 3.2 writes it
+    ],
+)
+def test_a_tile_is_read_by_a_product_that_copies_do_not_wait_for(dialect, uses, is_read):
+    """Barriers counted as slots, a transposed view missed, a product taken for waited for, other versions' names."""
+    assert tiles(ttgir(dialect, "\n".join(uses))) == {"G": (2, is_read)}
