@@ -6,7 +6,7 @@ Where every tensor lies, which launches the groups can share, and the settings t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -26,6 +26,7 @@ Given = Mapping[Tensor, ImplicitGradient]
 
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _MISALIGNED = (15).__and__  # by how many bytes
+_END = object()
 _ADDRESSED = ("step", *MOMENTS, "update_norm", *ABSMAXES)
 # A sparse gradient has no address, and what is no tensor has no strides.
 _NO_ADDRESS = (RuntimeError, KeyError, AttributeError, TypeError)
@@ -68,8 +69,7 @@ class Places:
         """Raises as tensors do that have no address."""
         self._parameters, gradients, self._counts = _with_gradients(groups, given)
         self._states = [states[each] for each in self._parameters]
-        self._values = [*chain.from_iterable(map(dict.values, self._states))]
-        self._lengths = [*map(len, self._states)]
+        self._values = [*self._held()]
         self._state = [state[name] for state in self._states for name in _ADDRESSED if name in state]
         self._is_plain = {*map(type, self._parameters)} <= {torch.nn.Parameter}
         self.gradients, self._facts = self._numbers(gradients, given)
@@ -77,13 +77,11 @@ class Places:
     def unless_moved(self, groups: Groups, states: States, given: Given) -> list[int] | None:
         """The addresses of the gradients, which are kept, if nothing but gradients has moved; else None."""
         parameters, gradients, counts = _with_gradients(groups, given)
-        found = [*map(states.get, parameters)]
         if (
             counts != self._counts
             or not all(map(operator.is_, parameters, self._parameters))
-            or not all(map(operator.is_, found, self._states))
-            or [*map(len, self._states)] != self._lengths
-            or not all(map(operator.is_, chain.from_iterable(map(dict.values, self._states)), self._values))
+            or not self._are_in(states)
+            or not all(map(operator.is_, self._held(), self._values))
         ):
             return None
         try:
@@ -95,6 +93,17 @@ class Places:
             return None
         self.gradients = addresses
         return addresses
+
+    def _held(self) -> Iterator[Any]:
+        """What the states hold, and a mark, so that no longer sequence is taken for the same."""
+        return chain(chain.from_iterable(map(dict.values, self._states)), (_END,))
+
+    def _are_in(self, states: States) -> bool:
+        """Whether each parameter's state is the dictionary that it was."""
+        # Most often these are all, in this order, and no parameter's hash is needed, which is a function of Python's.
+        if len(states) == len(self._states) and all(map(operator.is_, states, self._parameters)):
+            return all(map(operator.is_, states.values(), self._states))
+        return all(map(operator.is_, map(states.get, self._parameters), self._states))
 
     def _numbers(self, gradients: list[Any], given: Given) -> tuple[list[int], tuple[list[Any], ...]]:
         """The gradients' addresses, and what is not to change."""

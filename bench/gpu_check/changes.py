@@ -2,10 +2,10 @@
 
     python -m bench.gpu_check.changes
 
-``CHANGES`` has an entry for each row of the table "Waiting for a clock" in docs/performance.md, under the name in its
-first column. *After* is the optimizer as it is. *Before* is the same with some of its parts as they were: block sizes
-and constants of the kernels and of their launches are attributes of modules, and are replaced while it steps. Where the
-old way is gone, *after* is timed alone.
+``CHANGES`` has one or more entries for each row of the table "Waiting for a clock" in docs/performance.md. *After* is
+the optimizer as it is. *Before* is the same with some of its parts as they were: block sizes and constants of the
+kernels and of their launches are attributes of modules, and are replaced while it steps. Where the old way is gone,
+*after* is timed alone.
 """
 
 from __future__ import annotations
@@ -63,14 +63,18 @@ def _module(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Change:
-    """``name``: the first cell of its row in the table. ``contender``: a step of which one of ``CONTENDERS``.
+    """``row``: the first cell of its row in the table. ``contender``: a step of which one of ``CONTENDERS``.
     ``before``: what is replaced for the old way; nothing if it cannot be had any more."""
 
-    name: str
+    row: str
     contender: str
     rank: int = 256
     dtype: str = "bfloat16"
     before: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}: {self.contender}, rank {self.rank}, {self.dtype}"
 
     def ways(self, shapes: Shapes, device: str) -> dict[str, Callable[[], object]]:
         """A step of each way, whose optimizer has made one step."""
@@ -99,27 +103,26 @@ def _step(optimizer: torch.optim.Optimizer, patches: tuple[str, ...]) -> None:
         optimizer.step()
 
 
+WARPS, NORM, AHEAD = "apply on 8 warps", "the norm of clipping read from G", "no more than 2 tiles ahead"
 # The old parts, by a name that says what is old.
 OLD: dict[str, Patch] = {
-    "apply on 8 warps": blocks("kernels.apply", "blocks", num_warps=8),
-    "no more than 2 tiles ahead": returning("kernels.sketch", "stages", 2),
-    "the norm of clipping read from G": returning("backends.triton.updates", "keeps_sketch", False),
+    WARPS: blocks("kernels.apply", "blocks", num_warps=8),
+    AHEAD: returning("kernels.sketch", "stages", 2),
+    NORM: returning("backends.triton.updates", "keeps_sketch", False),
     "no handles of launches": returning("core.handles", "_is_watched", True),
 }
 CHANGES = (
-    Change("`apply` of 64 elements a thread", "APOLLO-Mini", before=("apply on 8 warps",)),
-    Change("`apply` of 64 elements a thread, stochastic", "APOLLO-Mini, stochastic", before=("apply on 8 warps",)),
-    Change("clipping without a third read, Mini", "APOLLO-Mini, clipped", before=("the norm of clipping read from G",)),
-    Change(
-        "clipping without a third read, rank 64", "APOLLO, clipped", 64, before=("the norm of clipping read from G",)
-    ),
-    Change("int8 `apply`", "Q-Mini"),
+    Change("`apply` of 16-bit weights on 4 warps", "APOLLO-Mini", 1, before=(WARPS,)),
+    Change("`apply` of 16-bit weights on 4 warps", "APOLLO-Mini, stochastic", 1, before=(WARPS,)),
+    Change("clipping without a third read", "APOLLO-Mini, clipped", 1, before=(NORM,)),
+    Change("clipping without a third read", "APOLLO, clipped", 64, before=(NORM,)),
+    Change("int8 `apply`", "Q-Mini", 1),
     Change("two halves at rank 256", "APOLLO"),
-    Change("copies ahead at rank 256", "APOLLO", before=("no more than 2 tiles ahead",)),
-    Change("float32 gradients pipelined, rank 32", "APOLLO", 32, "float32", ("no more than 2 tiles ahead",)),
-    Change("float32 gradients pipelined, rank 256", "APOLLO", 256, "float32", ("no more than 2 tiles ahead",)),
-    Change("ranks 2 to 15 on tensor cores, rank 4", "APOLLO", 4),
-    Change("launches by handles", "APOLLO-Mini", before=("no handles of launches",)),
+    Change("copies ahead at rank 256", "APOLLO", before=(AHEAD,)),
+    Change("float32 gradients pipelined", "APOLLO", 32, "float32", (AHEAD,)),
+    Change("float32 gradients pipelined", "APOLLO", 256, "float32", (AHEAD,)),
+    Change("ranks 2 to 15 on tensor cores", "APOLLO", 4),
+    Change("launches by handles", "APOLLO-Mini", 1, before=("no handles of launches",)),
 )
 
 
@@ -154,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         except Exception as error:  # whatever happens in one, the others are measured
             row = {"skipped": reason(error)}
         release(options.device)
-        results.add(change.name, change=change.name, **about, **row)
+        results.add(change.name, change=change.row, **about, **row)
         print(f"{change.name:60s} {row.get('skipped') or row.get('after over before') or row['after_ms']}", flush=True)
     print(f"written to {results.path}")
 

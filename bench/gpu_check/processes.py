@@ -15,10 +15,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-# A server without a CUDA context has imported what jobs need, and forks them. The rehearsal forks from itself.
+# A server without a CUDA context has imported what jobs need, and forks them. The rehearsal forks from itself. The
+# modules that start jobs are not preloaded: a job imports its own again, as the main one.
 START_METHOD = "forkserver"
-PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs"]
-PRELOADED += [f"bench.gpu_check.{name}" for name in ("compilation", "shapes", "validation")]
+PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs", "apollo_triton.tools.validate.runs"]
+PRELOADED += [f"bench.gpu_check.{name}" for name in ("changes", "races", "shapes")]
 LONGEST_JOB = 90.0  # seconds
 
 Job = TypeVar("Job")

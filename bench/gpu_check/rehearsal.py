@@ -41,7 +41,7 @@ def run(check: Check) -> str:
     try:
         with backends if on_kernels else contextlib.nullcontext():
             MODULES[check.module].main(list(check.rehearsal))
-    except Exception:
+    except (Exception, SystemExit):  # of which the second is argparse's, for a wrong argument
         traceback.print_exc()
         return FAILED
     return DONE

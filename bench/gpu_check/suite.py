@@ -81,12 +81,13 @@ def run(arguments: list[str], folder: Path, results: Results) -> None:
     with open(folder / "output", "w+", encoding="utf-8") as output, open(outcomes, encoding="utf-8") as lines:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            while process.poll() is None:
-                keep(_new(lines), results)
+            running = True
+            while running:
                 time.sleep(0.2)
+                running = process.poll() is None  # before the last look, which finds what came since
+                keep(_new(lines), results)
         finally:
             process.kill()
-        keep(_new(lines), results)
         output.seek(0)
         print("".join(output.readlines()[-3:]), end="", flush=True)
 

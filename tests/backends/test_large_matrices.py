@@ -132,13 +132,9 @@ def test_more_than_two_to_the_31_elements_from_factors(monkeypatch):
     own.previous.fill_(1)
     given = ImplicitGradient(Phantom(X_at, torch.bfloat16, tokens, columns), drawn((tokens, rows), 1, torch.bfloat16))
     sizes = {X_at: 2 * tokens * columns, W_at: 2 * rows * columns, out_at: 4 * columns * rank}
-    scratch = implicit._scratch
-    monkeypatch.setattr(
-        implicit,
-        "_scratch",
-        lambda where, *shape: Phantom(out_at, torch.float32, *shape) if columns in shape else scratch(where, *shape),
-    )
-    monkeypatch.setattr(implicit, "_sum", lambda parts: parts)
+    scratch = own.scratch
+    own.scratch = lambda *shape: Phantom(out_at, torch.float32, *shape) if columns in shape else scratch(*shape)
+    monkeypatch.setattr(implicit, "_sum", lambda values, parts: values)
     factors = Factors(None, torch.ones(1, 3))
     last = (-(-columns // 128) - 1, 0, 0)  # of the tiles in a row, and of the blocks of channels
     with Recorder(phantom=list(sizes.items()), only=[last]) as recorder:

@@ -33,6 +33,8 @@ from sanitizer import Recorder
 
 from apollo_triton.backends.triton import implicit
 from apollo_triton.backends.triton import matrices as tables
+from apollo_triton.backends.triton.arguments import sketch_constants
+from apollo_triton.backends.triton.projections import MATERIALISED
 from apollo_triton.core import gpu
 from apollo_triton.core.projection import TENSOR_CORE_RANK
 from apollo_triton.int8.weight import Int8Weight
@@ -249,6 +251,34 @@ def test_tiles_of_elementwise_work_do_not_show(group, monkeypatch):
     ours, optimizer = train(weights, **options)
     assert optimizer._engine._plan.tables[0].tile_blocks == tiles
     assert_same_bits(expected, ours)
+
+
+RIGHT = {"rank": 130, "proj_type": "right"}
+SKETCHES = {
+    "fused": ([(70, 136), (3, 136)], RIGHT),
+    "columns kept": ([(136, 72), (136, 8)], {"rank": 130, "proj_type": "left"}),
+    "two launches": ([(3, 264), (70, 264)], {"rank": 260, "proj_type": "right"}),
+    "8-bit moments": ([(70, 136)], {**RIGHT, "constructor": {"state_bits": 8, "min_8bit_size": 257}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiers(SKETCHES, ("fused",).__contains__))
+@pytest.mark.parametrize("dtype", tiers((torch.bfloat16, torch.float16), lambda dtype: dtype == torch.bfloat16))
+def test_two_blocks_of_channels_that_share_P_leave_the_bits_of_one(name, dtype):
+    """A block's sums under another's number, a block that is left out or done twice, where their number is odd or 1."""
+    shapes, group = SKETCHES[name]
+    expected, other = train(parameters_of(shapes, dtype), steps=1, **group)
+    with (
+        Recorder(shuffle=1) as recorder,
+        mock.patch.object(gpu, "capability", return_value=(9, 0)),
+        mock.patch.object(gpu, "has_large_shared_memory", return_value=True),
+    ):
+        ours, optimizer = train(parameters_of(shapes, dtype), steps=1, **group)
+        (table,) = optimizer._engine._plan.tables
+        assert sketch_constants(table, MATERIALISED)["HALVES"]
+    recorder.assert_clean()
+    assert_same_bits(expected, ours, (other, optimizer))
 
 
 @pytest.mark.slow

@@ -78,6 +78,19 @@ def test_dtypes_and_mixtures(dtypes, group):
     both(parameters_of([(72, 40), (40, 72), (33, 21)], weight_dtype, gradient_dtype=gradient_dtype), **group)
 
 
+def test_norms_of_columns_as_sums_of_squares(monkeypatch):
+    """As sm_80 adds them up: squares in half precision, which overflow, or those of the other side."""
+    monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
+    norms = []
+    for backend in ("triton", "reference"):
+        weight = nn.Parameter(drawn((20, 72), 0, torch.float16))
+        weight.grad = drawn((20, 72), 1, torch.float16, 500.0)
+        optimizer = optimizer_of([weight], backend=backend, rank=17, proj_type="left")
+        optimizer.step()
+        norms.append(optimizer.state[weight]["update_norm"])
+    torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", tiers([19, 70, 300], (19, 70).__contains__))
 def test_ranks_above_the_width(rank):

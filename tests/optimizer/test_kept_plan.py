@@ -105,6 +105,24 @@ def test_a_change_is_noticed(change):
     assert run.found() is None
 
 
+@pytest.mark.parametrize("change", ["a state of its own", "states swapped", "state gone"])
+def test_a_change_is_noticed_beside_states_of_others(change):
+    """Bug: an engine of a part of the parameters, or a state that was made later, is looked at in the wrong order."""
+    run = Run()
+    run.groups = run.groups[:1]
+    run.places = Places(run.groups, run.optimizer.state, {})
+    assert run.found() == run.gradients()[:2]
+    CHANGES[change](run)
+    assert run.found() is None
+
+
+def test_states_in_another_order_are_the_same():
+    run = Run()
+    states = run.optimizer.state
+    states[run.weight] = states.pop(run.weight)
+    assert run.found() == run.gradients()
+
+
 def test_gradients_may_move():
     """Bug: a plan is made anew at every step, or a table is told an old address, or one of another parameter."""
     run = Run()

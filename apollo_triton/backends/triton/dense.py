@@ -18,7 +18,7 @@ def squared_norms(table: Table) -> Tensor:
     parts = torch.empty(table.matrices, dense_kernels.NORM_PROGRAMS, dtype=torch.float32, device=table.device)
     gpu.launch(
         dense_kernels.squared_norm_kernel,
-        (len(table.norm_programs),),
+        (table.norm_programs.shape[0],),
         table.device,
         table.addresses,
         table.gradients,
@@ -37,7 +37,7 @@ def adamw(table: Table, settings: Settings, scalars: StepScalars, squared_norms:
     """One step of a table of dense parameters. ``squared_norms``: |G|^2 of each whole gradient, in parts."""
     gpu.launch(
         dense_kernels.dense_kernel,
-        (len(table.tile_programs),),
+        (table.tile_programs.shape[0],),
         table.device,
         table.addresses,
         table.gradients,

@@ -45,7 +45,7 @@ def squared_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
     """|G_c|^2 ``[channels]``, float32, by the way that takes fewer multiplications."""
     kept, contracted = gradient.kept_and_contracted(table.keeps_rows)
     # float16's 11 bits are no two bfloat16 parts, and a float32 product is slower than all of G.
-    if len(kept) == 0 or kept.dtype == torch.float16:
+    if kept.shape[0] == 0 or kept.dtype == torch.float16:
         return tile_norms(table, gradient)
     if operand_sketch.gram_is_cheaper(*kept.shape, contracted.shape[1], in_parts=kept.dtype == torch.bfloat16):
         return gram_norms(table, gradient)

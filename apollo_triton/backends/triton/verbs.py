@@ -38,7 +38,7 @@ def sketch(table: Table, settings: Settings, scalars: StepScalars) -> Sketch:
 def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: Sketch) -> Factors:
     """The moments in place, and the factors."""
     result = _empty_factors(table, settings)
-    grid = (len(table.channel_programs),)
+    grid = (table.channel_programs.shape[0],)
     sums = sketch.projected, sketch.squared_norms
     out = result.channel, result.sums, table.previous, scalars.gradient_scale
     constants = {
@@ -102,7 +102,7 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         kind = {"GROUP": table.int8.group_size}
     gpu.launch(
         kernel,
-        (len(table.tile_programs),),
+        (table.tile_programs.shape[0],),
         table.device,
         table.addresses,
         table.gradients,
@@ -131,7 +131,7 @@ def _sketch(
 ) -> None:
     kind = projection_kind(settings, table.is_width_sharded)
     constants = sketch_constants(table, kind)
-    blocks = len(table.channel_programs) * table.split // (2 if constants["HALVES"] else 1)
+    blocks = table.channel_programs.shape[0] * table.split // (2 if constants["HALVES"] else 1)
     gpu.launch(
         sketch_kernels.sketch_kernel,
         (blocks * -(-table.rank // constants["BLOCK_RANK"]),),
@@ -164,7 +164,7 @@ def _sketch(
 
 
 def _empty_factors(table: Channels, settings: Settings) -> Factors:
-    programs = len(table.channel_programs)
+    programs = table.channel_programs.shape[0]
     per_channel = settings.scale_type == "channel"
     return Factors(
         table.scratch(table.channels) if per_channel else None,

@@ -24,7 +24,7 @@ from ...core.scratch import Scratch
 from ...engine.agreement import Agreement
 from ...engine.caches import Caches
 from ...engine.plan import Plan
-from ...kernels.sketch import GAUSSIAN
+from ...kernels.projected import GAUSSIAN
 from . import implicit
 from .backend_run import BACKENDS, BackendRun, Errors
 from .cases import GAP, Case
