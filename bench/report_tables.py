@@ -184,9 +184,9 @@ def no_gradient(machine: Machine) -> str:
         by_tokens = {(row["contender"], row["tokens"]): row for row in chosen}
         tokens = sorted({count for _, count in by_tokens})
         names = dict.fromkeys(name for name, _ in by_tokens)
-        for head, (figure, cell) in NO_GRADIENT_CELLS.items():
-            if not any(figure in row for row in chosen):
-                continue  # measured before the host was
+        # Files from before the host was measured have no such figure.
+        has_host = machine.is_gpu and any("host_ms" in row for row in chosen)
+        for head, cell in (NO_GRADIENT_CELLS | (NO_GRADIENT_HOST if has_host else {})).items():
             lines = [
                 [name, *(cell(by_tokens[name, count]) if (name, count) in by_tokens else "" for count in tokens)]
                 for name in names
@@ -205,11 +205,12 @@ def no_gradient(machine: Machine) -> str:
     )
 
 
-# The figure that a table shows, and its cell.
-NO_GRADIENT_CELLS: dict[str, tuple[str, Callable[[Row], str]]] = {
-    "ms (times AdamW's)": ("ms", lambda row: f"{milliseconds(row['ms'][1])} ({row['times AdamW']:.2f})"),
-    "ms of the host": ("host_ms", lambda row: milliseconds(row["host_ms"]) if "host_ms" in row else ""),
-    "peak": ("peak_bytes", lambda row: as_bytes(row["peak_bytes"])),
+NO_GRADIENT_CELLS: dict[str, Callable[[Row], str]] = {
+    "ms (times AdamW's)": lambda row: f"{milliseconds(row['ms'][1])} ({row['times AdamW']:.2f})",
+    "peak": lambda row: as_bytes(row["peak_bytes"]),
+}
+NO_GRADIENT_HOST: dict[str, Callable[[Row], str]] = {
+    "ms on the host": lambda row: milliseconds(row["host_ms"]) if "host_ms" in row else "",
 }
 
 

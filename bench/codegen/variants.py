@@ -102,7 +102,7 @@ def few(target: str) -> Iterator[Variant]:
         yield {"group": {"rank": 256} | _COLUMNS, **_8BIT, "only": ("rescale_blockwise_kernel",)}
         yield {"group": _MINI, "capturable": True, "only": ("step_kernel",)}
     elif target == "sm_100":
-        yield _sketch(64, _FLOAT16)  # P goes through registers
+        yield _sketch(64, _FLOAT16)  # whose P is float16, too
         yield {"group": _MINI, "only": ("apply_kernel",)}
     elif target == "sm_80":
         yield _sketch(4, columns=True)

@@ -87,8 +87,10 @@ def test_a_run_gives_the_same_numbers_again_and_another_seed_others(in_process):
     assert one["curve"]["0"] != other["curve"]["0"]
 
 
-@pytest.mark.slow
-def test_a_run_that_fails_is_a_row_that_says_why(corpus):
+# A forked process has torch already, which takes a new one four seconds.
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
+def test_a_run_that_fails_is_a_row_that_says_why(start, corpus, monkeypatch):
+    monkeypatch.setattr(pretrain, "START_METHOD", start)
     configs = [config(corpus, "AdamW"), config(corpus, "AdamW", rate=-1.0)]
     rows = {each.learning_rate: row for each, row in results_of(configs, corpus, workers=1)}
     assert rows[1e-2]["held_out_loss"] > 0
