@@ -19,7 +19,7 @@ compiler = pytest.importorskip("triton.compiler")
 if "constexprs" not in compiler.ASTSource.__init__.__code__.co_varnames:
     pytest.skip("this triton (before 3.3) compiles from other arguments", allow_module_level=True)
 
-from apollo_triton.kernels.sketch import SMALL_RANK  # noqa: E402
+from apollo_triton.core.projection import TENSOR_CORE_RANK  # noqa: E402
 
 pytestmark = pytest.mark.slow  # the first test waits for the compiler
 SOURCE = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_only_the_projection_is_computed_in_float64(rows):
 
 def test_products_are_on_tensor_cores_from_the_least_rank_on_that_fills_them(rows):
     random = [row for row in of(rows, "sketch") if "svd" not in row["what"]]
-    check(random, lambda row: row["tensor_core"] == (rank(row) >= SMALL_RANK))
+    check(random, lambda row: row["tensor_core"] == (rank(row) >= TENSOR_CORE_RANK))
     check(of(rows, "apply", "dense", "squared_norm", "projection", "rescale"), lambda row: not row["tensor_core"])
 
 
