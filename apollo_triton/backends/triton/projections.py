@@ -47,7 +47,8 @@ class ProjectionBuffer:
         cls, distribution: str, seed: int, rank: int, start: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> ProjectionBuffer:
         """Memory for P, not yet written."""
-        row = -(-width // projection_kernels.ROW_MULTIPLE) * projection_kernels.ROW_MULTIPLE
+        multiple = projected.ROW_MULTIPLE.value
+        row = -(-width // multiple) * multiple
         return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=dtype, device=device))
 
     @property
