@@ -79,7 +79,7 @@ def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
 
 def projection_dtype(gradient: torch.dtype) -> torch.dtype:
     """The dtype of a P in memory: that of the gradient, so that it is multiplied as it is read. 8 significant bits fit
-    either."""
+    either, except for float16's entries below 6e-5 (kernels/projection.py)."""
     return torch.float16 if gradient == torch.float16 else torch.bfloat16
 
 
