@@ -11,7 +11,6 @@ import triton.language as tl
 
 from .projected import (
     SINGULAR_VECTORS,
-    TENSOR_CORE_RANK,
     projected_at_rank_1,
     projected_by_product,
     projected_in_halves,
@@ -48,9 +47,9 @@ def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
     of bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38), rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25),
     rank 256 2.08.
     """
-    if rank < TENSOR_CORE_RANK:
+    if rank == 1:
         # 64 channels share one row of normals: about 4 instructions for each element of the gradient.
-        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": rank, "num_warps": 4}
+        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": 1, "num_warps": 4}
     block_rank = min(max(16, power_of_two(rank)), FUSED_RANK)  # 16 fill a tensor core's tile
     return {
         "BLOCK_CHANNELS": 64,
