@@ -24,11 +24,11 @@ from .processes import cores
 
 NAME = "gpu_check-tests"
 MOST_TEXTS = 60  # failures with a text; of the others the name is kept
-LONGEST_TEST = 90  # seconds, compilation included
+LONGEST_TEST = 45  # seconds, compilation included: half of what the stage has, so that a test that hangs has a row
 LAST_LINES = 5  # of pytest's output
 LONGEST_TEXT = 1200  # characters of them
 NO_TESTS_LEFT = 5  # an exit code: all have passed before
-MISSING_HERE = ("pytest", "xdist", "hypothesis")
+MISSING_HERE = ("pytest", "xdist", "hypothesis", "pytest_timeout")
 TOY = """
 import pytest
 

@@ -138,6 +138,13 @@ def test_the_budget_is_kept_and_what_is_left_goes_to_what_was_cut_off():
     assert sum(check.seconds for check in stages.CHECKS) <= 60 * stages.MINUTES - command.RESERVE
 
 
+def test_what_hangs_is_given_up_before_its_stage_ends():
+    """A job or a test that hangs until its stage is killed: no row says so, and the next call hangs there again."""
+    limits = {check.name[0]: check.seconds for check in stages.CHECKS}
+    assert processes.LONGEST_JOB < min(limits["a"], limits["c"])
+    assert suite.LONGEST_TEST < limits["b"] / 2
+
+
 def test_it_goes_on_from_the_files_of_the_checkout(tmp_path, monkeypatch):
     """A check of a machine that is gone: its files of bench/results are not found, those of another are taken, or what
     is newer is overwritten."""
@@ -200,7 +207,7 @@ def test_without_pytest_the_other_stages_run(tmp_path, monkeypatch):
     monkeypatch.setattr(anew.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("APOLLO_RESULTS", str(tmp_path))
     anew.main(["--device", "cpu"])
-    assert Results(anew.NAME).rows["missing"]["missing"] == ["pytest", "xdist", "hypothesis"]
+    assert Results(anew.NAME).rows["missing"]["missing"] == list(suite.MISSING_HERE)
 
 
 def test_a_pytest_that_does_not_start_is_a_row(results, monkeypatch, tmp_path):
