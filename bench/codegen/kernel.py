@@ -82,6 +82,8 @@ class Kernel:
         flags = {"ALIGNED": (False, "unaligned"), "FUSED": (False, "split"), "STOCHASTIC": (True, "stochastic")}
         flags |= {"SIGNS": (True, "signs"), "HALVES": (True, "halves")}
         words += [word for name, (value, word) in flags.items() if at.get(name) is value]
+        if self.name == "projection_kernel":
+            words.append(f"P {dict(self.types)['p_projection'][1:]}")
         operand = f"{at.get('GRADIENT')} {dict(self.types).get('p_summed')}"
         if at.get("UNROLLED") is False and ("fp32" in operand or at["PROJECTION_KIND"] == _KINDS.index("svd")):
             words.append("parts in a loop")
