@@ -48,7 +48,8 @@ class ProjectionBuffer:
         cls, distribution: str, seed: int, rank: int, start: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> ProjectionBuffer:
         """Memory for P, not yet written."""
-        row = -(-width // projection_kernels.ROW_MULTIPLE) * projection_kernels.ROW_MULTIPLE
+        multiple = projected.ROW_MULTIPLE.value
+        row = -(-width // multiple) * multiple
         return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=dtype, device=device))
 
     @property
@@ -79,7 +80,7 @@ def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
 
 def projection_dtype(gradient: torch.dtype) -> torch.dtype:
     """The dtype of a P in memory: that of the gradient, so that it is multiplied as it is read. 8 significant bits fit
-    either."""
+    either, except for float16's entries below 6e-5 (kernels/projection.py)."""
     return torch.float16 if gradient == torch.float16 else torch.bfloat16
 
 
