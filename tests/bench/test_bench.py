@@ -139,6 +139,18 @@ def case(monkeypatch, results):
     whole_step.bandwidth.cache_clear()
 
 
+def test_other_packages_come_last(results, monkeypatch):
+    """A time limit that ends a case while apollo-torch runs, before this package's own variants were timed."""
+    order = []
+    monkeypatch.setattr(Contender, "obstacle", lambda *rest: None)
+    monkeypatch.setattr(whole_step, "bandwidth", lambda device: None)
+    monkeypatch.setattr(whole_step, "batches", lambda found, *rest: order.extend(each.name for each in found) or ())
+    monkeypatch.setattr(whole_step.Case, "shapes", SMALL)
+    given = ("apollo-torch", "Q-Mini", "flashoptim AdamW", "PyTorch SGD, fused", "APOLLO", "APOLLO, clipped")
+    whole_step.measure(whole_step.Case("60M", torch.float32, 3, given, rank=4), "cpu", results())
+    assert order == [*contenders.OURS, "Q-Mini", "PyTorch SGD, fused", "APOLLO, clipped", *given[:3:2]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_peer_that_fails_does_not_stop_the_others(case, results, together, monkeypatch):
