@@ -51,9 +51,13 @@ def report(counted: Machine, machines: list[Machine], pictures: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that has one folder per machine")
-    parser.add_argument("--out", type=Path, default=BENCH / "REPORT.md")
+    parser.add_argument("--out", type=Path, help="(default: bench/REPORT.md; of another folder REPORT.md in it)")
     parser.add_argument("--demo", type=Path, default=ROOT / "docs" / "demo.png", help="the demo's picture")
     options = parser.parse_args()
+    if not options.results.is_dir():
+        raise SystemExit(f"--results {options.results}: there is no such folder")
+    if options.out is None:
+        options.out = (BENCH if options.results.resolve() == RESULTS else options.results) / "REPORT.md"
     counted, machines = load(options.results)
     write_whole(options.out, report(counted, machines, options.out.parent / "pictures"))
     report_figures.demo(options.demo)

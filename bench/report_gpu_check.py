@@ -104,9 +104,18 @@ def changes(machine: Machine) -> str:
         if "skipped" in row:
             lines.append([row["change"], where, f"{MISSING}: {_cell(row['skipped'])}", "", "", ""])
             continue
-        before = milliseconds(row["before_ms"][1]) if "before_ms" in row else MISSING
+        before = milliseconds(row["before_ms"][1]) if "before_ms" in row else "not kept"
         after, hosts = milliseconds(row["after_ms"][1]), [row.get("before_host_ms"), row["after_host_ms"]]
-        host = " to ".join(milliseconds(value) for value in hosts if value is not None)
-        lines.append([row["change"], where, before, after, ratio(row.get("after over before")), host])
+        host = " -> ".join(milliseconds(value) for value in hosts if value is not None)
+        lines.append(
+            [
+                row["change"],
+                where,
+                before,
+                after,
+                ratio(row.get("after over before")) if "before_ms" in row else "",
+                host,
+            ]
+        )
     heads = ["change", "a step of", "ms before", "ms after", "after over before", "ms on the host"]
     return table(heads, lines) if rows else ""

@@ -161,22 +161,31 @@ def _resident_bytes() -> int:
         return 0
 
 
+_training: Training | None = None
+
+
 def run(size: str, method: str, batch: int, sequence: int, dtype: torch.dtype, device: str, tokens: Tensor) -> Row:
-    """A row: steps at ``batch``, and on a GPU also at the largest batch."""
-    training = Training(size, method, sequence, dtype, device, tokens)
-    row = training.measured(batch, steps=3)
-    if device.startswith("cuda"):
-        largest = training.largest_batch()
-        while largest:  # two steps fitted, but with fragmented memory a few more may not
-            try:
-                return row | {f"largest_{name}": figure for name, figure in training.measured(largest, steps=5).items()}
-            except torch.OutOfMemoryError:
-                largest -= 1
-    return row
+    """Steps at ``batch``. The model stays in this process, for larger ones."""
+    global _training
+    _training = Training(size, method, sequence, dtype, device, tokens)
+    return _training.measured(batch, steps=3)
+
+
+def run_largest() -> Row:
+    """Steps at the largest batch of the model that ``run`` has made. Nothing if no batch fits."""
+    assert _training is not None
+    largest = _training.largest_batch()
+    while largest:  # two steps fitted, but with fragmented memory a few more may not
+        try:
+            return {f"largest_{name}": figure for name, figure in _training.measured(largest, steps=5).items()}
+        except torch.OutOfMemoryError:
+            largest -= 1
+    return {}
 
 
 def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Results) -> Iterator[tuple[str, Row]]:
-    """The rows that ``results`` lacks."""
+    """The rows that ``results`` lacks. On a GPU each comes twice: first without the largest batch, which takes long to
+    find."""
     tokens = None
     on_gpu = device.startswith("cuda")
     # Without a GPU the paper's sizes are counted, and their rows say that they were not measured.
@@ -185,7 +194,7 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
         dtype = torch.bfloat16 if on_gpu or size in SIZES["cuda"] else torch.float32
         for method in METHODS:
             identity = f"{size} {method}"
-            if identity in results:
+            if identity in results and ("largest_batch" in results.rows[identity] or not on_gpu):
                 continue
             row: Row = {
                 **{"size": size, "method": method, "sequence": sequence},
@@ -206,10 +215,17 @@ def rows(sizes: list[str], batch: int, sequence: int, device: str, results: Resu
             with ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD)) as pool:
                 try:
                     row |= pool.submit(run, size, method, batch, sequence, dtype, device, tokens).result()
+                    if on_gpu:
+                        yield identity, row
+                        row = row | pool.submit(run_largest).result()
                 except BrokenProcessPool:
-                    row["skipped"] = "it does not fit into the memory of this machine: its process was killed"
+                    problem = "it does not fit into the memory of this machine: its process was killed"
                 except Exception as error:
-                    row["skipped"] = reason(error)
+                    problem = reason(error)
+                else:
+                    problem = ""
+            if problem:
+                row["largest_skipped" if "peak_bytes" in row else "skipped"] = problem
             yield identity, row
 
 
@@ -229,6 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     for identity, row in rows(sizes, options.batch, options.sequence, options.device, results):
         results.add(identity, **row)
         figure = row.get("skipped") or f"peak {row['peak_bytes'] / 1e9:.2f} GB, {row['tokens_per_second']} tokens/s"
+        figure += f", at most {row['largest_batch']} sequences" if "largest_batch" in row else ""
         print(f"{identity:32s} {figure}", flush=True)
     print(f"written to {results.path}")
 

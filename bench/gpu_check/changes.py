@@ -163,9 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
             row = measured(change, shapes, options.rounds, options.device)
         except Exception as error:  # whatever happens in one, the others are measured
             row = {"skipped": reason(error)}
-        release(options.device)
         results.add(change.name, change=change.row, **about, **row)
         print(f"{change.name:60s} {row.get('skipped') or row.get('after over before') or row['after_ms']}", flush=True)
+        release(options.device)  # last: after an illegal access it raises
     print(f"written to {results.path}")
 
 

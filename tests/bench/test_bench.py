@@ -139,6 +139,18 @@ def case(monkeypatch, results):
     whole_step.bandwidth.cache_clear()
 
 
+def test_other_packages_come_last(results, monkeypatch):
+    """A time limit that ends a case while apollo-torch runs, before this package's own variants were timed."""
+    order = []
+    monkeypatch.setattr(Contender, "obstacle", lambda *rest: None)
+    monkeypatch.setattr(whole_step, "bandwidth", lambda device: None)
+    monkeypatch.setattr(whole_step, "batches", lambda found, *rest: order.extend(each.name for each in found) or ())
+    monkeypatch.setattr(whole_step.Case, "shapes", SMALL)
+    given = ("apollo-torch", "Q-Mini", "flashoptim AdamW", "PyTorch SGD, fused", "APOLLO", "APOLLO, clipped")
+    whole_step.measure(whole_step.Case("60M", torch.float32, 3, given, rank=4), "cpu", results())
+    assert order == [*contenders.OURS, "Q-Mini", "PyTorch SGD, fused", "APOLLO, clipped", *given[:3:2]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_peer_that_fails_does_not_stop_the_others(case, results, together, monkeypatch):
@@ -202,6 +214,36 @@ def test_the_largest_batch_is_found(limit, monkeypatch):
     assert run.largest_batch() == min(limit, training.MOST_BATCHES)
     assert len(tried) <= 18
     assert len(set(tried)) == len(tried)
+
+
+def test_a_training_is_kept_before_its_largest_batch_is_sought(results, monkeypatch):
+    """A lent GPU that is gone while the largest batch is sought, with the peak and speed that were measured before; a
+    row without it that is never completed; a failure there that takes the row's figures."""
+
+    class Inline:
+        def __init__(self, *rest):
+            self.submit = lambda function, *given: SimpleNamespace(result=lambda: function(*given))
+
+        __enter__ = __exit__ = lambda self, *rest: self if not rest else None
+
+    monkeypatch.setattr(training, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(training, "METHODS", ("APOLLO",))
+    monkeypatch.setattr(training, "counted", lambda *rest: 1)
+    monkeypatch.setattr(training, "load_corpus", lambda *rest: SimpleNamespace(train=None))
+    monkeypatch.setattr(training, "run", lambda *rest: {"peak_bytes": 5})
+    monkeypatch.setattr(training, "run_largest", lambda: {"largest_batch": 9})
+    kept = results()
+    found = training.rows(["7B"], 1, 16, "cuda", kept)
+    identity, row = next(found)
+    kept.add(identity, **row)  # and now the GPU is gone
+    assert row["peak_bytes"] == 5
+    assert [more["largest_batch"] for _, more in list(training.rows(["7B"], 1, 16, "cuda", kept))[1:]] == [9]
+    monkeypatch.setattr(training, "run_largest", lambda: 1 / 0)
+    *_, (_, failed) = training.rows(["7B"], 1, 16, "cuda", kept)
+    assert "division" in failed["largest_skipped"]
+    assert "skipped" not in failed
+    kept.add(identity, **row, largest_batch=9)
+    assert list(training.rows(["7B"], 1, 16, "cuda", kept)) == []
 
 
 def test_training_steps_of_a_model_are_measured(monkeypatch):

@@ -215,6 +215,20 @@ def test_a_file_that_is_not_whole_is_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "R.md").exists()
 
 
+def test_a_report_of_another_folder_is_written_there(tmp_path, monkeypatch):
+    """The committed report, overwritten by that of a rehearsal or of a folder that is not there."""
+    monkeypatch.setattr(report, "BENCH", tmp_path / "committed")
+    monkeypatch.setattr(report, "report", lambda *rest: "the report")
+    monkeypatch.setattr(report_figures, "demo", lambda path: None)
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path)])
+    report.main()
+    assert (tmp_path / "REPORT.md").read_text() == "the report"
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="no such folder"):
+        report.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["REPORT.md"]
+
+
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
     """The report of the committed results, and its figures and the demo's by their files' names."""
