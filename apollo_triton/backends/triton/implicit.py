@@ -119,7 +119,7 @@ def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
         PRECISION=precision,
         **blocks,
     )
-    return _sum(norms, token_blocks).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
+    return norms if token_blocks == 1 else norms.sum(0).clamp_(min=0)  # a single one has been clamped by the kernel
 
 
 def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Factors, gradient: ImplicitGradient) -> None:
