@@ -1,6 +1,6 @@
 """The verbs as launches for one linear layer's weight, from the two factors of its gradient, which is never formed.
 
-    sketch     X, dY -> R, |G_c|^2          2 launches; 2 or 3 more for exact norms, and 1 more for sums over parts
+    sketch     X, dY -> R, |G_c|^2          2 launches; 1 or 2 more for exact norms, and 1 more for each sum over parts
     rescale    is ``verbs.rescale``         1 launch
     apply      limiter, then W in place     1 launch
 
