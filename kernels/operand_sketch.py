@@ -197,7 +197,8 @@ def gram_norms_kernel(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The share of BLOCK_RANK tokens in |G_c|^2 = sum_t (kept^T K)[c, t] kept[t, c], float32
-    ``[blocks of tokens, channels]``. program_id(1) is the block of tokens."""
+    ``[blocks of tokens, channels]``. program_id(1) is the block of tokens. A sum of terms of both signs may end below
+    0, and becomes 0 if it is the only one; NaN stays NaN."""
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     o_token = tl.program_id(1) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     m_channel = o_channel < channels
@@ -208,4 +209,6 @@ def gram_norms_kernel(
     mask = m_channel[:, None] & (o_token < tokens)[None, :]
     kept = tl.load(p_kept + o_token.to(tl.int64)[None, :] * channels + o_channel[:, None], mask=mask, other=0.0)
     p_norms += tl.program_id(1).to(tl.int64) * channels + o_channel
-    tl.store(p_norms, tl.sum(sums * kept.to(tl.float32), 1), mask=m_channel)
+    norms = tl.sum(sums * kept.to(tl.float32), 1)
+    norms = tl.where((norms < 0) & (tl.num_programs(1) == 1), 0.0, norms)
+    tl.store(p_norms, norms, mask=m_channel)

@@ -139,7 +139,7 @@ class SettingsReader:
 
     def read(self, group: dict[str, Any], where: str) -> Settings:
         """``Settings.of(group, where)``."""
-        values = tuple([group.get(name) for name in FIELD_NAMES])
+        values = tuple(map(group.get, FIELD_NAMES))
         if self._settings is None or not all(map(operator.is_, values, self._values)):
             self._settings = None  # also if the next line raises
             settings = Settings.of(group, where)

@@ -1,6 +1,6 @@
 """The verbs as launches for one linear layer's weight, from the two factors of its gradient, which is never formed.
 
-    sketch     X, dY -> R, |G_c|^2          2 launches; 2 or 3 more for exact norms, and 1 more for sums over parts
+    sketch     X, dY -> R, |G_c|^2          2 launches; 1 or 2 more for exact norms, and 1 more for each sum over parts
     rescale    is ``verbs.rescale``         1 launch
     apply      limiter, then W in place     1 launch
 
@@ -119,7 +119,7 @@ def gram_norms(table: Table, gradient: ImplicitGradient) -> Tensor:
         PRECISION=precision,
         **blocks,
     )
-    return _sum(norms, token_blocks).clamp_(min=0)  # a sum of terms of both signs may end below 0; NaN stays NaN
+    return norms if token_blocks == 1 else norms.sum(0).clamp_(min=0)  # a single one has been clamped by the kernel
 
 
 def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Factors, gradient: ImplicitGradient) -> None:
