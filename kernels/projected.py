@@ -13,7 +13,6 @@ from .table import INTERPRETED, PROJECTION
 
 _IEEE = tl.constexpr("ieee")  # triton 3.6 does not accept a plain string as a default
 
-TENSOR_CORE_RANK = 2  # the least rank whose product tensor cores make
 # Where P comes from.
 GAUSSIAN = tl.constexpr(0)  # made in this kernel, at rank 1
 RADEMACHER = tl.constexpr(1)  # the same

@@ -20,7 +20,7 @@ import torch
 START_METHOD = "forkserver"
 PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs", "apollo_triton.tools.validate.runs"]
 PRELOADED += [f"bench.gpu_check.{name}" for name in ("changes", "races", "shapes")]
-LONGEST_JOB = 90.0  # seconds
+LONGEST_JOB = 30.0  # seconds: less than a stage has, or a job that hangs would end it and have no row
 
 Job = TypeVar("Job")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ class Table(Channels):
     ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
     channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
     updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
-    ``uses``: which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
+    ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all this, because a plan
+    may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -83,6 +84,7 @@ class Table(Channels):
         self.rank = 0 if settings.rank is None or self.is_dense else settings.rank
         self.copies: list[StridedCopy] = []
         self.projections: list[ProjectionBuffer] = []
+        self.constants: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.split = 1
         if self.state_dtype == torch.uint8:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import gpu
+from ...core.projection import TENSOR_CORE_RANK
 from ...core.settings import Settings
 from ...core.streams import Uses
 from ...kernels import projected
@@ -69,7 +70,7 @@ def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
     that make P in place always start at column 0, and a slice is small.
     """
     assert settings.rank is not None
-    is_made_in_place = settings.rank < projected.TENSOR_CORE_RANK
+    is_made_in_place = settings.rank < TENSOR_CORE_RANK
     if settings.proj == "svd" or (is_width_sharded and is_made_in_place):
         return projected.SINGULAR_VECTORS
     if not is_made_in_place:
