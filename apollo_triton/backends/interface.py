@@ -67,14 +67,16 @@ def keeps_sketch(R: int, gradient: int, is_fused: bool) -> bool:
     """Whether clipping makes the sketch at once, takes the norm from it, and keeps it until the norm of all gradients
     is known. If not, the gradient is read once more, for its norm alone.
 
-    ``R`` and ``gradient``: the bytes of each. If R is kept, it is written and read. That is worth it if it is less than
-    G, as for bfloat16 at ranks below a quarter of the width. ``is_fused``: without clipping R would not leave the
-    registers. If it does so anyway, to keep it moves nothing.
+    ``R`` and ``gradient``: the bytes of each, of shards a rank's share of the whole. What is here differs between ranks
+    that have three experts to share, and beside them may be a replica of another weight. Replicas must agree to the
+    bit, so all ranks must decide alike. ``is_fused``: without clipping R would not leave the registers.
+
+    If R is kept, it is written and read. That is worth it if it is less than G, as for bfloat16 at ranks below a
+    quarter of the width. If R leaves the registers anyway, to keep it moves nothing.
 
     At most 512 MiB for a table or batch. They are taken when activations are gone, so that the peak of a training step
     does not see them. LLaMA-7B's two tables take 5 + 1 MB at rank 1, 315 + 90 at rank 64, and 1258 + 361 at rank 256,
-    where the first is read once more. A bound on their sum would depend on what else is trained, and replicas of a
-    weight, which must agree to the bit, might keep it on one rank alone.
+    where the first is read once more. A bound on their sum would depend on what else is trained.
     """
     return R <= _MOST_KEPT and (not is_fused or gradient > 2 * R)
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from optimizer_cases import OPTIONS, make_model, same_weights
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups
 
@@ -110,3 +113,34 @@ def test_the_gradient_norm_is_the_last_steps():
     weight.grad = None
     optimizer.step()
     assert optimizer.gradient_norm is None
+
+
+def test_ranks_with_different_shards_decide_alike(monkeypatch):
+    """Sketches that are kept where two of three experts are, and not where one is: beside them is a replica of another
+    weight, which would then differ in its last bits."""
+    updates = pytest.importorskip("apollo_triton.backends.triton.updates")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run in the interpreter only where there is no CUDA device")
+    asked = []
+
+    def stop_at_decision(*given):
+        asked.append(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(updates, "keeps_sketch", stop_at_decision)
+    for rank, experts in enumerate((2, 1)):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+        try:
+            mesh = init_device_mesh("cpu", (2,))
+            ones = torch.ones(experts, 16, 9)
+            shape = {"shape": torch.Size((3, 16, 9)), "stride": (144, 9, 1)}
+            shards = [DTensor.from_local(ones, mesh, [Shard(0)], run_check=False, **shape) for _ in range(2)]
+            weights = [nn.Parameter(shards[0]), nn.Parameter(torch.ones(120, 3))]
+            for weight, gradient in zip(weights, (shards[1], torch.ones(120, 3)), strict=True):
+                weight.grad = gradient
+            groups = [{"params": weights, "rank": 2, "proj_type": "right"}]
+            with pytest.raises(InterruptedError):
+                APOLLOAdamW(groups, lr=1e-2, max_grad_norm=1.0, backend="triton").step()
+        finally:
+            torch.distributed.destroy_process_group()
+    assert asked[0] == asked[1]

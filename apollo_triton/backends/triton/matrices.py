@@ -7,6 +7,7 @@ one vector of addresses is copied, and nothing otherwise. It holds no gradient, 
 from __future__ import annotations
 
 import itertools
+import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -170,8 +171,15 @@ class Table(Channels):
             for _ in range(geometry.matrices)
         ]
         self.matrices = len(rows)
-        self.gradient_bytes = self.gradient_dtype.itemsize * sum(
-            row[table.ROWS.value] * row[table.COLUMNS.value] for row in rows
+        # Not of what is here: see ``keeps_sketch``.
+        wholes = [
+            (member.shard.whole or geometry, math.prod(axis.size for axis in member.shard.shard_axes))
+            for member, geometry in zip(self.members, self.geometries, strict=True)
+        ]
+        self.sketch_bytes = sum(4 * self.rank * whole.matrices * whole.channels // ranks for whole, ranks in wholes)
+        self.gradient_bytes = sum(
+            self.gradient_dtype.itemsize * whole.matrices * whole.rows * whole.columns // ranks
+            for whole, ranks in wholes
         )
         stride, columns = table.GRADIENT_ROW_STRIDE.value, table.COLUMNS.value
         self.flat_gradients = self.aligned and all(
