@@ -123,7 +123,6 @@ class Plan:
             return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
-        before = self._places.gradients
         gradients = self._places.unless_moved(groups, states, given)
         if (
             gradients is None
@@ -139,9 +138,10 @@ class Plan:
             self.captured = True
             for table in self.tables:
                 table.update_gradient_addresses_in_capture(gradients)
-        elif gradients != before or self.captured:
+        elif gradients != self._places.gradients or self.captured:
             for table in self.tables:
                 table.update_gradient_addresses(gradients)
+        self._places.gradients = gradients
         return True
 
     def _has_read(self, settings: list[Settings]) -> bool:
