@@ -189,6 +189,13 @@ def test_the_parts_of_an_int8_weight_are_looked_at(change):
     assert places.unless_moved(*arguments) is None
 
 
+def test_the_projection_of_svd_is_looked_at():
+    run = Run(proj="svd")
+    assert run.found() == run.gradients()
+    set_data(run.state["projection"], run.state["projection"].double())
+    assert run.found() is None
+
+
 def test_8_bit_moments_are_looked_at():
     run = Run(state_bits=8, min_8bit_size=0)
     assert run.found() == run.gradients()
