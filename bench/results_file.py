@@ -62,6 +62,7 @@ class Results:
         changed = [name for name in header if earlier.get(name) != header[name]]
         if not changed:
             self.rows = {row["id"]: row for row in earlier["rows"] if "skipped" not in row}
+            print(f"{self.path.name}: {len(self.rows)} rows of an earlier run are kept", flush=True)
         elif earlier:
             print(f"{self.path.name} is of another {' and '.join(changed)}: all rows are measured again", flush=True)
 

@@ -53,6 +53,15 @@ def low_byte(values):
 
 
 @triton.jit
+def load_groups(p_q, p_scale, p_zero, index, mask, o_group, m_group):
+    """The float32 values of groups, one in a row."""
+    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
+    scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
+    zero = tl.load(p_zero + o_group, mask=m_group, other=0)
+    return (q - zero.to(tl.float32)[:, None]) * scale[:, None]
+
+
+@triton.jit
 def store_groups(
     W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS: tl.constexpr
 ):  # fmt: skip
@@ -124,10 +133,7 @@ def apply_int8_kernel(
         column = index - row * columns
         G_column_stride = tl.load(p_row + GRADIENT_COLUMN_STRIDE)
         G = tl.load(p_G + row * G_row_stride + column * G_column_stride, mask=mask, other=0.0).to(tl.float32)
-    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
-    old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
-    old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
-    before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
+    before = load_groups(p_q, p_scale, p_zero, index, mask, o_group, m_group)
 
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     factor, u = tile_factor(

@@ -79,7 +79,7 @@ def transposed_product(
         kept = tl.load(p_kept + o_token * channels + o_channel[None, :], mask=m_token & m_channel, other=0.0)
         S = tl.load(p_S + o_token * RANK + o_rank[None, :], mask=m_token & m_rank, other=0.0)
         if kept.dtype == tl.bfloat16:
-            # Unrolled, unlike in ``sketch.product``: Triton pipelines only the loads of innermost loops.
+            # Unrolled, because Triton pipelines only the loads of innermost loops.
             for _ in tl.static_range(PARTS):
                 part = S.to(tl.bfloat16)
                 sums = dot(tl.trans(kept), part, sums)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .apply import store_weight, tile_factor
-from .int8 import store_groups
+from .int8 import load_groups, store_groups
 from .linear import tile_place
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
@@ -118,10 +118,7 @@ def update_int8(
     o_group = ((o_row[:, None] * columns + o_run[None, :]) // GROUP).reshape(GROUPS)
     index = o_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = m_group[:, None]
-    q = tl.load(p_q + index, mask=mask, other=0).to(tl.float32)
-    old_scale = tl.load(p_scale + o_group, mask=m_group, other=1.0)
-    old_zero = tl.load(p_zero + o_group, mask=m_group, other=0)
-    before = (q - old_zero.to(tl.float32)[:, None]) * old_scale[:, None]
+    before = load_groups(p_q, p_scale, p_zero, index, mask, o_group, m_group)
     W = before - difference.reshape(GROUPS, GROUP)
     W -= decay * W
     bits = None

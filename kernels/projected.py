@@ -13,13 +13,14 @@ from .table import INTERPRETED, PROJECTION
 
 _IEEE = tl.constexpr("ieee")  # triton 3.6 does not accept a plain string as a default
 
-TENSOR_CORE_RANK = 2  # the least rank whose product tensor cores make
 # Where P comes from.
 GAUSSIAN = tl.constexpr(0)  # made in this kernel, at rank 1
 RADEMACHER = tl.constexpr(1)  # the same
-# In memory, of unit variance: float16 for a float16 G, else bfloat16. Rows are padded to a multiple of 128 entries.
+# In memory, of unit variance: float16 for a float16 G, else bfloat16. Rows are padded with zeros.
 MATERIALISED = tl.constexpr(2)
 SINGULAR_VECTORS = tl.constexpr(3)  # float32 in memory, rows of the width itself
+
+ROW_MULTIPLE = tl.constexpr(128)  # rows are padded to a multiple of it, the width of the widest tile
 
 # How |G_c|^2 is computed.
 NOT_AT_ALL = tl.constexpr(0)
@@ -162,7 +163,7 @@ def rows_of_P(p_row, o_rank, width, GRADIENT: tl.constexpr, PROJECTION_KIND: tl.
     address = tl.load(p_row + PROJECTION)
     if PROJECTION_KIND == MATERIALISED:
         p_P = tl.multiple_of(address.to(tl.pointer_type(tl.float16 if GRADIENT == tl.float16 else tl.bfloat16)), 16)
-        return p_P + o_rank.to(tl.int64)[None, :] * ((width + 127) // 128 * 128)
+        return p_P + o_rank.to(tl.int64)[None, :] * ((width + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE)
     else:
         return address.to(tl.pointer_type(tl.float32)) + o_rank.to(tl.int64)[None, :] * width
 

@@ -7,7 +7,6 @@ from .philox import GAUSSIAN, interleave4, normals, round_nearest, sign_words, s
 from .step import current_step
 
 BLOCK_CALLS = 256  # Philox calls a program, four widths each
-ROW_MULTIPLE = 128  # rows are padded with zeros to a multiple of it, the width of the sketch's widest tile
 
 
 @triton.jit(do_not_specialize=["seed", "step", "update_proj_gap", "force", "start"])

@@ -1,8 +1,8 @@
 """rescale: R -> the moments in place, the factors s, and the sums that the limiter needs.
 
 If all of a channel's R is in one program's registers, ``sketch_kernel`` ends with ``moved_moments`` and
-``store_factors``. ``rescale_kernel`` does the same from an R in memory: for ranks above 256, and for sketches that were
-summed over devices.
+``store_factors``. ``rescale_kernel`` does the same from an R in memory: for ranks above 256, for sketches that were
+summed over devices, for those that wait for the norm of all gradients, and for those of a layer's operands.
 """
 
 import triton

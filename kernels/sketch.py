@@ -11,7 +11,6 @@ import triton.language as tl
 
 from .projected import (
     SINGULAR_VECTORS,
-    TENSOR_CORE_RANK,
     projected_at_rank_1,
     projected_by_product,
     projected_in_halves,
@@ -20,11 +19,14 @@ from .rescale import moved_moments, store_factors
 from .step import current_step
 from .table import (
     COLUMNS,
+    EXP_AVG,
+    EXP_AVG_SQ,
     FIELDS,
     FIRST_CHANNEL,
     FIRST_CHANNEL_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
+    INTERPRETED,
     ROUNDING_OFFSET,
     ROWS,
     SEED,
@@ -48,9 +50,9 @@ def blocks(rank: int, needs_more_registers: bool = False) -> dict[str, int]:
     of bfloat16: rank 64 0.96 ms (128 x 64 tiles on 8 warps 1.38), rank 128 1.21 (8 warps 1.54, 128 x 128 tiles 1.25),
     rank 256 2.08.
     """
-    if rank < TENSOR_CORE_RANK:
+    if rank == 1:
         # 64 channels share one row of normals: about 4 instructions for each element of the gradient.
-        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": rank, "num_warps": 4}
+        return {"BLOCK_CHANNELS": 64, "BLOCK_WIDTH": 128, "BLOCK_RANK": 1, "num_warps": 4}
     block_rank = min(max(16, power_of_two(rank)), FUSED_RANK)  # 16 fill a tensor core's tile
     return {
         "BLOCK_CHANNELS": 64,
@@ -94,7 +96,7 @@ def sketch_kernel(
     RANK: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, PROJECTION_KIND: tl.constexpr,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr,
     UNROLLED: tl.constexpr, NORMS: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    PREFETCH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """R = G P^T (rows kept) or (P G)^T (columns kept) of one program's channels, and |G_c|^2 (paper, algorithm 1).
 
@@ -102,7 +104,8 @@ def sketch_kernel(
 
     Otherwise R ``[all channels, RANK]`` and |G_c|^2 ``[all channels]`` are stored, in float32. There is then a program
     for each block of ranks, and that of the first block stores the norms. A program of ``rescale`` owns SPLIT blocks of
-    channels of this kernel. HALVES: a program has two blocks of channels, one after the other.
+    channels of this kernel. HALVES: a program has two blocks of channels, one after the other. PREFETCH: it fetches the
+    moments of the second while it is at those of the first.
 
     Reads 2 or 4 bytes for each element of the gradient, and P from the cache.
     """
@@ -129,7 +132,8 @@ def sketch_kernel(
     else:
         channels, width, channel_stride, width_stride = columns, rows, column_stride, row_stride
 
-    o_channel = (block - tl.load(p_row + FIRST_CHANNEL_PROGRAM) * SPLIT) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    first = (block - tl.load(p_row + FIRST_CHANNEL_PROGRAM) * SPLIT) * BLOCK_CHANNELS
+    o_channel = first + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     o_rank = rank_block * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     t = current_step(step, p_step)
@@ -141,6 +145,8 @@ def sketch_kernel(
             p_tile, p_tile + BLOCK_CHANNELS * channel_stride, m_channel, m_other, o_rank, width, width_stride, p_row,
             RANK, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
         )  # fmt: skip
+        if FUSED and PREFETCH:
+            prefetch_moments(p_row, first + BLOCK_CHANNELS, channels, RANK, STATE, BLOCK_CHANNELS, BLOCK_RANK)
         finish(
             R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
             p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
@@ -168,6 +174,25 @@ def sketch_kernel(
             p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
             t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
         )  # fmt: skip
+
+
+@triton.jit
+def prefetch_moments(
+    p_row, first, channels, RANK: tl.constexpr, STATE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """Fetch M and V of BLOCK_CHANNELS channels from ``first`` on into the second-level cache, 128 bytes a line."""
+    if not INTERPRETED:
+        SIZE: tl.constexpr = 2 if STATE == tl.bfloat16 else 4
+        size = tl.minimum(channels - first, BLOCK_CHANNELS) * (RANK * SIZE)
+        if size > 0:
+            o_line = tl.arange(0, BLOCK_CHANNELS * BLOCK_RANK * SIZE // 128).to(tl.int64) * 128
+            offsets = first.to(tl.int64) * (RANK * SIZE) + tl.minimum(o_line, size - 1)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; prefetch.global.L2 [$2]; mov.u32 $0, 0;", "=r,l,l",
+                [tl.load(p_row + EXP_AVG) + offsets, tl.load(p_row + EXP_AVG_SQ) + offsets],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit

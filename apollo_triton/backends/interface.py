@@ -32,6 +32,10 @@ class StepScalars(NamedTuple):
     gradient_scale: Tensor | None = None
     numbers: Tensor | None = None
 
+    def scaled(self, gradient_scale: Tensor | None) -> StepScalars:
+        """The same with a ``gradient_scale``."""
+        return self if gradient_scale is None else self._replace(gradient_scale=gradient_scale)
+
 
 class Sketch(NamedTuple):
     """R and |G_c|^2, float32: sums over the projected dimension, so they can be added up where that is sharded.

@@ -19,6 +19,8 @@ from torch import Tensor
 
 Grid = tuple[int, ...]
 
+_ALIKE = frozenset((float, bool, type(None)))  # one compiled kernel for all of a kind
+
 # Whose JITFunction.run and CompiledKernel.run are as described here. Before 3.4 there is no ``triton.knobs`` to ask.
 _FIRST, _LAST = (3, 4), (3, 7)
 
@@ -91,21 +93,20 @@ def _specialisations(arguments: Iterable[Any], specialise: Iterable[bool]) -> li
     addresses = 0
     for argument, is_specialised in zip(arguments, specialise, strict=False):
         kind = type(argument)
-        if kind is float or argument is None or kind is bool:
+        if kind in _ALIKE:
             found.append(kind)
+        elif kind is int:
+            number = (argument == 1 or (argument % 16 == 0 and 16)) if is_specialised else int
+            found.append(number if -(2**31) <= argument < 2**31 else ("wide", number, argument < 2**63))
         elif isinstance(argument, Tensor):
             found.append(argument.dtype)
             addresses |= argument.data_ptr()
-        elif kind is int:
-            found.append(-(2**31) <= argument < 2**31 or (argument < 2**63, "wide"))
-            if is_specialised:
-                found += argument == 1, argument % 16 == 0
         elif kind is tuple:
             found.append(tuple(_specialisations(argument, repeat(True))))
         else:
             raise Unknown(f"an argument {argument!r}")
     if addresses % 16:
-        found += [argument.data_ptr() % 16 == 0 for argument in arguments if isinstance(argument, Tensor)]
+        found.append(("aligned", *[each.data_ptr() % 16 == 0 for each in arguments if isinstance(each, Tensor)]))
     return found
 
 

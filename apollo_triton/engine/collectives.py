@@ -36,6 +36,8 @@ class Collectives:
         those of the channels whose moments are on this rank are returned. ``norms`` ``[all matrices of the whole
         weight]`` are summed over every axis that cuts the weight.
         """
+        if not self.axes:
+            return sketches, norms
         sketches, norms = dict(sketches), dict(norms)
         for axis in self.axes:
             cut = [i for i in sorted(sketches) if axis in self._shards[i].width_axes]
@@ -60,6 +62,8 @@ class Collectives:
         ``factors`` ``[matrices, channels]`` of the channels whose moments are here become those of all channels of the
         shard. ``sums`` ``[matrices, columns]`` are added up over the axes that split them.
         """
+        if not self.axes:
+            return factors, sums
         factors, sums = dict(factors), dict(sums)
         for axis in reversed(self.axes):
             cut = [i for i in sorted(factors) if axis in self._shards[i].width_axes]

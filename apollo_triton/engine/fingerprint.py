@@ -120,13 +120,16 @@ class Places:
         addresses = [*map(Tensor.data_ptr, formed)]
         if 0 in addresses and any(each.numel() and not each.data_ptr() for each in formed):
             raise RuntimeError("a tensor subclass, which keeps its numbers elsewhere")
+        tensors = weights + formed
+        contiguous = [*map(Tensor.is_contiguous, tensors)]  # most are: their strides follow
         facts = (
             never_formed,
             formats,
             [*map(Tensor.data_ptr, state), *map(Tensor.data_ptr, weights)],
-            [*map(_SHAPE, weights), *map(_SHAPE, formed)],
-            [*map(Tensor.stride, weights), *map(Tensor.stride, formed)],
-            [*map(_DTYPE, weights), *map(_DTYPE, formed)],
+            [*map(_SHAPE, tensors)],
+            contiguous,
+            [each.stride() for each, is_contiguous in zip(tensors, contiguous, strict=True) if not is_contiguous],
+            [*map(_DTYPE, tensors)],
             [*map(Tensor.is_neg, formed)],
         )
         for at, _ in never_formed:

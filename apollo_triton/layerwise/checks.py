@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,17 +97,6 @@ def check_group(group: dict[str, Any], index: int, gradients: str) -> None:
             f"parameter group {index}: capturable=True captures a whole step, and layer-wise updates run inside "
             "backward; use capturable=False, or plain optimizer.step()"
         )
-
-
-@contextmanager
-def naming(param: Param) -> Iterator[None]:
-    """Errors begin with the parameter, unless they name it already."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if str(param) in str(error):
-            raise
-        raise type(error)(f"{param}: {error}") from error
 
 
 def twice(param: Param, gradients: str) -> str:

@@ -22,7 +22,7 @@ from ..core.messages import warn
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
-from .checks import check_group, check_groups, check_layers, check_model, check_parameter, naming, twice
+from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
 from .clipping import useless_clipping
 from .linear import LinearForward, layers_of
 
@@ -334,8 +334,12 @@ class Layerwise:
         if engine is None:
             engine = self._engines[parameter] = Engine(optimizer._caches, param.group, param.index)
         group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
-        with naming(param):
+        try:
             engine.run([group], optimizer.state, given=given)
+        except (ValueError, RuntimeError) as error:
+            if str(param) in str(error):
+                raise
+            raise type(error)(f"{param}: {error}") from error
         self._updated.add(parameter)
 
 

@@ -48,6 +48,7 @@ def measure(kernel: Kernel, target: str) -> Row:
         "loop": len(loop),
         "per_element": round(len(loop or machine.code) * threads / kernel.per_turn, 2),
         "hazards": hazards(machine),
+        "prefetches": compiled.asm.get("ptx", "").count("prefetch.global.L2"),
         "stages": stages,
         "slots": {name: tile.slots for name, tile in streamed.items()},
         "wanted_slots": {name: tile.wanted(stages) for name, tile in streamed.items()},

@@ -17,7 +17,7 @@ from .targets import TARGETS
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
-_KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/sketch.py
+_KINDS = ("gaussian", "rademacher", "P read", "svd")  # by PROJECTION_KIND of kernels/projected.py
 
 # What the products of each kernel stream, by the names of the variables.
 _STREAMED = {

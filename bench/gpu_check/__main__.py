@@ -6,7 +6,8 @@
 It needs torch and triton, and neither make, git, nor a network; it installs nothing. ``APOLLO_COMMIT`` names the commit
 where git is missing. A stage has its own time limit and its own file in ``FOLDER/<machine>``. What a limit cuts off
 goes on with the time that other stages leave, and at the next call: from FOLDER, or else from ``bench/results``. So
-copy what is in FOLDER to there and call again. ``python -m bench.report`` shows it.
+copy what is in FOLDER to there and call again. ``python -m bench.report`` shows it. The exit status is 1 if a stage
+failed or something was not right.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
+import json
+import math
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +34,7 @@ from .stages import CHECKS, FILES, MINUTES, Check
 RESERVE = 10.0
 # A stage that has less time than this would only import and end.
 LEAST = 15.0
+MOST_LISTED = 20  # of what was not right; the report and the files have the rest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="every stage on a CPU, at toy sizes")
     options = parser.parse_args(arguments)
     seconds = 60 * options.minutes - RESERVE
-    if seconds < LEAST:
-        raise SystemExit(f"--minutes {options.minutes:g}: the least is {(LEAST + RESERVE) / 60:.1f}")
+    if not seconds >= LEAST:  # nan too
+        raise SystemExit(f"--minutes {options.minutes:g}: the least is {math.ceil((LEAST + RESERVE) / 6) / 10}")
+    if importlib.util.find_spec("triton") is None:
+        raise SystemExit("triton is not installed here: there are no kernels to check")
     if options.rehearse:
         return rehearse(options.out, seconds)
     import torch
@@ -48,11 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no CUDA device here; --rehearse tries the stages on a CPU")
-    folder = (options.out or RESULTS).resolve()
+    folder = made(options.out or RESULTS)
     os.environ["APOLLO_RESULTS"] = str(folder)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.pop("TRITON_INTERPRET", None)  # left over from a rehearsal: nothing would run on the GPU
     carry_over(RESULTS, folder)
-    return finished(in_order(CHECKS, seconds, lambda check: run_stage(check, fresh=False)))
+    outcomes = in_order(CHECKS, seconds, lambda check: run_stage(check, fresh=False))
+    return finished(outcomes, not_right(folder, "cuda"))
 
 
 def rehearse(out: Path | None, seconds: float) -> int:
@@ -64,9 +74,20 @@ def rehearse(out: Path | None, seconds: float) -> int:
     if out is not None and out.resolve() == RESULTS:
         raise SystemExit("--rehearse --out bench/results: figures of a rehearsal mean nothing; name another folder")
     with contextlib.ExitStack() as stack:
-        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = made(out or Path(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(rehearsal.rehearsing(folder))
-        return finished(in_order(CHECKS, seconds, rehearsal.run))
+        outcomes = in_order(CHECKS, seconds, rehearsal.run)
+        return finished(outcomes, [name for name in not_right(folder, "cpu") if "on_purpose" not in name])
+
+
+def made(folder: Path) -> Path:
+    """``folder``, which exists from now on. If no file can be written there, the program ends before a stage starts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SystemExit(f"--out: no file can be written to {folder}: {error.strerror}") from None
+    return folder.resolve()
 
 
 def carry_over(earlier: Path, folder: Path) -> None:
@@ -103,13 +124,36 @@ def in_order(
     return outcomes
 
 
-def finished(outcomes: dict[str, str]) -> int:
-    """Print what became of the stages. Returns 1 if one failed."""
+def not_right(folder: Path, device: str) -> list[str]:
+    """The rows of this machine's files that say that something is wrong. A peer that is not installed is not."""
+    from ..results_file import describe, folder_name
+
+    found = []
+    for name in FILES:
+        path = folder / folder_name(describe(device)) / f"{name}.json"
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
+            did_not_run = "skipped" in row and name.startswith("gpu_check")
+            wrong = row.get("right") is False or row.get("missed") or row["id"].startswith("failed: ")
+            found += [row["id"]] if did_not_run or wrong else []
+    return found
+
+
+def finished(outcomes: dict[str, str], wrong: list[str]) -> int:
+    """Print what became of the stages, and what they found wrong. Returns 1 if a stage failed or something is wrong."""
     print()
     for name, outcome in outcomes.items():
         print(f"{name:30s} {outcome}{': call again, and it goes on' if outcome == CUT_OFF else ''}")
-    return 0 if all(outcome in (DONE, CUT_OFF) for outcome in outcomes.values()) else 1
+    print(f"\n{len(wrong)} not right{':' if wrong else ''}")
+    for name in wrong[:MOST_LISTED]:
+        print(f"  {name}")
+    if len(wrong) > MOST_LISTED:
+        print(f"  and {len(wrong) - MOST_LISTED} more, see the report")
+    return 1 if wrong or any(outcome not in (DONE, CUT_OFF) for outcome in outcomes.values()) else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage is a session of its own, and would run on
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted. Rows so far are kept: call again, and it goes on.") from None

@@ -104,10 +104,15 @@ def _step(optimizer: torch.optim.Optimizer, patches: tuple[str, ...]) -> None:
 
 
 WARPS, NORM, AHEAD = "apply on 8 warps", "the norm of clipping read from G", "no more than 2 tiles ahead"
+ALONE, LOOP = "a block of channels with P to itself", "a loop over the parts of a float32 gradient"
+WAITING = "moments fetched when they are needed"
 # The old parts, by a name that says what is old.
 OLD: dict[str, Patch] = {
     WARPS: blocks("kernels.apply", "blocks", num_warps=8),
     AHEAD: returning("kernels.sketch", "stages", 2),
+    ALONE: returning("kernels.sketch", "programs_at_a_time", 1),
+    LOOP: returning("kernels.sketch", "unrolls", False),
+    WAITING: returning("core.gpu", "has_tensor_memory", True),  # where nothing is fetched ahead
     NORM: returning("backends.triton.updates", "keeps_sketch", False),
     "no handles of launches": returning("core.handles", "_is_watched", True),
 }
@@ -117,10 +122,12 @@ CHANGES = (
     Change("clipping without a third read", "APOLLO-Mini, clipped", 1, before=(NORM,)),
     Change("clipping without a third read", "APOLLO, clipped", 64, before=(NORM,)),
     Change("int8 `apply`", "Q-Mini", 1),
-    Change("two halves at rank 256", "APOLLO"),
-    Change("copies ahead at rank 256", "APOLLO", before=(AHEAD,)),
-    Change("float32 gradients pipelined", "APOLLO", 32, "float32", (AHEAD,)),
-    Change("float32 gradients pipelined", "APOLLO", 256, "float32", (AHEAD,)),
+    Change("two blocks of channels share P above rank 128", "APOLLO", before=(ALONE,)),
+    Change("moments fetched ahead at rank 256", "APOLLO", before=(WAITING,)),
+    Change("copies ahead on sm_100", "APOLLO", before=(AHEAD,)),
+    Change("float32 gradients pipelined", "APOLLO", 32, "float32", (LOOP,)),
+    Change("float32 gradients pipelined", "APOLLO", 256, "float32", (LOOP,)),
+    Change("float16's P in float16", "APOLLO", 256, "float16"),
     Change("ranks 2 to 15 on tensor cores", "APOLLO", 4),
     Change("launches by handles", "APOLLO-Mini", 1, before=("no handles of launches",)),
 )

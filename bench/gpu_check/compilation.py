@@ -63,7 +63,7 @@ def everything() -> Iterator[races.Race | changes.Change | Step]:
 def toy() -> Iterator[races.Race | changes.Change | Step]:
     """One of each kind, and one that fails."""
     yield dataclasses.replace(races.races(large=False)[0], repetitions=1)
-    yield from (Step("APOLLO", "bfloat16", 8), Step("of another name", "bfloat16", 8), changes.CHANGES[0])
+    yield from (Step("APOLLO", "bfloat16", 8), Step("fails on purpose", "bfloat16", 8), changes.CHANGES[0])
 
 
 def compiled(job: Job) -> None:

@@ -20,7 +20,7 @@ import torch
 START_METHOD = "forkserver"
 PRELOADED = ["torch._dynamo", "apollo_triton.backends.triton.verbs", "apollo_triton.tools.validate.runs"]
 PRELOADED += [f"bench.gpu_check.{name}" for name in ("changes", "races", "shapes")]
-LONGEST_JOB = 90.0  # seconds
+LONGEST_JOB = 30.0  # seconds: less than a stage has, or a job that hangs would end it and have no row
 
 Job = TypeVar("Job")
 
@@ -48,6 +48,7 @@ def in_parallel(
         context.set_forkserver_preload(PRELOADED)
     waiting = list(jobs)[::-1]
     running: dict[Connection, tuple[Job, Any, float]] = {}
+    ending = []  # giving back a CUDA context takes a while, in which the next job begins
     try:
         while waiting or running:
             while waiting and len(running) < (workers or cores()):
@@ -62,10 +63,13 @@ def in_parallel(
             for connection in dict.fromkeys([*ready, *late]):
                 assert isinstance(connection, Connection)
                 job, process, _ = running.pop(connection)
+                ending.append(process)
                 yield _done(job, process, connection, seconds)
     finally:
         for _, process, _ in running.values():
             process.kill()
+        for process in ending:
+            process.join()
 
 
 def _done(job: Job, process: Any, connection: Connection, seconds: float) -> Done[Job]:
@@ -79,7 +83,6 @@ def _done(job: Job, process: Any, connection: Connection, seconds: float) -> Don
         return Done(job, None, f"its process ended with exit code {process.exitcode}")
     finally:
         connection.close()
-        process.join()
 
 
 def _work(connection: Connection, function: Callable[[Job], Any], job: Job) -> None:

@@ -21,19 +21,21 @@ from pathlib import Path
 
 from ..results_file import ROOT, Results, Row, default_device
 from .processes import cores
-from .pytest_plugin import fingerprint
 
 NAME = "gpu_check-tests"
 MOST_TEXTS = 60  # failures with a text; of the others the name is kept
-LONGEST_TEST = 90  # seconds, compilation included
-MISSING_HERE = ("pytest", "xdist", "hypothesis")
+LONGEST_TEST = 45  # seconds, compilation included: half of what the stage has, so that a test that hangs has a row
+LAST_LINES = 5  # of pytest's output
+LONGEST_TEXT = 1200  # characters of them
+NO_TESTS_LEFT = 5  # an exit code: all have passed before
+MISSING_HERE = ("pytest", "xdist", "hypothesis", "pytest_timeout")
 TOY = """
 import pytest
 
 def test_passes():
     pass
 
-def test_fails_with_values():
+def test_fails_on_purpose():
     left = 1.5
     assert left == 2.5
 
@@ -89,7 +91,11 @@ def run(arguments: list[str], folder: Path, results: Results) -> None:
         finally:
             process.kill()
         output.seek(0)
-        print("".join(output.readlines()[-3:]), end="", flush=True)
+        said = "".join(output.readlines()[-LAST_LINES:])
+        if process.returncode not in (0, 1, NO_TESTS_LEFT):  # it did not get to the tests, or not to their end
+            ended = f"pytest ended with exit code {process.returncode}"
+            results.add("failed: pytest", skipped=ended, text=said[-LONGEST_TEXT:])
+        print(said, end="", flush=True)
 
 
 def _new(lines: Iterator[str]) -> list[Row]:
@@ -99,6 +105,8 @@ def _new(lines: Iterator[str]) -> list[Row]:
 
 def keep(outcomes: list[Row], results: Results) -> None:
     """Add outcomes to the rows: to that of their file, and a row for each failure, in place of an earlier one."""
+    from .pytest_plugin import fingerprint  # it imports pytest, which may be missing
+
     for outcome in outcomes:
         name, kind = outcome["name"], outcome["outcome"]
         file, failure = f"file: {name.partition('::')[0]}", f"failed: {name}"

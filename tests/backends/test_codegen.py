@@ -238,6 +238,15 @@ def test_the_loop_of_a_product_is_short_and_spills_nothing(rows):
     check(at_256, lambda row: set(row["slots"].values()) == {STAGES_AT_256})
 
 
+def test_the_moments_of_the_second_block_of_channels_are_fetched_ahead(rows):
+    """Each line of 128 bytes of M and of V by one thread: fewer would leave some to be waited for."""
+    in_float32 = "channel G bf16 M fp32 halves"  # 64 channels of 256 numbers
+    at_256 = [row for row in of(rows, "sketch") if rank(row) == 256 and in_float32 in row["what"]]
+    on_hopper = [row for row in at_256 if row["target"] == "sm_90"]
+    assert on_hopper
+    check(on_hopper, lambda row: row["prefetches"] * 32 * row["warps"] * 128 == 2 * 64 * 256 * 4)
+
+
 def test_int8_weights_of_a_layer_are_loaded_at_least_8_bytes_at_a_time(rows):
     """Wherever a row of W starts at a multiple of 16 bytes, groups of any size."""
     aligned = [row for row in of(rows, *LINEAR) if "groups of 1001" not in row["what"]]

@@ -41,6 +41,8 @@ pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # tokens, out, in: no side a multiple of a tile's, tiles that are cut, filled and alone, both orientations.
 SHAPES = [(127, 130, 200), (200, 130, 127), (130, 200, 127), (1, 40, 24), (33, 1, 20), (40, 128, 256)]
+# For what differs by group alone: two tiles of channels, the second cut, and one of everything else.
+SMALL = (40, 130, 72)
 GROUPS = {
     "mini": MINI,
     "rank 4": {"rank": 4},
@@ -50,8 +52,10 @@ GROUPS = {
     "rademacher 24": {"rank": 24, "distribution": "rademacher", "disable_nl": True},
     "front": {"rank": 3, "scale_front": True, "scale": 4.0},
 }
-# Every group on the first shape, the narrowest and one of tensor cores on the second, one group on the others.
-CASES = [(SHAPES[0], name) for name in GROUPS] + [(SHAPES[1], "mini"), *((shape, "rank 16") for shape in SHAPES[1:])]
+# Every group on the small shape and on the first, the narrowest and one of tensor cores on the second, one group on the
+# others.
+CASES = [(shape, name) for shape in (SMALL, SHAPES[0]) for name in GROUPS]
+CASES += [(SHAPES[1], "mini"), *((shape, "rank 16") for shape in SHAPES[1:])]
 FIRST = StepScalars(1)
 
 
@@ -88,7 +92,9 @@ def poisoned(monkeypatch):
     tiers(
         [(*case, dtype) for dtype in DTYPES for case in CASES],
         lambda shape, name, dtype: (
-            (dtype == torch.bfloat16 and name != "front") or (name == "rank 16" and shape in (SHAPES[2], SHAPES[5]))
+            (dtype == torch.bfloat16 and shape not in (SHAPES[0], SHAPES[1]) and name != "front")
+            or (dtype == torch.bfloat16 and (shape, name) in ((SHAPES[0], "rank 16"), (SHAPES[1], "mini")))
+            or (name == "rank 16" and shape == SHAPES[5])
         ),
     ),
     ids=str,
@@ -133,8 +139,8 @@ def test_sketch_and_norms(shape, dtype, name, poisoned):
 )
 def test_long_sums_in_parts(sides, side, dtype, poisoned):
     """Parts of S, K and R, the last of them shorter than the others: left out, or read beyond the end."""
-    layer, operands = layer_of(sides, dtype, rank=16, proj_type=side), operands_of(300, sides, dtype)
-    assert operand_sketch.parts(5, 1100, 128) == (3, 384)
+    layer, operands = layer_of(sides, dtype, rank=16, proj_type=side), operands_of(100, sides, dtype)
+    assert operand_sketch.parts(1, 1100, 128) == operand_sketch.parts(3, 1100, 128) == (3, 384)
     found = fused_operands.sketch(layer.table, layer.settings, FIRST, operands)
     G = by_channel(layer, gradient_of(operands))
     assert relative(found.projected, G @ projection_of(layer).T) <= (5e-5 if dtype == torch.bfloat16 else 2e-6)
@@ -142,11 +148,11 @@ def test_long_sums_in_parts(sides, side, dtype, poisoned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sides", "rank"), values([(192, 160), (160, 192)], [1, 16]))
+@pytest.mark.parametrize(("sides", "rank"), values([(72, 40), (40, 72)], [1, 16]))
 def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
     """S or K rounded to one bfloat16: errors of 2**-9 of the terms, which are 100 times the sum here."""
     layer = layer_of(sides, torch.bfloat16, rank=rank)
-    operands = operands_of(300, sides, torch.bfloat16, cancelling=True)
+    operands = operands_of(150, sides, torch.bfloat16, cancelling=True)
     G = by_channel(layer, gradient_of(operands))
     terms = by_channel(layer, gradient_of(ImplicitGradient(*(each.abs() for each in operands[:2]))))
     assert terms.norm() > 20 * G.norm()
@@ -160,7 +166,7 @@ def test_tokens_that_cancel_cost_no_more_than_rounding_G(sides, rank):
 
 # Every group, every mixture of dtypes, and every shape.
 FAST_STEPS = {
-    *((SHAPES[0], name, "bf16, stochastic") for name in ("rank 4", "rank 64, one factor", "rademacher 24", "front")),
+    *((SMALL, name, "bf16, stochastic") for name in ("rank 4", "rank 64, one factor", "rademacher 24", "front")),
     *((SHAPES[0], "mini", "fp32/bf16, roomy"), (SHAPES[0], "rank 16", "fp32"), (SHAPES[0], "mini", "fp16")),
     *((SHAPES[0], "rank 16", "bf16"), (SHAPES[1], "rank 16", "bf16, stochastic"), (SHAPES[3], "rank 16", "fp32")),
     (SHAPES[4], "rank 16", "bf16, stochastic"),
@@ -187,7 +193,7 @@ def assert_as_close_as(found, expected, before, share=0.01):
     ("shape", "name", "dtypes"),
     tiers(
         [
-            *((SHAPES[0], name, "bf16, stochastic") for name in GROUPS),
+            *((shape, name, "bf16, stochastic") for shape in (SMALL, SHAPES[0]) for name in GROUPS),
             *((SHAPES[0], name, dtypes) for name in ("mini", "rank 16") for dtypes in ("fp32", "bf16", "fp16")),
             *((SHAPES[0], name, "fp32/bf16, roomy") for name in ("mini", "rank 16")),
             *((shape, "rank 16", dtypes) for shape in SHAPES[1:] for dtypes in ("fp32", "bf16, stochastic")),

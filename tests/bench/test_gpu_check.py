@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from bench.gpu_check import (
     validation,
 )
 from bench.report_data import Machine, load
-from bench.results_file import describe
+from bench.results_file import Results, describe
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = (stages.OPTIMIZERS, stages.REPLAYS)
@@ -50,7 +52,7 @@ def test_a_rehearsal(tmp_path, monkeypatch, capsys):
     the first did, or that ends at a stage that fails; a report without what the files say."""
     assert command.main(["--rehearse", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "KeyError: 'of another name'" in said
+    assert "KeyError: 'fails on purpose'" in said
     files = list(tmp_path.rglob("*.json"))
     first = rows_of(tmp_path)
     assert sorted(first) == sorted(stages.FILES)
@@ -83,7 +85,7 @@ def test_a_rehearsal(tmp_path, monkeypatch, capsys):
     assert "| float32, rank 16, 48 x 40 | 1 | 0 of 768 | 0 |" in text
     assert "2 of 2 right" in text
     assert "`pytest -m gpu`: 1 passed, 1 failed, 1 skipped." in text
-    assert "test_fails_with_values` | `assert 1.5 == 2.5` |" in text
+    assert "test_fails_on_purpose` | `assert 1.5 == 2.5` |" in text
     assert "2 of 2 cases within their limits" in text
     assert all(f"| {change.row} | {change.contender}, rank {change.rank}" in text for change in changes.CHANGES)
 
@@ -126,14 +128,21 @@ def test_the_budget_is_kept_and_what_is_left_goes_to_what_was_cut_off():
     outcomes = command.in_order(checks, 60 * stages.MINUTES - command.RESERVE, run, clock=lambda: now)
     assert limits == [("a", 100), ("b", 100), ("c", 100), ("d", 50), ("b", 470 - 145)]
     assert outcomes == {"a": stage.DONE, "b": stage.CUT_OFF, "c": stage.DONE, "d": stage.FAILED}
-    assert command.finished(outcomes) == 1
+    assert command.finished(outcomes, []) == 1
     now, limits = 0.0, []  # half the time, of which the second stage takes the rest
     checks[1] = stages.Check("b", "b", (), 1000)
     outcomes = command.in_order(checks, 235, run, clock=lambda: now)
     assert limits == [("a", 50), ("b", 205)]
     assert outcomes == {"a": stage.DONE, "b": stage.CUT_OFF, "c": stage.CUT_OFF, "d": stage.CUT_OFF}
-    assert command.finished(outcomes) == 0
+    assert command.finished(outcomes, []) == 0
     assert sum(check.seconds for check in stages.CHECKS) <= 60 * stages.MINUTES - command.RESERVE
+
+
+def test_what_hangs_is_given_up_before_its_stage_ends():
+    """A job or a test that hangs until its stage is killed: no row says so, and the next call hangs there again."""
+    limits = {check.name[0]: check.seconds for check in stages.CHECKS}
+    assert processes.LONGEST_JOB < min(limits["a"], limits["c"])
+    assert suite.LONGEST_TEST < limits["b"] / 2
 
 
 def test_it_goes_on_from_the_files_of_the_checkout(tmp_path, monkeypatch):
@@ -151,6 +160,67 @@ def test_it_goes_on_from_the_files_of_the_checkout(tmp_path, monkeypatch):
     command.carry_over(earlier, out)
     found = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*.json")}
     assert found == {f"some-gpu/{stages.FILES[0]}.json": "earlier", f"some-gpu/{stages.FILES[1]}.json": "newer"}
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "0.4"])
+def test_minutes_that_no_stage_fits_into_are_refused(minutes):
+    """A limit of no number, and a least in the message that is refused itself."""
+    with pytest.raises(SystemExit, match=r"the least is 0\.5"):
+        command.main(["--rehearse", "--minutes", minutes])
+
+
+def test_a_folder_that_takes_no_file_ends_the_check_at_once(tmp_path):
+    """Eight minutes of stages that fail one after another when they write their first row."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SystemExit, match="no file can be written to"):
+            command.main(["--rehearse", "--out", str(folder)])
+
+
+def test_what_is_not_right_is_said_at_the_end(tmp_path, capsys):
+    """A kernel that is wrong, a measure that missed and a test that failed, under stages that are all "done" and with
+    exit status 0. A peer that is not installed is no fault."""
+    rows = {
+        "gpu_check-float64": {"race: a": {"right": False}, "race: b": {"right": True}, "shape: c": {"skipped": "no"}},
+        "gpu_check-tests": {"missing": {"missing": ["xdist"]}, "failed: d": {}, "file: e": {"counts": {}}},
+        "gpu_check-validate": {"f": {"missed": ["R"]}, "g": {"missed": []}},
+        "whole_step-models": {"h": {"skipped": "a peer is not installed"}},
+    }
+    for name, of_file in rows.items():
+        file = Results(name, folder=tmp_path)
+        for identity, row in of_file.items():
+            file.add(identity, **row)
+    wrong = command.not_right(tmp_path, "cpu")
+    assert wrong == ["race: a", "shape: c", "failed: d", "f"]
+    assert command.finished({"a": stage.DONE}, wrong) == 1
+    assert "4 not right:\n  race: a\n" in capsys.readouterr().out
+    assert command.finished({"a": stage.DONE}, []) == 0
+
+
+def test_without_pytest_the_other_stages_run(tmp_path, monkeypatch):
+    """The rehearsal, or the stage of the tests, that ends with an ImportError where pytest is not installed."""
+    for name in ("suite", "pytest_plugin"):
+        monkeypatch.delitem(sys.modules, f"bench.gpu_check.{name}")
+    monkeypatch.setattr("bench.gpu_check.suite", suite)  # afterwards
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    anew = importlib.import_module("bench.gpu_check.suite")
+    monkeypatch.setattr(anew.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("APOLLO_RESULTS", str(tmp_path))
+    anew.main(["--device", "cpu"])
+    assert Results(anew.NAME).rows["missing"]["missing"] == list(suite.MISSING_HERE)
+
+
+def test_a_pytest_that_does_not_start_is_a_row(results, monkeypatch, tmp_path):
+    """An option that this pytest does not know: the stage would be done, with no test run."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho unrecognized arguments\nexit 4\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(suite.sys, "executable", str(program))
+    file = results()
+    suite.run([], tmp_path, file)
+    row = file.rows["failed: pytest"]
+    assert row["skipped"] == "pytest ended with exit code 4"
+    assert row["text"] == "unrecognized arguments\n"
 
 
 def _job(number):

@@ -30,17 +30,17 @@ def python(*arguments: str, code: int = 0, **environment: str) -> subprocess.Com
     return found
 
 
-def test_every_way_of_asking_and_processes_that_are_started() -> None:
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASK!r}], check=True)"
-    call = "import apollo_triton.compat as c; c.as_apollo_torch(); c.as_apollo_torch()\n"
-    python("-c", call + ASK + child)
-
-
+# The same without importing torch, which takes two seconds.
+FIND = """
+import importlib.metadata, importlib.util, pathlib
+assert "stand_in" in pathlib.Path(importlib.util.find_spec("apollo_torch").origin).parts
+for name in ("apollo_torch", "apollo-torch"):
+    assert importlib.metadata.version(name) == "1.0.3+apollo.triton"
+"""
+# A rank above the width, which the official one takes: the Trainer's default of 128 on a small model.
 WIDE = """
 import sys, warnings, torch
 from torch.nn import Parameter
-import apollo_triton.compat as c; c.as_apollo_torch()
-import apollo_torch, apollo_triton
 for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
     weights = [Parameter(torch.ones(6, 4)), Parameter(torch.ones(3, 8)), Parameter(torch.ones(9, 9))]
     dense = Parameter(torch.ones(2))
@@ -63,14 +63,7 @@ for name in ("APOLLOAdamW", "QAPOLLOAdamW"):
 """
 
 
-def test_a_rank_above_the_width_which_the_official_one_takes() -> None:
-    """The Trainer's default rank of 128 on a small model: refused, or taken in silence, or elsewhere too."""
-    python("-c", WIDE)
-
-
 NAMES = """
-import apollo_triton.compat as c; c.as_apollo_torch()
-import apollo_torch
 for name in ("GaLoreAdamW8bit", "nothing"):
     try:
         getattr(apollo_torch, name)
@@ -80,8 +73,12 @@ from apollo_torch import GaLoreAdamW8bit
 """
 
 
-def test_names_of_others_and_names_of_nobody() -> None:
-    found = python("-c", NAMES, code=1)
+def test_what_a_program_finds_and_so_do_processes_that_it_starts() -> None:
+    """A way of asking that finds nothing or another; a rank that is refused, taken in silence, or elsewhere too; names
+    of others and of nobody. In one process, since most of the time would go into starting several."""
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {FIND!r}], check=True)"
+    call = "import apollo_triton.compat as c; c.as_apollo_torch(); c.as_apollo_torch()\n"
+    found = python("-c", "\n".join([call, ASK, child, WIDE, NAMES]), code=1)
     assert "pip install galore-torch, then from galore_torch import GaLoreAdamW8bit" in found.stderr
     assert "AttributeError: module 'apollo_torch', for which apollo_triton stands in, has no 'nothing'" in found.stdout
 
@@ -95,7 +92,7 @@ def test_an_installed_one_is_not_shadowed_without_a_word(tmp_path: Path) -> None
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: apollo-torch\nVersion: 1.0.9\n")
     first = os.pathsep.join([str(tmp_path), str(ROOT), *(path for path in sys.path if path)])
     call = "import apollo_triton.compat as c; c.as_apollo_torch()\n"
-    assert "apollo-torch 1.0.9 is installed and stays unused" in python("-c", call + ASK, PYTHONPATH=first).stderr
+    assert "apollo-torch 1.0.9 is installed and stays unused" in python("-c", call + FIND, PYTHONPATH=first).stderr
     # Left alone where nobody asks, and refused where it is too late.
     late = "import apollo_triton, apollo_torch\nassert apollo_torch.APOLLOAdamW[0] == 't'\n" + call
     error = python("-c", late, code=1, PYTHONPATH=first).stderr
@@ -106,7 +103,7 @@ def test_a_script(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     beside = tmp_path / "beside.py"
     beside.write_text("VALUE = 7")
-    script.write_text(ASK + "import sys, beside\nprint(sys.argv[1:], __name__, beside.VALUE)")
+    script.write_text(FIND + "import sys, beside\nprint(sys.argv[1:], __name__, beside.VALUE)")
     found = python("-m", "apollo_triton.compat", str(script), "--a", "b").stdout
     assert found == "['--a', 'b'] __main__ 7\n"
 

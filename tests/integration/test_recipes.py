@@ -9,7 +9,6 @@ import math
 import re
 import runpy
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -159,35 +158,44 @@ def test_the_micro_batch_changes_nothing_but_rounding(run: Run) -> None:
 
 HAS_INIT_SYNC = "init_sync" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
 COMMON = ["--config=60m", "--data=texts.jsonl", "--steps=6", *SMALL]
-RANK = """
-import json, os, runpy, sys
-os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-program, runs = sys.argv[2], json.loads(sys.argv[3])
+# The ranks are forked, so that the libraries, which take most of the time, are imported once.
+RANKS = """
+import json, os, runpy, signal, sys
+import torch._dynamo, transformers.models.llama
+program, runs = sys.argv[1], json.loads(sys.argv[2])
 sys.path.insert(0, os.path.dirname(program))
-for port, arguments in runs:
-    os.environ["MASTER_PORT"] = str(port)
-    sys.argv = [program, *arguments]
-    runpy.run_path(program, run_name="__main__")
-    print("---", flush=True)
+runpy.run_path(program)
+started = []
+for rank in (0, 1):
+    started.append(os.fork())
+    if started[-1] == 0:
+        break
+if started[-1] == 0:
+    signal.alarm(300)  # as the parent, which cannot end them
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    sys.stdout = open(f"printed-{rank}", "w")
+    for port, arguments in runs:
+        os.environ["MASTER_PORT"] = str(port)
+        sys.argv = [program, *arguments]
+        runpy.run_path(program, run_name="__main__")
+        print("---", flush=True)
+else:
+    sys.exit(any([os.waitpid(process, 0)[1] for process in started]))
 """
 
 
 def on_two_ranks(folder: Path, runs: dict[str, list[str]]) -> dict[str, str]:
-    """What each of some runs printed; one after the other in the same two processes, since most of the time would go
-    into starting them."""
+    """What each of some runs printed; one after the other in the same two processes."""
     with_ports = []
     for arguments in runs.values():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             with_ports.append((free.getsockname()[1], [*COMMON, *arguments]))
-    rest = [str(ROOT / "examples" / "pretrain_c4.py"), json.dumps(with_ports)]
-    with ThreadPoolExecutor() as pool:
-        started = [pool.submit(run_program, "-c", RANK, str(rank), *rest, cwd=folder) for rank in (0, 1)]
-    first, second = (each.result() for each in started)
-    assert ended_well(first), first.stdout + first.stderr[-4000:]
-    assert ended_well(second), second.stderr[-4000:]
-    assert not losses(second.stdout)
-    return dict(zip(runs, first.stdout.split("---"), strict=False))
+    ended = run_program("-c", RANKS, str(ROOT / "examples" / "pretrain_c4.py"), json.dumps(with_ports), cwd=folder)
+    first, second = ((folder / f"printed-{rank}").read_text() for rank in (0, 1))
+    assert ended_well(ended), first + second + ended.stderr[-8000:]
+    assert not losses(second)
+    return dict(zip(runs, first.split("---"), strict=False))
 
 
 @needs_fsdp_on_a_cpu

@@ -63,13 +63,13 @@ def test_a_step_never_reads_the_device(capturable, limit, rank, lr, monkeypatch)
 def test_capturable_computes_the_same(scale_type, rank):
     """t and lr from the device: bias correction in float32 by expm1, and P refreshed by the kernel itself."""
     weights, dense = parameters_of([(24, 16), (16, 24)]), parameters_of([(8,)])
-    options = {"rank": rank, "scale_type": scale_type, "update_proj_gap": 3, "weight_decay": 0.1, "steps": 8}
+    options = {"rank": rank, "scale_type": scale_type, "update_proj_gap": 2, "weight_decay": 0.1, "steps": 5}
     plain, _ = train(weights, dense, **options)
     captured, optimizer = train(weights, dense, constructor={"capturable": True}, **options)
     for mine, other in zip(captured, plain, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
     assert optimizer.state[captured[0]]["step"].device.type == DEVICE
-    assert optimizer.state[captured[0]]["step"] == 8
+    assert optimizer.state[captured[0]]["step"] == 5
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
 
 
@@ -95,13 +95,13 @@ def test_a_replayed_step_follows_scheduler_step_count_and_refresh(rank, limit):
             dense,
             constructor={"capturable": True, "max_grad_norm": limit, "stochastic_rounding": True},
             rank=rank,
-            update_proj_gap=3,
+            update_proj_gap=2,
             weight_decay=0.1,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         static = [drawn(each.shape, 0, scale=1e-2) for each in weights + dense]
         graph = None
-        for step in range(9):
+        for step in range(6):  # replays write a new P before the eager step and after it
             for offset, gradient in enumerate(static):
                 gradient.copy_(drawn(gradient.shape, 1000 * step + offset, scale=1e-2))
             if step in (1, 4):  # once more after an eager step with gradients elsewhere
@@ -131,7 +131,7 @@ def test_a_replayed_step_follows_scheduler_step_count_and_refresh(rank, limit):
     assert_same_bits(plain, replayed)
     for mine, other in zip(plain, replayed, strict=True):
         assert torch.equal(first.state[mine]["exp_avg_sq"], second.state[other]["exp_avg_sq"])
-        assert first.state[mine]["step"] == second.state[other]["step"] == 9
+        assert first.state[mine]["step"] == second.state[other]["step"] == 6
 
 
 def test_a_capture_wants_capturable_and_a_step_before_it(monkeypatch):
@@ -167,7 +167,7 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_fi
             for each in (scaled, plain)
         ]
         scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2)
-        for step in range(5):
+        for step in range(4):
             overflow = step == 2
             for offset, (a, b) in enumerate(zip(scaled, plain, strict=True)):
                 gradient = drawn(a.shape, 1000 * step + offset, scale=1e-2)
@@ -185,7 +185,7 @@ def test_grad_scaler_leaves_unscaling_and_skipping_to_the_step(limit, unscale_fi
                 optimizers[1].step()
         for mine, other in zip(scaled, plain, strict=True):
             torch.testing.assert_close(mine, other, rtol=2e-6, atol=1e-7)
-            assert optimizers[0].state[mine]["step"] == optimizers[1].state[other]["step"] == 4
+            assert optimizers[0].state[mine]["step"] == optimizers[1].state[other]["step"] == 3
         assert optimizers[0].skipped_updates == 0  # the scaler's skip is no step
 
 

@@ -137,6 +137,16 @@ def test_gradients_may_move():
     assert run.found() == run.gradients()
 
 
+def test_rows_of_a_gradient_further_apart_are_noticed():
+    """Bug: strides are compared only with those of a contiguous tensor, and kernels read between the rows."""
+    run = Run()
+    for length in (32, 64):
+        run.weight.grad = torch.ones(16, length, dtype=torch.bfloat16)[:, :16]
+        assert run.found() is None
+        run.places = Places(run.groups, run.optimizer.state, {})
+        assert run.found() == run.gradients()
+
+
 def test_a_gradient_that_is_never_formed_has_no_address():
     """Bug: the addresses of those behind it are those of others."""
     run = Run()

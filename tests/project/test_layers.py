@@ -65,9 +65,10 @@ def test_the_backends_do_not_import_each_other():
                 assert not [target for target in targets if target.startswith(f"backends.{other}")], module
 
 
-# The files that only one backend has: what bitsandbytes does and how results are rounded; what launches are given.
+# The files that only one backend has: what bitsandbytes does and how results are rounded; what launches are given and
+# what ``rescale`` reads.
 ONLY_REFERENCE = {"dense_8bit", "rounding"}
-ONLY_TRITON = {"arguments", "layout", "projections"}
+ONLY_TRITON = {"arguments", "channels", "layout", "projections"}
 
 
 def public(backend, file):

@@ -44,7 +44,7 @@ def layer_of(shape, dtype=torch.float32, group_size=0, constructor=None, seed=7,
         weight = nn.Parameter(Int8Weight.of(weight.detach(), group_size, rounds))
     optimizer = APOLLOAdamW([{"params": [weight], **group}], lr=1e-2, backend="triton", **(constructor or {}))
     settings = Settings.of(optimizer.param_groups[0])
-    given = {weight: operands_of(1, shape)}
+    given = {weight: operands_of(1, shape, dtype)}
     plan = Plan(optimizer.param_groups, optimizer.state, [settings], given, False, Agreement(), Caches())
     (member,), (table,) = plan.members, plan.tables
     return Layer(weight, settings, member.state, member, table)

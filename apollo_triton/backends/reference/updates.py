@@ -101,7 +101,7 @@ class BatchUpdate:
         return {index: projected[matrices] for index, matrices in self._matrices.items()}
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
-        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        self._scalars = self._scalars.scaled(gradient_scale)
         if self._kept:
             kept, self._kept = self._kept, []
             self._factors = joined_factors([verbs.rescale(part, self._settings, self._scalars, R) for part, R in kept])
@@ -154,7 +154,7 @@ class DenseUpdate:
         return {}
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
-        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        self._scalars = self._scalars.scaled(gradient_scale)
 
     def sharded_results(self) -> tuple[ByMember, ByMember]:
         return {}, {index: norm.view(1, 1) for index, norm in self.squared_norms().items()}

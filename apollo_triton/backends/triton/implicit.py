@@ -24,7 +24,7 @@ from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections
-from .arguments import DTYPES, product_constants, scale_arguments, step_arguments
+from .arguments import DTYPES, operand_constants, scale_arguments, step_arguments
 from .matrices import Table
 from .projections import projection_kind
 
@@ -167,7 +167,7 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
     kept, contracted = gradient.kept_and_contracted(table.keeps_rows)
     (tokens, channels), width = kept.shape, contracted.shape[1]
     kind = projection_kind(settings)
-    constants = product_constants(table.rank, kind, kept.dtype, table.device)
+    constants = operand_constants(table, kind)
     rank_blocks = -(-table.rank // constants["BLOCK_RANK"])
     token_blocks = -(-tokens // constants["BLOCK_CHANNELS"])
     S_parts, part = operand_sketch.parts(token_blocks * rank_blocks, width, 128)

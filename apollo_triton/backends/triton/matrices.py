@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
 from ...params.state import ABSMAXES
 from ..interface import WARM_UP
+from .channels import Channels, MomentTable, owners_of, programs_for
 from .layout import NO_STRIDES, MatrixStrides, flat_geometry, matrix_strides, weight_strides
 from .projections import ProjectionBuffer
 
@@ -49,60 +50,6 @@ class Int8Format(NamedTuple):
         return cls(parameter.group_size, parameter.stochastic_rounding)
 
 
-class Channels:
-    """What ``rescale`` reads of a table.
-
-    ``addresses`` int64 ``[matrices, 16]`` (kernels/table.py). ``channels``: how many all matrices have together.
-    ``channel_programs`` int32: the index of the matrix of each program of ``sketch`` and ``rescale``, of which
-    ``program_counts`` int64 ``[matrices]`` says how many a matrix has. ``channel_blocks``: their tile sizes.
-    ``absmaxes`` int64 ``[matrices, 2]``: addresses, where moments are 8-bit, None otherwise. ``previous`` float32
-    ``[matrices]``: where ``rescale`` puts u_prev aside, because ``apply`` reads the old one while it writes the new
-    one.
-    """
-
-    device: torch.device
-    matrices: int
-    rank: int
-    keeps_rows: bool
-    aligned: bool
-    state_dtype: torch.dtype
-    addresses: Tensor
-    channels: int
-    channel_programs: Tensor
-    program_counts: Tensor
-    channel_blocks: dict[str, int]
-    absmaxes: Tensor | None
-    previous: Tensor
-
-    def scratch(self, *shape: int) -> Tensor:
-        """Memory of a step for float32 numbers, in two thirds of ``torch.empty``'s 1.2 us."""
-        return self.previous.new_empty(*shape)
-
-
-class MomentTable(Channels):
-    """The channels of a table's matrices whose moments are on this rank, where sketches are summed over ranks."""
-
-    def __init__(self, whole: Table) -> None:
-        self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
-        self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
-        self.matrices, self.previous = whole.matrices, whole.previous
-        self.absmaxes = whole.absmaxes  # None: 8-bit moments are not sharded
-        rows = whole.addresses.tolist()
-        counts = [member.shard.moments for member in whole.members for _ in member.shard.moment_rounding_offsets]
-        offsets = [offset for member in whole.members for offset in member.shard.moment_rounding_offsets]
-        programs = [_programs(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
-        self.channels = first_program = 0
-        for row, count, offset, own_programs in zip(rows, counts, offsets, programs, strict=True):
-            row[(table.ROWS if self.keeps_rows else table.COLUMNS).value] = count
-            row[table.ROUNDING_OFFSET.value] = offset
-            row[table.FIRST_CHANNEL.value], row[table.FIRST_CHANNEL_PROGRAM.value] = self.channels, first_program
-            self.channels += count
-            first_program += own_programs
-        self.addresses = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.device)
-        self.program_counts = torch.tensor(programs, dtype=torch.int64, device="cpu").to(self.device)
-        self.channel_programs = _owners(programs).to(self.device)
-
-
 class Table(Channels):
     """The matrices of one launch of each kernel: same dtypes, orientation, alignment, settings and step count.
 
@@ -114,7 +61,8 @@ class Table(Channels):
     ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
     channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
     updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
-    ``uses``: which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
+    ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all this, because a plan
+    may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -136,6 +84,7 @@ class Table(Channels):
         self.rank = 0 if settings.rank is None or self.is_dense else settings.rank
         self.copies: list[StridedCopy] = []
         self.projections: list[ProjectionBuffer] = []
+        self.constants: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.split = 1
         if self.state_dtype == torch.uint8:
@@ -159,7 +108,7 @@ class Table(Channels):
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
-        self.moments = MomentTable(self) if self.is_width_sharded else None
+        self.moments = MomentTable(self, self.members) if self.is_width_sharded else None
         values = [*vars(self).values(), *vars(self.moments or self).values()]
         values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
         self.uses = Uses([value for value in values if isinstance(value, Tensor)])
@@ -210,7 +159,7 @@ class Table(Channels):
                     channel_programs.append(self._channel_programs(geometry.channels))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
-                parts = _programs(geometry.rows * geometry.columns, dense.BLOCK)
+                parts = programs_for(geometry.rows * geometry.columns, dense.BLOCK)
                 norm_programs.append(min(parts, dense.NORM_PROGRAMS))
                 tile_program += tile_programs[-1]
                 channel += geometry.channels
@@ -232,16 +181,18 @@ class Table(Channels):
         self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
-        self.channel_programs = self._on_device(_owners(channel_programs))
+        self.channel_programs = self._on_device(owners_of(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
         if self.is_sum_sharded or (clips and not self.is_dense):  # lengths of what is added up to a matrix's norm
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
         if self.is_sum_sharded:  # and to the sums of ``rescale``
             self.program_counts = self._on_device(torch.tensor(channel_programs, dtype=torch.int64, device="cpu"))
-        self.tile_programs = self._on_device(_owners(tile_programs))
+        self.tile_programs = self._on_device(owners_of(tile_programs))
         parts_of = [torch.arange(count, dtype=torch.int32, device="cpu") for count in norm_programs]
-        self.norm_programs = self._on_device(torch.stack((_owners(norm_programs), torch.cat(parts_of)), 1).contiguous())
+        self.norm_programs = self._on_device(
+            torch.stack((owners_of(norm_programs), torch.cat(parts_of)), 1).contiguous()
+        )
 
     def _absmax_addresses(self) -> Tensor:
         """Of each matrix's 8-bit M and V."""
@@ -255,12 +206,14 @@ class Table(Channels):
     def _channel_programs(self, channels: int) -> int:
         """How many blocks of channels a matrix has. The last may be empty, where the sketch takes them two by two."""
         at_a_time = sketch.programs_at_a_time(self.rank)
-        return _programs(channels, at_a_time * self.channel_blocks["BLOCK_CHANNELS"]) * at_a_time
+        return programs_for(channels, at_a_time * self.channel_blocks["BLOCK_CHANNELS"]) * at_a_time
 
     def _tiles(self, geometry: Geometry) -> int:
         """How many programs of ``apply`` a matrix has."""
         if self.int8 is not None:
-            return _programs(geometry.rows * geometry.columns, self.int8.group_size * self.tile_blocks["BLOCK_GROUPS"])
+            return programs_for(
+                geometry.rows * geometry.columns, self.int8.group_size * self.tile_blocks["BLOCK_GROUPS"]
+            )
         in_row = _blocks(geometry.columns, self.tile_blocks["BLOCK_COLUMNS"])
         return max(1, _blocks(geometry.rows, self.tile_blocks["BLOCK_ROWS"]) * in_row)
 
@@ -361,17 +314,6 @@ def _blocks(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def _programs(length: int, block: int) -> int:
-    """How many programs share ``length``: one where it is 0, so that the matrix of an empty shard keeps its u_prev."""
-    return max(1, _blocks(length, block))
-
-
 def _int64(values: list[int]) -> Tensor:
     """On the host, in half of ``torch.tensor``'s 11 us for 224 values."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)
-
-
-def _owners(programs: list[int]) -> Tensor:
-    """The index of the matrix of each program, int32."""
-    counts = torch.tensor(programs, dtype=torch.int64, device="cpu")
-    return torch.repeat_interleave(torch.arange(len(programs), dtype=torch.int32, device="cpu"), counts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import gpu
+from ...core.projection import TENSOR_CORE_RANK
 from ...core.settings import Settings
 from ...core.streams import Uses
 from ...kernels import projected
@@ -47,7 +48,8 @@ class ProjectionBuffer:
         cls, distribution: str, seed: int, rank: int, start: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> ProjectionBuffer:
         """Memory for P, not yet written."""
-        row = -(-width // projection_kernels.ROW_MULTIPLE) * projection_kernels.ROW_MULTIPLE
+        multiple = projected.ROW_MULTIPLE.value
+        row = -(-width // multiple) * multiple
         return cls(distribution, seed, start, width, torch.empty(rank, row, dtype=dtype, device=device))
 
     @property
@@ -68,7 +70,7 @@ def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
     that make P in place always start at column 0, and a slice is small.
     """
     assert settings.rank is not None
-    is_made_in_place = settings.rank < projected.TENSOR_CORE_RANK
+    is_made_in_place = settings.rank < TENSOR_CORE_RANK
     if settings.proj == "svd" or (is_width_sharded and is_made_in_place):
         return projected.SINGULAR_VECTORS
     if not is_made_in_place:
@@ -78,7 +80,7 @@ def projection_kind(settings: Settings, is_width_sharded: bool = False) -> Any:
 
 def projection_dtype(gradient: torch.dtype) -> torch.dtype:
     """The dtype of a P in memory: that of the gradient, so that it is multiplied as it is read. 8 significant bits fit
-    either."""
+    either, except for float16's entries below 6e-5 (kernels/projection.py)."""
     return torch.float16 if gradient == torch.float16 else torch.bfloat16
 
 

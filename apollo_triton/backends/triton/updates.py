@@ -104,7 +104,7 @@ class TableUpdate:
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
         table, settings = self._table, self._settings
-        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        self._scalars = self._scalars.scaled(gradient_scale)
         if self._kept is not None:
             self._factors = verbs.rescale(table, settings, self._scalars, self._kept)
             self._kept = None
@@ -172,7 +172,7 @@ class ImplicitUpdate:
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
         table, settings = self._table, self._settings
-        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        self._scalars = self._scalars.scaled(gradient_scale)
         sketch = implicit.sketch(table, settings, self._scalars, self._gradient)
         self._factors = verbs.rescale(table, settings, self._scalars, sketch)
 
@@ -207,7 +207,7 @@ class DenseUpdate:
         return {}
 
     def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
-        self._scalars = self._scalars._replace(gradient_scale=gradient_scale)
+        self._scalars = self._scalars.scaled(gradient_scale)
 
     def sharded_results(self) -> tuple[ByMember, ByMember]:
         return {}, {index: norms.view(-1, 1) for index, norms in self.squared_norms().items()}

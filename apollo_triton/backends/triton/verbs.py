@@ -24,7 +24,8 @@ from ...kernels import sketch as sketch_kernels
 from ...kernels.table import power_of_two
 from ..interface import Factors, Sketch, StepScalars
 from .arguments import DTYPES, moment_arguments, scale_arguments, sketch_constants, step_arguments
-from .matrices import Channels, Table
+from .channels import Channels
+from .matrices import Table
 from .projections import projection_kind
 
 
