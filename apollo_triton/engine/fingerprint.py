@@ -18,7 +18,7 @@ from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
 from ..params.member import gradient_of
 from ..params.sharding import local
-from ..params.state import ABSMAXES, MOMENTS
+from ..params.state import ABSMAXES, SHARDED
 
 Groups = list[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
@@ -27,7 +27,7 @@ Given = Mapping[Tensor, ImplicitGradient]
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _MISALIGNED = (15).__and__  # by how many bytes
 _END = object()
-_ADDRESSED = ("step", *MOMENTS, "update_norm", *ABSMAXES)
+_ADDRESSED = ("step", *SHARDED, *ABSMAXES)
 # A sparse gradient has no address, and what is no tensor has no strides.
 _NO_ADDRESS = (RuntimeError, KeyError, AttributeError, TypeError)
 
@@ -62,7 +62,8 @@ class Places:
     Parameters and whatever their state holds are to be the very same objects: a tensor of another dtype may come to lie
     where the old one was. Addresses, shapes, strides and dtypes are compared as lists of one kind, which ``map`` fills
     and ``==`` compares in C: 0.2 ms for 224 parameters, of which a tuple for each took 0.35. Of gradients only numbers
-    are kept: in ``gradients`` their addresses, 0 for one that is never formed.
+    are kept: in ``gradients`` their addresses, 0 for one that is never formed. They are the plan's to change, once its
+    tables know the new ones.
     """
 
     def __init__(self, groups: Groups, states: States, given: Given) -> None:
@@ -75,7 +76,7 @@ class Places:
         self.gradients, self._facts = self._numbers(gradients, given)
 
     def unless_moved(self, groups: Groups, states: States, given: Given) -> list[int] | None:
-        """The addresses of the gradients, which are kept, if nothing but gradients has moved; else None."""
+        """The addresses of the gradients, if nothing but gradients has moved; else None."""
         parameters, gradients, counts = _with_gradients(groups, given)
         if (
             counts != self._counts
@@ -91,7 +92,6 @@ class Places:
         is_new = addresses != self.gradients
         if facts != self._facts or (is_new and [*map(_MISALIGNED, addresses)] != [*map(_MISALIGNED, self.gradients)]):
             return None
-        self.gradients = addresses
         return addresses
 
     def _held(self) -> Iterator[Any]:
@@ -109,11 +109,13 @@ class Places:
         """The gradients' addresses, and what is not to change."""
         formed, state, weights = gradients, self._state, self._parameters
         never_formed: list[Any] = []
+        formats: list[Any] = []
         if given:
             formed = [each for each in gradients if isinstance(each, Tensor)]
             never_formed = [(at, each.dtype) for at, each in enumerate(gradients) if not isinstance(each, Tensor)]
         if not self._is_plain:
             formed, state = [*map(local, formed)], [*map(local, state)]
+            formats = [(w.group_size, w.stochastic_rounding) for w in weights if isinstance(w, Int8Weight)]
             weights = [part for each in weights for part in _parts(each)]
         addresses = [*map(Tensor.data_ptr, formed)]
         if 0 in addresses and any(each.numel() and not each.data_ptr() for each in formed):
@@ -122,6 +124,7 @@ class Places:
         contiguous = [*map(Tensor.is_contiguous, tensors)]  # most are: their strides follow
         facts = (
             never_formed,
+            formats,
             [*map(Tensor.data_ptr, state), *map(Tensor.data_ptr, weights)],
             [*map(_SHAPE, tensors)],
             contiguous,

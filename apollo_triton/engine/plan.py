@@ -28,7 +28,6 @@ from ..params.state import (
     check_count,
     check_memory,
     check_state,
-    fits_projection,
     has_begun,
     lay_out,
 )
@@ -103,11 +102,6 @@ class Plan:
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
         self.tables = self._make_tables(caches)
         self._places = None if self._is_fake else places_of(groups, states, given)
-        self._with_svd = [
-            member
-            for member in self.members
-            if member.geometry is not None and self._settings[member.param.group].proj == "svd"
-        ]
 
     def holds(
         self,
@@ -123,12 +117,10 @@ class Plan:
             return False
         if self.collectives.axes:
             finish_gradients(member.parameter for member in self.members)
-        before = self._places.gradients
         gradients = self._places.unless_moved(groups, states, given)
         if (
             gradients is None
             or on_device != self.on_device
-            or not all(map(fits_projection, self._with_svd))
             or not (self._has_read(settings) or structure(settings) == self._structure)
             or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
@@ -139,9 +131,10 @@ class Plan:
             self.captured = True
             for table in self.tables:
                 table.update_gradient_addresses_in_capture(gradients)
-        elif gradients != before or self.captured:
+        elif gradients != self._places.gradients or self.captured:
             for table in self.tables:
                 table.update_gradient_addresses(gradients)
+        self._places.gradients = gradients
         return True
 
     def _has_read(self, settings: list[Settings]) -> bool:

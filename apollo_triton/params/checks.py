@@ -80,6 +80,11 @@ def check_parameter(param: Param, settings: Settings) -> None:
         raise ValueError(
             f"{param} was made under torch.inference_mode(), and nothing outside may change it; make the model outside"
         )
+    if trained and parameter.is_neg():
+        raise ValueError(
+            f"{param} is negated where it is read, not in memory (a view of a complex conjugate), and the kernels "
+            "would move it the wrong way; use nn.Parameter(weight.detach().resolve_neg())"
+        )
     if trained:
         check_elements(param)
     if isinstance(parameter, Int8Weight):

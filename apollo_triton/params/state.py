@@ -21,7 +21,7 @@ from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from .aliasing import address, overlaps_itself
 from .checks import SHARDED_8BIT
-from .member import Member, Param, geometry_of
+from .member import Param, geometry_of
 from .sharding import LocalShard, is_dtensor, local, sharded_zeros, state_placement
 
 # The names of the state's tensors, except ``step``, a scalar on the host.
@@ -250,25 +250,6 @@ def check_memory(found: Iterable[tuple[Param, Mapping[str, Any]]]) -> None:
             other = seen.setdefault((value.device, start), f"{name!r} of {param}")
             if other != f"{name!r} of {param}":
                 raise ValueError(f"{param}: its state {name!r} is in the memory of {other}; give it a copy of its own")
-
-
-def fits_projection(member: Member) -> bool:
-    """Whether svd's P may be read at the next step: it is still to be made, or lies as ``check_state`` and ``lay_out``
-    leave it. Runs at every step."""
-    state, parameter = member.state, member.parameter
-    if "projection" not in state:
-        return True
-    P, moment = state["projection"], member.local_state("exp_avg")
-    if not isinstance(P, Tensor) or is_dtensor(P) != is_dtensor(parameter) or P.layout != torch.strided:
-        return False
-    geometry, found = member.geometry, local(P)
-    assert geometry is not None
-    return (
-        found.shape == (*moment.shape[:-2], moment.shape[-1], geometry.width)
-        and found.dtype == torch.float32
-        and found.device == parameter.device
-        and found.is_contiguous()
-    )
 
 
 def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None:

@@ -226,6 +226,8 @@ def broken_by(optimizer, named, what):
         weight.grad = torch.ones(12, 8, dtype=torch.float64)
     elif what == "negated":
         weight.grad = torch._neg_view(torch.ones(12, 8))
+    elif what == "negated weight":
+        weight.data = torch._neg_view(weight.data.clone())
     elif what == "key":
         del optimizer.param_groups[0]["state_bits"]
     elif what == "group":
@@ -244,6 +246,7 @@ def broken_by(optimizer, named, what):
         ("weight", r"'up'.* has dtype torch.float64; weights may be"),
         ("gradient", r"'up'.*its gradient has dtype torch.float64; gradients may be"),
         ("negated", r"'up'.*its gradient is negated.*resolve_neg"),
+        ("negated weight", r"'up'.* is negated where it is read.*resolve_neg"),
         ("key", r"parameter group 0: 'state_bits' is missing; use optimizer.add_param_group"),
         ("group", r"parameter group \d: 'betas' is missing; use optimizer.add_param_group"),
         ("names", r"parameter group 0 has 3 params and 2 param_names"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.core import device_backend, gpu
 from apollo_triton.core.implicit_gradient import ImplicitGradient
 from apollo_triton.engine.fingerprint import Places, places_of
 from apollo_triton.int8.weight import Int8Weight
@@ -156,8 +157,37 @@ def test_a_gradient_that_is_never_formed_has_no_address():
     assert run.found() is None
 
 
-@pytest.mark.parametrize("part", ["q", "scale", "zero"])
-def test_the_parts_of_an_int8_weight_are_looked_at(part):
+def test_a_refused_step_leaves_the_tables_with_what_they_were_told(monkeypatch):
+    """Bug: gradients have moved before a step that is refused, and the next one reads where they were."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(device_backend, "_obstacle", lambda device: None)
+    monkeypatch.setattr(gpu, "launch", lambda *arguments, **constants: None)
+    run = Run()
+    told = run.gradients()
+    kept = [each.grad for each in run.weights]  # so that the new ones lie elsewhere
+    for each in run.weights:
+        each.grad = torch.ones_like(each)
+    run.groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(ValueError, match="differs between parameter groups"):
+        run.optimizer.step()
+    run.groups[0]["max_grad_norm"] = None
+    run.optimizer.step()
+    assert told[:2] == [each.data_ptr() for each in kept]
+    assert run.optimizer._engine._plan.tables[0].gradients.tolist() == run.gradients()[:2] != told[:2]
+
+
+def other_rounding(weight):
+    weight.stochastic_rounding = not weight.stochastic_rounding
+
+
+INT8_CHANGES = {
+    **{part: lambda w, part=part: setattr(w, part, getattr(w, part).clone()) for part in ("q", "scale", "zero")},
+    "rounding": other_rounding,
+}
+
+
+@pytest.mark.parametrize("change", INT8_CHANGES)
+def test_the_parts_of_an_int8_weight_are_looked_at(change):
     weight = Int8Weight.of(torch.ones(16, 16), group_size=16)
     weight.grad = torch.ones(16, 16)
     optimizer = APOLLOAdamW([{"params": [weight], "rank": 2}])
@@ -165,8 +195,15 @@ def test_the_parts_of_an_int8_weight_are_looked_at(part):
     places = Places(optimizer.param_groups, optimizer.state, {})
     arguments = optimizer.param_groups, optimizer.state, {}
     assert places.unless_moved(*arguments) == [weight.grad.data_ptr()]
-    setattr(weight, part, getattr(weight, part).clone())
+    INT8_CHANGES[change](weight)
     assert places.unless_moved(*arguments) is None
+
+
+def test_the_projection_of_svd_is_looked_at():
+    run = Run(proj="svd")
+    assert run.found() == run.gradients()
+    set_data(run.state["projection"], run.state["projection"].double())
+    assert run.found() is None
 
 
 def test_8_bit_moments_are_looked_at():

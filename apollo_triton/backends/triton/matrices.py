@@ -263,8 +263,8 @@ class Table(Channels):
         """Tell the kernels where P of each matrix is."""
         addresses = [matrix.data_ptr() for matrix in matrices]
         if addresses != self._projection_addresses:
-            self._projection_addresses = addresses
             self.addresses[:, table.PROJECTION.value].copy_(self._on_device(_int64(addresses)))
+            self._projection_addresses = addresses
 
     def update_gradient_addresses(self, gradients: Mapping[int, int] | Sequence[int]) -> None:
         """Copy the addresses of the matrices' gradients if one of them has changed. ``gradients``: where they are, by
@@ -274,8 +274,8 @@ class Table(Channels):
         addresses = self._addresses_of_matrices(gradients)
         # A replayed graph leaves its own addresses there, of which the host learns nothing.
         if addresses != self._gradient_addresses or self._kept:
-            self._gradient_addresses = addresses
             self.gradients.copy_(self._pinned(_int64(addresses)), non_blocking=True)
+            self._gradient_addresses = addresses
         if self._staging is None:
             self._staging = torch.empty(
                 self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
