@@ -152,8 +152,10 @@ def finished(outcomes: dict[str, str], wrong: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage is a session of its own, and would run on
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stage is a session of its own
     try:
         raise SystemExit(main())
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted. Rows so far are kept: call again, and it goes on.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)  # of a process that goes on: a test's

@@ -184,8 +184,10 @@ def assert_as_close_as(found, expected, before, share=0.01):
     else:
         differ = found != expected
         assert differ.double().mean() <= share + 2 / differ.numel()
+        # An R of 16 bits, of a channel whose terms cancel, has a factor that is a little off.
+        moved = (expected.float() - before.float()).abs()
         ulp = torch.finfo(found.dtype).eps * expected.float().abs().clamp(min=1e-3)
-        assert ((found.float() - expected.float()).abs() <= 2 * ulp).all()
+        assert ((found.float() - expected.float()).abs() <= 2 * ulp + 5e-3 * moved).all()
 
 
 @pytest.mark.slow
