@@ -145,32 +145,27 @@ def sketch_kernel(
             p_tile, p_tile + BLOCK_CHANNELS * channel_stride, m_channel, m_other, o_rank, width, width_stride, p_row,
             RANK, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
         )  # fmt: skip
-        if FUSED and PREFETCH:
-            prefetch_moments(p_row, first + BLOCK_CHANNELS, channels, RANK, STATE, BLOCK_CHANNELS, BLOCK_RANK)
-        finish(
-            R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
-            p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
-            t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
-        )  # fmt: skip
-        finish(
-            other_R, other_squared_G, p_row, matrix, program + 1, rank_block, o_other, m_other, o_rank,
-            p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
-            t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
+    elif RANK == 1:
+        epoch = (t - 1) // update_proj_gap
+        R, squared_G = projected_at_rank_1(
+            p_tile, m_channel, 0, width, width, width_stride, p_row, tl.load(p_row + SEED), epoch,
+            PROJECTION_KIND, KEEPS_ROWS, True, BLOCK_CHANNELS, BLOCK_WIDTH,
         )  # fmt: skip
     else:
-        if RANK == 1:
-            epoch = (t - 1) // update_proj_gap
-            R, squared_G = projected_at_rank_1(
-                p_tile, m_channel, 0, width, width, width_stride, p_row, tl.load(p_row + SEED), epoch,
-                PROJECTION_KIND, KEEPS_ROWS, True, BLOCK_CHANNELS, BLOCK_WIDTH,
-            )  # fmt: skip
-        else:
-            R, squared_G = projected_by_product(
-                p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row,
-                RANK, PROJECTION_KIND, PARTS, UNROLLED, NORMS, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
-            )  # fmt: skip
+        R, squared_G = projected_by_product(
+            p_tile, m_channel, o_rank, 0, width, width, width_stride, p_row,
+            RANK, PROJECTION_KIND, PARTS, UNROLLED, NORMS, BLOCK_CHANNELS, BLOCK_WIDTH, BLOCK_RANK,
+        )  # fmt: skip
+    if FUSED and PREFETCH:
+        prefetch_moments(p_row, first + BLOCK_CHANNELS, channels, RANK, STATE, BLOCK_CHANNELS, BLOCK_RANK)
+    finish(
+        R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
+        p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
+        t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
+    )  # fmt: skip
+    if HALVES:
         finish(
-            R, squared_G, p_row, matrix, program, rank_block, o_channel, m_channel, o_rank,
+            other_R, other_squared_G, p_row, matrix, program + 1, rank_block, o_other, m_other, o_rank,
             p_projected, p_squared_norms, p_factors, p_sums, p_previous, p_gradient_scale,
             t, keep1, keep2, eps, entry_scale, RANK, STATE, PER_CHANNEL, ALIGNED, FUSED,
         )  # fmt: skip

@@ -125,8 +125,9 @@ class ProjectionCache:
         self._used.add(key)
         if key not in self._matrices:
             matrix = projection_matrix(seed, epoch, rank, stop, distribution=distribution, device=device, start=start)
-            self._matrices[key] = matrix, Uses([matrix])
-            self._matrices[key][1].written()
+            uses = Uses([matrix])
+            uses.written()
+            self._matrices[key] = matrix, uses
         matrix, uses = self._matrices[key]
         uses.read()
         return matrix

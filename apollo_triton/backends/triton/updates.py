@@ -74,8 +74,7 @@ class TableUpdate:
 
     def squared_norms(self) -> ByMember:
         table = self._table
-        keeps = keeps_sketch(table.sketch_bytes, table.gradient_bytes, table.is_fused)
-        if self._channel_norms is None and keeps:
+        if self._channel_norms is None and keeps_sketch(table.sketch_bytes, table.gradient_bytes, table.is_fused):
             self._kept = self._sketch()
         if self._channel_norms is None:
             norms = dense.squared_norms(table).sum(1)
