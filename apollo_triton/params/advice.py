@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..core.coverage import narrowness
 from ..core.messages import shown, warn
-from ..core.settings import Settings
+from ..core.scale import LEAST_CHANNEL_RANK
+from ..core.settings import AUTO, Settings
 from ..core.spelling import unread_keys
 from ..int8.weight import Int8Weight
 from .member import Param, geometry_of
@@ -41,9 +42,16 @@ def advise_on_keys(group: dict[str, Any], where: str) -> None:
 
 
 def advise_on_group(params: Sequence[Param], settings: Settings, where: str) -> None:
-    """Warn of a low-rank group without matrices, and of matrices that low rank suits badly."""
+    """Warn of a low-rank group without matrices, of ranks without an auto scale, and of matrices that low rank suits
+    badly."""
     if settings.rank is None:
         return
+    if settings.scale == AUTO and settings.scale_type == "channel" and settings.rank < LEAST_CHANNEL_RANK:
+        warn(
+            f"{where}: scale='auto' with a factor for each channel at rank {settings.rank}: the size of an update has "
+            "no mean there, and some channels take steps many times AdamW's; take rank 3 or more, or "
+            "scale_type='tensor'"
+        )
     geometries = [(param, geometry_of(param.tensor, settings)) for param in params]
     if not any(param.tensor.dim() > 1 for param in params):
         what = "no parameters" if not params else "only parameters of fewer than two dimensions"
