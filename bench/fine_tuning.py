@@ -77,9 +77,7 @@ def main() -> None:
     corpus = load_corpus(None, SEQUENCE + 1)
     settings = {"after": AFTER, "batch": BATCH, "sequence": SEQUENCE, "data": corpus.fingerprint, "threads": 1}
     results = Results("fine_tuning", "cpu", settings=settings)
-    config = RunConfig(
-        "adamw", PRETRAINING_RATE, None, "1M", STEPS, BATCH, SEQUENCE, 0, "cpu", data=corpus.fingerprint
-    )
+    config = RunConfig("adamw", PRETRAINING_RATE, None, "1M", STEPS, BATCH, SEQUENCE, 0, "cpu", data=corpus.fingerprint)
     run = Run(config, corpus)
     while not run.finished:
         run.advance()

@@ -1,4 +1,4 @@
-"""``scale="auto"``: the scale at which a low-rank update has the norm of AdamW's, so that AdamW's rate carries over.
+"""``scale="auto"``: the scale at which a low-rank update trains as AdamW's does, so that AdamW's rate carries over.
 
 The only place that turns a group's ``scale`` into a number. Both backends call ``scale_of`` when they lay out matrices.
 """
@@ -8,8 +8,13 @@ from __future__ import annotations
 from .geometry import Geometry
 from .settings import Settings
 
-# The squared norm of an update with "auto" over that of AdamW's.
-AUTO_CONSTANT = 1.0
+# The squared norm of an update with "auto" over that of AdamW's: twice its norm. AdamW's N averages the noise of about
+# 1 / (1 - b1) gradients away. So its norm is only rho times what it was, with rho from 1, for gradients without noise,
+# down to sqrt((1 - b1) / (1 + b1)) = 0.23, for noise alone. APOLLO's update points along the current gradient, noise
+# and all: at AdamW's norm it goes rho times as far as AdamW along the mean of the gradients. To go as far it needs 1 to
+# 4.36 times the norm. 2 is near their geometric mean, and is what sweeps found (docs/options.md): at 1 APOLLO's best
+# rates are about twice AdamW's, at 2.8 a factor for each tensor diverges at rates that AdamW still takes.
+AUTO_CONSTANT = 4.0
 # 1/|R_c|^2 has a mean from three numbers a channel on.
 LEAST_CHANNEL_RANK = 3
 
@@ -27,8 +32,8 @@ def auto_scale(width: int, rank: int, scale_type: str) -> float:
     degrees of freedom, and the mean of the inverse of that is 1 / (rank - 2). The limiter and the weight see a sum over
     many channels, in which |G_c|^2 / |R_c|^2 counts by its mean, rank / (rank - 2). Hence
 
-        scale = width / rank * (rank - 2) / rank        scale_type="channel"
-        scale = width / rank                            scale_type="tensor"
+        scale = AUTO_CONSTANT * width / rank * (rank - 2) / rank        scale_type="channel"
+        scale = AUTO_CONSTANT * width / rank                            scale_type="tensor"
 
     because the one |R|_F^2 of a tensor is a sum over all channels, which is near its mean. At ranks 1 and 2 the inverse
     of a channel has no mean. They get rank 3's correction, 1/3, and a warning (params/advice.py): some channels take
@@ -43,10 +48,10 @@ def auto_scale(width: int, rank: int, scale_type: str) -> float:
     (``Settings.of`` refuses it). P's rows are orthonormal there, and |R_c|^2 is the share of |G_c|^2 that they hold:
     rank / width of noise, for which 1 would be the scale, and nearly all of a gradient of low rank, for which it would
     be width / rank. Measured at width 64 and rank 4 or 16, the update was 0.6 to 5.6 times AdamW's by the law of
-    "tensor".
+    "tensor" without AUTO_CONSTANT.
 
     >>> auto_scale(1024, 256, "tensor"), auto_scale(1024, 256, "channel")
-    (4.0, 3.96875)
+    (16.0, 15.875)
     """
     correction = 1.0
     if scale_type == "channel":
@@ -63,7 +68,7 @@ def scale_of(settings: Settings, whole: Geometry) -> float:
     >>> group = {"params": weights, "rank": 4, "scale": "auto", "scale_type": "tensor"}
     >>> settings = Settings.of(apollo_triton.APOLLOAdamW([group]).param_groups[0])
     >>> [scale_of(settings, Geometry.of(weight.shape, "std")) for weight in weights]
-    [8.0, 8.0, 4.0]
+    [32.0, 32.0, 16.0]
     """
     if not isinstance(settings.scale, str):
         return settings.scale
