@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .backends.selection import backend_of
 from .core.device_backend import Backend
 from .core.messages import shown
-from .core.param_groups import FACTORY_SCALE, MINI_FACTORY_SCALE, DenseKeys, groups_of_model
+from .core.param_groups import DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .core.spelling import SPLIT_KEYS, explaining_unknown_options, options_of, unknown_option
 from .core.targets import DEFAULT_TARGETS
@@ -177,24 +177,25 @@ class APOLLOAdamW(Optimizer):
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
-        """APOLLO for a whole model: attention and MLP weights at ``rank``, per-channel scaling, the rest dense.
+        """APOLLO for a whole model: the matrices of its blocks at ``rank``, a factor for each channel, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over APOLLO's own.
+        ``options`` are the constructor's, and win over APOLLO's own. ``lr`` is what AdamW takes: ``scale`` is "auto".
+        With the paper's ``scale=1`` it is about ten times that.
 
-        >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
+        >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-3)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": FACTORY_SCALE} | options)
+        return cls._for_model(model, {"rank": rank, "scale_type": "channel"} | options)
 
     @classmethod
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
-        """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
+        """APOLLO-Mini for a whole model: rank 1, one factor a tensor, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over Mini's own.
-        Narrow models with small initial weights train better with a smaller ``scale``.
+        ``options`` are the constructor's, and win over Mini's own. ``lr`` is what AdamW takes: ``scale`` is "auto".
+        The paper's setting is ``scale=128`` with an ``lr`` of 1e-2.
 
-        >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
+        >>> optimizer = APOLLOAdamW.mini(model, lr=1e-3)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": MINI_FACTORY_SCALE} | options)
+        return cls._for_model(model, {"rank": 1, "scale_type": "tensor"} | options)
 
     @classmethod
     def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:

@@ -18,7 +18,7 @@ from ..core.coverage import Coverage, abridged, coverage, narrowness
 from ..core.geometry import Geometry
 from ..core.kinds import EMBEDDING, MATRIX
 from ..core.messages import shown, warn
-from ..core.param_groups import FACTORY_SCALE, DenseKeys, dense_reasons, split_by_kind, warn_of_narrow
+from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind, warn_of_narrow
 from ..core.settings import LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
@@ -97,7 +97,7 @@ class Split:
         shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
         dense_keys = {key: value for key, value in shared.items() if key not in LOW_RANK_DEFAULTS}
         made, names = [], {*taken}
-        for part in split_by_kind(named, found, self._low_rank_keys(), self.dense):
+        for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
             part |= {"name": _unlike(name, names)} | (shared if "rank" in part else dense_keys)
             names.add(part["name"])
@@ -106,8 +106,10 @@ class Split:
             made.append(part)
         return made, dense_reasons(found)
 
-    def _low_rank_keys(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": FACTORY_SCALE, **self.keys}
+    def _low_rank_keys(self, group: Group) -> dict[str, Any]:
+        """The keys of a given group's low-rank weights: its own, before the constructor's."""
+        keys = self.keys | {key: group[key] for key in LOW_RANK_DEFAULTS if key in group}
+        return {"rank": self.rank, "scale": chosen_scale(keys.get("proj", LOW_RANK_DEFAULTS["proj"])), **keys}
 
     def _named(self, group: Any) -> Named:
         """The parameters of a group that is to be split, with their names or made-up ones. Empty for another group, and
@@ -127,7 +129,7 @@ class Split:
         return named
 
     def _coverage(self, group: Group, named: Named) -> Coverage:
-        keys = self._low_rank_keys() | {key: group[key] for key in LOW_RANK_DEFAULTS if key in group}
+        keys = self._low_rank_keys(group)
         rank = keys.pop("rank")
         for name, value in keys.items():
             check_value(name, value)
