@@ -8,19 +8,20 @@ from __future__ import annotations
 from .geometry import Geometry
 from .settings import Settings
 
-# The squared norm of an update with "auto" over that of AdamW's: twice its norm. AdamW's N averages the noise of about
-# 1 / (1 - b1) gradients away. So its norm is only rho times what it was, with rho from 1, for gradients without noise,
-# down to sqrt((1 - b1) / (1 + b1)) = 0.23, for noise alone. APOLLO's update points along the current gradient, noise
-# and all: at AdamW's norm it goes rho times as far as AdamW along the mean of the gradients. To go as far it needs 1 to
-# 4.36 times the norm. 2 is near their geometric mean, and is what sweeps found (docs/options.md): at 1 APOLLO's best
-# rates are about twice AdamW's, at 2.8 a factor for each tensor diverges at rates that AdamW still takes.
-AUTO_CONSTANT = 4.0
+# The squared norm of an update with "auto" over that of AdamW's. AdamW's N averages the noise of about 1 / (1 - b1)
+# gradients away, so that its elements are rho in size, with rho from 1, for gradients without noise, down to
+# sqrt((1 - b1) / (1 + b1)) = 0.23, for noise alone. APOLLO's update points along the current gradient, noise and all:
+# at AdamW's norm it goes rho times as far as AdamW along the mean of the gradients, and to go as far it needs the norm
+# 1 / rho. rho was 0.27 to 0.32 over AdamW's runs of bench/rates.py, for which the constant would be 10 to 14. 8 keeps a
+# distance from where the noise is too much: at 4 a run of 600 steps ended 1 to 4 % behind AdamW at AdamW's best rate,
+# at 12 a factor for each tensor is worse than at 8 in a short one, at 16 it diverges at twice that rate.
+AUTO_CONSTANT = 8.0
 # 1/|R_c|^2 has a mean from three numbers a channel on.
 LEAST_CHANNEL_RANK = 3
 
 
 def auto_scale(width: int, rank: int, scale_type: str) -> float:
-    """The ``scale`` of a matrix of projected ``width`` for which |update| is AdamW's times sqrt(AUTO_CONSTANT).
+    """The ``scale`` of a matrix of projected ``width`` for which |update| is sqrt(AUTO_CONSTANT) times AdamW's.
 
     Adam's direction N of n numbers has |N|^2 of about rho^2 n, where rho depends on how much of a gradient is noise and
     not on n. So AdamW's update of a channel of ``width`` numbers has rho^2 width. That of APOLLO is N of ``rank``
@@ -51,7 +52,7 @@ def auto_scale(width: int, rank: int, scale_type: str) -> float:
     "tensor" without AUTO_CONSTANT.
 
     >>> auto_scale(1024, 256, "tensor"), auto_scale(1024, 256, "channel")
-    (16.0, 15.875)
+    (32.0, 31.75)
     """
     correction = 1.0
     if scale_type == "channel":
@@ -68,7 +69,7 @@ def scale_of(settings: Settings, whole: Geometry) -> float:
     >>> group = {"params": weights, "rank": 4, "scale": "auto", "scale_type": "tensor"}
     >>> settings = Settings.of(apollo_triton.APOLLOAdamW([group]).param_groups[0])
     >>> [scale_of(settings, Geometry.of(weight.shape, "std")) for weight in weights]
-    [32.0, 32.0, 16.0]
+    [64.0, 64.0, 32.0]
     """
     if not isinstance(settings.scale, str):
         return settings.scale
