@@ -74,7 +74,8 @@ class APOLLOAdamW(Optimizer):
 
     Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
     ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
-    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher"),
+    (1; enters as its square root; "auto" gives each matrix that of an update as large as AdamW's, see
+    ``core.scale.auto_scale``), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher"),
     ``rank_above_width`` (False; True takes a rank that inflates the state, as apollo-torch does).
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
