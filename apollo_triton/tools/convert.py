@@ -179,12 +179,12 @@ def _how_to_load(new: Path) -> str:
             "Resume with the Trainer's string and this package in apollo-torch's place, or with an optimizer that has "
             "the groups above, in this order:"
         )
-        code = (
+        code = [
             "from apollo_triton.compat import as_apollo_torch",
             "as_apollo_torch()  # first of all, for the string",
             f"trainer.train(resume_from_checkpoint={str(new)!r})",
-        )
+        ]
     else:
         how = "It has the optimizer's state alone. Load it into an optimizer that has the groups above, in this order:"
-        code = (f"state = torch.load({str(new)!r})", "optimizer.load_state_dict(state)")
+        code = [f"state = torch.load({str(new)!r})", "optimizer.load_state_dict(state)"]
     return "\n".join([fill(how), "", *(f"    {line}" for line in code)])
