@@ -27,7 +27,7 @@ from .text import fill, table
 # The state's file in the folders of the Trainer and of Accelerate.
 NAMES = "optimizer.pt", "optimizer.bin"
 # Parts of a state: PyTorch's distributed checkpoints (FSDP), the second of Accelerate's optimizers, DeepSpeed's folder.
-_PARTS = "*.distcp", "optimizer_*", "global_step*"
+_PARTS = "*.distcp", "optimizer_[0-9]*", "global_step*"
 
 
 def run(options: argparse.Namespace) -> int:
