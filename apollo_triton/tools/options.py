@@ -16,6 +16,13 @@ DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
 DEMO_METHODS = "adamw", "apollo", "mini"
 
 
+def convert(parser: ArgumentParser) -> None:
+    """Rewrite a checkpoint of apollo-torch, a file or a Trainer's folder, as one that this package loads."""
+    add = parser.add_argument
+    add("old", type=Path, metavar="OLD", help="the file of optimizer.state_dict(), or the Trainer's checkpoint-N")
+    add("new", type=Path, metavar="NEW", help="the path to write to, where nothing is yet; OLD stays as it is")
+
+
 def demo(parser: ArgumentParser) -> None:
     """Train a small LLaMA with AdamW, APOLLO and APOLLO-Mini and compare them: three minutes on two free CPU cores."""
     add = parser.add_argument

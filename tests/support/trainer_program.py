@@ -97,6 +97,31 @@ def resumed(folder: Path) -> None:
         assert torch.equal(ours, expected)
 
 
+SVD = NAMED | {"optim_args": "rank=4,scale=2.0,proj=svd,update_proj_gap=3"}
+
+
+def of_apollo_torch(folder: Path) -> None:
+    """Without the prefix: apollo-torch trains all steps and saves after 4 of 8. Its P of svd is no random one."""
+    whole = trainer(folder, save_strategy="steps", save_steps=4, **SVD)
+    whole.train()
+    assert type(whole.optimizer.optimizer).__module__.startswith("apollo_torch"), whole.optimizer
+    torch.save({"losses": losses(whole), "weights": weights(whole)}, folder / "whole.pt")
+
+
+def converted(folder: Path) -> None:
+    """The folder ``converted`` goes on as apollo-torch did, schedule and order of the data too, to rounding."""
+    whole = torch.load(folder / "whole.pt")
+    again = trainer(folder, **SVD)
+    again.train(resume_from_checkpoint=str(folder / "converted"))
+    assert isinstance(again.optimizer.optimizer, APOLLOAdamW)
+    assert {int(state["step"]) for state in again.optimizer.state.values()} == {8}
+    for ours, expected in zip(losses(again), whole["losses"], strict=True):
+        assert abs(ours - expected) < 1e-5, (losses(again), whole["losses"])
+    start = weights(trainer(folder, **SVD))
+    for ours, expected, before in zip(weights(again), whole["weights"], start, strict=True):
+        assert (ours - expected).norm() < 1e-5 * (expected - before).norm()
+
+
 def layer_by_layer(folder: Path) -> None:
     """The Trainer's own layer-wise mode, with an optimizer per parameter, trains as the plain string does.
 
@@ -215,6 +240,8 @@ PROGRAMS = {
     for program in (
         by_its_string,
         resumed,
+        of_apollo_torch,
+        converted,
         layer_by_layer,
         directly,
         attached,
