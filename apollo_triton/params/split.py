@@ -153,8 +153,9 @@ class Split:
         nameless = [found for group, found in parts if not _is_named(group)]
         if matrices := sum(len(found.low_rank) for found in nameless):
             warn(
-                f"rank={self.rank} without names: all matrices that can be are low-rank ({matrices}), embeddings and head "
-                "too, which APOLLO keeps dense; pass model.named_parameters(), or use APOLLOAdamW.apollo(model, ...)"
+                f"rank={self.rank} without names: all matrices that can be are low-rank ({matrices}), embeddings and "
+                "head too, which APOLLO keeps dense; pass model.named_parameters(), or use "
+                "APOLLOAdamW.apollo(model, ...)"
             )
         targets = self.targets(is_named=True)
         modules = {weight.module_name for _, found in parts for weight in found.weights.values()}
