@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .coverage import abridged, coverage, coverage_note, no_match, unused
+from .coverage import coverage
+from .coverage_notes import no_match, notes
 from .messages import warn
 from .settings import CHECKS, check_value
 from .spelling import unknown_option
@@ -23,21 +24,23 @@ def apollo_param_groups(
     """Two parameter groups: the targeted weights of ``model``, with a ``rank``, and everything else, dense.
 
     Args:
-        model: any module. The default targets fit LLaMA, Qwen, Gemma and similar models.
+        model: any module.
         rank: the rank of the low-rank group.
-        target_modules: which modules are low-rank, as in the Hugging Face Trainer. A list of substrings or regular
-            expressions of module names (a regular expression must match the whole name); one regular expression; or
-            "all-linear", alone or in a list, for every ``nn.Linear`` and transformers ``Conv1D`` except the head.
+        target_modules: which weights are low-rank. "auto": every matrix of the blocks, whatever it is called, as
+            ``core/kinds.py`` tells it from embeddings, heads, norms, tables and convolutions. Or, as in the Hugging
+            Face Trainer, a list of substrings or regular expressions of module names (a regular expression must match
+            the whole name); one regular expression; or "all-linear" for every ``nn.Linear`` and transformers
+            ``Conv1D`` except the head. A list may have "auto" or "all-linear" in it.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``, ``scale=128``.
 
-    The low-rank weights of a targeted module are its own parameters of two or more dimensions, including expert tensors
-    ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and everything else
-    stay dense. So does, with a warning, a targeted weight that is narrower than ``rank`` or than 8, or whose state
-    would be no smaller than AdamW's: a mixture's router, a small key projection, a layer of one output.
+    The low-rank weights of a module that is named are its own parameters of two or more dimensions, including expert
+    tensors ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and
+    everything else stay dense. So does a targeted weight that is narrower than ``rank`` or than 8, or whose state would
+    be no smaller than AdamW's: a mixture's router, a small key projection, a layer of one output.
     ``rank_above_width=True`` makes it low-rank all the same.
 
-    Warns if the default or "all-linear" leaves over a tenth of the matrices dense, and of an entry of a list that makes
-    nothing low-rank. Raises TypeError if ``model`` is not a module, or for an unknown group key. Raises ValueError for
+    Warns of a named weight that is too narrow, of an entry of a list that makes nothing low-rank, and if "auto" or
+    "all-linear" leaves over a tenth of the matrices dense. Raises TypeError if ``model`` is not a module, or for an unknown group key. Raises ValueError for
     a bad regular expression or value, if no weight matches, and if every targeted weight is too narrow.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
@@ -57,13 +60,8 @@ def apollo_param_groups(
     targets = Targets(model, target_modules)
     found = coverage(model, targets, rank, group_keys)
     if not found.low_rank:
-        raise ValueError(no_match(model, targets, rank, group_keys, found))
-    for reason, names in found.too_narrow.items():
-        warn(f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}")
-    if targets.is_choice and not targets.is_lone:
-        for reason in filter(None, (unused(model, targets, entry) for entry in targets.entries)):
-            warn(f"target_modules={targets.given!r}: {reason}; the other entries are used")
-    if note := coverage_note(model, rank, targets.given, **group_keys):
+        raise ValueError(no_match(targets, rank, group_keys, found))
+    for note in notes(targets, found):
         warn(note)
     parameters = list(model.named_parameters())
     low_rank = [(name, p) for name, p in parameters if id(p) in found.low_rank]
