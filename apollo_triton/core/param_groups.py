@@ -40,8 +40,9 @@ def apollo_param_groups(
     ``rank_above_width=True`` makes it low-rank all the same.
 
     Warns of a named weight that is too narrow, of an entry of a list that makes nothing low-rank, and if "auto" or
-    "all-linear" leaves over a tenth of the matrices dense. Raises TypeError if ``model`` is not a module, or for an unknown group key. Raises ValueError for
-    a bad regular expression or value, if no weight matches, and if every targeted weight is too narrow.
+    "all-linear" leaves over a tenth of the matrices dense. Raises TypeError if ``model`` is not a module, or for an
+    unknown group key. Raises ValueError for a bad regular expression or value, if no weight matches, and if every
+    targeted weight is too narrow.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
     >>> low_rank, dense = apollo_param_groups(model, rank=8)
