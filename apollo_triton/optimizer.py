@@ -289,7 +289,7 @@ class APOLLOAdamW(Optimizer):
         ranked = param_group if self._split.rank is None else {"rank": self._split.rank} | param_group
         advise_on_keys(ranked, added[0].where)
         for new in added:
-            advise_on_group(new.params, new.settings, new.where)
+            advise_on_group(new.params, new.settings, new.lr, new.where)
             if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
                 self._told_of_rounding = True
                 advise_on_rounding(new.lr)

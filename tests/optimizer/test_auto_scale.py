@@ -1,4 +1,5 @@
-"""``scale="auto"``: updates as large as AdamW's, matrix by matrix, on both backends; what is refused or warned of."""
+"""``scale="auto"``: updates of sqrt(8) times AdamW's norm, matrix by matrix, on both backends; what is refused or
+warned of."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.core import gpu
-from apollo_triton.core.scale import AUTO_CONSTANT, auto_scale
+from apollo_triton.core.scale import auto_scale
 
 # Both orientations, and widths from 16 to 128: with another one's scale a matrix is off by sqrt(1.3) at the least.
 SHAPES = [(160, 16), (28, 120), (48, 200), (128, 128)]
@@ -40,7 +41,7 @@ def norms_of_updates(optimizer, weights, gradients):
 @pytest.mark.parametrize(
     ("rank", "scale_type"), [(4, "channel"), (16, "channel"), (1, "tensor"), (4, "tensor"), (16, "tensor")]
 )
-def test_updates_have_the_norm_of_adamws(rank, scale_type):
+def test_updates_have_sqrt_8_times_the_norm_of_adamws(rank, scale_type):
     """A law without the correction for channels (off by 1.41 at rank 4) or with it for tensors, one in rank instead of
     its root, or of the side that is not projected."""
     gradients = [gradients_for(shape, 10, seed) for seed, shape in enumerate(SHAPES)]
@@ -55,7 +56,7 @@ def test_updates_have_the_norm_of_adamws(rank, scale_type):
         else:
             optimizer = kind(weights, lr=1.0, betas=(0.9, 0.999), eps=1e-6, weight_decay=0)
         found.append(norms_of_updates(optimizer, weights, gradients))
-    ratios = (found[0].square().mean(0) / found[1].square().mean(0)).sqrt() / math.sqrt(AUTO_CONSTANT)
+    ratios = (found[0].square().mean(0) / found[1].square().mean(0)).sqrt() / math.sqrt(8)
     # Momentum makes N depend on R, so that means are a few per cent off; at rank 4 channels have no variance.
     assert ((ratios > 0.88) & (ratios < 1.15)).all(), ratios
 
@@ -120,7 +121,7 @@ def test_a_scale_that_changes_between_steps_is_taken(tmp_path):
         for weight, oracle, gradient in zip(weights, oracles, of_a_step, strict=True):
             weight.grad = gradient
             width = min(gradient.shape)
-            oracle.scale = width / 4 / 2 if scale == "auto" else scale  # 4 / (4 - 2) = 2
+            oracle.scale = 8 * width / 4 / 2 if scale == "auto" else scale  # 4 / (4 - 2) = 2
             oracle.step(gradient)
         optimizer.step()
     for weight, oracle in zip(weights, oracles, strict=True):
@@ -152,7 +153,7 @@ def test_channels_of_ranks_without_a_mean_are_warned_of(rank):
     assert text.endswith("take rank 3 or more, or scale_type='tensor'")
     for other in ({"rank": 3}, {"scale_type": "tensor"}, {"scale": 16.0}, {"rank": None}):
         assert not [text for text in warnings_of(APOLLOAdamW, [group | other]) if "no mean" in text]
-    assert auto_scale(96, rank, "channel") == pytest.approx(96 / rank / 3)
+    assert auto_scale(96, rank, "channel") == pytest.approx(8 * 96 / rank / 3)
 
 
 def test_svd_is_refused_before_a_step_changes_anything():

@@ -47,7 +47,8 @@ class OracleMatrix:
             # N of ``width`` numbers is sqrt(width / rank) times as long as that of ``rank``. Each channel's 1 / |R_c|^2
             # is rank / (rank - 2) times 1 / |G_c|^2 on average, and without a mean at ranks 1 and 2 counts as at 3.
             in_the_mean = max(rank, 3) / (max(rank, 3) - 2) if self.options["scale_type"] == "channel" else 1
-            self.scale = width / rank / in_the_mean
+            # 8: an update has sqrt(8) times the norm of AdamW's, since its noise is averaged by nothing.
+            self.scale = 8 * width / rank / in_the_mean
         self.M = torch.zeros(channels, rank, dtype=torch.float64, device=weight.device)
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
