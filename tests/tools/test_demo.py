@@ -158,17 +158,18 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(text):
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
-def test_paper_settings_reach_the_optimizer(text):
+def test_settings_reach_the_optimizer(text):
     corpus = load_corpus(text, 17)
     apollo = Run(config(corpus), corpus).optimizer.param_groups[0]
     assert (apollo["rank"], apollo["scale_type"], apollo["scale"], apollo["update_proj_gap"]) == (
         8,
         "channel",
-        1.0,
+        "auto",
         200,
     )
     mini = Run(config(corpus, "mini"), corpus).optimizer.param_groups[0]
-    assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", 4.0, False)
+    assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", "auto", False)
+    assert Run(config(corpus, "mini", scale=4.0), corpus).optimizer.param_groups[0]["scale"] == 4.0
     assert Run(config(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
 
 
