@@ -16,10 +16,12 @@ from .core.extras import require
 from .layerwise.handle import Layerwise, attach_layerwise
 from .optimizer import APOLLOAdamW
 
+require("transformers", "trainer")
+from transformers import TrainerCallback  # noqa: E402
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-TrainerCallback = require("transformers", "trainer").TrainerCallback
 _attached_here: weakref.WeakSet[Layerwise] = weakref.WeakSet()
 
 
@@ -109,9 +111,9 @@ class LayerwiseCallback(TrainerCallback):
         model, optimizer = running["model"], running["optimizer"]
         _check_run(args, optimizer, self._gradients)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
-        left = getattr(optimizer, "_layerwise", None)
-        if left in _attached_here:  # by the callback of a Trainer whose train() has raised
-            left.remove()
+        for left in [*_attached_here]:  # by the callback of a Trainer whose train() has raised
+            if left is getattr(optimizer, "_layerwise", None):
+                left.remove()
         handle = attach_layerwise(model, optimizer, self._gradients, self._limiter_norm)
         _attached_here.add(handle)
         self._attached.enter_context(handle)

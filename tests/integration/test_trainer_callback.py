@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate_states import forget_accelerate
-from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -26,12 +25,7 @@ from apollo_triton import APOLLOAdamW, attach_layerwise
 from apollo_triton.trainer import LayerwiseCallback, optimizer_for_trainer
 
 # 64 sequences in micro-batches of 6 are 11 an epoch: three steps of three, and one of two.
-ACCUMULATED = {
-    "gradient_accumulation_steps": 3,
-    "per_device_train_batch_size": 6,
-    "max_grad_norm": 0,
-    "weight_decay": 0.1,
-}
+ACCUMULATED = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 6, "max_grad_norm": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +54,15 @@ class Witness(TrainerCallback):
         self.steps.append([])
 
 
-def run(folder: Path, layerwise: bool, more: list[TrainerCallback] = [], data: Any = None, **options: Any) -> Trainer:
+def run(
+    folder: Path, layerwise: bool, more: Sequence[TrainerCallback] = (), data: Any = None, **options: Any
+) -> Trainer:
     """A Trainer that has not trained yet."""
     callbacks = [*more, *([LayerwiseCallback()] if layerwise else [])]
     found = trainer(
-        folder, trained={"callbacks": callbacks, "eval_dataset": Text()}, **{"steps": 6} | ACCUMULATED | options
+        folder,
+        trained={"callbacks": callbacks, "eval_dataset": Text()},
+        **{"steps": 6, "weight_decay": 0.1} | ACCUMULATED | options,
     )
     found.optimizer_cls_and_kwargs = optimizer_for_trainer(APOLLOAdamW.apollo, found.args, rank=4)
     found.train_dataset = data or found.train_dataset
