@@ -64,7 +64,7 @@ def run(
         trained={"callbacks": callbacks, "eval_dataset": Text()},
         **{"steps": 6, "weight_decay": 0.1} | ACCUMULATED | options,
     )
-    found.optimizer_cls_and_kwargs = optimizer_for_trainer(APOLLOAdamW.apollo, found.args, rank=4)
+    found.optimizer_cls_and_kwargs = optimizer_for_trainer(APOLLOAdamW.apollo, found.args, found.model, rank=4)
     found.train_dataset = data or found.train_dataset
     return found
 
