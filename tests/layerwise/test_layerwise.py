@@ -124,6 +124,30 @@ def test_accumulation_updates_once_with_the_sum():
     assert_same(*models, optimizers)
 
 
+def test_a_condition_says_which_backward_accumulates():
+    """One that is asked once instead of at each gradient, or that ends another accumulation around it."""
+    models, optimizers, handle = pair(rank=4)
+    is_last = True
+    with handle.accumulate(lambda: not is_last):
+        for step in range(2):
+            for micro in range(3):
+                is_last = micro == 2
+                loss_of(models[0], 10 * step + micro).backward()
+                loss_of(models[1], 10 * step + micro).backward()
+                assert all((p.grad is None) == is_last for p in models[1].parameters())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        with handle.accumulate():
+            is_last = True
+            loss_of(models[1], 20).backward()
+        loss_of(models[0], 20).backward()
+        assert all(p.grad is not None for p in models[1].parameters())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 1, first=21)
+    assert_same(*models, optimizers)
+
+
 def test_a_gradient_that_only_an_accumulated_backward_has_waits_for_step():
     models, optimizers, handle = pair(rank=4)
     for model, hooked in zip(models, (False, True), strict=True):
