@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from .backends.selection import backend_of
 from .core.device_backend import Backend
 from .core.messages import shown
-from .core.param_groups import apollo_param_groups
+from .core.param_groups import FACTORY_SCALE, MINI_FACTORY_SCALE, DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
-from .core.spelling import explaining_unknown_options, options_of, unknown_option
+from .core.spelling import SPLIT_KEYS, explaining_unknown_options, options_of, unknown_option
+from .core.targets import DEFAULT_TARGETS
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
+from .engine.step_hooks import StepHooks
 from .params.advice import (
     advise_on_group,
     advise_on_keys,
@@ -35,24 +37,7 @@ from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
 from .params.sharding import is_dtensor
-
-
-class StepHooks(Protocol):
-    """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
-
-    def check_settings(self, groups: list[dict[str, Any]]) -> None: ...
-
-    def check_step(self) -> None: ...
-
-    def updated(self) -> Collection[Tensor]: ...
-
-    def skipped(self) -> list[Tensor]: ...
-
-    def refuse_grad_scaler(self) -> None: ...
-
-    def forget(self) -> None: ...
-
-    def end_step(self) -> None: ...
+from .params.split import Split
 
 
 class APOLLOAdamW(Optimizer):
@@ -112,6 +97,7 @@ class APOLLOAdamW(Optimizer):
 
     _layerwise: StepHooks | None = None  # neither copied nor pickled, as hooks are not
     _told_of_rounding = False
+    _split = Split()  # of an optimizer that an older version pickled
 
     @explaining_unknown_options
     def __init__(
@@ -135,6 +121,18 @@ class APOLLOAdamW(Optimizer):
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        rank: int | None = None,
+        target_modules: str | Iterable[str] = DEFAULT_TARGETS,
+        scale_type: str = "channel",
+        scale: float | None = None,
+        proj: str = "random",
+        proj_type: str = "std",
+        update_proj_gap: int = 200,
+        distribution: str = "gaussian",
+        rank_above_width: bool = False,
+        dense_lr: float | Tensor | None = None,
+        embedding_lr: float | Tensor | None = None,
+        decay_vectors: bool = False,
     ) -> None:
         check_is_no_model(params, type(self).__name__)
         defaults = {
@@ -156,10 +154,23 @@ class APOLLOAdamW(Optimizer):
             "capturable": capturable,
         }
         Settings.of(defaults)
+        self._split = Split.of(
+            rank,
+            target_modules,
+            DenseKeys(dense_lr, embedding_lr, decay_vectors),
+            scale_type=scale_type,
+            scale=scale,
+            proj=proj,
+            proj_type=proj_type,
+            update_proj_gap=update_proj_gap,
+            distribution=distribution,
+            rank_above_width=rank_above_width,
+        )
         if not isinstance(params, Tensor):
-            params = list(params)
+            params = self._split.checked(params)
         self._reset_transients()
         self._had_matrix: list[bool] = []
+        self._reasons: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         if not isinstance(params[0], dict):
             advise_on_plain_adamw(self.param_groups[0]["params"])
@@ -172,7 +183,7 @@ class APOLLOAdamW(Optimizer):
 
         >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": 1.0} | options)
+        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": FACTORY_SCALE} | options)
 
     @classmethod
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
@@ -183,17 +194,22 @@ class APOLLOAdamW(Optimizer):
 
         >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": 128.0} | options)
+        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": MINI_FACTORY_SCALE} | options)
 
     @classmethod
     def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:
-        group_only = ("rank", "target_modules", *LOW_RANK_DEFAULTS)
-        known = {*group_only, *options_of(cls, APOLLOAdamW)}
+        known = options_of(cls, APOLLOAdamW)
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__}: {unknown_option(name, known)}")
-        group_keys = {name: options.pop(name) for name in group_only if name in options}
-        return cls(apollo_param_groups(model, **group_keys), **options)
+        of_split = {name: options.pop(name) for name in SPLIT_KEYS if name in options}
+        group_keys = {name: options.pop(name) for name in ("rank", *LOW_RANK_DEFAULTS) if name in options}
+        target_modules = of_split.pop("target_modules", DEFAULT_TARGETS)
+        rank = group_keys.pop("rank")
+        groups, reasons = groups_of_model(model, rank, target_modules, DenseKeys(**of_split), group_keys)
+        optimizer = cls(groups, **options)
+        optimizer._reasons |= reasons
+        return optimizer
 
     def _reset_transients(self) -> None:
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
@@ -203,12 +219,17 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.forget()  # its engines have the old caches
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_split": self._split}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_transients()
         self.defaults.pop(FOREIGN_KEY, None)
         for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items():
-            if name in FIELD_NAMES:  # an optimizer that an older version pickled lacks what has come since
+            # An optimizer that an older version pickled lacks what has come since. What belongs to low-rank groups is
+            # no default of all: a rank would make dense ones low-rank.
+            if name in FIELD_NAMES and name not in ("rank", *LOW_RANK_DEFAULTS):
                 self.defaults.setdefault(name, argument.default)
         for group in self.param_groups:
             group.pop(FOREIGN_KEY, None)
@@ -217,6 +238,7 @@ class APOLLOAdamW(Optimizer):
             complete_group(group)
             place_learning_rate(group)
         self.__dict__.setdefault("_had_matrix", [holds_matrix(group) for group in self.param_groups])
+        self.__dict__.setdefault("_reasons", {})
 
     @property
     def skipped_updates(self) -> Tensor:
@@ -265,22 +287,33 @@ class APOLLOAdamW(Optimizer):
         """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        new = NewGroup.of(param_group, self.param_groups, self.defaults)
+        taken = {group.get("name", "") for group in self.param_groups}
+        parts, reasons = self._split.parts(param_group, taken)
+        known, added = [*self.param_groups], []
+        for part in parts:
+            added.append(NewGroup.of(part, known, self.defaults))
+            known.append(added[-1].group)
         # Before anything changes, since warnings may be errors.
-        advise_on_keys(param_group, new.where)
-        advise_on_group(new.params, new.settings, new.where)
-        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
-            self._told_of_rounding = True
-            advise_on_rounding(new.lr)
-        unnamed = new.name_all(self.param_groups)
+        advise_on_keys(param_group, added[0].where)
+        for new in added:
+            advise_on_group(new.params, new.settings, new.where)
+            if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
+                self._told_of_rounding = True
+                advise_on_rounding(new.lr)
+        before, unnamed = len(self.param_groups), []
         try:
-            super().add_param_group(new.group)
+            for new in added:
+                unnamed += new.name_all(self.param_groups)
+                super().add_param_group(new.group)
         except BaseException:
-            for known in unnamed:
-                del known["param_names"]
+            del self.param_groups[before:]
+            for group in unnamed:
+                del group["param_names"]
             raise
-        self._had_matrix.append(holds_matrix(self.param_groups[-1]))
-        place_learning_rate(self.param_groups[-1])
+        for group in self.param_groups[before:]:
+            self._had_matrix.append(holds_matrix(group))
+            place_learning_rate(group)
+        self._reasons |= reasons
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved on any device, at any dtype; tensors are copied.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from .geometry import FLATTENED, Geometry, is_flattened
+from .kinds import EMBEDDING, HEAD, VECTOR, Weight, embedding_weights, weights_of
 from .targets import ALL_LINEAR, DEFAULT_TARGETS, Targets, is_linear
 
 # The narrowest width that is projected. Mini's P of a matrix [64, width] has one row, and with a scale of 128 its first
@@ -26,19 +27,27 @@ NARROWEST = 8
 LARGE_SHARE = 0.1
 
 
+NOT_TARGETED = "not in target_modules"
+
+
 @dataclass
 class Coverage:
-    """What becomes of a model's weights.
+    """What becomes of the weights of a model, each parameter once.
 
-    ``low_rank``: names by the id of a parameter. ``too_narrow``: targeted weights that stay dense, by the reason.
-    ``missed``: weights that could be low-rank and are not targeted, with their numbers of elements; without embeddings,
-    heads and frozen weights.
+    ``reasons`` maps the id of a parameter to why it stays dense, "" if it is low-rank. ``low_rank``: names by the id of
+    a parameter. ``too_narrow``: targeted weights that stay dense, by the reason. ``missed``: weights that could be
+    low-rank and are not targeted, with their numbers of elements; without embeddings, heads and frozen weights.
     """
 
-    low_rank: dict[int, str] = field(default_factory=dict)
+    weights: dict[int, Weight] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
     elements: int = 0
     too_narrow: dict[str, list[str]] = field(default_factory=dict)
     missed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def low_rank(self) -> dict[int, str]:
+        return {key: self.weights[key].name for key, reason in self.reasons.items() if not reason}
 
     @property
     def missed_share(self) -> float:
@@ -59,33 +68,41 @@ def narrowness(geometry: Geometry, rank: int, proj: str = "random") -> str:
     return ""
 
 
-def coverage(model: nn.Module, targets: Targets, rank: int, group_keys: dict[str, Any]) -> Coverage:
-    """What becomes of the weights of ``model`` at ``rank``."""
+def coverage(
+    source: nn.Module | Iterable[tuple[str, Tensor]], targets: Targets, rank: int, group_keys: dict[str, Any]
+) -> Coverage:
+    """What becomes of the weights of a model, or of named parameters, at ``rank``."""
     result = Coverage()
-    seen: set[int] = set()
     proj, proj_type = group_keys.get("proj", "random"), group_keys.get("proj_type", "std")
-    embeddings = embedding_weights(model)
-    candidates = [*_matrices(model, embeddings)]
+    weights = weights_of(source)
+    tables = embedding_weights(source) if isinstance(source, nn.Module) else set()
+    result.weights = {id(weight.tensor): weight for weight in reversed(weights)}
     # A weight that two modules share is low-rank if one of them is targeted.
-    candidates.sort(key=lambda found: not targets.match(found[0], found[1]))
-    for module_name, module, name, parameter in candidates:
-        if id(parameter) in seen:
+    targeted = {id(weight.tensor): weight for weight in weights if targets.match(weight.module_name, weight.module)}
+    for key, first in reversed(result.weights.items()):
+        weight = targeted.get(key, first)
+        name, parameter = weight.name, weight.tensor
+        result.weights[key] = weight
+        # The targets of a user may name a head, or a matrix that is an embedding only by its name. A table is none.
+        if weight.kind == VECTOR or key in tables or (weight.kind in (EMBEDDING, HEAD) and key not in targeted):
+            result.reasons[key] = weight.kind
             continue
-        seen.add(id(parameter))
-        reason = narrowness(Geometry.of(parameter.shape, proj_type), rank, proj)
+        geometry = Geometry.of(parameter.shape, proj_type)
+        reason = narrowness(geometry, rank, proj)
         # AdamW does not train int8 weights, so these are low-rank wherever the rank fits.
         is_int8 = getattr(parameter, "needs_low_rank", False) and not reason.startswith("narrower than rank")
         if reason and (is_int8 or group_keys.get("rank_above_width")):
             reason = ""
-        if targets.match(module_name, module):
+        if key in targeted:
             if reason:
-                width = Geometry.of(parameter.shape, proj_type).width
-                result.too_narrow.setdefault(reason, []).append(f"{name} (width {width})")
+                result.too_narrow.setdefault(reason, []).append(f"{name} (width {geometry.width})")
             else:
-                result.low_rank[id(parameter)] = name
                 result.elements += parameter.numel()
-        elif not (reason or targets.is_head(module_name, module) or "embed" in name or not parameter.requires_grad):
-            result.missed[name] = parameter.numel()
+        else:
+            if not reason and parameter.requires_grad:
+                result.missed[name] = parameter.numel()
+            reason = reason or NOT_TARGETED
+        result.reasons[key] = reason
     return result
 
 
@@ -127,30 +144,15 @@ def unused(model: nn.Module, targets: Targets, entry: str) -> str:
             return f"{entry!r} is in the names of parameters alone, such as {parameters[0]!r}; give the module's name"
         return f"{entry!r} matches no module"
     embeddings = embedding_weights(model)
-    if any(name in modules for name, *_ in _matrices(model, embeddings)):
+    if any(
+        weight.module_name in modules and weight.kind != VECTOR and id(weight.tensor) not in embeddings
+        for weight in weights_of(model)
+    ):
         return ""
     held = {f"{at}.{name}": p for at in modules for name, p in modules[at].named_parameters(recurse=False)}
     if dense := [name for name, parameter in held.items() if id(parameter) in embeddings]:
         return f"{entry!r} matches {dense[0]!r}, an embedding or tied to one, and embeddings stay dense"
     return f"{entry!r} matches {next(iter(modules))!r}, which has no matrix of its own"
-
-
-def embedding_weights(model: nn.Module) -> set[int]:
-    return {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
-
-
-def _matrices(model: nn.Module, embeddings: set[int]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """The name of a module, the module, the name of a weight and the weight, for all that could be low-rank."""
-    for module_name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-            continue  # [out, in, kernel] would be taken for experts
-        for name, parameter in module.named_parameters(recurse=False):
-            # A bias may have dimensions: of experts [experts, n], as a table of relative positions, of attention. Such
-            # a table may also be a module, as LayoutLMv3's `rel_pos_bias.weight` is.
-            words = f"{module_name.rpartition('.')[2]}_{name}".split("_")
-            is_bias = not {"bias", "biases"}.isdisjoint(words)
-            if parameter.dim() >= 2 and id(parameter) not in embeddings and not is_bias:
-                yield module_name, module, f"{module_name}.{name}" if module_name else name, parameter
 
 
 def _all_too_narrow(model: nn.Module, targets: Targets, group_keys: dict[str, Any], found: Coverage) -> str:

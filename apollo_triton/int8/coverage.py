@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..core.coverage import LARGE_SHARE, abridged, embedding_weights
+from ..core.coverage import LARGE_SHARE, abridged
+from ..core.kinds import embedding_weights
 from ..core.targets import Targets
 from .weight import Int8Weight
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ...core.coverage import embedding_weights
+from ...core.kinds import embedding_weights
 from ...core.param_groups import apollo_param_groups
 from ...core.targets import DEFAULT_TARGETS, Targets
 
