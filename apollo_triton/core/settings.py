@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -156,10 +156,12 @@ def complete_group(group: dict[str, Any]) -> None:
     """Fill in the low-rank keys that a low-rank group leaves out. Keys that are there stay as they are.
 
     A ``state_dtype`` is replaced by its name, because torch.distributed.checkpoint's full_state_dict accepts no dtype
-    in a group.
+    in a group. Betas become a tuple: ``torch.load(weights_only=True)`` refuses a checkpoint with Hydra's ListConfig.
     """
     if isinstance(group.get("state_dtype"), torch.dtype):
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    if _is_pair(group.get("betas")):
+        group["betas"] = tuple(group["betas"])
     if group.get("rank") is not None:
         for name, default in LOW_RANK_DEFAULTS.items():
             group.setdefault(name, default)
@@ -226,7 +228,8 @@ def _lr_complaint(name: str, value: Any) -> str:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2
+    """Whether ``value`` is two of something in order: a tuple, a list, a ListConfig of Hydra's."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def _betas_allowed(value: Any) -> bool:
