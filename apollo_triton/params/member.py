@@ -46,7 +46,7 @@ class Member(NamedTuple):
     state: dict[str, Any]
     shard: LocalShard
     backend: str
-    given: Mapping[Tensor, ImplicitGradient] = {}
+    given: Mapping[Tensor, Gradient] = {}
 
     @property
     def parameter(self) -> Tensor:
@@ -77,7 +77,7 @@ class Member(NamedTuple):
         return local(self.state[name])
 
 
-def gradient_of(parameter: Tensor, given: Mapping[Tensor, ImplicitGradient]) -> Gradient | None:
+def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient | None:
     """The gradient for this step: the one in ``given`` if there is one, else ``.grad``."""
     return given.get(parameter, parameter.grad) if given else parameter.grad
 
