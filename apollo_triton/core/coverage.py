@@ -239,7 +239,16 @@ def abridged(names: Iterable[str], most: int = 4) -> str:
     """Names with layers' numbers as "*", and how often each occurs."""
     counts: dict[str, int] = {}
     for name in names:
-        short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        short = without_indices(name)
         counts[short] = counts.get(short, 0) + 1
     shown = [f"{name}" + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def without_indices(name: str) -> str:
+    """A name with the numbers of layers as "*": one for the same weight of all layers.
+
+    >>> without_indices("layers.3.mlp.up.weight"), without_indices("0.weight")
+    ('layers.*.mlp.up.weight', '*.weight')
+    """
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)

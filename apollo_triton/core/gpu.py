@@ -28,7 +28,7 @@ def counting_launches() -> Iterator[list[Any]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Start ``kernel`` on ``device``, whichever is the current one; on the meta device only count it."""
-    index = device.index
+    index: Any = device.index
     if index is None and device.type == "meta":
         _counted.get().append(kernel)
         return

@@ -48,10 +48,10 @@ def launches_of(
     have an engine of their own, as with layer-wise updates. Nothing is allocated on a device or changed.
     """
     engines: dict[torch.device, dict[int | None, dict[int, Member]]] = defaultdict(lambda: defaultdict(dict))
-    counts: dict[int, float] = {}
+    counts: list[float] = []
     for index, (param, shard) in enumerate(found):
         state = states.get(param.tensor, {})
-        counts[index] = float(state["step"]) if has_begun(state) else 0.0
+        counts.append(float(state["step"]) if has_begun(state) else 0.0)
         own = index if param.tensor in alone else None
         engines[param.tensor.device][own][index] = _member(param, shard, settings[param.group], state)
     on_device = any(group.capturable for group in settings.values())

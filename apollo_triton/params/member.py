@@ -29,6 +29,11 @@ class Param:
     name: str
     tensor: Tensor
 
+    @property
+    def label(self) -> str:
+        """The name, or without one the shape: "64 x 32"."""
+        return self.name or " x ".join(map(str, self.tensor.shape))
+
     def __str__(self) -> str:
         name = f" ({self.name!r})" if self.name else ""
         return f"parameter {self.index}{name} of shape {tuple(self.tensor.shape)}"

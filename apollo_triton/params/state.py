@@ -132,7 +132,7 @@ def state_without_memory(parameter: Tensor, settings: Settings, shard: LocalShar
 
     Of a ``DTensor`` they are this rank's parts.
     """
-    shapes = {"step": ((), torch.float32)}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.float32)}
     for name, expected in expected_tensors(parameter, settings, {}).items():
         is_sharded = is_dtensor(parameter) and name in SHARDED
         shape = state_placement(name, parameter, shard, expected.shape).shape if is_sharded else expected.shape
