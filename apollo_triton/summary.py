@@ -20,7 +20,7 @@ from .engine.launches import Launches, launches_of
 from .params.member import Param, find_shard, params_of
 from .params.saving import Counted, advice_on_state
 from .params.sharding import LocalShard, is_dtensor, local
-from .params.state import has_begun, state_without_memory
+from .params.state import MOMENTS, has_begun, state_without_memory
 
 COLUMNS = 60
 FROZEN = "frozen"
@@ -50,9 +50,10 @@ class SummaryRow:
     Of a ``DTensor`` ``elements`` and bytes are those of this rank's shard, and ``shape`` is the whole's.
     ``kind`` is "matrix", "embedding", "head" or "norm or bias", and ``group`` the index of the parameter group.
     ``rank`` is None for a weight that is not low-rank, and ``reason`` then says why; it is "" for a low-rank one.
-    ``state_bytes`` is the state in full, also before the first step. ``adamw_bytes`` is what ``torch.optim.AdamW``
+    ``state_bytes`` is the state in full, also before the first step, of which the two moments take ``moment_bytes``;
+    the rest is a step count, a norm, svd's projection, and what 8-bit moments are scaled by. ``adamw_bytes`` is what ``torch.optim.AdamW``
     would hold, whose moments have the weight's dtype. ``gradient_bytes`` is what a gradient takes while there is one.
-    All three are 0 for a frozen weight. ``backend`` has the name of the backend and the reason for it: "none" where
+    All of them are 0 for a frozen weight. ``backend`` has the name of the backend and the reason for it: "none" where
     nothing is updated, and where a step would raise the error that is the reason.
     """
 
@@ -64,6 +65,7 @@ class SummaryRow:
     reason: str
     elements: int
     state_bytes: int = 0
+    moment_bytes: int = 0
     adamw_bytes: int = 0
     gradient_bytes: int = 0
     backend: Backend = _NO_BACKEND
@@ -149,12 +151,14 @@ def summary_of(
         if tensor.requires_grad or tensor.grad is not None:
             shard, state = find_shard(param, group), states.get(tensor, {})
             is_low_rank = shard.geometry is not None
+            sizes = _sizes(state if has_begun(state) else state_without_memory(tensor, group, shard))
             gradient_bytes = row.elements * tensor.element_size()
             row = replace(
                 row,
                 rank=group.rank if is_low_rank else None,
                 reason="" if is_low_rank else known or (VECTOR if kind == VECTOR else UNRANKED),
-                state_bytes=_state_bytes(state if has_begun(state) else state_without_memory(tensor, group, shard)),
+                state_bytes=sum(sizes.values()),
+                moment_bytes=sum(sizes[name] for name in MOMENTS),
                 adamw_bytes=2 * gradient_bytes + _STEP_BYTES,
                 gradient_bytes=0 if tensor in implicit else gradient_bytes,
                 backend=_backend(param, group, state, shard, tensor in implicit),
@@ -173,8 +177,9 @@ def summary_of(
     )
 
 
-def _state_bytes(state: Mapping[str, Any]) -> int:
-    return sum(local(value).nbytes for value in state.values() if isinstance(value, Tensor))
+def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    """The bytes on this rank of each tensor of a state."""
+    return {name: local(value).nbytes for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _backend(
