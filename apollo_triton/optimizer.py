@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.selection import backend_of
+from .backends.selection import backend_of, may_leave_scaling
 from .core.device_backend import Backend
 from .core.messages import shown
-from .core.param_groups import apollo_param_groups
+from .core.param_groups import FACTORY_SCALE, MINI_FACTORY_SCALE, DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
-from .core.spelling import explaining_unknown_options, options_of, unknown_option
+from .core.spelling import SPLIT_KEYS, explaining_unknown_options, options_of, unknown_option
+from .core.targets import DEFAULT_TARGETS
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
+from .engine.step_hooks import StepHooks
 from .params.advice import (
     advise_on_group,
     advise_on_keys,
@@ -34,43 +36,21 @@ from .params.idle import IdleSteps
 from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
-from .params.sharding import is_dtensor
+from .params.split import Split
 from .summary import Summary, summary_of
-
-
-class StepHooks(Protocol):
-    """What updates parameters before ``step`` (``layerwise.Layerwise``), as far as the optimizer has to know it."""
-
-    def check_settings(self, groups: list[dict[str, Any]]) -> None: ...
-
-    def check_step(self) -> None: ...
-
-    def updated(self) -> Collection[Tensor]: ...
-
-    @property
-    def updates(self) -> Collection[Tensor]: ...
-
-    def takes(self, weight: Tensor) -> bool: ...
-
-    def skipped(self) -> list[Tensor]: ...
-
-    def refuse_grad_scaler(self) -> None: ...
-
-    def forget(self) -> None: ...
-
-    def end_step(self) -> None: ...
 
 
 class APOLLOAdamW(Optimizer):
     """APOLLO and APOLLO-Mini (arXiv 2412.05270), which replace AdamW where AdamW's memory does not fit.
 
-    A group with a ``rank`` is low-rank: the gradient of each weight matrix is projected to ``[channels, rank]``,
-    Adam's moments live there, and their ratio to the projected gradient rescales the gradient per channel
-    (``scale_type="channel"``, APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without
-    ``rank``, and any weight with fewer than two dimensions, is dense AdamW.
+    In a group with a ``rank`` the gradient of each weight matrix is projected to ``[channels, rank]``, Adam's moments
+    live there, and their ratio to the projected gradient rescales the gradient per channel (``scale_type="channel"``,
+    APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without ``rank``, and any weight with fewer
+    than two dimensions, is dense AdamW.
 
     Args:
-        params: parameters, named parameters or groups; ``apollo_param_groups(model)`` makes the groups.
+        params: named parameters, parameters or groups; ``apollo_param_groups(model)`` makes the groups. All that
+            follows except ``max_grad_norm``, ``target_modules`` and what concerns dense groups may be a key of a group.
         lr: learning rate, a float or a tensor of one element.
         betas: decay rates of the first and second moment.
         eps: added to the square root of the second moment; above 0.
@@ -92,11 +72,14 @@ class APOLLOAdamW(Optimizer):
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
         capturable: keep learning rate and step count on the device, so that a step can be captured in a CUDA graph and
             replayed under a learning-rate scheduler. Needs the kernels.
-
-    Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
-    ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
-    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher"),
-    ``rank_above_width`` (False; True takes a rank that inflates the state, as apollo-torch does).
+        rank: split each group that has no key "rank" into low-rank and dense ones, as ``apollo_param_groups`` does, by
+            the names and shapes of its parameters; a group's own keys win, and ``"rank": None`` keeps it dense. Without
+            names every matrix that can be is low-rank. ``add_param_group`` splits too.
+        target_modules: which modules are low-rank, by name, as in ``apollo_param_groups``.
+        scale_type, scale, proj, proj_type, update_proj_gap, distribution, rank_above_width: of low-rank groups.
+            ``scale`` enters as its square root. ``rank_above_width`` takes a rank that inflates the state.
+        dense_lr, embedding_lr: learning rates of what ``rank`` leaves dense, and of embeddings. By default ``lr``.
+        decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
     ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; a tensor of several experts
@@ -105,11 +88,12 @@ class APOLLOAdamW(Optimizer):
     ``skipped_updates``.
 
     Raises:
-        ValueError: a hyperparameter that is not allowed, or a rank above a width, which a group may allow.
+        ValueError: a hyperparameter that is not allowed or has no effect, a rank above a width, which a group may
+            allow, or a ``rank`` with which nothing is low-rank.
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)
-    >>> optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 16}, {"params": [layer.bias]}], lr=1e-2)
+    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-2, target_modules=".*")
     >>> layer(torch.ones(64)).sum().backward()
     >>> optimizer.step()
     >>> optimizer.state[layer.weight]["exp_avg"].shape
@@ -118,6 +102,7 @@ class APOLLOAdamW(Optimizer):
 
     _layerwise: StepHooks | None = None  # neither copied nor pickled, as hooks are not
     _told_of_rounding = False
+    _split = Split()  # of an optimizer that an older version pickled
 
     @explaining_unknown_options
     def __init__(
@@ -141,6 +126,18 @@ class APOLLOAdamW(Optimizer):
         stochastic_rounding: bool = False,
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        rank: int | None = None,
+        target_modules: str | Iterable[str] = DEFAULT_TARGETS,
+        scale_type: str = "channel",
+        scale: float | str | None = None,
+        proj: str = "random",
+        proj_type: str = "std",
+        update_proj_gap: int = 200,
+        distribution: str = "gaussian",
+        rank_above_width: bool = False,
+        dense_lr: float | Tensor | None = None,
+        embedding_lr: float | Tensor | None = None,
+        decay_vectors: bool = False,
     ) -> None:
         check_is_no_model(params, type(self).__name__)
         defaults = {
@@ -162,10 +159,23 @@ class APOLLOAdamW(Optimizer):
             "capturable": capturable,
         }
         Settings.of(defaults)
+        self._split = Split.of(
+            rank,
+            target_modules,
+            DenseKeys(dense_lr, embedding_lr, decay_vectors),
+            scale_type=scale_type,
+            scale=scale,
+            proj=proj,
+            proj_type=proj_type,
+            update_proj_gap=update_proj_gap,
+            distribution=distribution,
+            rank_above_width=rank_above_width,
+        )
         if not isinstance(params, Tensor):
-            params = list(params)
+            params = self._split.checked(params)
         self._reset_transients()
         self._had_matrix: list[bool] = []
+        self._reasons: dict[Tensor, str] = {}
         super().__init__(params, defaults)
         if not isinstance(params[0], dict):
             advise_on_plain_adamw(self.param_groups[0]["params"])
@@ -178,7 +188,7 @@ class APOLLOAdamW(Optimizer):
 
         >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": 1.0} | options)
+        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": FACTORY_SCALE} | options)
 
     @classmethod
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
@@ -189,17 +199,22 @@ class APOLLOAdamW(Optimizer):
 
         >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": 128.0} | options)
+        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": MINI_FACTORY_SCALE} | options)
 
     @classmethod
     def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:
-        group_only = ("rank", "target_modules", *LOW_RANK_DEFAULTS)
-        known = {*group_only, *options_of(cls, APOLLOAdamW)}
+        known = options_of(cls, APOLLOAdamW)
         for name in options:
             if name not in known:
                 raise TypeError(f"{cls.__name__}: {unknown_option(name, known)}")
-        group_keys = {name: options.pop(name) for name in group_only if name in options}
-        return cls(apollo_param_groups(model, **group_keys), **options)
+        of_split = {name: options.pop(name) for name in SPLIT_KEYS if name in options}
+        group_keys = {name: options.pop(name) for name in ("rank", *LOW_RANK_DEFAULTS) if name in options}
+        target_modules = of_split.pop("target_modules", DEFAULT_TARGETS)
+        rank = group_keys.pop("rank")
+        groups, reasons = groups_of_model(model, rank, target_modules, DenseKeys(**of_split), group_keys)
+        optimizer = cls(groups, **options)
+        optimizer._reasons |= reasons
+        return optimizer
 
     def _reset_transients(self) -> None:
         """What is neither state nor hyperparameter, and is therefore not saved, copied or pickled."""
@@ -209,13 +224,14 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.forget()  # its engines have the old caches
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_split": self._split}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_transients()
         self.defaults.pop(FOREIGN_KEY, None)
-        for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items():
-            if name in FIELD_NAMES:  # an optimizer that an older version pickled lacks what has come since
-                self.defaults.setdefault(name, argument.default)
+        self.defaults = _DEFAULTS | self.defaults  # an older version's lacks what has come since
         for group in self.param_groups:
             group.pop(FOREIGN_KEY, None)
             for name, default in self.defaults.items():
@@ -223,6 +239,7 @@ class APOLLOAdamW(Optimizer):
             complete_group(group)
             place_learning_rate(group)
         self.__dict__.setdefault("_had_matrix", [holds_matrix(group) for group in self.param_groups])
+        self.__dict__.setdefault("_reasons", {})
 
     @property
     def skipped_updates(self) -> Tensor:
@@ -261,7 +278,7 @@ class APOLLOAdamW(Optimizer):
         Low-rank: 1 of 1 weights, 100% of the parameters
         ...
         """
-        return summary_of(self.param_groups, self.state, {}, self._layerwise)
+        return summary_of(self.param_groups, self.state, self._reasons, self._layerwise)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -271,34 +288,37 @@ class APOLLOAdamW(Optimizer):
         Raises ValueError where layer-wise hooks are attached: ``GradScaler.step`` asks here, and must not go on."""
         if self._layerwise is not None:
             self._layerwise.refuse_grad_scaler()
-        settings = [Settings.of(group, f"parameter group {index}") for index, group in enumerate(self.param_groups)]
-        return all(
-            backend_of(param.tensor, settings[param.group], self.state.get(param.tensor, {})).name == "triton"
-            and not is_dtensor(param.tensor)
-            and self.param_groups[param.group].get("proj") != "svd"
-            for param in params_of(self.param_groups)
-        )
+        return may_leave_scaling(self.param_groups, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        new = NewGroup.of(param_group, self.param_groups, self.defaults)
+        taken = {group.get("name", "") for group in self.param_groups}
+        parts, reasons = self._split.parts(param_group, taken)
+        added = NewGroup.of_each(parts, self.param_groups, self.defaults)
         # Before anything changes, since warnings may be errors.
-        advise_on_keys(param_group, new.where)
-        advise_on_group(new.params, new.settings, new.where)
-        if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
-            self._told_of_rounding = True
-            advise_on_rounding(new.lr)
-        unnamed = new.name_all(self.param_groups)
+        ranked = param_group if self._split.rank is None else {"rank": self._split.rank} | param_group
+        advise_on_keys(ranked, added[0].where)
+        for new in added:
+            advise_on_group(new.params, new.settings, new.where)
+            if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
+                self._told_of_rounding = True
+                advise_on_rounding(new.lr)
+        before, unnamed = len(self.param_groups), []
         try:
-            super().add_param_group(new.group)
+            for new in added:
+                unnamed += new.name_all(self.param_groups)
+                super().add_param_group(new.group)
         except BaseException:
-            for known in unnamed:
-                del known["param_names"]
+            del self.param_groups[before:]
+            for group in unnamed:
+                del group["param_names"]
             raise
-        self._had_matrix.append(holds_matrix(self.param_groups[-1]))
-        place_learning_rate(self.param_groups[-1])
+        for group in self.param_groups[before:]:
+            self._had_matrix.append(holds_matrix(group))
+            place_learning_rate(group)
+        self._reasons |= reasons
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of the same model, saved on any device, at any dtype; tensors are copied.
@@ -365,3 +385,11 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
+
+
+# Without what belongs to low-rank groups, which is no default of all: a rank would make dense groups low-rank.
+_DEFAULTS = {
+    name: argument.default
+    for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items()
+    if name in FIELD_NAMES and name not in ("rank", *LOW_RANK_DEFAULTS)
+}

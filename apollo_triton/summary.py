@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from .core.kinds import EMBEDDING, HEAD, MATRIX, VECTOR, weights_of
 from .core.messages import readable_bytes
 from .core.settings import Settings
 from .engine.launches import Launches, launches_of
+from .engine.step_hooks import StepHooks
 from .params.member import Param, find_shard, params_of
 from .params.saving import Counted, advice_on_state
 from .params.sharding import LocalShard, is_dtensor, local
@@ -34,15 +35,6 @@ _MOST_NAMES = 5
 _LEAST_SHARE = 0.01  # of the state: a dense weight that is worth a line
 
 
-class Hooks(Protocol):
-    """What updates parameters within backward, as far as a summary has to know it."""
-
-    @property
-    def updates(self) -> Collection[Tensor]: ...
-
-    def takes(self, weight: Tensor) -> bool: ...
-
-
 @dataclass(frozen=True)
 class SummaryRow:
     """One weight, under its name or without one under its shape.
@@ -50,11 +42,14 @@ class SummaryRow:
     Of a ``DTensor`` ``elements`` and bytes are those of this rank's shard, and ``shape`` is the whole's.
     ``kind`` is "matrix", "embedding", "head" or "norm or bias", and ``group`` the index of the parameter group.
     ``rank`` is None for a weight that is not low-rank, and ``reason`` then says why; it is "" for a low-rank one.
-    ``state_bytes`` is the state in full, also before the first step, of which the two moments take ``moment_bytes``;
-    the rest is a step count, a norm, svd's projection, and what 8-bit moments are scaled by. ``adamw_bytes`` is what ``torch.optim.AdamW``
+
+    ``state_bytes`` is the state in full, also before the first step. Its two moments take ``moment_bytes``; the rest is
+    a step count, a norm, svd's projection, and what scales 8-bit moments. ``adamw_bytes`` is what ``torch.optim.AdamW``
     would hold, whose moments have the weight's dtype. ``gradient_bytes`` is what a gradient takes while there is one.
-    All of them are 0 for a frozen weight. ``backend`` has the name of the backend and the reason for it: "none" where
-    nothing is updated, and where a step would raise the error that is the reason.
+    All of them are 0 for a frozen weight.
+
+    ``backend`` has the name of the backend and the reason for it. It is "none" where nothing is updated, and where a
+    step would raise the error that is the reason.
     """
 
     name: str
@@ -130,7 +125,7 @@ def summary_of(
     groups: list[dict[str, Any]],
     states: Mapping[Tensor, dict[str, Any]],
     reasons: Mapping[Tensor, str],
-    hooks: Hooks | None,
+    hooks: StepHooks | None,
 ) -> Summary:
     """The summary of an optimizer's groups. ``reasons`` says why weights are dense, as far as that is known.
 

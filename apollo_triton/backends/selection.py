@@ -11,7 +11,7 @@ from ..core.device_backend import Backend, device_backend
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from ..params.fake import fake_mode_of
-from ..params.member import Param, geometry_of
+from ..params.member import Param, geometry_of, params_of
 from ..params.sharding import LocalShard, is_dtensor, local
 from ..params.state import is_8bit
 from .reference import dense_8bit
@@ -60,3 +60,15 @@ def updater_of(backend: Backend, parameter: Tensor, shard: LocalShard) -> str:
     # other ranks do: on their backend.
     is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
     return "none" if not is_dtensor(parameter) else backend.name if is_matrix else "reference"
+
+
+def may_leave_scaling(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> bool:
+    """Whether ``torch.amp.GradScaler`` may leave unscaling to a step: kernels update all, on one device each, and none
+    needs the step count on the host."""
+    settings = [Settings.of(group, f"parameter group {index}") for index, group in enumerate(groups)]
+    return all(
+        backend_of(param.tensor, settings[param.group], states.get(param.tensor, {})).name == "triton"
+        and not is_dtensor(param.tensor)
+        and groups[param.group].get("proj") != "svd"
+        for param in params_of(groups)
+    )

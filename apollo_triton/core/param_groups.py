@@ -1,26 +1,66 @@
-"""``apollo_param_groups``: the two groups of a model that the optimizer takes."""
+"""``apollo_param_groups``: a model's parameters as groups: low-rank, dense, embeddings, norms and biases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .coverage import abridged, coverage, coverage_note, no_match, unused
+from .coverage import Coverage, abridged, coverage, coverage_note, no_match, unused
+from .kinds import EMBEDDING, VECTOR
 from .messages import warn
 from .settings import CHECKS, check_value
-from .spelling import unknown_option
+from .spelling import SPLIT_KEYS, unknown_option
 from .targets import DEFAULT_TARGETS, Targets
+
+# The scale of low-rank weights that the package chooses: for ``APOLLOAdamW.apollo`` and the constructor's ``rank``, and
+# for ``APOLLOAdamW.mini``. Groups that a user writes have the default of ``LOW_RANK_DEFAULTS``.
+FACTORY_SCALE, MINI_FACTORY_SCALE = 1.0, 128.0
+
+# The names of groups, in their order.
+LOW_RANK, DENSE, EMBEDDINGS, VECTORS = "low-rank", "dense", "embeddings", "norms and biases"
+
+
+@dataclass(frozen=True)
+class DenseKeys:
+    """What groups of dense weights have of their own: learning rates, and no decay of norms and biases.
+
+    Raises ValueError for a learning rate that is not allowed.
+    """
+
+    dense_lr: float | Tensor | None = None
+    embedding_lr: float | Tensor | None = None
+    decay_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dense_lr", "embedding_lr"):
+            if getattr(self, name) is not None:
+                check_value("lr", getattr(self, name), name)
+        if not isinstance(self.decay_vectors, bool):
+            raise ValueError(f"Invalid decay_vectors: {self.decay_vectors!r} (allowed: True or False)")
+
+    def of(self, group: str) -> dict[str, Any]:
+        """The keys of the group of this name."""
+        lr = self.dense_lr
+        if group == EMBEDDINGS and self.embedding_lr is not None:
+            lr = self.embedding_lr
+        keys = {} if lr is None else {"lr": lr}
+        return keys | ({"weight_decay": 0.0} if group == VECTORS and not self.decay_vectors else {})
 
 
 def apollo_param_groups(
     model: nn.Module,
     rank: int = 256,
     target_modules: str | Iterable[str] = DEFAULT_TARGETS,
+    *,
+    dense_lr: float | Tensor | None = None,
+    embedding_lr: float | Tensor | None = None,
+    decay_vectors: bool = False,
     **group_keys: Any,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups: the targeted weights of ``model``, with a ``rank``, and everything else, dense.
+    """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to three dense ones of the others.
 
     Args:
         model: any module. The default targets fit LLaMA, Qwen, Gemma and similar models.
@@ -28,7 +68,13 @@ def apollo_param_groups(
         target_modules: which modules are low-rank, as in the Hugging Face Trainer. A list of substrings or regular
             expressions of module names (a regular expression must match the whole name); one regular expression; or
             "all-linear", alone or in a list, for every ``nn.Linear`` and transformers ``Conv1D`` except the head.
+        dense_lr: the learning rate of all dense groups, if it is not the optimizer's.
+        embedding_lr: the learning rate of the embeddings, if it is not ``dense_lr``.
+        decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``, ``scale=128``.
+
+    Returns groups under the names, in ``group["name"]``, "low-rank", "dense" (the head, what is too narrow, what is not
+    targeted), "embeddings", and "norms and biases". One without parameters is left out.
 
     The low-rank weights of a targeted module are its own parameters of two or more dimensions, including expert tensors
     ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and everything else
@@ -41,15 +87,24 @@ def apollo_param_groups(
     a bad regular expression or value, if no weight matches, and if every targeted weight is too narrow.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
-    >>> low_rank, dense = apollo_param_groups(model, rank=8)
-    >>> low_rank["param_names"], dense["param_names"]
-    (['mlp.weight'], ['mlp.bias', 'norm.weight', 'norm.bias'])
+    >>> for group in apollo_param_groups(model, rank=8, dense_lr=1e-3):
+    ...     print(group["name"], group["param_names"], group.get("lr"))
+    low-rank ['mlp.weight'] None
+    norms and biases ['mlp.bias', 'norm.weight', 'norm.bias'] 0.001
     """
+    dense = DenseKeys(dense_lr, embedding_lr, decay_vectors)
+    return groups_of_model(model, rank, target_modules, dense, group_keys)[0]
+
+
+def groups_of_model(
+    model: nn.Module, rank: int, target_modules: str | Iterable[str], dense: DenseKeys, group_keys: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
+    """The groups of ``apollo_param_groups``, and why each of the dense weights is dense."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"apollo_param_groups needs the model itself, an nn.Module, not {type(model).__name__}")
     for name in group_keys:
         if name not in CHECKS:
-            raise TypeError(f"apollo_param_groups: {unknown_option(name, [*CHECKS, 'target_modules'])}")
+            raise TypeError(f"apollo_param_groups: {unknown_option(name, [*CHECKS, *SPLIT_KEYS])}")
     if rank is None:
         raise ValueError("Invalid rank: None (allowed: an integer of 1 or more)")
     for name, value in ({"rank": rank} | group_keys).items():
@@ -58,19 +113,50 @@ def apollo_param_groups(
     found = coverage(model, targets, rank, group_keys)
     if not found.low_rank:
         raise ValueError(no_match(model, targets, rank, group_keys, found))
-    for reason, names in found.too_narrow.items():
-        warn(f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}")
+    warn_of_narrow(found)
     if targets.is_choice and not targets.is_lone:
         for reason in filter(None, (unused(model, targets, entry) for entry in targets.entries)):
             warn(f"target_modules={targets.given!r}: {reason}; the other entries are used")
     if note := coverage_note(model, rank, targets.given, **group_keys):
         warn(note)
-    parameters = list(model.named_parameters())
-    low_rank = [(name, p) for name, p in parameters if id(p) in found.low_rank]
-    dense = [(name, p) for name, p in parameters if id(p) not in found.low_rank]
-    groups = [_group(low_rank) | {"rank": rank} | group_keys]
-    return [*groups, _group(dense)] if dense else groups
+    groups = split_by_kind(list(model.named_parameters()), found, {"rank": rank} | group_keys, dense)
+    if dense.embedding_lr is not None and not any(group["name"] == EMBEDDINGS for group in groups):
+        warn(f"embedding_lr={dense.embedding_lr!r} has no effect: no weight of the model is an embedding")
+    return groups, dense_reasons(found)
 
 
-def _group(named: list[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    return {"params": [p for _, p in named], "param_names": [name for name, _ in named]}
+def split_by_kind(
+    named: Sequence[tuple[str, Tensor]], found: Coverage, low_rank_keys: dict[str, Any], dense: DenseKeys
+) -> list[dict[str, Any]]:
+    """Named parameters as groups: low-rank, dense, embeddings, norms and biases, in this order."""
+    groups: dict[str, dict[str, Any]] = {
+        name: {"params": [], "param_names": [], "name": name} | (low_rank_keys if name == LOW_RANK else dense.of(name))
+        for name in (LOW_RANK, DENSE, EMBEDDINGS, VECTORS)
+    }
+    for name, parameter in named:
+        group = groups[_group_of(parameter, found)]
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _group_of(parameter: Tensor, found: Coverage) -> str:
+    weight = found.weights[id(parameter)]
+    if not found.reasons[id(parameter)]:
+        return LOW_RANK
+    if weight.kind == EMBEDDING:
+        return EMBEDDINGS
+    # The kernel of a convolution in one dimension is no matrix either, and decays.
+    is_kernel = isinstance(weight.module, (nn.Conv1d, nn.ConvTranspose1d)) and parameter.dim() > 2
+    return VECTORS if weight.kind == VECTOR and not is_kernel else DENSE
+
+
+def dense_reasons(found: Coverage) -> dict[Tensor, str]:
+    """Why each dense weight is dense."""
+    return {found.weights[key].tensor: reason for key, reason in found.reasons.items() if reason}
+
+
+def warn_of_narrow(found: Coverage) -> None:
+    """Say which of the targeted weights stay dense, and why."""
+    for reason, names in found.too_narrow.items():
+        warn(f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}")

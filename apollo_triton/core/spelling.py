@@ -23,7 +23,8 @@ _ELSEWHERE = {
 # Keys that programs put into groups for themselves, and schedulers too, and that are spelled like ours.
 _OTHERS_KEYS = frozenset({"params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr"})
 _P = ParamSpec("_P")
-_GROUP_KEYS = ("rank", *LOW_RANK_DEFAULTS)
+# What decides how parameters are split into groups, and is no key of one.
+SPLIT_KEYS = ("target_modules", "dense_lr", "embedding_lr", "decay_vectors")
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
@@ -33,23 +34,10 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     "unknown option 'update_proj_gab' (did you mean 'update_proj_gap'?)"
     """
     known = list(known)
-    help_text = _ELSEWHERE.get(name, "") or _place_of(name)
-    if not help_text and (near := _nearest(name, [*known, *_GROUP_KEYS, "target_modules"])):
-        help_text = f"did you mean {near!r}?" + ("" if near in known else f" It is {_place_of(near)}")
+    help_text = _ELSEWHERE.get(name, "")
+    if not help_text and (near := _nearest(name, known)):
+        help_text = f"did you mean {near!r}?"
     return f"unknown option {name!r} ({help_text or 'allowed: ' + ', '.join(sorted(known))})"
-
-
-def _place_of(name: str) -> str:
-    """Where a name is allowed that is no argument of the constructor; "" for any other name."""
-    if name in _GROUP_KEYS:
-        others = "" if name == "rank" else f", {name!r}: ..."
-        return (
-            f"a key of a parameter group: {{'params': ..., 'rank': ...{others}}}, or an argument of "
-            "APOLLOAdamW.apollo(model, ...) and apollo_param_groups(model, ...)"
-        )
-    if name == "target_modules":
-        return "an argument of APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini and apollo_param_groups"
-    return ""
 
 
 def unread_keys(group: dict[str, Any]) -> list[str]:
@@ -62,9 +50,10 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
         near = _nearest(key, FIELD_NAMES)
         if (key in ("amsgrad", "maximize", "differentiable") and value) or key == "learning_rate":
             notes.append(f"{key!r} does nothing ({_ELSEWHERE[key]})")
-        elif key == "target_modules":
+        elif key in SPLIT_KEYS:
             notes.append(
-                f"{key!r} does nothing in a group: apollo_param_groups(model, target_modules=...) makes groups"
+                f"{key!r} does nothing in a group: it is an argument of APOLLOAdamW(..., rank=...) and "
+                "apollo_param_groups(model, ...), which make groups"
             )
         elif near and f"_{near}_" not in f"_{key}_":  # "weight_decay_mult" is a name of its own, no typing error
             notes.append(f"{key!r} does nothing (did you mean {near!r}?)")
@@ -88,7 +77,9 @@ def explaining_unknown_options(init: Callable[_P, None]) -> Callable[_P, None]:
     def checked(*args: _P.args, **options: _P.kwargs) -> None:
         for name in options:
             if name not in known and name != "params":
-                raise TypeError(f"{type(args[0]).__name__}: {unknown_option(name, known)}")
+                kind = type(args[0])
+                base = next(each for each in kind.__mro__ if vars(each).get("__init__") is checked)
+                raise TypeError(f"{kind.__name__}: {unknown_option(name, options_of(kind, base))}")
         init(*args, **options)
 
     return checked

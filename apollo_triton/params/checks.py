@@ -60,6 +60,16 @@ def check_groups(groups: list[dict[str, Any]], had_matrix: list[bool]) -> None:
         first_index += len(group["params"])
 
 
+def lost_shape(parameter: Tensor) -> str:
+    """What has made a vector of a matrix, as the end of an error that begins with its name; "" for any other."""
+    if parameter.dim() > 1:
+        return ""
+    if is_flattened(parameter):
+        return FLATTENED
+    whole = tuple(getattr(parameter, "ds_shape", ()))
+    return f"is what DeepSpeed ZeRO-3 left of a weight of shape {whole}: {_NO_ZERO}" if len(whole) > 1 else ""
+
+
 def check_parameter(param: Param, settings: Settings) -> None:
     """Raise ValueError unless the parameter's dtype, sharding and shape suit its group."""
     parameter = param.tensor
@@ -102,11 +112,8 @@ def check_parameter(param: Param, settings: Settings) -> None:
         raise ValueError(f"{param} is a DTensor, whose step communicates and is not captured; use capturable=False")
     if settings.state_bits == 8 and is_dtensor(parameter):
         raise ValueError(f"{param}: {SHARDED_8BIT}")
-    if settings.rank is not None and is_flattened(parameter) and parameter.dim() < 2:
-        raise ValueError(f"{param} {FLATTENED}, or put it into a group without 'rank'")
-    whole_shape = tuple(getattr(parameter, "ds_shape", ()))
-    if settings.rank is not None and len(whole_shape) > 1 and parameter.dim() < 2:
-        raise ValueError(f"{param} is what DeepSpeed ZeRO-3 left of a weight of shape {whole_shape}: {_NO_ZERO}")
+    if settings.rank is not None and (lost := lost_shape(parameter)):
+        raise ValueError(f"{param} {lost}, or put it into a group without 'rank'")
     geometry = geometry_of(parameter, settings)
     if geometry is None or settings.rank is None:
         return

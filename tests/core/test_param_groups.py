@@ -48,8 +48,10 @@ def test_every_parameter_is_in_one_group(llama):
     names = dict(llama.named_parameters())
     for group in groups:
         assert all(names[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
-    assert "rank" not in groups[1]
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(groups[1]["param_names"])
+    assert ["rank" in group for group in groups] == [True, False, False, False]
+    assert [group["name"] for group in groups] == ["low-rank", "dense", "embeddings", "norms and biases"]
+    assert [group["param_names"] for group in groups[1:3]] == [["lm_head.weight"], ["model.embed_tokens.weight"]]
+    assert "model.norm.weight" in groups[3]["param_names"]
 
 
 def test_narrow_weights_stay_dense_with_a_warning(llama):
@@ -75,15 +77,16 @@ def test_experts_biases_embeddings_and_tied_heads():
         }
     )
     model["mlp_head"].weight = model["mlp_embedding"].weight
-    low_rank, dense = apollo_param_groups(model, rank=4)
+    low_rank, embeddings, vectors = apollo_param_groups(model, rank=4)
     assert low_rank["param_names"] == ["mlp.gate_up", "attn.weight"]
-    assert dense["param_names"] == ["mlp.scales", "attn.bias", "mlp_embedding.weight"]
+    assert embeddings["param_names"] == ["mlp_embedding.weight"]
+    assert vectors["param_names"] == ["mlp.scales", "attn.bias"]
 
 
 def test_group_keys_reach_the_low_rank_group_alone():
     low_rank, dense = apollo_param_groups(nn.ModuleDict({"mlp": nn.Linear(8, 8)}), rank=2, scale=9.0, lr=0.5)
     assert (low_rank["scale"], low_rank["lr"], low_rank["rank"]) == (9.0, 0.5, 2)
-    assert set(dense) == {"params", "param_names"}
+    assert set(dense) == {"params", "param_names", "name", "weight_decay"}
 
 
 @pytest.mark.parametrize(
@@ -107,9 +110,9 @@ def test_a_model_without_a_dense_rest_has_one_group():
 
 def test_one_dimensional_convolutions_are_not_taken_for_experts():
     model = nn.ModuleDict({"mlp": nn.Conv1d(16, 32, 3), "mlp2": nn.Conv2d(16, 32, 3)})
-    low_rank, dense = apollo_param_groups(model, rank=4)
+    low_rank, dense, vectors = apollo_param_groups(model, rank=4)
     assert low_rank["param_names"] == ["mlp2.weight"]
-    assert "mlp.weight" in dense["param_names"]
+    assert (dense["param_names"], vectors["param_names"]) == (["mlp.weight"], ["mlp.bias", "mlp2.bias"])
 
 
 def test_narrow_weights_are_low_rank_where_the_group_allows_it():

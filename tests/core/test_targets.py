@@ -147,10 +147,10 @@ def test_biases_of_any_shape_stay_dense():
     config = GptOssConfig(
         **SMALL, num_key_value_heads=2, head_dim=16, num_local_experts=16, layer_types=["full_attention"] * 2
     )
-    low_rank, dense = apollo_param_groups(GptOssForCausalLM(config), rank=4)
+    low_rank, *_, vectors = apollo_param_groups(GptOssForCausalLM(config), rank=4)
     assert not [name for name in low_rank["param_names"] if "bias" in name]
     assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.1.mlp.experts.down_proj_bias"} <= set(
-        dense["param_names"]
+        vectors["param_names"]
     )
     attention = nn.MultiheadAttention(16, 2, add_bias_kv=True)
     attention.rel_pos_bias = nn.Linear(32, 16, bias=False)  # LayoutLMv3's
