@@ -197,7 +197,11 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
     )
     yield ""
     yield from _table(summary)
-    yield _fill("AdamW's moments have the weights' dtype. State is counted in full, before the first step too.")
+    wide = any(row.state_bytes > row.adamw_bytes for row in summary.dense)
+    yield _fill(
+        "State is counted in full, before the first step too. AdamW's moments have the weights' dtype"
+        f"{'; here they are float32, which is why dense weights have more state' if wide else ''}."
+    )
     if names := [*_dense_names(summary)]:
         yield "\nDense, most state first:"
         yield from names

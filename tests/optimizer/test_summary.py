@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -291,6 +292,21 @@ def test_groups_by_hand_say_what_can_be_derived():
         ("layers.0.attn.weight", "matrix", 1, None, "in a group without a rank"),
         ("layers.1.mlp.weight", "matrix", 2, None, "frozen"),
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.* targeted weights are")
+def test_a_model_says_why_each_of_its_weights_is_dense():
+    """Reasons that are lost on the way from the model, or that a derived one covers; an embedding by another name."""
+    model = transformer(words=nn.Embedding(9, WIDTH), up=nn.Linear(WIDTH, WIDTH))
+    optimizer = APOLLOAdamW.apollo(model, rank=4, target_modules=["attn", "mlp", "router"])
+    reasons = {row.name: (row.kind, row.reason) for row in optimizer.summary().rows}
+    assert reasons["layers.0.mlp.weight"] == ("matrix", "")
+    assert reasons["layers.1.router.weight"] == ("matrix", "so narrow that rank 4 saves no state")
+    assert reasons["up.weight"] == ("matrix", "not in target_modules")
+    assert reasons["words.weight"] == ("embedding", "embedding")
+    assert reasons["lm_head.weight"] == ("head", "head")
+    lost = pickle.loads(pickle.dumps(optimizer)).summary()
+    assert {row.name: row.reason for row in lost.rows}["up.weight"] == "in a group without a rank"
 
 
 def test_weights_without_names_are_called_by_their_shapes():
