@@ -37,6 +37,7 @@ from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
 from .params.split import Split
+from .summary import Summary, summary_of
 
 
 class APOLLOAdamW(Optimizer):
@@ -267,6 +268,18 @@ class APOLLOAdamW(Optimizer):
                 settings = Settings.of(self.param_groups[param.group], f"parameter group {param.group}")
                 return backend_of(parameter, settings, self.state.get(parameter, {}))
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
+
+    def summary(self) -> Summary:
+        """Which weights are low-rank and why the others are not, their state's bytes, launches and backend.
+
+        It may be called before the first step, changes nothing, and is printed as a text:
+
+        >>> layer = torch.nn.Linear(64, 256, bias=False)
+        >>> print(APOLLOAdamW([{"params": [layer.weight], "rank": 16}]).summary())  # doctest: +ELLIPSIS
+        Low-rank: 1 of 1 weights, 100% of the parameters
+        ...
+        """
+        return summary_of(self.param_groups, self.state, self._reasons, self._layerwise)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from .coverage import Coverage, coverage_of, is_never_low_rank, narrowness
 from .geometry import FLATTENED, Geometry, is_flattened
 from .kinds import EMBEDDING, MATRIX
+from .module_names import without_indices
 from .targets import AUTO, Targets, meant_for_all
 
 # LLaMA, Qwen, Gemma, GPT-2 and Mixtral leave nothing, ViT 0.7 % and Whisper's convolutions 3 %; a U-Net leaves most.
@@ -177,7 +178,7 @@ def abridged(names: Iterable[str], most: int = 4) -> str:
     """Names with layers' numbers as "*", and how often each occurs."""
     counts: dict[str, int] = {}
     for name in names:
-        short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        short = without_indices(name)
         counts[short] = counts.get(short, 0) + 1
     shown = [f"{name}" + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -126,3 +126,12 @@ def _is_head_part(part: str) -> bool:
 def _is_in_layer(parts: list[str]) -> bool:
     """Whether the way leads through a numbered layer or a part of one. The first number may be an nn.Sequential's."""
     return any(part.isdigit() for part in parts[1:]) or any(_IN_LAYERS.search(part) for part in parts)
+
+
+def without_indices(name: str) -> str:
+    """A name with the numbers of layers as "*": one for the same weight of all layers.
+
+    >>> without_indices("layers.3.mlp.up.weight"), without_indices("0.weight")
+    ('layers.*.mlp.up.weight', '*.weight')
+    """
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)

@@ -106,12 +106,12 @@ class Table(Channels):
             index: slice(end - count, end)
             for index, count, end in zip(members, counts, itertools.accumulate(counts), strict=True)
         }
-        self._build(settings)
+        rows = self._build(settings)
         self._gradient_addresses: list[int] = []
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
-        self.moments = MomentTable(self, self.members) if self.is_width_sharded else None
+        self.moments = MomentTable(self, rows, self.members) if self.is_width_sharded else None
         values = [*vars(self).values(), *vars(self.moments or self).values()]
         values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
         self.uses = Uses([value for value in values if isinstance(value, Tensor)])
@@ -119,7 +119,8 @@ class Table(Channels):
             self._gradient_places = [*self._find_gradient_places(members)]
             self.update_gradient_addresses({at: each.formed_gradient.data_ptr() for at, each in members.items()})
 
-    def _build(self, settings: Settings) -> None:
+    def _build(self, settings: Settings) -> list[list[int]]:
+        """Everything that is on the device. Returns the rows of ``addresses``."""
         rows: list[list[int]] = []
         root_scales: list[float] = []
         channel_programs, tile_programs, norm_programs = [], [], []
@@ -208,6 +209,7 @@ class Table(Channels):
         self.norm_programs = self._on_device(
             torch.stack((owners_of(norm_programs), torch.cat(parts_of)), 1).contiguous()
         )
+        return rows
 
     def _absmax_addresses(self) -> Tensor:
         """Of each matrix's 8-bit M and V."""
@@ -254,7 +256,11 @@ class Table(Channels):
     def _pinned(self, values: Tensor) -> Tensor:
         """To be copied without waiting. The caching host allocator lends the memory to nobody else before the copy, of
         whose stream it is told, is done."""
-        return values if self.device.type == "cpu" else values.pin_memory()
+        return values.pin_memory() if self._pins else values
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type not in ("cpu", "meta")
 
     @property
     def is_fused(self) -> bool:
@@ -284,9 +290,7 @@ class Table(Channels):
             self.gradients.copy_(self._pinned(_int64(addresses)), non_blocking=True)
             self._gradient_addresses = addresses
         if self._staging is None:
-            self._staging = torch.empty(
-                self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
-            )
+            self._staging = torch.empty(self.matrices, dtype=torch.int64, device="cpu", pin_memory=self._pins)
 
     def update_gradient_addresses_in_capture(self, gradients: Sequence[int]) -> None:
         """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since
