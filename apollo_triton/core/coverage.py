@@ -79,7 +79,7 @@ def coverage_of(weights: list[Weight], targets: Targets, rank: int, group_keys: 
     """``coverage`` of ``weights_of`` a model or named parameters."""
     result = Coverage(weights, {id(weight.tensor): weight for weight in reversed(weights)})
     # A weight that two modules share is low-rank if one of them is targeted.
-    targeted = {id(weight.tensor): weight for weight in weights if targets.takes(weight)}
+    targeted = {id(weight.tensor): weight for weight in reversed(weights) if targets.takes(weight)}
     for key, first in reversed(result.weights.items()):
         weight = result.weights[key] = targeted.get(key, first)
         result.reasons[key] = reason = _reason(weight, key in targeted, targets, rank, group_keys)

@@ -108,11 +108,15 @@ def unwrapped(name: str) -> list[str]:
 
 
 def _leads_to(parts: list[str], is_role: Callable[[int], bool]) -> bool:
-    """Whether a part has the role, and no numbered layer with parts of its own lies between it and the end: a whole
-    network may be called a classifier or an embedder, and its blocks are blocks. A number right behind the part is an
-    nn.Sequential's or one of several."""
-    last_layer = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-    return any(is_role(index) and last_layer <= index + 1 for index in range(len(parts)))
+    """Whether a part has the role, and no block lies between it and the end. A whole network may be called a classifier
+    or an embedder, and SigLIP's `head` pools by attention: their blocks are blocks. A number right behind the part is
+    an nn.Sequential's, or one of several."""
+    blocks = [
+        index - part.isdigit()
+        for index, part in enumerate(parts)
+        if _IN_LAYERS.search(part) or (part.isdigit() and index < len(parts) - 1)
+    ]
+    return any(is_role(index) and index >= max(blocks, default=0) for index in range(len(parts)))
 
 
 def _is_head_part(part: str) -> bool:
