@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from bench import fine_tuning
 from bench.rates import FIRST_RATE, Method, best, losses_of, means, methods, missing, rate_at, vertex
-from bench.rates_report import behind, norms, table
+from bench.rates_report import behind, norms, read, table
+from bench.results_file import RESULTS, ROOT
 
 ADAMW = Method(64)
 
@@ -81,3 +83,15 @@ def test_norms_compare_runs_of_one_rate_and_seed():
 
     rows = [row(None, 1.0, 0.5), row(None, 2.0, 0.1), row(1, 1.0, 1.0), row(1, 2.0, 0.8), row(8, 4.0, 9.0)]
     assert norms(rows) == {"Mini": pytest.approx(4.0)}
+
+
+OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_options_has_the_committed_results():
+    """Figures of an older run beside a link to the newer one."""
+    (path,) = RESULTS.glob("*/rates.json")
+    _, rows = read(path)
+    assert table(losses_of(rows)) in OPTIONS
+    (path,) = RESULTS.glob("*/fine_tuning.json")
+    assert fine_tuning.as_table({row["id"]: row for row in read(path)[1]}) in OPTIONS
