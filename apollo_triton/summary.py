@@ -222,9 +222,8 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
 
 def _table(summary: Summary) -> Iterator[str]:
     """A line for each kind of weight, and one for all."""
-    lines = {
-        label: [row for row in summary.rows if row.label == label] for label in (_LOW_RANK, *dict.fromkeys(_DENSE.values()), FROZEN)
-    }
+    labels = dict.fromkeys((_LOW_RANK, *_DENSE.values(), FROZEN))
+    lines = {label: [row for row in summary.rows if row.label == label] for label in labels}
     cells = [["", "weights", "parameters", "state", "AdamW"]]
     for label, rows in {**lines, "all": summary.rows}.items():
         if rows:
