@@ -120,7 +120,7 @@ def test_a_scale_that_changes_between_steps_is_taken(tmp_path):
         for weight, oracle, gradient in zip(weights, oracles, of_a_step, strict=True):
             weight.grad = gradient
             width = min(gradient.shape)
-            oracle.scale = width / 4 / 2 if scale == "auto" else scale  # 4 / (4 - 2) = 2
+            oracle.scale = AUTO_CONSTANT * width / 4 / 2 if scale == "auto" else scale  # 4 / (4 - 2) = 2
             oracle.step(gradient)
         optimizer.step()
     for weight, oracle in zip(weights, oracles, strict=True):
@@ -152,7 +152,7 @@ def test_channels_of_ranks_without_a_mean_are_warned_of(rank):
     assert text.endswith("take rank 3 or more, or scale_type='tensor'")
     for other in ({"rank": 3}, {"scale_type": "tensor"}, {"scale": 16.0}, {"rank": None}):
         assert not [text for text in warnings_of(APOLLOAdamW, [group | other]) if "no mean" in text]
-    assert auto_scale(96, rank, "channel") == pytest.approx(96 / rank / 3)
+    assert auto_scale(96, rank, "channel") == pytest.approx(AUTO_CONSTANT * 96 / rank / 3)
 
 
 def test_svd_is_refused_before_a_step_changes_anything():

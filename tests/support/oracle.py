@@ -1,6 +1,7 @@
 """A second implementation of the algorithm, in float64 and for one matrix at a time. The package is tested against it.
 
-It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``.
+It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``, and
+of the law of ``scale="auto"`` its one constant, which is measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apollo_triton import projection_matrix
+from apollo_triton.core.scale import AUTO_CONSTANT
 
 
 class OracleMatrix:
@@ -47,7 +49,7 @@ class OracleMatrix:
             # N of ``width`` numbers is sqrt(width / rank) times as long as that of ``rank``. Each channel's 1 / |R_c|^2
             # is rank / (rank - 2) times 1 / |G_c|^2 on average, and without a mean at ranks 1 and 2 counts as at 3.
             in_the_mean = max(rank, 3) / (max(rank, 3) - 2) if self.options["scale_type"] == "channel" else 1
-            self.scale = width / rank / in_the_mean
+            self.scale = AUTO_CONSTANT * width / rank / in_the_mean
         self.M = torch.zeros(channels, rank, dtype=torch.float64, device=weight.device)
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
