@@ -93,7 +93,7 @@ def apply_int8_kernel(
     p_table, p_gradients, p_programs, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
     step, step_size, decay, p_step,
     GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
-    SCALE_FRONT: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program updates some groups of W. ``p_root_scales`` is as in ``apply_kernel``.
@@ -139,7 +139,7 @@ def apply_int8_kernel(
     factor, u = tile_factor(
         p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
         matrix, block, row, column, rows, columns, h,
-        KEEPS_ROWS, PER_CHANNEL, SCALE_FRONT, USE_LIMITER, BLOCK_CHANNELS,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     W = before - factor * G
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.

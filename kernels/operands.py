@@ -147,9 +147,8 @@ def apply_operands_kernel(
     p_row, p_X, p_dY, p_factors, p_sums, p_root_scales, p_previous, p_skipped, tokens,
     step, step_size, decay, p_step,
     WEIGHT_DTYPE: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS_BY_EIGHTS: tl.constexpr, SCALE_FRONT: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    ROWS_BY_EIGHTS: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program updates one tile of W. ``p_root_scales``, and a u that is not finite, are as in ``apply_kernel``.
 
@@ -175,7 +174,7 @@ def apply_operands_kernel(
     factor, u = tile_factor(
         p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, None, 0, tl.program_id(0),
         o_row[:, None], o_column[None, :], rows, columns, h,
-        KEEPS_ROWS, PER_CHANNEL, SCALE_FRONT, USE_LIMITER, BLOCK_CHANNELS,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     left, right = halves(factor * G)
     update(
@@ -193,8 +192,7 @@ def apply_int8_operands_kernel(
     p_row, p_X, p_dY, p_factors, p_sums, p_root_scales, p_previous, p_skipped, tokens,
     step, step_size, decay, p_step,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, ROWS_BY_EIGHTS: tl.constexpr,
-    SCALE_FRONT: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """The same for int8 weights, stored with new scales and zero points as in ``apply_int8_kernel``.
@@ -218,7 +216,7 @@ def apply_int8_operands_kernel(
     factor, u = tile_factor(
         p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, None, 0, tl.program_id(0),
         o_row[:, None], o_column[None, :], rows, columns, h,
-        KEEPS_ROWS, PER_CHANNEL, SCALE_FRONT, USE_LIMITER, BLOCK_CHANNELS,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     if GROUP < BLOCK_COLUMNS:
         left, right = halves(factor * G)

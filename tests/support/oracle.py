@@ -1,6 +1,7 @@
 """A second implementation of the algorithm, in float64 and for one matrix at a time. The package is tested against it.
 
-It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``.
+It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``, and
+of the law of ``scale="auto"`` its one constant, which is measured.
 """
 
 from __future__ import annotations

@@ -154,7 +154,6 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         PER_CHANNEL=factors.channel is not None,
         ALIGNED=_is_aligned(stored),
         ROWS_BY_EIGHTS=rows % 8 == 0,
-        SCALE_FRONT=settings.scale_front,
         USE_LIMITER=not settings.disable_nl,
         PRECISION=precision,
         BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],

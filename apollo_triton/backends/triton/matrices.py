@@ -59,13 +59,13 @@ class Table(Channels):
 
     ``members``: whose matrices they are; ``matrices_of``: which of them are whose, by the member's index in the plan,
     and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
-    ``[matrices]``: sqrt(scale) of each, none of dense ones. ``tile_programs`` int32: the index of the matrix of each
-    program of ``apply``. ``norm_programs`` int32 ``[programs, 2]``: matrix and part.
-    ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
-    channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
-    updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
-    ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all this, because a plan
-    may be replaced while another stream's kernels read its tables.
+    ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
+    none of dense ones. ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs``
+    int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``:
+    how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit.
+    ``skipped`` int32 ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table
+    for ``rescale`` if sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``:
+    which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -122,7 +122,7 @@ class Table(Channels):
     def _build(self, settings: Settings) -> list[list[int]]:
         """Everything that is on the device. Returns the rows of ``addresses``."""
         rows: list[list[int]] = []
-        root_scales: list[float] = []
+        root_scales: list[tuple[float, float]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
         for member, geometry in zip(self.members, self.geometries, strict=True):
@@ -162,7 +162,8 @@ class Table(Channels):
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
                     assert member.shard.whole is not None
-                    root_scales.append(math.sqrt(scale_of(settings, member.shard.whole)))
+                    root = math.sqrt(scale_of(settings, member.shard.whole))
+                    root_scales.append((root, 1.0) if settings.scale_front else (1.0, root))
                     channel_programs.append(self._channel_programs(geometry.channels))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]

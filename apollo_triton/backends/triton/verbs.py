@@ -119,7 +119,6 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,
         ALIGNED=table.aligned,
-        SCALE_FRONT=settings.scale_front,
         USE_LIMITER=not settings.disable_nl,
         STOCHASTIC=stochastic,
         BLOCK_CHANNELS=table.channel_blocks["BLOCK_CHANNELS"],
