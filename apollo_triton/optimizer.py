@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .backends.selection import backend_of
+from .backends.selection import backend_of, may_leave_scaling
 from .core.device_backend import Backend
 from .core.messages import shown
 from .core.param_groups import FACTORY_SCALE, MINI_FACTORY_SCALE, DenseKeys, groups_of_model
@@ -36,20 +36,20 @@ from .params.idle import IdleSteps
 from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
-from .params.sharding import is_dtensor
 from .params.split import Split
 
 
 class APOLLOAdamW(Optimizer):
     """APOLLO and APOLLO-Mini (arXiv 2412.05270), which replace AdamW where AdamW's memory does not fit.
 
-    A group with a ``rank`` is low-rank: the gradient of each weight matrix is projected to ``[channels, rank]``,
-    Adam's moments live there, and their ratio to the projected gradient rescales the gradient per channel
-    (``scale_type="channel"``, APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without
-    ``rank``, and any weight with fewer than two dimensions, is dense AdamW.
+    In a group with a ``rank`` the gradient of each weight matrix is projected to ``[channels, rank]``, Adam's moments
+    live there, and their ratio to the projected gradient rescales the gradient per channel (``scale_type="channel"``,
+    APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without ``rank``, and any weight with fewer
+    than two dimensions, is dense AdamW.
 
     Args:
-        params: parameters, named parameters or groups; ``apollo_param_groups(model)`` makes the groups.
+        params: named parameters, parameters or groups; ``apollo_param_groups(model)`` makes the groups. All that
+            follows except ``max_grad_norm``, ``target_modules`` and what concerns dense groups may be a key of a group.
         lr: learning rate, a float or a tensor of one element.
         betas: decay rates of the first and second moment.
         eps: added to the square root of the second moment; above 0.
@@ -71,11 +71,14 @@ class APOLLOAdamW(Optimizer):
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
         capturable: keep learning rate and step count on the device, so that a step can be captured in a CUDA graph and
             replayed under a learning-rate scheduler. Needs the kernels.
-
-    Group keys, besides ``rank`` and any of the above but ``max_grad_norm``: ``proj`` ("random" or "svd"),
-    ``proj_type`` ("std", "reverse_std", "right", "left"), ``scale_type`` ("channel", "tensor"), ``scale``
-    (1; enters as its square root), ``update_proj_gap`` (200 steps), ``distribution`` ("gaussian", "rademacher"),
-    ``rank_above_width`` (False; True takes a rank that inflates the state, as apollo-torch does).
+        rank: split each group that has no key "rank" into low-rank and dense ones, as ``apollo_param_groups`` does, by
+            the names and shapes of its parameters; a group's own keys win, and ``"rank": None`` keeps it dense. Without
+            names every matrix that can be is low-rank. ``add_param_group`` splits too.
+        target_modules: which modules are low-rank, by name, as in ``apollo_param_groups``.
+        scale_type, scale, proj, proj_type, update_proj_gap, distribution, rank_above_width: of low-rank groups.
+            ``scale`` enters as its square root. ``rank_above_width`` takes a rank that inflates the state.
+        dense_lr, embedding_lr: learning rates of what ``rank`` leaves dense, and of embeddings. By default ``lr``.
+        decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
     ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; a tensor of several experts
@@ -84,11 +87,12 @@ class APOLLOAdamW(Optimizer):
     ``skipped_updates``.
 
     Raises:
-        ValueError: a hyperparameter that is not allowed, or a rank above a width, which a group may allow.
+        ValueError: a hyperparameter that is not allowed or has no effect, a rank above a width, which a group may
+            allow, or a ``rank`` with which nothing is low-rank.
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)
-    >>> optimizer = APOLLOAdamW([{"params": [layer.weight], "rank": 16}, {"params": [layer.bias]}], lr=1e-2)
+    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-2)
     >>> layer(torch.ones(64)).sum().backward()
     >>> optimizer.step()
     >>> optimizer.state[layer.weight]["exp_avg"].shape
@@ -124,7 +128,7 @@ class APOLLOAdamW(Optimizer):
         rank: int | None = None,
         target_modules: str | Iterable[str] = DEFAULT_TARGETS,
         scale_type: str = "channel",
-        scale: float | None = None,
+        scale: float | str | None = None,
         proj: str = "random",
         proj_type: str = "std",
         update_proj_gap: int = 200,
@@ -177,9 +181,9 @@ class APOLLOAdamW(Optimizer):
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
-        """APOLLO for a whole model: attention and MLP weights at ``rank``, per-channel scaling, the rest dense.
+        """APOLLO for a whole model: the matrices of its blocks at ``rank``, per-channel scaling, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over APOLLO's own.
+        ``options`` are the constructor's, which win over APOLLO's own. Norms and biases do not decay unless asked.
 
         >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
         """
@@ -189,8 +193,8 @@ class APOLLOAdamW(Optimizer):
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
         """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over Mini's own.
-        Narrow models with small initial weights train better with a smaller ``scale``.
+        ``options`` are the constructor's, which win over Mini's own. Norms and biases do not decay unless asked. Narrow
+        models with small initial weights train better with a smaller ``scale``.
 
         >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
         """
@@ -226,11 +230,7 @@ class APOLLOAdamW(Optimizer):
         super().__setstate__(state)
         self._reset_transients()
         self.defaults.pop(FOREIGN_KEY, None)
-        for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items():
-            # An optimizer that an older version pickled lacks what has come since. What belongs to low-rank groups is
-            # no default of all: a rank would make dense ones low-rank.
-            if name in FIELD_NAMES and name not in ("rank", *LOW_RANK_DEFAULTS):
-                self.defaults.setdefault(name, argument.default)
+        self.defaults = _DEFAULTS | self.defaults  # an older version's lacks what has come since
         for group in self.param_groups:
             group.pop(FOREIGN_KEY, None)
             for name, default in self.defaults.items():
@@ -275,13 +275,7 @@ class APOLLOAdamW(Optimizer):
         Raises ValueError where layer-wise hooks are attached: ``GradScaler.step`` asks here, and must not go on."""
         if self._layerwise is not None:
             self._layerwise.refuse_grad_scaler()
-        settings = [Settings.of(group, f"parameter group {index}") for index, group in enumerate(self.param_groups)]
-        return all(
-            backend_of(param.tensor, settings[param.group], self.state.get(param.tensor, {})).name == "triton"
-            and not is_dtensor(param.tensor)
-            and self.param_groups[param.group].get("proj") != "svd"
-            for param in params_of(self.param_groups)
-        )
+        return may_leave_scaling(self.param_groups, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group at any time; checked whole before anything changes. The given dictionary is not written to."""
@@ -289,12 +283,10 @@ class APOLLOAdamW(Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         taken = {group.get("name", "") for group in self.param_groups}
         parts, reasons = self._split.parts(param_group, taken)
-        known, added = [*self.param_groups], []
-        for part in parts:
-            added.append(NewGroup.of(part, known, self.defaults))
-            known.append(added[-1].group)
+        added = NewGroup.of_each(parts, self.param_groups, self.defaults)
         # Before anything changes, since warnings may be errors.
-        advise_on_keys(param_group, added[0].where)
+        ranked = param_group if self._split.rank is None else {"rank": self._split.rank} | param_group
+        advise_on_keys(ranked, added[0].where)
         for new in added:
             advise_on_group(new.params, new.settings, new.where)
             if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
@@ -380,3 +372,11 @@ class APOLLOAdamW(Optimizer):
         if self._layerwise is not None:
             self._layerwise.end_step()
         return loss
+
+
+# Without what belongs to low-rank groups, which is no default of all: a rank would make dense groups low-rank.
+_DEFAULTS = {
+    name: argument.default
+    for name, argument in inspect.signature(APOLLOAdamW.__init__).parameters.items()
+    if name in FIELD_NAMES and name not in ("rank", *LOW_RANK_DEFAULTS)
+}

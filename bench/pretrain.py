@@ -70,7 +70,8 @@ def _int8(build: OptimizerMaker, stochastic_rounding: bool = True) -> OptimizerM
 def _official(mini: bool) -> OptimizerMaker:
     def build(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
         rank = 1 if mini else _quarter(config)
-        weights = Weights(*(group["params"] for group in apollo_param_groups(model, rank)))
+        low_rank, *dense = apollo_param_groups(model, rank)
+        weights = Weights(low_rank["params"], [weight for group in dense for weight in group["params"]])
         return apollo_torch(mini, weights, rank, config.learning_rate)
 
     return build

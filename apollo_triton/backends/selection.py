@@ -10,7 +10,8 @@ from torch import Tensor
 from ..core.device_backend import Backend, device_backend
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
-from ..params.member import geometry_of
+from ..params.member import geometry_of, params_of
+from ..params.sharding import is_dtensor
 from ..params.state import is_8bit
 from .reference import dense_8bit
 
@@ -38,3 +39,15 @@ def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], 
             )
             return Backend("reference", reason)
     return backend
+
+
+def may_leave_scaling(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> bool:
+    """Whether ``torch.amp.GradScaler`` may leave unscaling to a step: kernels update all, on one device each, and none
+    needs the step count on the host."""
+    settings = [Settings.of(group, f"parameter group {index}") for index, group in enumerate(groups)]
+    return all(
+        backend_of(param.tensor, settings[param.group], states.get(param.tensor, {})).name == "triton"
+        and not is_dtensor(param.tensor)
+        and groups[param.group].get("proj") != "svd"
+        for param in params_of(groups)
+    )

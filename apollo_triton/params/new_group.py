@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ class NewGroup(NamedTuple):
     lr: float
     where: str
     is_named: bool
+
+    @classmethod
+    def of_each(cls, given: Sequence[dict[str, Any]], groups: Groups, defaults: dict[str, Any]) -> list[NewGroup]:
+        """The groups ``given``, to be added one after the other to an optimizer that has ``groups``."""
+        known, added = [*groups], []
+        for each in given:
+            added.append(cls.of(each, known, defaults))
+            known.append(added[-1].group)
+        return added
 
     @classmethod
     def of(cls, given: dict[str, Any], groups: Groups, defaults: dict[str, Any]) -> NewGroup:

@@ -48,8 +48,10 @@ def test_every_parameter_is_in_one_group(llama):
     names = dict(llama.named_parameters())
     for group in groups:
         assert all(names[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
-    assert "rank" not in groups[1]
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(groups[1]["param_names"])
+    assert ["rank" in group for group in groups] == [True, False, False, False]
+    assert [group["name"] for group in groups] == ["low-rank", "dense", "embeddings", "norms and biases"]
+    assert [group["param_names"] for group in groups[1:3]] == [["lm_head.weight"], ["model.embed_tokens.weight"]]
+    assert "model.norm.weight" in groups[3]["param_names"]
 
 
 def test_narrow_weights_stay_dense_with_a_warning(llama):
@@ -75,15 +77,16 @@ def test_experts_biases_embeddings_and_tied_heads():
         }
     )
     model["mlp_head"].weight = model["mlp_embedding"].weight
-    low_rank, dense = apollo_param_groups(model, rank=4)
+    low_rank, embeddings, vectors = apollo_param_groups(model, rank=4)
     assert low_rank["param_names"] == ["mlp.gate_up", "attn.weight"]
-    assert dense["param_names"] == ["mlp.scales", "attn.bias", "mlp_embedding.weight"]
+    assert embeddings["param_names"] == ["mlp_embedding.weight"]
+    assert vectors["param_names"] == ["mlp.scales", "attn.bias"]
 
 
 def test_group_keys_reach_the_low_rank_group_alone():
     low_rank, dense = apollo_param_groups(nn.ModuleDict({"mlp": nn.Linear(8, 8)}), rank=2, scale=9.0, lr=0.5)
     assert (low_rank["scale"], low_rank["lr"], low_rank["rank"]) == (9.0, 0.5, 2)
-    assert set(dense) == {"params", "param_names"}
+    assert set(dense) == {"params", "param_names", "name", "weight_decay"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def test_group_keys_reach_the_low_rank_group_alone():
     [
         ({"target_modules": ["atn"]}, r"target_modules=\['atn'\]: no weight matches; .*'mlp'"),
         ({"target_modules": ["*mlp"]}, r"target_modules: '\*mlp' is no regular expression: nothing to repeat"),
-        ({"rank": 100}, "all 1 targeted weights are narrower than rank 100"),
+        ({"rank": 100}, "the only targeted weight is narrower than rank 100"),
     ],
 )
 def test_nothing_to_do_is_an_error(options, text):
@@ -107,9 +110,9 @@ def test_a_model_without_a_dense_rest_has_one_group():
 
 def test_one_dimensional_convolutions_are_not_taken_for_experts():
     model = nn.ModuleDict({"mlp": nn.Conv1d(16, 32, 3), "mlp2": nn.Conv2d(16, 32, 3)})
-    low_rank, dense = apollo_param_groups(model, rank=4)
+    low_rank, dense, vectors = apollo_param_groups(model, rank=4, target_modules=["mlp"])
     assert low_rank["param_names"] == ["mlp2.weight"]
-    assert "mlp.weight" in dense["param_names"]
+    assert (dense["param_names"], vectors["param_names"]) == (["mlp.weight"], ["mlp.bias", "mlp2.bias"])
 
 
 def test_narrow_weights_are_low_rank_where_the_group_allows_it():
@@ -126,8 +129,12 @@ def test_narrow_weights_are_low_rank_where_the_group_allows_it():
         ({"rank": "16"}, "Invalid rank: '16' .allowed: an integer of 1 or more"),
         ({"rank": None}, "Invalid rank: None"),
         ({"proj_type": "foo"}, "Invalid proj_type: 'foo' .allowed: 'std'"),
-        ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: a list of substrings"),
+        ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: 'auto', 'all-linear', one regular"),
         ({"target_modules": ["mlp", 5]}, "Invalid target_modules: "),
+        ({"target_modules": []}, r"Invalid target_modules: \[\] .allowed: "),
+        ({"target_modules": None}, "Invalid target_modules: None .allowed: "),
+        ({"target_modules": "Auto"}, r"'Auto' matches no module .*\(did you mean 'auto'\?\)"),
+        ({"target_modules": ["all linear"]}, r"'all linear' matches no module .*\(did you mean 'all-linear'\?\)"),
         ({"target_modules": [nn.Sequential(nn.ReLU())]}, r"Invalid target_modules: \[Sequential.*ReLU.* .allowed"),
     ],
 )

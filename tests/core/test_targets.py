@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from apollo_triton import apollo_param_groups, quantize_model
-from apollo_triton.core.targets import is_head_name
+from apollo_triton.core.module_names import is_head_name
 from apollo_triton.int8.layers import Int8Linear
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
@@ -147,15 +147,15 @@ def test_biases_of_any_shape_stay_dense():
     config = GptOssConfig(
         **SMALL, num_key_value_heads=2, head_dim=16, num_local_experts=16, layer_types=["full_attention"] * 2
     )
-    low_rank, dense = apollo_param_groups(GptOssForCausalLM(config), rank=4)
+    low_rank, *_, vectors = apollo_param_groups(GptOssForCausalLM(config), rank=4)
     assert not [name for name in low_rank["param_names"] if "bias" in name]
     assert {"model.layers.0.mlp.experts.gate_up_proj_bias", "model.layers.1.mlp.experts.down_proj_bias"} <= set(
-        dense["param_names"]
+        vectors["param_names"]
     )
     attention = nn.MultiheadAttention(16, 2, add_bias_kv=True)
     attention.rel_pos_bias = nn.Linear(32, 16, bias=False)  # LayoutLMv3's
     for name in ("relative_position_bias_table", "attention_biases", "pos_bias_u"):
         attention.register_parameter(name, nn.Parameter(torch.zeros(16, 16)))
-    attention.register_parameter("unbiased", nn.Parameter(torch.zeros(16, 16)))  # a name of its own
+    attention.register_parameter("unbiased_weight", nn.Parameter(torch.zeros(16, 16)))
     names = apollo_param_groups(nn.ModuleDict({"attn": attention}), rank=4)[0]["param_names"]
-    assert names == ["attn.in_proj_weight", "attn.unbiased", "attn.out_proj.weight"]
+    assert names == ["attn.in_proj_weight", "attn.unbiased_weight", "attn.out_proj.weight"]

@@ -215,7 +215,7 @@ def test_whole_model_constructors_pass_everything_on(make):
         options["rank"] = 6
     model = make_model()
     optimizer = make(model, **options)
-    low_rank, dense = optimizer.param_groups
+    low_rank, dense, vectors = optimizer.param_groups
     assert [p is model["mlp"][1].weight for p in low_rank["params"]] == [True]
     assert (low_rank["update_proj_gap"], low_rank["scale"], low_rank["lr"], dense["weight_decay"]) == (
         17,
@@ -225,6 +225,7 @@ def test_whole_model_constructors_pass_everything_on(make):
     )
     assert (low_rank["rank"], low_rank["scale_type"]) == ((6, "channel") if "rank" in options else (1, "tensor"))
     assert "rank" not in dense
+    assert (vectors["lr"], vectors["weight_decay"]) == (0.5, 0.0)
 
 
 def test_a_group_without_names_can_join_named_ones():

@@ -76,8 +76,9 @@ def migration(folder: Path) -> Names:
     if not (folder / "checkpoint-500").exists():
         shapes = {"embed": nn.Embedding(100, 256), "attn": nn.Linear(256, 256), "mlp": nn.Linear(256, 1024)}
         model = nn.ModuleDict(shapes)
-        low_rank, dense = apollo_param_groups(model, rank=64)
-        _save_official(folder / "checkpoint-500", [dense, low_rank])
+        low_rank = apollo_param_groups(model, rank=64)[0]
+        others = [p for name, p in model.named_parameters() if name not in low_rank["param_names"]]
+        _save_official(folder / "checkpoint-500", [{"params": others}, low_rank])
     return {}
 
 
