@@ -63,13 +63,11 @@ def _narrow_notes(found: Coverage, keys: Sequence[int]) -> list[str]:
     for key in keys:
         by_reason.setdefault(found.reasons[key], []).append(f"{found.weights[key].name} (width {found.narrow[key]})")
     return [
-        f"{_counted(names)} {reason} and {'stays' if len(names) == 1 else 'stay'} dense: {abridged(names)}"
+        f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}"
+        if len(names) > 1
+        else f"1 targeted weight is {reason} and stays dense: {names[0]}"
         for reason, names in by_reason.items()
     ]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return "1 targeted weight is" if len(names) == 1 else f"{len(names)} targeted weights are"
 
 
 def _unused(targets: Targets, entry: str, found: Coverage) -> str:

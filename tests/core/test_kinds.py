@@ -85,7 +85,7 @@ def test_a_matrix_is_what_enters_a_matrix_product(name):
     """A rule that fits names of some models, and takes a table of another for a matrix, or leaves one out."""
     keys, inputs = (MODELS | MORE)[name]
     config = AutoConfig.for_model(name, **keys)
-    model = AutoModel.from_config(config, attn_implementation="eager").float()
+    model = AutoModel.from_config(config, attn_implementation="eager").float().eval()
     with Products() as products:
         model(**(inputs or {"input_ids": IDS}))
     inner = [each for each in weights_of(model) if each.tensor.dim() > 1 and each.kind not in (EMBEDDING, HEAD)]

@@ -69,7 +69,7 @@ def adamw_8bit(model: nn.Module) -> Memory:
 
 
 def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
-    """Bytes with ``APOLLOAdamW.apollo(model, rank, **options)``: moments of attention and MLP are ``[channels, rank]``.
+    """Bytes with ``APOLLOAdamW.apollo(model, rank, **options)``: moments of matrices are ``[channels, rank]``.
 
     >>> apollo(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)}), rank=4)
     Memory(weights=8192, gradients=8192, moments=2048, other=8)
