@@ -93,7 +93,7 @@ class APOLLOAdamW(Optimizer):
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)
-    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-2, target_modules=".*")
+    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-2)
     >>> layer(torch.ones(64)).sum().backward()
     >>> optimizer.step()
     >>> optimizer.state[layer.weight]["exp_avg"].shape
@@ -182,9 +182,9 @@ class APOLLOAdamW(Optimizer):
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
-        """APOLLO for a whole model: attention and MLP weights at ``rank``, per-channel scaling, the rest dense.
+        """APOLLO for a whole model: the matrices of its blocks at ``rank``, per-channel scaling, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over APOLLO's own.
+        ``options`` are the constructor's, which win over APOLLO's own. Norms and biases do not decay unless asked.
 
         >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
         """
@@ -194,8 +194,8 @@ class APOLLOAdamW(Optimizer):
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
         """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
 
-        ``options`` are the constructor's, ``target_modules``, and group keys, which win over Mini's own.
-        Narrow models with small initial weights train better with a smaller ``scale``.
+        ``options`` are the constructor's, which win over Mini's own. Norms and biases do not decay unless asked. Narrow
+        models with small initial weights train better with a smaller ``scale``.
 
         >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
         """

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from .backends.selection import step_backend, updater_of
-from .core.coverage import without_indices
+from .core.coverage_notes import without_indices
 from .core.device_backend import Backend
-from .core.kinds import EMBEDDING, HEAD, MATRIX, VECTOR, weights_of
+from .core.kinds import CONVOLUTION_1D, EMBEDDING, HEAD, MATRIX, OTHER, VECTOR, weights_of
 from .core.messages import readable_bytes
 from .core.settings import Settings
 from .engine.launches import Launches, launches_of
@@ -30,7 +30,14 @@ _NO_BACKEND = Backend("none", FROZEN)
 _STEP_BYTES = 4  # AdamW's step count is a float32 of the parameter, as ours is
 # The lines of the table, in this order.
 _LOW_RANK = "low-rank"
-_DENSE = {MATRIX: "dense matrices", EMBEDDING: "embeddings", HEAD: "heads", VECTOR: "norms, biases"}
+_DENSE = {
+    MATRIX: "dense matrices",
+    EMBEDDING: "embeddings",
+    HEAD: "heads",
+    OTHER: "others",
+    CONVOLUTION_1D: "others",
+    VECTOR: "norms, biases",
+}
 _MOST_NAMES = 5
 _LEAST_SHARE = 0.01  # of the state: a dense weight that is worth a line
 
@@ -40,8 +47,9 @@ class SummaryRow:
     """One weight, under its name or without one under its shape.
 
     Of a ``DTensor`` ``elements`` and bytes are those of this rank's shard, and ``shape`` is the whole's.
-    ``kind`` is "matrix", "embedding", "head" or "norm or bias", and ``group`` the index of the parameter group.
-    ``rank`` is None for a weight that is not low-rank, and ``reason`` then says why; it is "" for a low-rank one.
+    ``kind`` is one of core/kinds.py: "matrix", "embedding", "head", "norm or bias", "table or convolution" or "1-D
+    convolution". ``group`` is the index of the parameter group. ``rank`` is None for a weight that is not low-rank, and
+    ``reason`` then says why; it is "" for a low-rank one.
 
     ``state_bytes`` is the state in full, also before the first step. Its two moments take ``moment_bytes``; the rest is
     a step count, a norm, svd's projection, and what scales 8-bit moments. ``adamw_bytes`` is what ``torch.optim.AdamW``
@@ -133,7 +141,7 @@ def summary_of(
     """
     settings = {index: Settings.of(group, f"parameter group {index}") for index, group in enumerate(groups)}
     params = [*params_of(groups)]
-    weights = weights_of((param.name, param.tensor) for param in params)
+    weights = weights_of((param.name or "weight", param.tensor) for param in params)
     implicit = {param.tensor for param in params if hooks is not None and hooks.takes(param.tensor)}
     updates: Collection[Tensor] = () if hooks is None else hooks.updates
     rows: list[SummaryRow] = []

@@ -1,26 +1,44 @@
-"""What each parameter of a model is: a matrix, an embedding, a head, or a vector such as a norm or bias.
+"""What each parameter of a model is: a matrix, an embedding, a head, a norm or bias, or something else.
 
-``Weight`` is a parameter with its name, its module and its kind. A model tells all of it. Named parameters tell less:
-their modules are not known, so that names and shapes decide.
+``target_modules="auto"`` makes the matrices low-rank. A matrix is the weight of a matrix product within the model: what
+a linear layer holds, or one matrix for each expert, ``[experts, rows, columns]``. Tensors that only look like one are
+told apart by these rules, in this order:
+
+1. What an ``nn.Embedding`` holds is an embedding, and so is a head that is tied to one.
+2. Tensors of one dimension, or of one row such as a class token ``[1, 1, n]``, biases of any shape, and what a norm
+   holds are norms and biases.
+3. The kernel of a convolution in one dimension, ``[out, in, size]``, is no stack of experts. It is always dense.
+4. What the model's ``get_input_embeddings`` and ``get_output_embeddings`` return is embedding and head, and so is what
+   is called so. A numbered block within a module of such a name is a block nonetheless.
+5. What an ``nn.Linear``, a class derived from it, or the ``Conv1D`` of transformers holds is a matrix.
+6. Any other tensor is a matrix if it is a stack of more than one, or is two-dimensional and called a weight:
+   ``weight``, ``in_proj_weight``, ``down_proj``, ``w1``. What is left are tables and convolutions: a Mamba's ``A_log``,
+   queries that are learned (their stack is of one, for a batch), tables of relative positions, kernels of images.
+
+How wide a matrix is, is not asked here: ``core/coverage.py`` leaves narrow ones dense, such as gates and routers. Of
+named parameters the modules are not known. For them names stand in for classes, and the rules are the same.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
-from .targets import heads_of, is_head_name
+from .module_names import is_bias_name, is_embedding_name, is_head_name, is_norm_name, is_weight_name, plain_name
 
-MATRIX = "matrix"  # could be low-rank
+MATRIX = "matrix"  # of a matrix product in the model
 EMBEDDING = "embedding"  # a table with a row a token or position, or a head that is tied to one
 HEAD = "head"  # the output layer
-VECTOR = "norm or bias"  # what has one dimension, a bias of more, and anything else that is no matrix
+VECTOR = "norm or bias"  # what has one dimension, and norms and biases that have more
+CONVOLUTION_1D = "1-D convolution"
+OTHER = "table or convolution"  # could be low-rank, if somebody wants it
 
-# What an embedding is called where its module is not known. "embed" in a name says it everywhere.
-_EMBEDDING_NAMES = re.compile(r"(^|\.)(wte|wpe|word_embeddings|shared)$")
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Weight(NamedTuple):
@@ -36,6 +54,26 @@ class Weight(NamedTuple):
     kind: str
 
 
+@dataclass(frozen=True)
+class Roles:
+    """What a model says of itself, as ids of parameters: ``tables`` of ``nn.Embedding``, further ``embeddings``, and
+    ``heads``. All are empty where the model is not known."""
+
+    tables: frozenset[int] = frozenset()
+    embeddings: frozenset[int] = frozenset()
+    heads: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, source: object) -> Roles:
+        """The roles of a model; none of anything else."""
+        if not isinstance(source, nn.Module):
+            return cls()
+        embeddings = frozenset(_answers(source, "get_input_embeddings"))
+        return cls(
+            frozenset(embedding_weights(source)), embeddings, frozenset(_answers(source, "get_output_embeddings"))
+        )
+
+
 def weights_of(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Weight]:
     """The weights of a model, or of named parameters, in their order.
 
@@ -49,41 +87,89 @@ def weights_of(source: nn.Module | Iterable[tuple[str, Tensor]]) -> list[Weight]
 
 
 def _of_model(model: nn.Module) -> Iterator[Weight]:
-    embeddings, heads = embedding_weights(model), heads_of(model)
-    for module_name, module in model.named_modules():
-        is_head = id(module) in heads or is_head_name(module_name)
-        for own_name, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{own_name}" if module_name else own_name
-            if id(parameter) in embeddings:
-                kind = EMBEDDING
-            elif _is_vector(name, parameter) or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
-                kind = VECTOR  # [out, in, kernel] would be taken for experts
-            elif is_head:
-                kind = HEAD
-            else:
-                kind = EMBEDDING if "embed" in name else MATRIX
-            yield Weight(name, parameter, module_name, module, kind)
+    roles, modules = Roles.of(model), dict(model.named_modules())
+    for module_name, module in modules.items():
+        name, computed_for = module_name, module
+        if isinstance(module, ParametrizationList):  # `layer.parametrizations.weight` computes for `layer`
+            name = module_name.rpartition(".parametrizations.")[0]
+            computed_for = modules.get(name, module)
+        yield from module_weights(module_name, module, roles, computed_for)
+
+
+def module_weights(
+    name: str, module: nn.Module, roles: Roles, computed_for: nn.Module | None = None
+) -> Iterator[Weight]:
+    """The weights of a module's own, without those of the modules in it."""
+    for own_name, parameter in module.named_parameters(recurse=False):
+        full_name = f"{name}.{own_name}" if name else own_name
+        kind = _kind(full_name, parameter, computed_for or module, roles)
+        yield Weight(full_name, parameter, name, module, kind)
 
 
 def _of_names(named: Iterable[tuple[str, Tensor]]) -> Iterator[Weight]:
     for name, parameter in named:
-        module_name = name.rpartition(".")[0]
-        if _is_vector(name, parameter):
-            kind = VECTOR
-        elif is_head_name(module_name):
-            kind = HEAD
-        else:
-            kind = EMBEDDING if "embed" in name or _EMBEDDING_NAMES.search(module_name) else MATRIX
-        yield Weight(name, parameter, module_name, None, kind)
+        yield Weight(name, parameter, name.rpartition(".")[0], None, _kind(name, parameter, None, Roles()))
 
 
-def _is_vector(name: str, parameter: Tensor) -> bool:
-    # A bias may have dimensions: of experts [experts, n], as a table of relative positions, of attention. Such a table
-    # may also be a module, as LayoutLMv3's `rel_pos_bias.weight` is.
-    words = "_".join(name.split(".")[-2:]).split("_")
-    return parameter.dim() < 2 or not {"bias", "biases"}.isdisjoint(words)
+def _kind(full_name: str, parameter: Tensor, module: nn.Module | None, roles: Roles) -> str:
+    name = plain_name(full_name)
+    module_name = name.rpartition(".")[0]
+    if id(parameter) in roles.tables:
+        return EMBEDDING
+    if is_lazy(parameter):  # nn.LazyLinear before its first batch
+        return VECTOR if is_bias_name(name) else MATRIX
+    if _is_vector(name, parameter, module):
+        return VECTOR
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return CONVOLUTION_1D
+    if module is None and parameter.dim() == 3 and "conv" in module_name.rpartition(".")[2]:
+        return CONVOLUTION_1D
+    if id(parameter) in roles.embeddings:
+        return EMBEDDING
+    if id(parameter) in roles.heads or is_head_name(module_name):
+        return HEAD
+    if is_embedding_name(name) or type(module).__name__.endswith("Embedding"):
+        return EMBEDDING
+    return MATRIX if is_linear(module) or _is_product(name, parameter, module) else OTHER
+
+
+def _is_vector(name: str, parameter: Tensor, module: nn.Module | None) -> bool:
+    if parameter.dim() < 2 or is_bias_name(name) or isinstance(module, _NORMS):
+        return True
+    if is_linear(module):
+        return False
+    is_row = parameter.numel() == max(parameter.shape) and not is_weight_name(name)
+    return is_row or is_norm_name(name.rpartition(".")[0])
+
+
+def _is_product(name: str, parameter: Tensor, module: nn.Module | None) -> bool:
+    """Whether inputs are multiplied by a tensor that is no linear layer's."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return (parameter.dim() == 2 and is_weight_name(name)) or (parameter.dim() == 3 and parameter.shape[0] > 1)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether "all-linear" may take the module: nn.Linear, and the Conv1D of transformers, which is one as well."""
+    return isinstance(module, nn.Linear) or any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
 
 
 def embedding_weights(model: nn.Module) -> set[int]:
     """The ids of the weights of embeddings. A head that is tied to one has the same."""
     return {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+
+
+def _answers(model: nn.Module, question: str) -> Iterator[int]:
+    """The ids of the parameters of what a transformers model, or one within ``model``, answers."""
+    for module in model.modules():
+        if not callable(getattr(type(module), question, None)):
+            continue
+        try:
+            found: Any = getattr(module, question)()
+        except Exception:  # of a model that has none; what it raises is the model's business
+            continue
+        for part in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(part, nn.Module) and part is not module:
+                yield from map(id, part.parameters())

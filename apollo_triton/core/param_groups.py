@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .coverage import Coverage, abridged, coverage, coverage_note, no_match, unused
+from .coverage import Coverage, coverage
+from .coverage_notes import no_match, notes
 from .kinds import EMBEDDING, VECTOR
 from .messages import warn
 from .settings import CHECKS, check_value
@@ -63,11 +64,13 @@ def apollo_param_groups(
     """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to three dense ones of the others.
 
     Args:
-        model: any module. The default targets fit LLaMA, Qwen, Gemma and similar models.
+        model: any module.
         rank: the rank of the low-rank group.
-        target_modules: which modules are low-rank, as in the Hugging Face Trainer. A list of substrings or regular
-            expressions of module names (a regular expression must match the whole name); one regular expression; or
-            "all-linear", alone or in a list, for every ``nn.Linear`` and transformers ``Conv1D`` except the head.
+        target_modules: which weights are low-rank. "auto": every matrix of the blocks, whatever it is called, as
+            ``core/kinds.py`` tells it from embeddings, heads, norms, tables and convolutions. Or, as in the Hugging
+            Face Trainer, a list of substrings or regular expressions of module names (a regular expression must match
+            the whole name); one regular expression; or "all-linear" for every ``nn.Linear`` and transformers
+            ``Conv1D`` except the head. A list may have "auto" or "all-linear" in it.
         dense_lr: the learning rate of all dense groups, if it is not the optimizer's.
         embedding_lr: the learning rate of the embeddings, if it is not ``dense_lr``.
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
@@ -76,15 +79,16 @@ def apollo_param_groups(
     Returns groups under the names, in ``group["name"]``, "low-rank", "dense" (the head, what is too narrow, what is not
     targeted), "embeddings", and "norms and biases". One without parameters is left out.
 
-    The low-rank weights of a targeted module are its own parameters of two or more dimensions, including expert tensors
-    ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and everything else
-    stay dense. So does, with a warning, a targeted weight that is narrower than ``rank`` or than 8, or whose state
-    would be no smaller than AdamW's: a mixture's router, a small key projection, a layer of one output.
+    The low-rank weights of a module that is named are its own parameters of two or more dimensions, including expert
+    tensors ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and
+    everything else stay dense. So does a targeted weight that is narrower than ``rank`` or than 8, or whose state would
+    be no smaller than AdamW's: a mixture's router, a small key projection, a layer of one output.
     ``rank_above_width=True`` makes it low-rank all the same.
 
-    Warns if the default or "all-linear" leaves over a tenth of the matrices dense, and of an entry of a list that makes
-    nothing low-rank. Raises TypeError if ``model`` is not a module, or for an unknown group key. Raises ValueError for
-    a bad regular expression or value, if no weight matches, and if every targeted weight is too narrow.
+    Warns of a named weight that is too narrow, of an entry of a list that makes nothing low-rank, and if "auto" or
+    "all-linear" leaves over a tenth of the matrices dense. Raises TypeError if ``model`` is not a module, or for an
+    unknown group key. Raises ValueError for a bad regular expression or value, if no weight matches, and if every
+    targeted weight is too narrow.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(32, 64), "norm": nn.LayerNorm(64)})
     >>> for group in apollo_param_groups(model, rank=8, dense_lr=1e-3):
@@ -112,12 +116,8 @@ def groups_of_model(
     targets = Targets(model, target_modules)
     found = coverage(model, targets, rank, group_keys)
     if not found.low_rank:
-        raise ValueError(no_match(model, targets, rank, group_keys, found))
-    warn_of_narrow(found)
-    if targets.is_choice and not targets.is_lone:
-        for reason in filter(None, (unused(model, targets, entry) for entry in targets.entries)):
-            warn(f"target_modules={targets.given!r}: {reason}; the other entries are used")
-    if note := coverage_note(model, rank, targets.given, **group_keys):
+        raise ValueError(no_match(targets, rank, group_keys, found))
+    for note in notes(targets, found):
         warn(note)
     groups = split_by_kind(list(model.named_parameters()), found, {"rank": rank} | group_keys, dense)
     if dense.embedding_lr is not None and not any(group["name"] == EMBEDDINGS for group in groups):
@@ -146,17 +146,9 @@ def _group_of(parameter: Tensor, found: Coverage) -> str:
         return LOW_RANK
     if weight.kind == EMBEDDING:
         return EMBEDDINGS
-    # The kernel of a convolution in one dimension is no matrix either, and decays.
-    is_kernel = isinstance(weight.module, (nn.Conv1d, nn.ConvTranspose1d)) and parameter.dim() > 2
-    return VECTORS if weight.kind == VECTOR and not is_kernel else DENSE
+    return VECTORS if weight.kind == VECTOR else DENSE
 
 
 def dense_reasons(found: Coverage) -> dict[Tensor, str]:
     """Why each dense weight is dense."""
     return {found.weights[key].tensor: reason for key, reason in found.reasons.items() if reason}
-
-
-def warn_of_narrow(found: Coverage) -> None:
-    """Say which of the targeted weights stay dense, and why."""
-    for reason, names in found.too_narrow.items():
-        warn(f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}")

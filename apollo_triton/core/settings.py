@@ -175,7 +175,16 @@ def check_value(name: str, value: Any, where: str = "") -> None:
     check = CHECKS[name]
     if not check.allows(value):
         prefix = f"{where}: " if where else ""
-        raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed})")
+        raise ValueError(f"{prefix}{check.complaint(name, value)} (allowed: {check.allowed}){_of_text(value)}")
+
+
+def _of_text(value: Any) -> str:
+    """What to say of a number that is given as text."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return "; it is a string: convert it, and in YAML write a number with a dot, as 1.0e-4"
 
 
 def _plain(name: str, value: Any) -> Any:

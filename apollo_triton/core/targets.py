@@ -1,62 +1,45 @@
-"""Which modules of a model ``target_modules`` names, and which modules are heads."""
+"""Which weights of a model ``target_modules`` names."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from .kinds import EMBEDDING, HEAD, MATRIX, Roles, Weight, is_linear, module_weights
 from .messages import shown
+from .module_names import is_head_name
 
-# A list of the user's own is a choice, and is taken as it is. These two stand for "the model's matrices".
-DEFAULT_TARGETS = ("attn", "mlp")
+# These two stand for "the model's matrices". A list of the user's own is a choice, and is taken as it is.
+AUTO = "auto"
 ALL_LINEAR = "all-linear"
-
-# What an output layer is called. As in the paper, the head is dense, with all that lies in it.
-_HEADS = frozenset(
-    {"head", "heads", "classifier", "pre_classifier", "score", "cls", "embed_out", "qa_outputs", "logits", "to_logits"}
-    | {"output_projection", "unembed"}
-)
-# A "head" or "score" in a numbered layer or in attention is most likely attention's own. These are heads there too, as
-# DeepSeek's `mtp.layers.0.shared_head.head` is.
-_HEADS_IN_LAYERS = frozenset({"lm_head", "lm_heads", "shared_head", "embed_out"})
-_IN_LAYERS = re.compile("attn|attention|mlp|ffn|feed_forward")
-# Modules that wrap another one under its own name: PEFT's, torch.compile's, FSDP1's, activation checkpointing's.
-_WRAPPERS = frozenset(
-    {"original_module", "base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-)
+DEFAULT_TARGETS = AUTO
 
 
 class Targets:
-    """``target_modules`` for one model: entries that are substrings or regular expressions, or "all-linear".
+    """``target_modules``: "auto", "all-linear", and substrings or regular expressions of names of modules.
 
-    Raises ValueError for what is neither a string nor strings, and for a bad regular expression.
+    Of a ``source`` that is no model, which named parameters are not, names alone tell what is a head.
+
+    Raises ValueError for what is neither a string nor strings, for no strings, and for a bad regular expression.
 
     >>> model = nn.ModuleDict({"mlp": nn.Linear(2, 2), "lm_head": nn.Linear(2, 2)})
-    >>> [name for name, module in model.named_modules() if Targets(model, "all-linear").match(name, module)]
+    >>> [name for name, module in model.named_modules() if Targets(model, "auto").match(name, module)]
     ['mlp']
     """
 
-    def __init__(self, model: nn.Module, target_modules: str | Iterable[str]) -> None:
-        given: Any = target_modules
-        if isinstance(given, Iterable) and not isinstance(given, str):
-            given = list(given)
-        entries: list[Any] = given if isinstance(given, list) else [given]
-        if not all(isinstance(entry, str) for entry in entries):
-            raise ValueError(
-                f"Invalid target_modules: {shown(given)} (allowed: a list of substrings or regular expressions of "
-                f"module names, one regular expression, or {ALL_LINEAR!r})"
-            )
-        for entry in entries:
-            try:
-                re.compile(entry)
-            except re.error as error:
-                raise ValueError(f"target_modules: {entry!r} is no regular expression: {error}") from error
-        self.given: str | list[str] = given
-        self.entries: list[str] = entries
-        self.heads = heads_of(model)
+    def __init__(self, source: object, target_modules: str | Iterable[str]) -> None:
+        self.given, self.entries = _checked(target_modules)
+        self.roles = Roles.of(source)
+
+    def with_entries(self, target_modules: str | Iterable[str]) -> Targets:
+        """Other targets of the same model."""
+        other = Targets(None, target_modules)
+        other.roles = self.roles
+        return other
 
     @property
     def is_lone(self) -> bool:
@@ -64,81 +47,76 @@ class Targets:
         return isinstance(self.given, str)
 
     @property
+    def own_entries(self) -> list[str]:
+        """The entries by which the user names modules, and does not take all."""
+        return [entry for entry in self.entries if not stands_for_all(entry)]
+
+    @property
     def is_choice(self) -> bool:
-        """Whether the user has named the modules, and not taken the default or all."""
-        return sorted(self.entries) != sorted(DEFAULT_TARGETS) and not all(map(_is_all_linear, self.entries))
+        """Whether the user has named modules, and not taken the default or all."""
+        return bool(self.own_entries)
+
+    def takes(self, weight: Weight) -> bool:
+        """Whether an entry names the module of the weight, or stands for weights such as this one."""
+        return any(self.entry_takes(entry, weight) for entry in self.entries)
+
+    def entry_takes(self, entry: str, weight: Weight) -> bool:
+        if entry == AUTO:
+            return weight.kind == MATRIX
+        if stands_for_all(entry):
+            if weight.module is None:
+                return weight.kind == MATRIX and weight.tensor.dim() == 2
+            is_shared = id(weight.tensor) in self.roles.tables | self.roles.heads
+            return weight.kind in (MATRIX, EMBEDDING) and is_linear(weight.module) and not is_shared
+        return self.entry_names(entry, weight.module_name)
+
+    def entry_names(self, entry: str, module_name: str) -> bool:
+        """Whether an entry of one's own is the name of the module, or a part of it."""
+        return bool(re.fullmatch(entry, module_name)) or (not self.is_lone and entry in module_name)
 
     def match(self, name: str, module: nn.Module) -> bool:
-        return any(self.entry_matches(entry, name, module) for entry in self.entries)
-
-    def entry_matches(self, entry: str, name: str, module: nn.Module) -> bool:
-        if _is_all_linear(entry):
-            return is_linear(module) and not self.is_head(name, module)
-        return bool(re.fullmatch(entry, name)) or (not self.is_lone and entry in name)
+        """Whether the module, or a weight of its own, is targeted."""
+        if any(self.entry_names(entry, name) for entry in self.own_entries):
+            return True
+        weights = list(module_weights(name, module, self.roles))
+        # A linear layer is one also where something computes its weight, or keeps it elsewhere.
+        is_inner = is_linear(module) and {EMBEDDING, HEAD}.isdisjoint(weight.kind for weight in weights)
+        return (is_inner and any(map(stands_for_all, self.entries))) or any(map(self.takes, weights))
 
     def is_head(self, name: str, module: nn.Module) -> bool:
         """Whether the module is an output layer or lies in one."""
-        return id(module) in self.heads or is_head_name(name)
+        parameters = list(module.parameters())
+        is_known = bool(parameters) and all(id(parameter) in self.roles.heads for parameter in parameters)
+        return is_known or is_head_name(name)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" may take the module: nn.Linear, and the Conv1D of transformers, which is one as well."""
-    return isinstance(module, nn.Linear) or any(
-        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
-    )
-
-
-def is_head_name(name: str) -> bool:
-    """Whether the name of a module is that of an output layer, or of what lies in one.
-
-    >>> [is_head_name(name) for name in ("lm_head.modules_to_save.default", "classifier.dense", "output")]
-    [True, True, True]
-    >>> [is_head_name(name) for name in ("layer.0.attention.output.dense", "multi_head_attention.q", "h.1.sa.heads.0")]
-    [False, False, False]
-    """
-    parts = list(_unwrapped(name.split(".")))
-    if parts and parts[-1] == "output":  # LLaMA's own code and torchtune; in a layer it is BERT's
-        return not _is_in_layer(parts[:-1])
-    return any(
-        part in _HEADS_IN_LAYERS or (_is_head_part(part) and not _is_in_layer(parts[:index]))
-        for index, part in enumerate(parts)
-    )
-
-
-def _is_head_part(part: str) -> bool:
-    return part in _HEADS or (part.endswith("_head") and not re.search("multi_head|attn|attention", part))
-
-
-def _is_in_layer(parts: list[str]) -> bool:
-    """Whether the way leads through a numbered layer or a part of one. The first number may be an nn.Sequential's."""
-    return any(part.isdigit() for part in parts[1:]) or any(_IN_LAYERS.search(part) for part in parts)
-
-
-def _unwrapped(parts: list[str]) -> Iterator[str]:
-    """The parts of a path without those of wrappers."""
-    previous = ""
-    for part in parts:
-        # after `modules_to_save` comes the name of an adapter
-        if part not in _WRAPPERS and part != "modules_to_save" and previous != "modules_to_save":
-            yield part
-        previous = part
-
-
-def heads_of(model: nn.Module) -> set[int]:
-    """The ids of the modules that a transformers model, or one within ``model``, says are its output layers."""
-    heads: set[int] = set()
-    for module in model.modules():
-        if not callable(getattr(type(module), "get_output_embeddings", None)):
-            continue
+def _checked(target_modules: Any) -> tuple[str | list[str], list[str]]:
+    """``target_modules`` as it was given, and its entries."""
+    given = target_modules
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        given = list(given)
+    entries = given if isinstance(given, list) else [given]
+    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(
+            f"Invalid target_modules: {shown(given)} (allowed: {AUTO!r}, {ALL_LINEAR!r}, one regular expression, or a "
+            "list of substrings and regular expressions of module names, which may have these two in it)"
+        )
+    for entry in entries:
         try:
-            found: Any = module.get_output_embeddings()  # type: ignore[operator]
-        except Exception:  # of a model that has none; what it raises is the model's business
-            continue
-        for head in found if isinstance(found, (list, tuple)) else [found]:
-            if isinstance(head, nn.Module) and head is not module:
-                heads.update(id(part) for part in head.modules())
-    return heads
+            re.compile(entry)
+        except re.error as error:
+            raise ValueError(f"target_modules: {entry!r} is no regular expression: {error}") from error
+    return given, entries
 
 
-def _is_all_linear(entry: str) -> bool:
-    return entry.replace("_", "-") == ALL_LINEAR
+def stands_for_all(entry: str) -> bool:
+    """Whether an entry is "auto" or "all-linear", which Hugging Face's tools spell with either line."""
+    return entry == AUTO or entry.replace("_", "-") == ALL_LINEAR
+
+
+def meant_for_all(entry: str) -> str:
+    """The word for all matrices that an entry was most likely meant to be; "" if it is not nearly one."""
+    if stands_for_all(entry):
+        return ""
+    near = difflib.get_close_matches(entry.lower().replace("_", "-").replace(" ", "-"), [AUTO, ALL_LINEAR], 1, 0.75)
+    return near[0] if near else ""

@@ -13,7 +13,7 @@ from ..core.coverage import NARROWEST
 from ..core.messages import warn
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
-from .coverage import float_note, idle_note, no_match, targeted
+from .coverage import float_note, idle_notes, no_match, targeted
 from .replaced import REPLACED_BY, mark_replaced
 from .saved import PARTS, assembled, checked
 from .weight import Int8Weight
@@ -120,13 +120,13 @@ def quantize_model(
     Args:
         model: any module. Quantise it before you make the optimizer, which needs the int8 parameters.
         target_modules: as in ``apollo_param_groups``. Layers that it does not name, and modules other than
-            ``nn.Linear``, stay as they are.
+            ``nn.Linear``, such as experts in one tensor, stay as they are.
         group_size: how many consecutive weights share a scale and a zero point. It must divide the number of elements
             of every weight.
         stochastic_rounding: whether the optimizer rounds updates stochastically. Rounding to the nearest would lose
             small updates.
 
-    The default targets and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense,
+    "auto" and "all-linear" leave out layers narrower than 8, which ``apollo_param_groups`` leaves dense,
     except where there are no others.
     A model on the meta device becomes an int8 model there. ``to_empty`` and ``load_state_dict`` then fill it. Layers
     that share a weight share the int8 weight. Frozen weights stay frozen. A second call converts what it names and is
@@ -135,9 +135,8 @@ def quantize_model(
     Raises ValueError, before anything changes: if nothing is left that matches; if the group size does not divide a
     weight; if a layer has more than a weight and a bias of its own, a weight that something computes, holds or updates
     (pruning, weight norm, a hook, FSDP, accelerate), or values that are not finite; and if a weight is shared with
-    something that is not converted. Warns if the default targets or "all-linear", or modules that ``target_modules``
-    names, leave over a tenth of the matrices in floats, such as fused experts. Warns of an entry of a list that matches
-    no module.
+    something that is not converted. Warns if "auto", "all-linear", or modules that ``target_modules`` names, leave
+    over a tenth of the matrices in floats, such as fused experts. Warns of an entry of a list that makes nothing int8.
 
     >>> model = quantize_model(nn.ModuleDict({"mlp": nn.Linear(256, 64)}))
     >>> model["mlp"].weight
@@ -168,7 +167,7 @@ def quantize_model(
                     weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
-    for note in filter(None, (idle_note(model, targets), float_note(model, targets))):
+    for note in filter(None, [*idle_notes(model, targets), float_note(model, targets)]):
         warn(note)
     return model
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.coverage import abridged, narrowness
+from ..core.coverage import narrowness
+from ..core.coverage_notes import abridged
 from ..core.geometry import Geometry
 from ..core.kinds import EMBEDDING, HEAD, MATRIX
 from ..core.messages import readable_bytes

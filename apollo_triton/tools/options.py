@@ -66,7 +66,7 @@ def memory(parser: ArgumentParser) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="which modules are low-rank: substrings or regular expressions, or all-linear (default: attn mlp)",
+        help="which modules are low-rank: substrings or regular expressions, all-linear, or auto (the default)",
     )
     add(
         "--single-card",

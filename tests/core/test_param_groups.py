@@ -94,7 +94,7 @@ def test_group_keys_reach_the_low_rank_group_alone():
     [
         ({"target_modules": ["atn"]}, r"target_modules=\['atn'\]: no weight matches; .*'mlp'"),
         ({"target_modules": ["*mlp"]}, r"target_modules: '\*mlp' is no regular expression: nothing to repeat"),
-        ({"rank": 100}, "all 1 targeted weights are narrower than rank 100"),
+        ({"rank": 100}, "the only targeted weight is narrower than rank 100"),
     ],
 )
 def test_nothing_to_do_is_an_error(options, text):
@@ -110,7 +110,7 @@ def test_a_model_without_a_dense_rest_has_one_group():
 
 def test_one_dimensional_convolutions_are_not_taken_for_experts():
     model = nn.ModuleDict({"mlp": nn.Conv1d(16, 32, 3), "mlp2": nn.Conv2d(16, 32, 3)})
-    low_rank, dense, vectors = apollo_param_groups(model, rank=4)
+    low_rank, dense, vectors = apollo_param_groups(model, rank=4, target_modules=["mlp"])
     assert low_rank["param_names"] == ["mlp2.weight"]
     assert (dense["param_names"], vectors["param_names"]) == (["mlp.weight"], ["mlp.bias", "mlp2.bias"])
 
@@ -129,8 +129,12 @@ def test_narrow_weights_are_low_rank_where_the_group_allows_it():
         ({"rank": "16"}, "Invalid rank: '16' .allowed: an integer of 1 or more"),
         ({"rank": None}, "Invalid rank: None"),
         ({"proj_type": "foo"}, "Invalid proj_type: 'foo' .allowed: 'std'"),
-        ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: a list of substrings"),
+        ({"target_modules": 5}, "Invalid target_modules: 5 .allowed: 'auto', 'all-linear', one regular"),
         ({"target_modules": ["mlp", 5]}, "Invalid target_modules: "),
+        ({"target_modules": []}, r"Invalid target_modules: \[\] .allowed: "),
+        ({"target_modules": None}, "Invalid target_modules: None .allowed: "),
+        ({"target_modules": "Auto"}, r"'Auto' matches no module .*\(did you mean 'auto'\?\)"),
+        ({"target_modules": ["all linear"]}, r"'all linear' matches no module .*\(did you mean 'all-linear'\?\)"),
         ({"target_modules": [nn.Sequential(nn.ReLU())]}, r"Invalid target_modules: \[Sequential.*ReLU.* .allowed"),
     ],
 )

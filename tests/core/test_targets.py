@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from apollo_triton import apollo_param_groups, quantize_model
-from apollo_triton.core.targets import is_head_name
+from apollo_triton.core.module_names import is_head_name
 from apollo_triton.int8.layers import Int8Linear
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
@@ -156,6 +156,6 @@ def test_biases_of_any_shape_stay_dense():
     attention.rel_pos_bias = nn.Linear(32, 16, bias=False)  # LayoutLMv3's
     for name in ("relative_position_bias_table", "attention_biases", "pos_bias_u"):
         attention.register_parameter(name, nn.Parameter(torch.zeros(16, 16)))
-    attention.register_parameter("unbiased", nn.Parameter(torch.zeros(16, 16)))  # a name of its own
+    attention.register_parameter("unbiased_weight", nn.Parameter(torch.zeros(16, 16)))
     names = apollo_param_groups(nn.ModuleDict({"attn": attention}), rank=4)[0]["param_names"]
-    assert names == ["attn.in_proj_weight", "attn.unbiased", "attn.out_proj.weight"]
+    assert names == ["attn.in_proj_weight", "attn.unbiased_weight", "attn.out_proj.weight"]

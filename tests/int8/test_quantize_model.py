@@ -130,6 +130,7 @@ def seen_by_a_buffer(model):
 def tied_to_an_embedding(model):
     model["table"] = nn.Embedding(40, 24)
     model["table"].weight = model["mlp"].weight
+    return {"target_modules": ["mlp"]}
 
 
 @spoils(r"mlp\.weight has NaN or infinite values")
@@ -272,7 +273,7 @@ class Experts(nn.Module):
 
 
 NO_MATCH = {
-    "names": (net, ["q_proj"], r"no nn\.Linear of the model matches; give .* such as 'attn', 'mlp', or 'all-linear'$"),
+    "names": (net, ["q_proj"], r"no nn\.Linear of the model matches; give .* such as 'attn', 'mlp', or 'auto'$"),
     "another class": (
         lambda: nn.ModuleDict({"mlp": Experts(), "other": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}),
         ["mlp"],
@@ -317,7 +318,7 @@ def test_matrices_that_stay_float_are_named_once():
     assert warning.filename == __file__
     # Of each layer 960 are int8 and 4 * 24 * 40 = 3840 are not.
     assert str(warning.message).startswith(
-        "target_modules=['attn', 'mlp'] leaves 80% of the elements of this model's matrices in floats (embeddings and "
+        "target_modules='auto' leaves 80% of the elements of this model's matrices in floats (embeddings and "
         "head not counted): layers.*.mlp.experts.gate_up_proj (2); only nn.Linear layers become int8"
     )
 

@@ -250,7 +250,7 @@ def test_a_sparse_gradient_changes_nothing(gradients):
     attach_layerwise(model, optimizer, gradients=gradients)
     embedding = model["embedding"].weight
     before = embedding.detach().clone()
-    with pytest.raises(RuntimeError, match=r"parameter 2 \('embedding.weight'\).*sparse"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 \('embedding.weight'\).*sparse"):
         model["mlp"](model["embedding"](torch.tensor([1]))).sum().backward()
     assert torch.equal(embedding, before)
     assert embedding not in optimizer.state

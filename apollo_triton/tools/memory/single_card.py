@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...backends.reference import dense_8bit
-from ...core.targets import Targets
+from ...core.targets import DEFAULT_TARGETS, Targets
 from ...int8.layers import quantize_model
 from ...int8.weight import Int8Weight
 from ..llama import meta_model
@@ -21,7 +21,6 @@ from .activations import training_peak
 from .count import apollo_mini
 from .paper import GB
 
-TARGETS = "attn", "mlp"  # modules whose weights are int8 and have no gradient
 OPTIONS: dict[str, Any] = {"state_bits": 8}  # of APOLLOAdamW.mini, in the recipe
 CARDS = 11, 12  # GB of the small cards that the recipe is for
 
@@ -60,11 +59,11 @@ def count(
     8255340940
     """
     traced = meta_model(model, dtype)
-    targets = Targets(traced, TARGETS)
+    targets = Targets(traced, DEFAULT_TARGETS)
     names = [name for name, module in traced.named_modules() if targets.match(name, module)]
     layers = [name for name in names if isinstance(traced.get_submodule(name), torch.nn.Linear)]
     peak = training_peak(traced, batch, sequence, without_gradient=layers)
-    trained = quantize_model(traced, TARGETS)
+    trained = quantize_model(traced)
     int8 = [weight for weight in trained.parameters() if isinstance(weight, Int8Weight)]
     others = [weight for weight in trained.parameters() if not isinstance(weight, Int8Weight)]
     state = apollo_mini(trained, **(options or OPTIONS)).state
