@@ -30,8 +30,14 @@ _NO_BACKEND = Backend("none", FROZEN)
 _STEP_BYTES = 4  # AdamW's step count is a float32 of the parameter, as ours is
 # The lines of the table, in this order.
 _LOW_RANK = "low-rank"
-_DENSE = {MATRIX: "dense matrices", EMBEDDING: "embeddings", HEAD: "heads", VECTOR: "norms, biases"}
-_DENSE |= {OTHER: "others", CONVOLUTION_1D: "others"}
+_DENSE = {
+    MATRIX: "dense matrices",
+    EMBEDDING: "embeddings",
+    HEAD: "heads",
+    OTHER: "others",
+    CONVOLUTION_1D: "others",
+    VECTOR: "norms, biases",
+}
 _MOST_NAMES = 5
 _LEAST_SHARE = 0.01  # of the state: a dense weight that is worth a line
 
@@ -41,9 +47,9 @@ class SummaryRow:
     """One weight, under its name or without one under its shape.
 
     Of a ``DTensor`` ``elements`` and bytes are those of this rank's shard, and ``shape`` is the whole's.
-    ``kind`` is one of ``core/kinds.py``: "matrix", "embedding", "head", "norm or bias" and others.
-    ``group`` is the index of the parameter group.
-    ``rank`` is None for a weight that is not low-rank, and ``reason`` then says why; it is "" for a low-rank one.
+    ``kind`` is one of core/kinds.py: "matrix", "embedding", "head", "norm or bias", "table or convolution" or "1-D
+    convolution". ``group`` is the index of the parameter group. ``rank`` is None for a weight that is not low-rank, and
+    ``reason`` then says why; it is "" for a low-rank one.
 
     ``state_bytes`` is the state in full, also before the first step. Its two moments take ``moment_bytes``; the rest is
     a step count, a norm, svd's projection, and what scales 8-bit moments. ``adamw_bytes`` is what ``torch.optim.AdamW``

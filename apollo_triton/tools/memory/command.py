@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.kinds import EMBEDDING, HEAD, MATRIX
+from ...core.kinds import EMBEDDING, HEAD, MATRIX, OTHER
 from ...core.module_names import without_indices
 from ...optimizer import APOLLOAdamW
 from ...summary import Summary
@@ -49,7 +49,7 @@ class Coverage:
         """The coverage of the optimizer that has this summary."""
         sizes: Counter[str] = Counter()  # of the matrices that stay dense, the same matrix of all layers together
         for row in summary.dense:
-            if row.kind == MATRIX:
+            if row.kind in (MATRIX, OTHER):
                 sizes[without_indices(row.name)] += row.elements
         matrices = sizes.total() + sum(row.elements for row in summary.low_rank)
         share = sizes.total() / max(1, matrices)
