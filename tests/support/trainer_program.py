@@ -196,7 +196,9 @@ def sharded(folder: Path) -> None:
     def made(name: str, by_pair: bool, **options: Any) -> Trainer:
         run = trainer(folder / name, **{} if by_pair else NAMED, **options)
         if by_pair:
-            run.optimizer_cls_and_kwargs = optimizer_for_trainer(APOLLOAdamW.apollo, run.args, run.model, rank=4, scale=2.0)
+            run.optimizer_cls_and_kwargs = optimizer_for_trainer(
+                APOLLOAdamW.apollo, run.args, run.model, rank=4, scale=2.0
+            )
         return run
 
     plain = [made("plain", by_pair) for by_pair in (False, True)]
