@@ -32,12 +32,12 @@ def optimizer_for_trainer(
 
     ``args.learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count, as with the
     Trainer's own optimizers, unless ``options`` say otherwise. They are read when the Trainer makes the optimizer, once
-    for each model: so ``model_init`` and ``hyperparameter_search`` work. All ``max_grad_norm`` is left to the Trainer.
+    for each model, so that ``model_init`` and ``hyperparameter_search`` work.
 
     Args:
         make: ``APOLLOAdamW.apollo`` or ``APOLLOAdamW.mini``, or a function that takes a model and these options.
         args: the Trainer's ``TrainingArguments``.
-        model: the Trainer's model, which transformers below 5.2 does not pass on.
+        model: the Trainer's model, for transformers below 5.2. Later versions say themselves which model they train.
         options: those of ``make``, such as ``rank``, ``target_modules`` and ``state_dtype``.
 
     Raises, when the Trainer makes the optimizer, what ``make`` raises, and ValueError below transformers 5.2 without
@@ -73,7 +73,7 @@ def _model_of(groups: list[dict[str, Any]], model: nn.Module | None) -> nn.Modul
     if not {parameter for group in groups for parameter in group["params"]} <= set(model.parameters()):
         raise ValueError(
             "optimizer_for_trainer was given another model than the Trainer trains: give it the Trainer's; with "
-            "model_init use transformers 5.2 or newer, without model="
+            "model_init use transformers 5.2 or newer"
         )
     return model
 

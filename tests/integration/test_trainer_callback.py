@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from tiers import tiers
 from trainer_program import Text, losses, make_model, trainer, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -236,8 +237,13 @@ REFUSED: dict[Callable[[Path], Trainer], str] = {
 }
 
 
+REFUSED_BY_ATTACHING = (attached_by_hand, of_another_model, with_torchs_adamw)  # whose own tests have cases
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("made", REFUSED, ids=lambda made: made.__name__)
+@pytest.mark.parametrize(
+    "made", tiers(REFUSED, lambda made: made not in REFUSED_BY_ATTACHING), ids=lambda made: made.__name__
+)
 def test_what_is_refused_before_the_first_step(made: Callable[[Path], Trainer], tmp_path: Path) -> None:
     """A run that would train something else than plain steps do, or fail in its middle."""
     refused = made(tmp_path)
@@ -273,10 +279,10 @@ def test_the_arguments_of_the_trainer_count(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_each_model_gets_an_optimizer(tmp_path: Path) -> None:
-    """model_init, of which a pair with "params" trains the first model alone, and all others by AdamW. A search sets
-    the learning rate after the pair was made."""
+    """model_init, of which a pair with "params" trains the first model alone, and all others by AdamW; another model
+    that was given. A search sets the learning rate after the pair was made."""
     args = arguments(tmp_path, learning_rate=1e-3)
-    pair = optimizer_for_trainer(APOLLOAdamW.apollo, args, rank=4)
+    pair = optimizer_for_trainer(APOLLOAdamW.apollo, args, make_model(), rank=4)
     trained = Trainer(None, args, train_dataset=Text(), model_init=make_model, optimizer_cls_and_kwargs=pair)
     for rate in (1e-3, 2e-3):
         args.learning_rate = rate

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -125,26 +126,24 @@ def test_accumulation_updates_once_with_the_sum():
 
 
 def test_a_condition_says_which_backward_accumulates():
-    """One that is asked once instead of at each gradient, or that ends another accumulation around it."""
+    """One that is asked once instead of at each gradient; an accumulation inside that the condition overrules, or that
+    ends the one around it."""
     models, optimizers, handle = pair(rank=4)
-    is_last = True
-    with handle.accumulate(lambda: not is_last):
+    moves = True
+    with handle.accumulate(lambda: not moves):
         for step in range(2):
             for micro in range(3):
-                is_last = micro == 2
+                moves = micro != 1
                 loss_of(models[0], 10 * step + micro).backward()
-                loss_of(models[1], 10 * step + micro).backward()
-                assert all((p.grad is None) == is_last for p in models[1].parameters())
+                with handle.accumulate() if micro == 0 else nullcontext():
+                    loss_of(models[1], 10 * step + micro).backward()
+                assert all((p.grad is None) == (micro == 2) for p in models[1].parameters())
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        with handle.accumulate():
-            is_last = True
-            loss_of(models[1], 20).backward()
-        loss_of(models[0], 20).backward()
-        assert all(p.grad is not None for p in models[1].parameters())
+        moves = False
     for model, optimizer in zip(models, optimizers, strict=True):
-        train(model, optimizer, 1, first=21)
+        train(model, optimizer, 1, first=20)
     assert_same(*models, optimizers)
 
 
