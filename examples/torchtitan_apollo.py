@@ -42,8 +42,7 @@ def by_patterns(rank: int, lr: float, dense_lr: float) -> Optimizers.Config:
 def by_names(rank: int, lr: float, dense_lr: float) -> Optimizers.Config:
     """One group, which the optimizer splits: as ``apollo_param_groups`` does, from the names that the container gives.
     Options of the constructor come here, such as ``max_grad_norm``."""
-    targets = ["attention", "feed_forward"]
-    options = {"rank": rank, "target_modules": targets, "lr": lr, "dense_lr": dense_lr, "weight_decay": 0.1}
+    options = {"rank": rank, "lr": lr, "dense_lr": dense_lr, "weight_decay": 0.1}
     return Optimizers.Config(
         param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="APOLLOAdamW")],
         optimizer_factory_kwargs_by_name={"APOLLOAdamW": options},
