@@ -32,7 +32,7 @@ def optimizer_for_trainer(
 
     ``args.learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` count, as with the
     Trainer's own optimizers, unless ``options`` say otherwise. They are read when the Trainer makes the optimizer, once
-    for each model, so that ``model_init`` and ``hyperparameter_search`` work.
+    for each model, so that ``model_init`` works.
 
     Args:
         make: ``APOLLOAdamW.apollo`` or ``APOLLOAdamW.mini``, or a function that takes a model and these options.
