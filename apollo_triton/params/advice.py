@@ -89,7 +89,7 @@ def advise_on_plain_adamw(parameters: Sequence[Tensor]) -> None:
     if matrices:
         warn(
             f"no parameter has a 'rank', so this is AdamW with AdamW's memory (matrices: {matrices}); use "
-            "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...), or pass model.named_parameters() and a rank. "
+            "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...), or model.named_parameters() with a rank. "
             "If AdamW is meant, give the parameters as a group: [{'params': ...}]"
         )
 
