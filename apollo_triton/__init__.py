@@ -1,7 +1,7 @@
 """APOLLO (arXiv 2412.05270) for PyTorch: it replaces AdamW where AdamW's memory does not fit.
 
 >>> from apollo_triton import APOLLOAdamW
->>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
+>>> optimizer = APOLLOAdamW.mini(model, lr=1e-3)  # doctest: +SKIP
 """
 
 from typing import TYPE_CHECKING

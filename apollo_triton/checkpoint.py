@@ -169,8 +169,13 @@ def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], wher
     is_low_rank = group.get("rank") is not None
     if not all(isinstance(state, Mapping) for state in states):
         raise ValueError(f"{where} has a parameter whose state is no dictionary{INSTEAD}")
-    if "state_dtype" in group:
+    if "state_dtype" in group or any(_is_ours(state) for state in states):
         raise ValueError(f"{where} was saved by this package; read it with torch.load, and load it as it is")
+    if group.keys() <= {"params", "lr", "initial_lr"}:
+        raise ValueError(
+            f"{where} is the Trainer's placeholder for layer-wise optimizers (apollo_adamw_layerwise), whose state it "
+            f"never saves{INSTEAD}"
+        )
     if any({"state1", "__bnb_optimizer_quant_state__"} & state.keys() for state in states):
         raise ValueError(f"{where} has moments of bitsandbytes (as of QAPOLLOAdamW), which are not read{INSTEAD}")
     if is_low_rank and not {"proj", "proj_type", "scale_type"} <= group.keys():
@@ -178,6 +183,11 @@ def _check_group(group: Mapping[str, Any], states: list[Mapping[str, Any]], wher
     needed = {"step", "seed", "exp_avg_sq"} | ({"projector"} if is_low_rank else set())
     if "correct_bias" not in group or any("exp_avg" in state and not needed <= state.keys() for state in states):
         raise ValueError(f"{where} is not one of apollo-torch's APOLLOAdamW{INSTEAD}")
+
+
+def _is_ours(state: Mapping[str, Any]) -> bool:
+    """As ``from_apollo_torch`` returned it: a count of steps in a tensor. torch.optim has no seed beside that."""
+    return "seed" in state and isinstance(state.get("step"), SavedTensor)
 
 
 def _converted(official: Mapping[str, Any], group: Mapping[str, Any], opened: TorchFile, where: str) -> dict[str, Any]:
@@ -203,8 +213,8 @@ def _converted(official: Mapping[str, Any], group: Mapping[str, Any], opened: To
         matrices["projection"] = _matrix(saved_projection, opened, f"{where}: projection")
     keeps_rows = _keeps_rows(matrices["exp_avg"].shape, getattr(saved_projection, "shape", ()), group, where)
     _check_shapes(matrices, where)
-    for name, matrix in matrices.items():  # contiguous: svd's matrices are column-major there
-        state[name] = (matrix if keeps_rows else matrix.T).contiguous()
+    for name, matrix in matrices.items():  # copied: svd's P is a view into all singular vectors, in either order
+        state[name] = (matrix if keeps_rows else matrix.T).clone(memory_format=torch.contiguous_format)
     return state
 
 

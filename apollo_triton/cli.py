@@ -10,7 +10,13 @@ import sys
 from .tools import options as options_of
 from .version import __version__
 
-MODULES = {"demo": "demo.command", "env": "environment", "memory": "memory.command", "validate": "validate.command"}
+MODULES = {
+    "convert": "convert",
+    "demo": "demo.command",
+    "env": "environment",
+    "memory": "memory.command",
+    "validate": "validate.command",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

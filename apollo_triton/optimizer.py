@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .backends.selection import backend_of, may_leave_scaling
 from .core.device_backend import Backend
 from .core.messages import shown
-from .core.param_groups import FACTORY_SCALE, MINI_FACTORY_SCALE, DenseKeys, groups_of_model
+from .core.param_groups import DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .core.spelling import SPLIT_KEYS, explaining_unknown_options, options_of, unknown_option
 from .core.targets import DEFAULT_TARGETS
@@ -37,6 +37,7 @@ from .params.loading import FOREIGN_KEY, Loaded, read_state_dict, with_indices
 from .params.member import params_of
 from .params.new_group import NewGroup, place_learning_rate
 from .params.split import Split
+from .summary import Summary, summary_of
 
 
 class APOLLOAdamW(Optimizer):
@@ -181,24 +182,25 @@ class APOLLOAdamW(Optimizer):
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:
-        """APOLLO for a whole model: the matrices of its blocks at ``rank``, per-channel scaling, the rest dense.
+        """APOLLO for a whole model: the matrices of its blocks at ``rank``, a factor for each channel, the rest dense.
 
-        ``options`` are the constructor's, which win over APOLLO's own. Norms and biases do not decay unless asked.
+        ``options`` are the constructor's, and win over APOLLO's own. ``lr`` is what AdamW takes: ``scale`` is "auto".
+        With the paper's ``scale=1`` it is about ten times that. Norms and biases do not decay unless asked.
 
-        >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-2)  # doctest: +SKIP
+        >>> optimizer = APOLLOAdamW.apollo(model, rank=256, lr=1e-3)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": rank, "scale_type": "channel", "scale": FACTORY_SCALE} | options)
+        return cls._for_model(model, {"rank": rank, "scale_type": "channel"} | options)
 
     @classmethod
     def mini(cls, model: torch.nn.Module, **options: Any) -> APOLLOAdamW:
-        """APOLLO-Mini for a whole model: rank 1, one scaling factor per tensor, scale 128, the rest dense.
+        """APOLLO-Mini for a whole model: rank 1, one factor a tensor, the rest dense.
 
-        ``options`` are the constructor's, which win over Mini's own. Norms and biases do not decay unless asked. Narrow
-        models with small initial weights train better with a smaller ``scale``.
+        ``options`` are the constructor's, and win over Mini's own. ``lr`` is what AdamW takes: ``scale`` is "auto".
+        The paper's setting is ``scale=128`` with an ``lr`` of 1e-2. Norms and biases do not decay unless asked.
 
-        >>> optimizer = APOLLOAdamW.mini(model, lr=1e-2)  # doctest: +SKIP
+        >>> optimizer = APOLLOAdamW.mini(model, lr=1e-3)  # doctest: +SKIP
         """
-        return cls._for_model(model, {"rank": 1, "scale_type": "tensor", "scale": MINI_FACTORY_SCALE} | options)
+        return cls._for_model(model, {"rank": 1, "scale_type": "tensor"} | options)
 
     @classmethod
     def _for_model(cls, model: torch.nn.Module, options: dict[str, Any]) -> APOLLOAdamW:
@@ -267,6 +269,18 @@ class APOLLOAdamW(Optimizer):
                 return backend_of(parameter, settings, self.state.get(parameter, {}))
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not in this optimizer")
 
+    def summary(self) -> Summary:
+        """Which weights are low-rank and why the others are not, their state's bytes, launches and backend.
+
+        It may be called before the first step, changes nothing, and is printed as a text:
+
+        >>> layer = torch.nn.Linear(64, 256, bias=False)
+        >>> print(APOLLOAdamW([{"params": [layer.weight], "rank": 16}]).summary())  # doctest: +ELLIPSIS
+        Low-rank: 1 of 1 weights, 100% of the parameters
+        ...
+        """
+        return summary_of(self.param_groups, self.state, self._reasons, self._layerwise)
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``torch.amp.GradScaler`` may leave unscaling and skipping to ``step``, which then waits for nothing:
@@ -288,7 +302,7 @@ class APOLLOAdamW(Optimizer):
         ranked = param_group if self._split.rank is None else {"rank": self._split.rank} | param_group
         advise_on_keys(ranked, added[0].where)
         for new in added:
-            advise_on_group(new.params, new.settings, new.where)
+            advise_on_group(new.params, new.settings, new.lr, new.where)
             if not self._told_of_rounding and loses_updates(new.params, new.settings, new.lr):
                 self._told_of_rounding = True
                 advise_on_rounding(new.lr)

@@ -34,8 +34,10 @@ from .parameter_sets import Weights
 from .pretrain_data import load_tokens
 from .results_file import Results, Row, default_device
 
-# The best rates of a sweep with the small model and one seed (results/*/pretrain_sweep.json).
 START_METHOD = "spawn"  # of processes; CUDA does not survive a fork
+# The best rates of a sweep with the small model and one seed (results/*/pretrain_sweep.json), at the paper's scales,
+# since apollo-torch has no others.
+SCALE, MINI_SCALE = 1.0, 128.0
 LEARNING_RATES = {"AdamW": 5e-3, "APOLLO": 2e-2, "Mini": 1e-2}
 
 
@@ -50,12 +52,14 @@ def _quarter(config: RunConfig) -> int:
 
 def _apollo(**options: Any) -> OptimizerMaker:
     return lambda config, model: APOLLOAdamW.apollo(
-        model, _quarter(config), lr=config.learning_rate, seed=config.seed, **options
+        model, _quarter(config), lr=config.learning_rate, scale=SCALE, seed=config.seed, **options
     )
 
 
 def _mini(**options: Any) -> OptimizerMaker:
-    return lambda config, model: APOLLOAdamW.mini(model, lr=config.learning_rate, seed=config.seed, **options)
+    return lambda config, model: APOLLOAdamW.mini(
+        model, lr=config.learning_rate, scale=MINI_SCALE, seed=config.seed, **options
+    )
 
 
 def _int8(build: OptimizerMaker, stochastic_rounding: bool = True) -> OptimizerMaker:

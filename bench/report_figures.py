@@ -11,6 +11,7 @@ from apollo_triton.tools.demo import report as demo_report
 from apollo_triton.tools.demo.training import History, RunConfig
 from apollo_triton.tools.pictures import METHODS, draw_curve, log_ticks, move, picture, shifts, styles
 
+from .demo_sweep import of_the_demo
 from .report_data import (
     Machine,
     baseline,
@@ -224,7 +225,8 @@ def demo(path: Path) -> None:
         losses = {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["method"] == method}
         config, history = RunConfig(**known["settings"]), History(held_out_loss=losses)
         results.append(demo_report.Result(config, history, summary["parameters"], known["state_bytes"]))
-    seeds: dict[str, dict[int, float]] = {}
-    for row in json.loads((RESULTS / "demo_seeds.json").read_text(encoding="utf-8")):
-        seeds.setdefault(row["method"], {})[row["seed"]] = row["held_out_loss"]
+    known = of_the_demo(json.loads((RESULTS / "demo_sweep.json").read_text(encoding="utf-8")))
+    seeds = {
+        method: {seed: row["held_out_loss"] for seed, row in of_method.items()} for method, of_method in known.items()
+    }
     demo_report.draw(results, DEMO_MACHINE, path, seeds)

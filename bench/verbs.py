@@ -9,6 +9,7 @@ import torch
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.backends.interface import StepScalars
+from apollo_triton.core.scale import scale_of
 from apollo_triton.core.settings import Settings
 
 from .contenders import MINI
@@ -82,7 +83,7 @@ def _reference(optimizer: APOLLOAdamW, settings: Settings) -> tuple[dict[str, Ca
     (member,), scalars = plan.members, StepScalars(2)
     assert member.geometry is not None
     projection = projection_of(member, settings, 2, optimizer._caches.projections)
-    batch = Batch(member.geometry, member.state["seed"], optimizer._caches.scratch)
+    batch = Batch(member.geometry, scale_of(settings, member.geometry), member.state["seed"], optimizer._caches.scratch)
     with torch.no_grad():
         batch.add(member, projection)
     sketch = reference.sketch(batch, settings, scalars)

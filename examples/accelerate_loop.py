@@ -63,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES))
     # max_grad_norm clips inside the step. accelerator.clip_grad_norm_ would read and write all gradients once more.
-    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=1e-2, max_grad_norm=1.0)  # was: torch.optim.AdamW(...)
+    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=3e-3, max_grad_norm=1.0)  # was: torch.optim.AdamW(...)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
     data = torch.utils.data.DataLoader(Bytes(), batch_size=BATCH)
     model, optimizer, warmup, data = accelerator.prepare(model, optimizer, warmup, data)

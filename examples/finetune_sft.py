@@ -18,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from apollo_triton import APOLLOAdamW
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-RANK, BATCH = {"apollo": 32, "mini": 1}, {"apollo": 16, "mini": 32}  # BATCH: sequences in a step of all processes
+RANK, SCALE = {"apollo": 32, "mini": 1}, {"apollo": 1.0, "mini": 128.0}
+BATCH = {"apollo": 16, "mini": 32}  # sequences in a step of all processes
 EPOCHS, LENGTH, MICRO_BATCH, HELD_OUT = 3, 256, 4, 120  # LENGTH: most tokens; MICRO_BATCH: sequences in memory at once
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,8 +42,8 @@ try:
     model.to(torch.bfloat16 if on_cuda else torch.float32)
     for name, weight in model.named_parameters():
         weight.requires_grad_(any(target in name for target in TARGETS))
-    settings = {"rank": RANK[options.method], "target_modules": TARGETS, "stochastic_rounding": on_cuda}
-    optimizer = getattr(APOLLOAdamW, options.method)(model, lr=options.lr, **settings)
+    settings = {"rank": RANK[options.method], "scale": SCALE[options.method], "target_modules": TARGETS}
+    optimizer = getattr(APOLLOAdamW, options.method)(model, lr=options.lr, stochastic_rounding=on_cuda, **settings)
 except Exception as error:  # of many types
     raise SystemExit(f"--model {options.model}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 for kind, wanted in ("trained", True), ("frozen", False):

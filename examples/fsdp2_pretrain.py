@@ -173,7 +173,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--report", type=int, default=10, help="steps between lines (%(default)s)")
     parser.add_argument("--mini", action="store_true", help="APOLLO-Mini instead of APOLLO")
     parser.add_argument("--rank", type=int, help="APOLLO's rank (32)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate (%(default)s)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--batch", type=int, default=24, help="sequences per step, over all ranks (%(default)s)")
     parser.add_argument("--length", type=int, default=128, help="bytes in a sequence (%(default)s)")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 8 (%(default)s)")

@@ -67,7 +67,7 @@ class Llama(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = APOLLOAdamW.apollo(self, rank=32, lr=1e-2)  # was: torch.optim.AdamW(self.parameters(), lr=1e-3)
+        optimizer = APOLLOAdamW.apollo(self, rank=32, lr=3e-3)  # was: torch.optim.AdamW(self.parameters(), lr=3e-3)
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 

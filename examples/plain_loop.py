@@ -45,7 +45,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES)).to(device)
-    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=1e-2)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = APOLLOAdamW.apollo(model, rank=32, lr=3e-3)  # was: torch.optim.AdamW(model.parameters(), lr=3e-3)
     layerwise = attach_layerwise(model, optimizer) if options.in_backward else None
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
 

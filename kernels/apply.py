@@ -112,12 +112,18 @@ def limited(factor, u, p_row, p_previous, p_skipped, matrix, block, USE_LIMITER:
 
 @triton.jit
 def tile_factor(
-    p_row, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale, matrix, block, row, column, rows, columns,
-    h, scale_before_limiter, scale_after_limiter,
+    p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
+    matrix, block, row, column, rows, columns, h,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, USE_LIMITER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The factor of a tile of G, which includes limiter and step size, of the shape of ``row``, of ``column`` or a
-    scalar; and u. ``row`` and ``column`` are the places of the tile's elements, in shapes that broadcast to it."""
+    """The factor of a tile of G, which includes scale, limiter and step size, of the shape of ``row``, of ``column`` or
+    a scalar; and u. ``row`` and ``column`` are the places of the tile's elements, in shapes that broadcast to it.
+
+    ``p_root_scales`` has two numbers of each matrix, which multiply s before the limiter and after it: sqrt(scale) and
+    1, or 1 and sqrt(scale).
+    """
+    p_root_scales += 2 * matrix
+    scale_before_limiter, scale_after_limiter = tl.load(p_root_scales), tl.load(p_root_scales + 1)
     u, s = norm_and_factor(
         p_row, p_sums, rows if KEEPS_ROWS else columns, scale_before_limiter, PER_CHANNEL, BLOCK_CHANNELS
     )
@@ -161,17 +167,16 @@ def store_weight(
 
 @triton.jit(do_not_specialize=["step"])
 def apply_kernel(
-    p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
-    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    p_table, p_gradients, p_programs, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
+    step, step_size, decay, p_step,
     WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr,
     ALIGNED: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of W: the limiter, then the update.
 
-    ``scale_before_limiter`` multiplies s before the limiter and ``scale_after_limiter`` after it: sqrt(scale) and 1, or
-    1 and sqrt(scale). A matrix whose u is not finite does not change. An empty shard of a matrix has one program, for
-    its u_prev. Reads G and W and writes W: 6 bytes an element in bfloat16.
+    ``p_root_scales`` is float32 ``[matrices, 2]`` (``tile_factor``). A matrix whose u is not finite does not change. An
+    empty shard of a matrix has one program, for its u_prev. Reads G and W and writes W: 6 bytes an element in bfloat16.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -206,8 +211,8 @@ def apply_kernel(
 
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     factor, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale, matrix, block,
-        o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
+        p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale, matrix, block,
+        o_row[:, None], o_column[None, :], rows, columns, h,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     W -= factor * G

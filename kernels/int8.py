@@ -90,13 +90,13 @@ def store_groups(
 
 @triton.jit(do_not_specialize=["step"])
 def apply_int8_kernel(
-    p_table, p_gradients, p_programs, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale,
-    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    p_table, p_gradients, p_programs, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
+    step, step_size, decay, p_step,
     GRADIENT: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program updates some groups of W. The two scales are as in ``apply_kernel``.
+    """One program updates some groups of W. ``p_root_scales`` is as in ``apply_kernel``.
 
     ALIGNED: rows of G are contiguous, start at multiples of 16 bytes and hold whole groups, and the group size is a
     power of two and at least 8. A group that the update does not change in float32 keeps its bits, because repeated
@@ -137,8 +137,9 @@ def apply_int8_kernel(
 
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     factor, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, p_gradient_scale, matrix, block, row, column, rows, columns,
-        h, scale_before_limiter, scale_after_limiter, KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
+        p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, p_gradient_scale,
+        matrix, block, row, column, rows, columns, h,
+        KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     W = before - factor * G
     # Not W * (1 - decay): rounding 1 - decay errs the same way at every step.

@@ -144,13 +144,13 @@ def sizes(p_row, ROWS_BY_EIGHTS: tl.constexpr, COLUMNS_BY_EIGHTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_operands_kernel(
-    p_row, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, tokens,
-    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    p_row, p_X, p_dY, p_factors, p_sums, p_root_scales, p_previous, p_skipped, tokens,
+    step, step_size, decay, p_step,
     WEIGHT_DTYPE: tl.constexpr, KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS_BY_EIGHTS: tl.constexpr, USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One program updates one tile of W. The two scales, and a u that is not finite, are as in ``apply_kernel``.
+    """One program updates one tile of W. ``p_root_scales``, and a u that is not finite, are as in ``apply_kernel``.
 
     ``p_row`` is the matrix's row of its table. ALIGNED: rows of W are contiguous, start at multiples of 16 bytes and
     hold a multiple of 8 elements. Reads X once for every BLOCK_ROWS rows and dY once for every BLOCK_COLUMNS columns;
@@ -172,8 +172,8 @@ def apply_operands_kernel(
     )
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     factor, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, None, 0, tl.program_id(0),
-        o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
+        p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, None, 0, tl.program_id(0),
+        o_row[:, None], o_column[None, :], rows, columns, h,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     left, right = halves(factor * G)
@@ -189,8 +189,8 @@ def apply_operands_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "step"])
 def apply_int8_operands_kernel(
-    p_row, p_X, p_dY, p_factors, p_sums, p_previous, p_skipped, tokens,
-    step, step_size, decay, p_step, scale_before_limiter, scale_after_limiter,
+    p_row, p_X, p_dY, p_factors, p_sums, p_root_scales, p_previous, p_skipped, tokens,
+    step, step_size, decay, p_step,
     KEEPS_ROWS: tl.constexpr, PER_CHANNEL: tl.constexpr, ALIGNED: tl.constexpr, ROWS_BY_EIGHTS: tl.constexpr,
     USE_LIMITER: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
@@ -214,8 +214,8 @@ def apply_int8_operands_kernel(
     )
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     factor, u = tile_factor(
-        p_row, p_factors, p_sums, p_previous, p_skipped, None, 0, tl.program_id(0),
-        o_row[:, None], o_column[None, :], rows, columns, h, scale_before_limiter, scale_after_limiter,
+        p_row, p_factors, p_sums, p_root_scales, p_previous, p_skipped, None, 0, tl.program_id(0),
+        o_row[:, None], o_column[None, :], rows, columns, h,
         KEEPS_ROWS, PER_CHANNEL, USE_LIMITER, BLOCK_CHANNELS,
     )  # fmt: skip
     if GROUP < BLOCK_COLUMNS:

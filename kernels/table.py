@@ -1,7 +1,8 @@
 """The pointer table: one row of 16 int64 per matrix, which tells every kernel where the matrix and its state are.
 
 The addresses of gradients are in a separate vector, because only they may change at every step. A row is one 128-byte
-cache line. Strides are in elements.
+cache line, and full: the roots of the scales, which ``apply`` alone reads, are in memory of their own.
+Strides are in elements.
 """
 
 import os

@@ -39,6 +39,7 @@ if HAS_TRITON:
 FULL_ALONE: dict[str, str] = {
     "test_accelerate_fsdp": "foreign program",
     "test_codegen_tritons": "other versions of Triton, which make test does not install",
+    "test_configurations": "foreign programs; Hydra has a case, and the options of each file",
     "test_frameworks": "foreign program; the plain loop has cases",
     "test_sanitizer": "the recorder's self-test; test_sanitizer_smoke has cases",
     "test_sanitizer_bytes": "the recorder's self-test; test_sanitizer_smoke has cases",

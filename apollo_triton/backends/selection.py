@@ -10,8 +10,9 @@ from torch import Tensor
 from ..core.device_backend import Backend, device_backend
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
-from ..params.member import geometry_of, params_of
-from ..params.sharding import is_dtensor
+from ..params.fake import fake_mode_of
+from ..params.member import Param, geometry_of, params_of
+from ..params.sharding import LocalShard, is_dtensor, local
 from ..params.state import is_8bit
 from .reference import dense_8bit
 
@@ -39,6 +40,26 @@ def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], 
             )
             return Backend("reference", reason)
     return backend
+
+
+def step_backend(param: Param, settings: Settings, state: Mapping[str, Any], is_implicit: bool = False) -> Backend:
+    """``backend_of`` for a step: "none" for a fake tensor. The error names the parameter."""
+    if fake_mode_of(param.tensor) is not None:
+        return Backend("none", "a fake tensor has no values")
+    try:
+        return backend_of(param.tensor, settings, state, is_implicit)
+    except ValueError as error:
+        raise ValueError(f"{param}: {error}") from None
+
+
+def updater_of(backend: Backend, parameter: Tensor, shard: LocalShard) -> str:
+    """The name of the backend that updates what of a parameter is here."""
+    if local(parameter).numel():
+        return backend.name
+    # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the bit as the
+    # other ranks do: on their backend.
+    is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
+    return "none" if not is_dtensor(parameter) else backend.name if is_matrix else "reference"
 
 
 def may_leave_scaling(groups: list[dict[str, Any]], states: Mapping[Tensor, dict[str, Any]]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from .coverage import Coverage, coverage_of, is_never_low_rank, narrowness
 from .geometry import FLATTENED, Geometry, is_flattened
 from .kinds import EMBEDDING, MATRIX
+from .module_names import without_indices
 from .targets import AUTO, Targets, meant_for_all
 
 # LLaMA, Qwen, Gemma, GPT-2 and Mixtral leave nothing, ViT 0.7 % and Whisper's convolutions 3 %; a U-Net leaves most.
@@ -62,13 +63,11 @@ def _narrow_notes(found: Coverage, keys: Sequence[int]) -> list[str]:
     for key in keys:
         by_reason.setdefault(found.reasons[key], []).append(f"{found.weights[key].name} (width {found.narrow[key]})")
     return [
-        f"{_counted(names)} {reason} and {'stays' if len(names) == 1 else 'stay'} dense: {abridged(names)}"
+        f"{len(names)} targeted weights are {reason} and stay dense: {abridged(names)}"
+        if len(names) > 1
+        else f"1 targeted weight is {reason} and stays dense: {names[0]}"
         for reason, names in by_reason.items()
     ]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return "1 targeted weight is" if len(names) == 1 else f"{len(names)} targeted weights are"
 
 
 def _unused(targets: Targets, entry: str, found: Coverage) -> str:
@@ -177,7 +176,7 @@ def abridged(names: Iterable[str], most: int = 4) -> str:
     """Names with layers' numbers as "*", and how often each occurs."""
     counts: dict[str, int] = {}
     for name in names:
-        short = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        short = without_indices(name)
         counts[short] = counts.get(short, 0) + 1
     shown = [f"{name}" + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from .handles import handles_of
 
+_counted: ContextVar[list[Any]] = ContextVar("counted")
+
+
+@contextmanager
+def counting_launches() -> Iterator[list[Any]]:
+    """The kernels that are launched on the meta device from here on. Its tensors have no memory, so none is started."""
+    kernels: list[Any] = []
+    token = _counted.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _counted.reset(token)
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
-    """Start ``kernel`` on ``device``, whichever is the current one."""
-    index = device.index
+    """Start ``kernel`` on ``device``, whichever is the current one; on the meta device only count it."""
+    index: Any = device.index
+    if index is None and device.type == "meta":
+        _counted.get().append(kernel)
+        return
     if index is None or torch.get_device_module(device).current_device() == index:  # the CPU has none
         handles_of(kernel).launch(grid, index, arguments, constants)
         return

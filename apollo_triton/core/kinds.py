@@ -11,9 +11,9 @@ told apart by these rules, in this order:
 4. What the model's ``get_input_embeddings`` and ``get_output_embeddings`` return is embedding and head, and so is what
    is called so. A numbered block within a module of such a name is a block nonetheless.
 5. What an ``nn.Linear``, a class derived from it, or the ``Conv1D`` of transformers holds is a matrix.
-6. Any other tensor is a matrix if it is a stack of more than one, or is two-dimensional and called a weight:
-   ``weight``, ``in_proj_weight``, ``down_proj``, ``w1``. What is left are tables and convolutions: a Mamba's ``A_log``,
-   queries that are learned (their stack is of one, for a batch), tables of relative positions, kernels of images.
+6. Any other tensor of two dimensions, or stack of more than one matrix, is a matrix if it is called a weight or lies in
+   experts: ``weight``, ``in_proj_weight``, ``down_proj``, ``w1``. What is left are tables and convolutions: a Mamba's
+   ``A_log``, queries that are learned, tables of relative positions, kernels of images.
 
 How wide a matrix is, is not asked here: ``core/coverage.py`` leaves narrow ones dense, such as gates and routers. Of
 named parameters the modules are not known. For them names stand in for classes, and the rules are the same.
@@ -146,7 +146,8 @@ def _is_product(name: str, parameter: Tensor, module: nn.Module | None) -> bool:
     """Whether inputs are multiplied by a tensor that is no linear layer's."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
-    return (parameter.dim() == 2 and is_weight_name(name)) or (parameter.dim() == 3 and parameter.shape[0] > 1)
+    is_stack = parameter.dim() == 3 and parameter.shape[0] > 1  # a stack of one is a table, for any batch
+    return (is_stack or parameter.dim() == 2) and is_weight_name(name)
 
 
 def is_linear(module: nn.Module | None) -> bool:

@@ -57,3 +57,15 @@ def shown(value: Any) -> str:
 
 
 _SHORT = _Short()
+
+
+def readable_bytes(count: int) -> str:
+    """A number of bytes as text, in units of 1e3, 1e6, 1e9 or 1e12.
+
+    >>> readable_bytes(196_608_000), readable_bytes(0)
+    ('196.6 MB', '0 B')
+    """
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"

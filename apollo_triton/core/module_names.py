@@ -21,8 +21,11 @@ _IN_LAYERS = re.compile("attn|attention|mlp|ffn|feed_forward")
 _EMBEDDINGS = re.compile(r"embed|embd|(^|_)embs?(_|$)|^(wte|wpe|shared)$")
 _NORMS = re.compile(r"norm|(^|_)ln(_|\d|$)")
 # What a module calls a parameter that it multiplies inputs by: `weight`, `weight_ih_l0`, `in_proj_weight`, `down_proj`,
-# `kernel`, `w1`, `W_Q`; and the `v1` beside DBRX's `w1`.
-_WEIGHTS = re.compile(r"weight|proj|kernel|^w(_|\d|[a-z]?$)|^v\d", re.IGNORECASE)
+# `kernel`, `w1`, `W_Q`, `gate_up`, `fc1`; the `v1` beside DBRX's `w1`, and XLNet's q, k, v, o and r.
+_WEIGHTS = re.compile(
+    r"weight|proj|kernel|^w(_|\d|[a-z]?$)|^v\d|^[qkvor]$|(^|_)(gate|up|down|fc\d?|experts?)(_|$)", re.IGNORECASE
+)
+_EXPERTS = re.compile(r"(^|_)experts?(_|$)")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original\d*$")
 # Modules that wrap another one under its own name: PEFT's, torch.compile's, DDP's, FSDP1's, activation checkpointing's.
 _WRAPPERS = frozenset(
@@ -78,12 +81,15 @@ def is_bias_name(name: str) -> bool:
 
 
 def is_weight_name(name: str) -> bool:
-    """Whether a parameter is called as what inputs are multiplied by.
+    """Whether a parameter is called as what inputs are multiplied by, or lies in experts.
 
-    >>> [is_weight_name(name) for name in ("weight", "experts.mlp.w1", "gate_up_proj", "mixer.A_log", "query_tokens")]
-    [True, True, True, False, False]
+    >>> [is_weight_name(name) for name in ("weight", "mlp.w1", "gate_up_proj", "experts.3.inner")]
+    [True, True, True, True]
+    >>> [is_weight_name(name) for name in ("mixer.A_log", "query_tokens", "attn.rel_pos_h")]
+    [False, False, False]
     """
-    return bool(_WEIGHTS.search(name.rpartition(".")[2]))
+    *parts, own = name.split(".")
+    return bool(_WEIGHTS.search(own)) or any(map(_EXPERTS.search, parts))
 
 
 def plain_name(name: str) -> str:
@@ -99,7 +105,7 @@ def unwrapped(name: str) -> list[str]:
     """The parts of a path without those of wrappers."""
     parts: list[str] = []
     previous = ""
-    for part in name.split("."):
+    for part in name.removeprefix("base_model.model.").split("."):  # PEFT's
         # after `modules_to_save` comes the name of an adapter
         if part not in _WRAPPERS and part != "modules_to_save" and previous != "modules_to_save":
             parts.append(part)
@@ -126,3 +132,12 @@ def _is_head_part(part: str) -> bool:
 def _is_in_layer(parts: list[str]) -> bool:
     """Whether the way leads through a numbered layer or a part of one. The first number may be an nn.Sequential's."""
     return any(part.isdigit() for part in parts[1:]) or any(_IN_LAYERS.search(part) for part in parts)
+
+
+def without_indices(name: str) -> str:
+    """A name with the numbers of layers as "*": one for the same weight of all layers.
+
+    >>> without_indices("layers.3.mlp.up.weight"), without_indices("0.weight")
+    ('layers.*.mlp.up.weight', '*.weight')
+    """
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)

@@ -12,16 +12,18 @@ from .coverage import Coverage, coverage
 from .coverage_notes import no_match, notes
 from .kinds import EMBEDDING, VECTOR
 from .messages import warn
-from .settings import CHECKS, check_value
+from .settings import AUTO, CHECKS, LOW_RANK_DEFAULTS, check_value
 from .spelling import SPLIT_KEYS, unknown_option
 from .targets import DEFAULT_TARGETS, Targets
 
-# The scale of low-rank weights that the package chooses: for ``APOLLOAdamW.apollo`` and the constructor's ``rank``, and
-# for ``APOLLOAdamW.mini``. Groups that a user writes have the default of ``LOW_RANK_DEFAULTS``.
-FACTORY_SCALE, MINI_FACTORY_SCALE = 1.0, 128.0
-
 # The names of groups, in their order.
 LOW_RANK, DENSE, EMBEDDINGS, VECTORS = "low-rank", "dense", "embeddings", "norms and biases"
+
+
+def chosen_scale(proj: str) -> float | str:
+    """The ``scale`` of the groups that the package makes, with which AdamW's learning rate carries over. Groups that a
+    user writes have the paper's default of 1. So has svd, for which there is no "auto"."""
+    return 1.0 if proj == "svd" else AUTO
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def apollo_param_groups(
         dense_lr: the learning rate of all dense groups, if it is not the optimizer's.
         embedding_lr: the learning rate of the embeddings, if it is not ``dense_lr``.
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
-        group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``, ``scale=128``.
+        group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``. ``scale`` is "auto" unless given,
+            or 1 for ``proj="svd"``.
 
     Returns groups under the names, in ``group["name"]``, "low-rank", "dense" (the head, what is too narrow, what is not
     targeted), "embeddings", and "norms and biases". One without parameters is left out.
@@ -113,6 +116,7 @@ def groups_of_model(
         raise ValueError("Invalid rank: None (allowed: an integer of 1 or more)")
     for name, value in ({"rank": rank} | group_keys).items():
         check_value(name, value)
+    group_keys = {"scale": chosen_scale(group_keys.get("proj", LOW_RANK_DEFAULTS["proj"]))} | group_keys
     targets = Targets(model, target_modules)
     found = coverage(model, targets, rank, group_keys)
     if not found.low_rank:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "rank_above_width": False,
 }
 
+AUTO = "auto"  # as ``scale``: see core/scale.py
 _REALS = ("lr", "eps", "weight_decay", "scale", "max_grad_norm")  # the other numbers are integers
 _LARGEST = torch.finfo(torch.float32).max
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,7 +41,7 @@ class Settings:
     """The checked hyperparameters of one group, in the words of the paper (arXiv 2412.05270).
 
     ``lr`` is a float or a one-element tensor. ``rank`` is None for a dense group; its other low-rank fields then hold
-    their defaults and are not used.
+    their defaults and are not used. ``scale`` may be "auto": ``core.scale.scale_of`` has the number for a matrix.
     """
 
     lr: float | Tensor
@@ -63,7 +64,7 @@ class Settings:
     proj: str = "random"
     proj_type: str = "std"
     scale_type: str = "channel"
-    scale: float = 1.0
+    scale: float | str = 1.0
     update_proj_gap: int = 200
     distribution: str = "gaussian"
     rank_above_width: bool = False
@@ -86,6 +87,8 @@ class Settings:
                 continue
             check_value(name, value, where)
             values[name] = _plain(name, value)
+        if values.get("rank") is not None and (values.get("scale"), values.get("proj")) == (AUTO, "svd"):
+            raise ValueError(f"{f'{where}: ' if where else ''}{_NO_AUTO_SCALE}")
         values["betas"] = tuple(map(float, values["betas"]))
         values["state_dtype"] = _DTYPES.get(values["state_dtype"], values["state_dtype"])
         if isinstance(values["lr"], Tensor):
@@ -153,10 +156,12 @@ def complete_group(group: dict[str, Any]) -> None:
     """Fill in the low-rank keys that a low-rank group leaves out. Keys that are there stay as they are.
 
     A ``state_dtype`` is replaced by its name, because torch.distributed.checkpoint's full_state_dict accepts no dtype
-    in a group.
+    in a group. Betas become a tuple: ``torch.load(weights_only=True)`` refuses a checkpoint with Hydra's ListConfig.
     """
     if isinstance(group.get("state_dtype"), torch.dtype):
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    if _is_pair(group.get("betas")):
+        group["betas"] = tuple(group["betas"])
     if group.get("rank") is not None:
         for name, default in LOW_RANK_DEFAULTS.items():
             group.setdefault(name, default)
@@ -223,7 +228,8 @@ def _lr_complaint(name: str, value: Any) -> str:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2
+    """Whether ``value`` is two of something in order: a tuple, a list, a ListConfig of Hydra's."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def _betas_allowed(value: Any) -> bool:
@@ -238,6 +244,10 @@ def _betas_complaint(name: str, value: Any) -> str:
     return f"Invalid betas: {shown(value)}"
 
 
+def _scale_allowed(value: Any) -> bool:
+    return value == AUTO if isinstance(value, str) else _is_number(value) and value > 0
+
+
 def _one_of(*options: Any) -> Check:
     return Check(
         lambda value: isinstance(value, (str, Integral)) and value in options,
@@ -245,6 +255,10 @@ def _one_of(*options: Any) -> Check:
     )
 
 
+_NO_AUTO_SCALE = (
+    "scale='auto' has no value for proj='svd', whose updates are between sqrt(rank / width) and 1 times AdamW's, "
+    "depending on the share of the gradient that its directions hold; give a number, or use proj='random'"
+)
 _FLAG = Check(lambda value: isinstance(value, bool), "True or False")
 _AT_LEAST_ZERO = "a finite number, 0 or more"
 
@@ -283,7 +297,7 @@ CHECKS: dict[str, Check] = {
     "proj": _one_of("random", "svd"),
     "proj_type": _one_of("std", "reverse_std", "right", "left"),
     "scale_type": _one_of("channel", "tensor"),
-    "scale": Check(lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "scale": Check(_scale_allowed, "a number above 0, or 'auto'"),
     "update_proj_gap": Check(
         lambda value: _is_integer(value) and 1 <= value < 2**63, "an integer of 1 or more, below 2**63"
     ),

@@ -69,14 +69,14 @@ class Engine:
         with _no_autocast(plan.devices):  # autocast would round the products of the projection
             # G -> R, only if R must be summed over ranks. Elsewhere ``squared_norms`` makes R, or without clipping
             # ``rescale``, on a GPU in the same launch.
-            sketches = _joined(update.sketch() for update in updates if update.is_width_sharded)
+            sketches = joined(update.sketch() for update in updates if update.is_width_sharded)
             norms = plan.squared_norms(updates) if plan.clips else {}
             sketches, norms = plan.collectives.sum_sketches(sketches, norms)
             scales = self._gradient_scales(plan, norms, scaling)
             for update in updates:
                 update.rescale(sketches, scales.get(update.device))  # R -> M, V, s
             results = [update.sharded_results() for update in updates if update.is_sum_sharded]
-            factors, sums = _joined(found for found, _ in results), _joined(found for _, found in results)
+            factors, sums = joined(found for found, _ in results), joined(found for _, found in results)
             factors, sums = plan.collectives.gather_factors(factors, sums)
             for update in updates:
                 self._count_skipped(update.apply(factors, sums))  # s, G -> W
@@ -162,7 +162,7 @@ class Engine:
             self._skipped[skipped.device] = skipped if known is None else known + skipped
 
 
-def _joined(results: Iterable[ByMember]) -> ByMember:
+def joined(results: Iterable[ByMember]) -> ByMember:
     """The results of several updates as one dictionary."""
     return {index: value for result in results for index, value in result.items()}
 

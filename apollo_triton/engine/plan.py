@@ -9,21 +9,20 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
-from ..backends.selection import backend_of
-from ..core.device_backend import Backend
+from ..backends.selection import step_backend, updater_of
 from ..core.settings import Settings
 from ..params.aliasing import check_separate
 from ..params.checks import check_gradient, check_parameter
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
-from ..params.sharding import LocalShard, is_dtensor, local
+from ..params.sharding import LocalShard
 from ..params.state import (
     check_count,
     check_memory,
@@ -34,10 +33,11 @@ from ..params.state import (
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
-from .fingerprint import Given, Groups, States, identities, places_of, structure
+from .fingerprint import Given, Groups, States, places_of, structure
+from .tables import make_tables
 
 if TYPE_CHECKING:
-    from ..backends.triton.matrices import Table
+    pass
 
 
 class Plan:
@@ -100,7 +100,8 @@ class Plan:
         # The same memory as plain C floats: an addition through torch takes 1.8 us a tensor, half a step of 290.
         self._host_steps = [] if on_device else [ctypes.c_float.from_address(step.data_ptr()) for step in self.steps]
         self._reference = {i: member for i, member in enumerate(self.members) if member.backend == "reference"}
-        self.tables = self._make_tables(caches)
+        on_kernels = {i: member for i, member in enumerate(self.members) if member.backend == "triton"}
+        self.tables = make_tables(on_kernels, self._settings, self.counts, on_device, caches)
         self._places = None if self._is_fake else places_of(groups, states, given)
 
     def holds(
@@ -218,13 +219,7 @@ class Plan:
             shard, state = find_shard(param, settings), states.get(parameter, {})
             if has_begun(state):
                 check_state(param, state, settings, shard)
-            try:
-                if fake_mode_of(parameter) is not None:
-                    backend = Backend("none", "a fake tensor has no values")
-                else:
-                    backend = backend_of(parameter, settings, state, is_implicit=not isinstance(gradient, Tensor))
-            except ValueError as error:
-                raise ValueError(f"{param}: {error}") from None
+            backend = step_backend(param, settings, state, is_implicit=not isinstance(gradient, Tensor))
             if on_device and backend.name != "triton":
                 raise ValueError(
                     f"{param}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); "
@@ -232,13 +227,7 @@ class Plan:
                 )
             if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
                 raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
-            name = backend.name
-            if not local(parameter).numel():
-                # Nothing to update. But an empty shard takes part in the sums, and in low rank keeps a u_prev, to the
-                # bit as the other ranks do: on their backend.
-                is_matrix = shard.geometry is not None and shard.geometry.matrices > 0
-                name = "none" if not is_dtensor(parameter) else name if is_matrix else "reference"
-            found.append((param, shard, name))
+            found.append((param, shard, updater_of(backend, parameter, shard)))
         begun = [(param, states[param.tensor]) for param, _, _ in found if has_begun(states.get(param.tensor))]
         with real_numbers(any(fake_mode_of(param.tensor) is not None for param, _ in begun)):
             counts = _values([state["step"] for _, state in begun])
@@ -247,69 +236,6 @@ class Plan:
         check_memory(begun)
         check_separate(param for param, _, _ in found)
         return found
-
-    def _make_tables(self, caches: Caches) -> list[Table]:
-        """The tables of the members that the kernels update: low-rank ones first."""
-        members = {index: member for index, member in enumerate(self.members) if member.backend == "triton"}
-        if not members:
-            return []
-        from ..backends.triton.layout import is_aligned, make_moments_contiguous
-        from ..backends.triton.matrices import Int8Format, Table
-
-        launch_groups = dict(enumerate(identities([*self._settings.values()]), self._first_group))
-        launches: dict[tuple[Any, ...], dict[int, Member]] = {}
-        for index, member in members.items():
-            make_moments_contiguous(member)
-            geometry, shard, gradient = member.geometry, member.shard, member.gradient
-            key = (
-                geometry is None,
-                geometry is not None and geometry.keeps_rows,
-                bool(shard.sum_axes),
-                bool(shard.width_axes),
-                launch_groups[member.param.group],
-                self.counts[index],
-                member.parameter.device,
-                member.parameter.dtype,
-                Int8Format.of(member.parameter),
-                None if isinstance(gradient, Tensor) else index,  # each by itself
-                gradient.dtype,
-                member.state["exp_avg"].dtype,
-                is_aligned(member),
-            )
-            launches.setdefault(key, {})[index] = member
-        made = [
-            Table(members, self._settings[next(iter(members.values())).param.group], aligned=key[-1])
-            for key, members in launches.items()
-        ]
-        tables = [table for table in made if not table.is_dense] + [table for table in made if table.is_dense]
-        self._assign_projections(tables, caches)
-        return tables
-
-    def _assign_projections(self, tables: list[Table], caches: Caches) -> None:
-        """Give the tables whose P is in memory theirs: one for each seed and width, shared by all at the same step."""
-        from ..backends.triton.projections import (
-            MATERIALISED,
-            ProjectionBuffer,
-            buffer_for,
-            projection_dtype,
-            projection_kind,
-        )
-
-        made: dict[tuple[Any, ...], ProjectionBuffer] = {}
-        for table in tables:
-            settings, count = self._settings[table.group], self.counts[table.first]
-            if table.is_dense or projection_kind(settings, table.is_width_sharded) is not MATERIALISED:
-                continue
-            epoch = None if self.on_device else settings.epoch(int(count) + 1)
-            dtype = projection_dtype(table.gradient_dtype)
-            for seed, start, width in sorted(set(table.projection_keys)):
-                kind = settings.distribution, seed, table.rank, start, width, dtype, table.device
-                key = kind, settings.update_proj_gap, count
-                if key not in made:
-                    made[key] = buffer_for(kind, epoch, caches.projection_buffers)
-                table.projections.append(made[key])
-            at = {(P.seed, P.start, P.width): P.buffer for P in table.projections}
-            table.set_projections([at[key] for key in table.projection_keys])
 
 
 def _values(steps: list[Tensor]) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,7 +126,8 @@ class Layerwise:
         self._left: list[RemovableHandle] = []  # hooks that have outlived the optimizer
         self._updated: set[Tensor] = set()  # since the last step()
         self._steps: list[bool] = []  # not empty once there was a step()
-        self._accumulating = self._looked_for_clipping = False
+        self._accumulating: list[Callable[[], bool]] = []  # the conditions of all ``accumulate()`` that are open
+        self._looked_for_clipping = False
         self._lock = threading.Lock()  # autograd has a thread a device, and the caches are shared
 
     def __repr__(self) -> str:
@@ -149,8 +150,11 @@ class Layerwise:
         return optimizer is not None and optimizer._layerwise is self
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
+    def accumulate(self, when: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Gradients add up in ``.grad`` as usual; the next backward outside updates with their sum.
+
+        ``when`` is asked at each gradient whether it is to be kept. So one ``with`` may be around a whole loop that
+        knows by itself which backward ends a step: ``handle.accumulate(lambda: not accelerator.sync_gradients)``.
 
         Raises RuntimeError unless ``gradients="freed"``.
         """
@@ -159,11 +163,11 @@ class Layerwise:
                 f'gradients="{self.gradients}" has no gradients that could accumulate; use larger batches, with '
                 'activation checkpointing if need be, or attach_layerwise(..., gradients="freed")'
             )
-        before, self._accumulating = self._accumulating, True
+        self._accumulating.append(when)
         try:
             yield
         finally:
-            self._accumulating = before
+            self._accumulating.remove(when)
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates everything. May be called again."""
@@ -318,7 +322,7 @@ class Layerwise:
     def _update_from_gradient(self, parameter: Tensor) -> None:
         """The hook: one step of ``parameter``, whose gradient is complete, and then has none."""
         optimizer = self._optimizer
-        if self._accumulating or parameter not in self._params or parameter.grad is None:
+        if parameter not in self._params or parameter.grad is None or any(when() for when in self._accumulating):
             return
         param = self._params[parameter]
         with self._lock:

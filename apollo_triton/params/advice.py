@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,14 +11,19 @@ from torch import Tensor, nn
 
 from ..core.coverage import narrowness
 from ..core.messages import shown, warn
-from ..core.settings import Settings
+from ..core.scale import LEAST_CHANNEL_RANK, scale_of
+from ..core.settings import AUTO, Settings
 from ..core.spelling import unread_keys
 from ..int8.weight import Int8Weight
 from .member import Param, geometry_of
 
-# At lower rates bfloat16 weights lose more than 7 % of their way. In docs/options.md's measurement, weights of a size
-# of 0.02 went 9 % of it at 1e-5, 70 % at 1e-4, 93 % at 2e-4 and 98 % at 3e-4.
-LEAST_BFLOAT16_LR = 2e-4
+# At lower rates bfloat16 weights lose more than 6 % of their way. In the measurement of docs/options.md, weights of a
+# size of 0.02 went with AdamW 16 % of it at 1e-5, 33 % at 3e-5, 94 % at 1e-4 and all at 2e-4. A low-rank update of k
+# times AdamW's norm goes as far at 1/k of the rate: with scale="auto" 46 % at 1e-5 and 89 % at 3e-5.
+LEAST_BFLOAT16_LR = 1e-4
+# From here on a rate looks like the paper's 1e-2, and wide matrices do not take it from AdamW. In bench/rates.py
+# AdamW's best was 5e-3 at a width of 128, and lower from 256 on.
+HIGH_AUTO_LR, WIDE = 5e-3, 512
 
 
 def check_is_no_model(params: Any, optimizer: str) -> None:
@@ -40,11 +46,24 @@ def advise_on_keys(group: dict[str, Any], where: str) -> None:
         warn(f"{where}: {note}")
 
 
-def advise_on_group(params: Sequence[Param], settings: Settings, where: str) -> None:
-    """Warn of a low-rank group without matrices, and of matrices that low rank suits badly."""
+def advise_on_group(params: Sequence[Param], settings: Settings, lr: float, where: str) -> None:
+    """Warn of a low-rank group without matrices, of ranks without an auto scale, of the paper's rate with it, and of
+    matrices that low rank suits badly."""
     if settings.rank is None:
         return
+    if settings.scale == AUTO and settings.scale_type == "channel" and settings.rank < LEAST_CHANNEL_RANK:
+        warn(
+            f"{where}: scale='auto' with a factor for each channel at rank {settings.rank}: the size of an update has "
+            "no mean there, and some channels take steps many times AdamW's; take rank 3 or more, or "
+            "scale_type='tensor'"
+        )
     geometries = [(param, geometry_of(param.tensor, settings)) for param in params]
+    width = max((geometry.width for _, geometry in geometries if geometry is not None), default=0)
+    if settings.scale == AUTO and lr >= HIGH_AUTO_LR and width >= WIDE:
+        warn(
+            f"{where}: lr={lr:g} with scale='auto' is AdamW's rate, and a high one for matrices of width {width}; give "
+            "what AdamW would get, 1e-3 or less, or with the paper's 1e-2 the paper's scale: 1, or 128 for Mini"
+        )
     if not any(param.tensor.dim() > 1 for param in params):
         what = "no parameters" if not params else "only parameters of fewer than two dimensions"
         warn(
@@ -70,16 +89,27 @@ def loses_updates(params: Sequence[Param], settings: Settings, lr: float) -> boo
     """Whether weights are bfloat16 alone and ``lr`` so small that rounding to the nearest loses much of the way."""
     return (
         not settings.stochastic_rounding
-        and 0 < lr < LEAST_BFLOAT16_LR
-        and any(_is_bfloat16_matrix(param.tensor) for param in params)
+        and lr > 0
+        and any(
+            _is_bfloat16_matrix(param.tensor) and lr * _norm_over_adamws(param.tensor, settings) < LEAST_BFLOAT16_LR
+            for param in params
+        )
     )
+
+
+def _norm_over_adamws(matrix: Tensor, settings: Settings) -> float:
+    """About how many times the norm of AdamW's update of ``matrix`` the norm of its own is."""
+    geometry = geometry_of(matrix, settings)
+    if geometry is None or settings.rank is None:
+        return 1.0
+    return math.sqrt(scale_of(settings, geometry) * settings.rank / max(geometry.width, 1))
 
 
 def advise_on_rounding(lr: float) -> None:
     warn(
         f"bfloat16 weights at lr={lr:g} without stochastic rounding lose updates that are smaller than half a rounding "
-        "step: in a measurement they went 9 % of the way of float32 weights at 1e-5, and 70 % at 1e-4 "
-        "(docs/options.md, bfloat16 weights); pass stochastic_rounding=True, or keep the weights in float32"
+        "step: in a measurement they went 46 % of the way of float32 weights at 1e-5 with scale='auto', and 16 % with "
+        "AdamW (docs/options.md, bfloat16 weights); pass stochastic_rounding=True, or keep the weights in float32"
     )
 
 

@@ -29,6 +29,11 @@ class Param:
     name: str
     tensor: Tensor
 
+    @property
+    def label(self) -> str:
+        """The name, or without one the shape: "64 x 32"."""
+        return self.name or " x ".join(map(str, self.tensor.shape))
+
     def __str__(self) -> str:
         name = f" ({self.name!r})" if self.name else ""
         return f"parameter {self.index}{name} of shape {tuple(self.tensor.shape)}"
@@ -46,7 +51,7 @@ class Member(NamedTuple):
     state: dict[str, Any]
     shard: LocalShard
     backend: str
-    given: Mapping[Tensor, ImplicitGradient] = {}
+    given: Mapping[Tensor, Gradient] = {}
 
     @property
     def parameter(self) -> Tensor:
@@ -77,7 +82,7 @@ class Member(NamedTuple):
         return local(self.state[name])
 
 
-def gradient_of(parameter: Tensor, given: Mapping[Tensor, ImplicitGradient]) -> Gradient | None:
+def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient | None:
     """The gradient for this step: the one in ``given`` if there is one, else ``.grad``."""
     return given.get(parameter, parameter.grad) if given else parameter.grad
 

@@ -18,7 +18,7 @@ from ..core.coverage import Coverage, coverage_of
 from ..core.coverage_notes import no_match, notes
 from ..core.kinds import EMBEDDING, MATRIX, weights_of
 from ..core.messages import shown, warn
-from ..core.param_groups import FACTORY_SCALE, DenseKeys, dense_reasons, split_by_kind
+from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
 from ..core.settings import LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
@@ -92,7 +92,7 @@ class Split:
         shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
         of_dense = {key: value for key, value in shared.items() if key not in LOW_RANK_DEFAULTS}
         made, names = [], {*taken}
-        for part in split_by_kind(named, found, self._low_rank_keys, self.dense):
+        for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
             part |= {"name": _unlike(name, names)} | (shared if "rank" in part else of_dense)
             names.add(part["name"])
@@ -101,9 +101,10 @@ class Split:
             made.append(part)
         return made, dense_reasons(found)
 
-    @property
-    def _low_rank_keys(self) -> dict[str, Any]:
-        return {"rank": self.rank, "scale": FACTORY_SCALE, **self.keys}
+    def _low_rank_keys(self, group: Group) -> dict[str, Any]:
+        """The keys of a given group's low-rank weights: its own, before the constructor's."""
+        keys = self.keys | {key: group[key] for key in LOW_RANK_DEFAULTS if key in group}
+        return {"rank": self.rank, "scale": chosen_scale(keys.get("proj", LOW_RANK_DEFAULTS["proj"])), **keys}
 
     def _named(self, group: Any) -> Named:
         """The parameters of a group that is to be split, with their names or numbers. Empty for another group, and for
@@ -122,10 +123,9 @@ class Split:
         return named if are_parameters else []
 
     def _coverage(self, group: Group, named: Named) -> Coverage:
-        own = {key: group[key] for key in LOW_RANK_DEFAULTS if key in group}
-        for name, value in own.items():
+        keys = self._low_rank_keys(group)
+        for name, value in keys.items():
             check_value(name, value)
-        keys = self._low_rank_keys | own
         if _is_named(group):
             weights = weights_of(named)
         elif self.target_modules != DEFAULT_TARGETS:

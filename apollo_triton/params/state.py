@@ -127,6 +127,20 @@ def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str,
     return state
 
 
+def state_without_memory(parameter: Tensor, settings: Settings, shard: LocalShard) -> dict[str, Tensor]:
+    """The tensors that a parameter's state will hold, svd's projection included, on the meta device.
+
+    Of a ``DTensor`` they are this rank's parts.
+    """
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.float32)}
+    for name, expected in expected_tensors(parameter, settings, {}).items():
+        is_sharded = is_dtensor(parameter) and name in SHARDED
+        shape = state_placement(name, parameter, shard, expected.shape).shape if is_sharded else expected.shape
+        dtype = settings.state_dtype if expected.dtypes == MOMENT_DTYPES else expected.dtypes[0]
+        shapes[name] = shape, dtype
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
+
+
 def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shard: LocalShard) -> None:
     """Raise ValueError unless the state is what the backends take for granted: shapes, dtypes, layouts, devices.
 

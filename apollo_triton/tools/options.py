@@ -9,11 +9,18 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 # Of ``demo``: what every method is trained with.
-STEPS, BATCH, SEQUENCE, MINI_SCALE = 600, 8, 128, 128.0
+STEPS, BATCH, SEQUENCE, LEARNING_RATE = 600, 8, 128, 3e-3
 # Names that modules which import torch define. A test compares them.
 LLAMA_SIZES = "60M", "130M", "350M", "1B", "7B", "13B"
 DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
 DEMO_METHODS = "adamw", "apollo", "mini"
+
+
+def convert(parser: ArgumentParser) -> None:
+    """Rewrite a checkpoint of apollo-torch, a file or a Trainer's folder, as one that this package loads."""
+    add = parser.add_argument
+    add("old", type=Path, metavar="OLD", help="the file of optimizer.state_dict(), or the Trainer's checkpoint-N")
+    add("new", type=Path, metavar="NEW", help="the path to write to, where nothing is yet; OLD stays as it is")
 
 
 def demo(parser: ArgumentParser) -> None:
@@ -22,8 +29,8 @@ def demo(parser: ArgumentParser) -> None:
     add("--data", type=Path, metavar="PATH", help="a file, or a folder of text files, to train on")
     add("--model", default="1M", metavar="SIZE", help=f"{', '.join(DEMO_SIZES)} (1M)")
     add("--methods", default=",".join(DEMO_METHODS), metavar="NAMES", help="which, and in what order (all)")
-    add("--lr", default="", metavar="NAME=LR,...", help="learning rates, e.g. adamw=3e-3,mini=1e-2")
-    add("--mini-scale", type=float, default=MINI_SCALE, metavar="X", help="Mini's scale (%(default)g)")
+    add("--lr", type=float, default=LEARNING_RATE, metavar="X", help="peak learning rate of every method (%(default)g)")
+    add("--scale", default="auto", metavar="X", help="of APOLLO and Mini: a number, or auto (%(default)s)")
     add("--steps", type=int, default=STEPS, metavar="N", help="of each method (%(default)s)")
     add("--batch", type=int, default=BATCH, metavar="N", help="sequences a step (%(default)s)")
     add("--sequence", type=int, default=SEQUENCE, metavar="N", help="bytes in each (%(default)s)")

@@ -95,7 +95,7 @@ class Trained:
 
 
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
-    """The paper's settings. They are the defaults of ``apollo`` and ``mini``, except for the learning rate."""
+    """The paper's settings. Apart from learning rate and scale they are the defaults of ``apollo`` and ``mini``."""
     if options.method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0)
     settings: dict[str, Any] = {
@@ -107,8 +107,8 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
         "state_bits": options.state_bits,
     }
     if options.method.endswith("mini"):
-        return APOLLOAdamW.mini(model, **settings)
-    return APOLLOAdamW.apollo(model, rank=max(1, options.rank // options.shrink), **settings)
+        return APOLLOAdamW.mini(model, scale=128.0, **settings)
+    return APOLLOAdamW.apollo(model, rank=max(1, options.rank // options.shrink), scale=1.0, **settings)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ GROUPS = {
     "rank 64, one factor": {"rank": 64, "scale_type": "tensor"},
     "rademacher 1": {"rank": 1, "scale_type": "tensor", "distribution": "rademacher"},
     "rademacher 24": {"rank": 24, "distribution": "rademacher", "disable_nl": True},
-    "front": {"rank": 3, "scale_front": True, "scale": 4.0},
+    "front": {"rank": 3, "scale_front": True, "scale": "auto"},
 }
 # Every group on the small shape and on the first, the narrowest and one of tensor cores on the second, one group on the
 # others.

@@ -52,7 +52,7 @@ def test_the_sketch(dtype, tokens, by_gram, rows, columns):
     geometry = Geometry.of((rows, columns), "std")
     group = APOLLOAdamW([{"params": [torch.nn.Parameter(torch.zeros(rows, columns))], "rank": 6}]).param_groups[0]
     settings, scalars = Settings.of(group), StepScalars(1)
-    batch = Batch(geometry, 0, Scratch())
+    batch = Batch(geometry, 1.0, 0, Scratch())
     P = projection_matrix(0, 0, 6, geometry.width)
     batch.projections, batch.weights = [P], [torch.zeros(rows, columns)]
     channels = G if geometry.keeps_rows else G.T

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 APOLLO = {"rank": 2, "update_proj_gap": 3, "weight_decay": 0.05}
-MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 3, "distribution": "rademacher"}
+MINI = {"rank": 1, "scale_type": "tensor", "scale": "auto", "update_proj_gap": 3, "distribution": "rademacher"}
 SAVED, END = 5, 9  # refreshes lie before the save and after it
 
 SHAPES = {

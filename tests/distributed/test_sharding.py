@@ -29,8 +29,9 @@ APOLLO = {"rank": 2, "update_proj_gap": 4, "weight_decay": 0.05}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 16.0, "update_proj_gap": 4, "distribution": "rademacher"}
 SIGNS = {"rank": 2, "distribution": "rademacher", "update_proj_gap": 5, "scale": 2.0, "proj_type": "left"}
 RIGHT = {"rank": 2, "proj_type": "right", "update_proj_gap": 4, "disable_nl": True}
-REVERSED = {"rank": 3, "proj_type": "reverse_std", "scale_type": "tensor", "update_proj_gap": 4, "weight_decay": 0.1}
-LARGE = {"rank": 16, "update_proj_gap": 4, "seed_per_param": True}
+REVERSED = {"rank": 3, "proj_type": "reverse_std", "scale_type": "tensor", "update_proj_gap": 4, "weight_decay": 0.1,
+            "scale": "auto"}  # fmt: skip
+LARGE = {"rank": 16, "scale": "auto", "update_proj_gap": 4, "seed_per_param": True}
 
 SHAPES = {
     "tall": ((10, 3), APOLLO),
@@ -43,6 +44,7 @@ SHAPES = {
     "left_wide": ((3, 10), SIGNS),
     "right": ((3, 10), RIGHT),
     "reversed": ((10, 5), REVERSED),
+    "reversed_odd": ((9, 5), REVERSED),  # the first of two shards has the shape of the other's, and not its width
     "large": ((33, 18), LARGE),
     "large_wide": ((18, 21), LARGE),
     "experts": ((3, 6, 4), APOLLO),
@@ -116,8 +118,9 @@ MESHES = [
 
 @pytest.mark.parametrize(("mesh_shape", "steps"), MESHES, ids=str)
 def test_a_mesh_follows_the_single_process(mesh_shape, steps):
-    """Geometry from a local shape, P sliced at a wrong offset, a sum left out or taken twice, padding of uneven or
-    empty shards counted, a refresh at another step, one weight's part taken for another's; and what the checks name."""
+    """Geometry or the width of an auto scale from a local shape, P sliced at a wrong offset, a sum left out or taken
+    twice, padding of uneven or empty shards counted, a refresh at another step, one weight's part taken for another's;
+    and what the checks name."""
     cases = cases_for(mesh_shape, steps)
     results = run(
         placed, torch.Size(mesh_shape).numel(), mesh_shape=mesh_shape, cases=cases, steps=steps, options={}, timeout=200
@@ -236,7 +239,8 @@ def through_the_kernels(mesh_shape, cases, steps):
     ids=str,
 )  # fmt: skip
 def test_kernels_follow_the_reference_of_a_single_process(mesh_shape):
-    """Strides or addresses of local shards taken for those of the whole weight, P made from index 0 on every rank."""
+    """Strides, addresses or widths of local shards taken for those of the whole weight, P made from index 0 on every
+    rank."""
     pytest.importorskip("triton")
     gap = {"update_proj_gap": 2}
     cuts = {1: ["0", "1"], 2: ["01", "10", "r0"]}[len(mesh_shape)]

@@ -205,6 +205,33 @@ def test_a_misspelt_entry_of_a_list_is_named():
         quantize_model(model, target_modules=["attn", "mlp"], group_size=8)  # int8 already is no reason to warn
 
 
+def test_an_entry_that_makes_nothing_int8_is_named():
+    """Fused experts that were named, and stayed float in silence beside much attention; a misspelt "auto"."""
+    model = nn.ModuleDict({"attn": nn.Linear(240, 400), "experts": Experts(), "norm": nn.LayerNorm(24)})
+    with pytest.warns(UserWarning, match="the other entries are used") as caught:
+        quantize_model(model, target_modules=["attn", "experts", "norm", "Auto"], group_size=8)
+    texts = [str(each.message).removeprefix("target_modules=['attn', 'experts', 'norm', 'Auto']: ") for each in caught]
+    assert texts == [
+        "'experts' names no nn.Linear, and nothing else becomes int8, such as 'experts' (Experts); the other entries "
+        "are used",
+        "'norm' names no nn.Linear, and nothing else becomes int8, such as 'norm' (LayerNorm); the other entries are "
+        "used",
+        "no module matches 'Auto' (did you mean 'auto'?); the other entries are used",
+    ]
+
+
+@pytest.mark.parametrize("targets", ["auto", "all-linear", ["auto", "lm_head"]])
+def test_what_is_taken_whatever_it_is_called(targets):
+    """Names of the layers that the old default did not match, and a head that is tied to its embedding: refused."""
+    layers = {name: nn.Linear(24, 24) for name in ("fc1", "query_key_value", "to_out")}
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(24, 24), **layers, "lm_head": nn.Linear(24, 24, bias=False)})
+    if isinstance(targets, str):
+        model["lm_head"].weight = model["embed_tokens"].weight
+    quantize_model(model, targets, group_size=8)
+    expected = [*layers, *([] if isinstance(targets, str) else ["lm_head"])]
+    assert [name for name, each in model.items() if isinstance(each, Int8Linear)] == expected
+
+
 def test_after_the_advice_it_works():
     model = net()
     prune.random_unstructured(model["attn"], "weight", 0.5)

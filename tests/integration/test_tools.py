@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("trl")
 yaml = pytest.importorskip("yaml")
 
-from programs import ROOT, run_program  # noqa: E402
+from programs import ROOT, installed, run_program  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -72,13 +72,6 @@ def run(tool: str, arguments: list[str], keys: dict[str, Any], place: Path, fold
     found = run_program(*arguments, cwd=place, before=before, PATH=path, ACCELERATE_USE_CPU="true", **offline)
     assert found.returncode == 0, f"{tool}: {found.stdout[-2000:]}\n{found.stderr[-4000:]}"
     return place / str(keys["output_dir"]) / f"checkpoint-{STEPS}"
-
-
-def installed(tool: str) -> Path:
-    folder = ROOT / ".venv" / "tools" / tool
-    if not (folder / tool).is_dir():
-        pytest.skip(f"{tool} is not in {folder}; make test-all installs it where this Python can run it")
-    return folder
 
 
 def losses(checkpoint: Path) -> list[float]:

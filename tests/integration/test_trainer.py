@@ -8,6 +8,8 @@ import pytest
 from distributed_cases import needs_fsdp_on_a_cpu
 from programs import ended_well, run_program
 
+from apollo_triton import cli
+
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
@@ -28,6 +30,18 @@ REPETITIONS = (
 @pytest.mark.parametrize("program", [FAST, *(pytest.param(each, marks=pytest.mark.full) for each in REPETITIONS)])
 def test_a_trainer_that_nothing_patches(program: str, tmp_path: Path) -> None:
     found = run_program("-m", "apollo_triton.compat", "tests/support/trainer_program.py", program, str(tmp_path))
+    assert found.returncode == 0, found.stderr[-4000:]
+
+
+@pytest.mark.full
+def test_a_converted_checkpoint_goes_on_as_with_apollo_torch(tmp_path: Path) -> None:
+    """Groups of another order, a schedule that begins again, files that the Trainer misses in the new folder."""
+    pytest.importorskip("apollo_torch")
+    program = "tests/support/trainer_program.py"
+    found = run_program(program, "of_apollo_torch", str(tmp_path))
+    assert found.returncode == 0, found.stderr[-4000:]
+    assert cli.main(["convert", str(tmp_path / "checkpoint-4"), str(tmp_path / "converted")]) == 0
+    found = run_program("-m", "apollo_triton.compat", program, "converted", str(tmp_path))
     assert found.returncode == 0, found.stderr[-4000:]
 
 

@@ -168,7 +168,7 @@ def test_summed_sketches_are_rescaled_part_by_part():
         optimizer.step()
         plan = optimizer._engine._plan
         settings, scalars = plan._settings[0], StepScalars(2)
-        batch = Batch(plan.members[0].geometry, 0, Scratch())
+        batch = Batch(plan.members[0].geometry, 1.0, 0, Scratch())
         with torch.no_grad():
             for member in plan.members:
                 batch.add(member, torch.ones(128, 256))

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -121,6 +122,28 @@ def test_accumulation_updates_once_with_the_sum():
         assert all(p.grad is not None for p in models[1].parameters())
         for model, optimizer in zip(models, optimizers, strict=True):
             train(model, optimizer, 1, first=10 * step + 2)
+    assert_same(*models, optimizers)
+
+
+def test_a_condition_says_which_backward_accumulates():
+    """One that is asked once instead of at each gradient; an accumulation inside that the condition overrules, or that
+    ends the one around it."""
+    models, optimizers, handle = pair(rank=4)
+    moves = True
+    with handle.accumulate(lambda: not moves):
+        for step in range(2):
+            for micro in range(3):
+                moves = micro != 1
+                loss_of(models[0], 10 * step + micro).backward()
+                with handle.accumulate() if micro == 0 else nullcontext():
+                    loss_of(models[1], 10 * step + micro).backward()
+                assert all((p.grad is None) == (micro == 2) for p in models[1].parameters())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        moves = False
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 1, first=20)
     assert_same(*models, optimizers)
 
 

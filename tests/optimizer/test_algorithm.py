@@ -27,7 +27,7 @@ GROUP = st.fixed_dictionaries(
     {
         "proj_type": st.sampled_from(["std", "reverse_std", "right", "left"]),
         "scale_type": st.sampled_from(["channel", "tensor"]),
-        "scale": st.sampled_from([1.0, 0.25, 128.0]),
+        "scale": st.sampled_from([1.0, 0.25, 128.0, "auto"]),
         "scale_front": st.booleans(),
         "disable_nl": st.booleans(),
         "correct_bias": st.booleans(),

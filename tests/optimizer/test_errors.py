@@ -103,6 +103,13 @@ def test_numbers_that_torch_does_not_take_are_read_as_python_s_own():
         ({"rank": 2, "scale_type": "row"}, "Invalid scale_type: 'row' .allowed: 'channel' or 'tensor'"),
         ({"rank": 2, "scale": 0}, "Invalid scale: 0 "),
         ({"rank": 2, "scale": float("inf")}, "Invalid scale: inf"),
+        (
+            {"rank": 2, "scale": "Auto"},
+            "parameter group 2: Invalid scale: 'Auto' .allowed: a number above 0, or 'auto'",
+        ),
+        ({"rank": 2, "scale": "auto "}, "Invalid scale: 'auto ' .allowed: a number above 0, or 'auto'"),
+        ({"rank": 2, "scale": "128"}, "Invalid scale: '128' .allowed: a number above 0, or 'auto'"),
+        ({"rank": 2, "scale": "auto", "proj": "svd"}, "parameter group 2: scale='auto' has no value for proj='svd'"),
         ({"rank": 2, "update_proj_gap": 0}, "Invalid update_proj_gap: 0"),
         ({"rank": 2, "distribution": "uniform"}, "Invalid distribution: 'uniform'"),
         ({"rank": 2, "lr": -3.0}, "parameter group 2: Invalid learning rate: -3.0"),

@@ -13,7 +13,7 @@ from apollo_triton import APOLLOAdamW, attach_layerwise, dequantize_model, quant
 
 def make_model():
     torch.manual_seed(0)
-    return nn.ModuleDict({"mlp": nn.Linear(128, 8), "norm": nn.Linear(128, 128, bias=False)})
+    return nn.ModuleDict({"mlp": nn.Linear(128, 8), "head": nn.Linear(128, 128, bias=False)})
 
 
 def optimizer_of(model):
@@ -33,7 +33,7 @@ def flat(optimizer):
 
 
 def backward(model):
-    model["mlp"](model["norm"](torch.ones(2, 128))).square().sum().backward()
+    model["mlp"](model["head"](torch.ones(2, 128))).square().sum().backward()
 
 
 CONVERSIONS = {
@@ -169,7 +169,7 @@ def test_parameters_that_never_get_a_gradient_are_noticed_once(change, layer_wis
     change(model)
     seen = []
     for _ in range(4):
-        (model["mlp"](model["norm"](torch.ones(2, 128))) * getattr(model["mlp"], "adapter", 1)).sum().backward()
+        (model["mlp"](model["head"](torch.ones(2, 128))) * getattr(model["mlp"], "adapter", 1)).sum().backward()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             optimizer.step()
@@ -195,7 +195,7 @@ def scaled(model, optimizer):
     for step in range(4):
         optimizer.zero_grad()
         scaler.scale(
-            (model["mlp"](model["norm"](torch.ones(2, 128))) * (torch.inf if step < 3 else 1)).sum()
+            (model["mlp"](model["head"](torch.ones(2, 128))) * (torch.inf if step < 3 else 1)).sum()
         ).backward()
         scaler.step(optimizer)
         scaler.update()

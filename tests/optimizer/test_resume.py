@@ -37,6 +37,7 @@ ROWS = {
     "mini": Row(TENSOR, in_memory=True),
     "svd": Row({"rank": 4, "proj": "svd"}),
     "svd and bfloat16": Row({"rank": 4, "proj": "svd"}, dtype=torch.bfloat16),
+    "auto scale": Row({"rank": 4, "scale": "auto"}),
     "a seed each, clipped": Row({"rank": 17}, {"seed_per_param": True, "max_grad_norm": 0.1}),
     "bfloat16": Row({"rank": 16}, dtype=torch.bfloat16),
     "bfloat16 state": Row({"rank": 4}, ROUNDED),

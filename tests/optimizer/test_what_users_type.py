@@ -167,9 +167,9 @@ def test_parameters_alone_are_plain_adamw_and_said_to_be():
     assert not warnings_of(APOLLOAdamW, nn.Linear(4, 4).requires_grad_(False).parameters())
 
 
-@pytest.mark.parametrize("lr", [1e-5, 1e-4, torch.tensor(1e-5)])
+@pytest.mark.parametrize("lr", [1e-6, 1e-5, torch.tensor(1e-5)])
 def test_bfloat16_weights_at_a_rate_that_rounds_updates_away(lr):
-    """9 % of the way at 1e-5, 70 % at 1e-4, and nothing says so."""
+    """46 % of the way at 1e-5, and nothing says so."""
     (text,) = warnings_of(APOLLOAdamW.apollo, make_model(torch.bfloat16), rank=4, lr=lr)
     assert f"bfloat16 weights at lr={float(lr):g} without stochastic rounding lose updates" in text
     model = make_model(torch.bfloat16)
@@ -178,6 +178,28 @@ def test_bfloat16_weights_at_a_rate_that_rounds_updates_away(lr):
     assert len(warnings_of(optimizer.add_param_group, again)) == 1
     later = {"params": [nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))], "lr": lr}
     assert not warnings_of(optimizer.add_param_group, later)  # once
+
+
+@pytest.mark.parametrize(
+    ("keys", "least"), [({"rank": None}, 1e-4), ({"rank": 16, "scale": 1}, 2e-4), ({"rank": 16, "scale": "auto"}, 4e-5)]
+)
+def test_how_low_a_rate_may_be_depends_on_the_size_of_updates(keys, least):
+    """One limit for all: noise where "auto" moves 2.8 times as far as AdamW, silence where the paper's 1 moves half."""
+    group = {"params": [nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))], **keys}
+    assert len(warnings_of(APOLLOAdamW, [group], lr=0.8 * least)) == 1
+    assert not warnings_of(APOLLOAdamW, [group], lr=1.1 * least)
+
+
+def test_the_papers_rate_with_auto_is_said_to_be_high():
+    """A rate of 1e-2 from the paper or an older program, with updates that are now AdamW's: the run diverges."""
+    wide = nn.ModuleDict({"mlp": nn.Linear(512, 512, bias=False)})
+    (text,) = warnings_of(APOLLOAdamW.mini, wide, lr=1e-2)
+    assert (
+        "parameter group 0: lr=0.01 with scale='auto' is AdamW's rate, and a high one for matrices of width 512" in text
+    )
+    for options in ({"lr": 1e-3}, {"lr": 1e-2, "scale": 128.0}):
+        assert not warnings_of(APOLLOAdamW.mini, wide, **options)
+    assert not warnings_of(APOLLOAdamW.mini, nn.ModuleDict({"mlp": nn.Linear(64, 64)}), lr=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "apollo_triton"
 LAYERS = ["version", "core", "int8", "params", "backends", "engine", "optimizer", "layerwise"]
 LAYERS += ["", "tools", "compat", "cli"]
 # The single files at the top of the package, each with the layer that it belongs to.
-FACE = {"qapollo": "layerwise", "checkpoint": "int8", "__main__": "cli"}
+FACE = {"summary": "optimizer", "qapollo": "layerwise", "trainer": "layerwise", "checkpoint": "int8", "__main__": "cli"}
 
 
 def modules():

@@ -24,5 +24,5 @@ def rows_of(out: Path) -> list[dict[str, str]]:
 
 
 def config(corpus: Corpus, method: str = "apollo", **changes) -> RunConfig:
-    made = RunConfig(method, 1e-2, 4.0 if method == "mini" else None, "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
+    made = RunConfig(method, 1e-2, None if method == "adamw" else "auto", "tiny", STEPS, BATCH, SEQUENCE, 0, "cpu", "")
     return dataclasses.replace(made, data=corpus.fingerprint, **changes)

@@ -17,6 +17,7 @@ from apollo_triton.backends.triton import verbs as fused
 from apollo_triton.backends.triton.matrices import Table
 from apollo_triton.core.implicit_gradient import ImplicitGradient
 from apollo_triton.core.projection import projection_matrix
+from apollo_triton.core.scale import scale_of
 from apollo_triton.core.scratch import Scratch
 from apollo_triton.core.settings import Settings
 from apollo_triton.engine.agreement import Agreement
@@ -89,7 +90,7 @@ def step(layer, operands, number=1, limiter_norm="exact"):
 def reference_step(layer, G, number=1):
     """The same on the reference path, of a gradient that is given; layer's table takes no part."""
     settings, scalars = layer.settings, StepScalars(number)
-    batch = Batch(layer.member.geometry, settings.seed, Scratch())
+    batch = Batch(layer.member.geometry, scale_of(settings, layer.member.geometry), settings.seed, Scratch())
     with torch.no_grad():
         batch.add(layer.member._replace(given={layer.weight: G}), projection_of(layer, number).float())
         sketch = reference.sketch(batch, settings, scalars)

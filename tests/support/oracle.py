@@ -1,6 +1,7 @@
 """A second implementation of the algorithm, in float64 and for one matrix at a time. The package is tested against it.
 
-It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``.
+It is written from the paper's equations alone, and shares no code with the package except ``projection_matrix``, and
+of the law of ``scale="auto"`` its one constant, which is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ class OracleMatrix:
             "right": True,
             "left": False,
         }[self.options["proj_type"]]
-        channels = rows if self.keeps_rows else columns
+        channels, width = (rows, columns) if self.keeps_rows else (columns, rows)
+        self.scale = self.options["scale"]
+        if self.scale == "auto":
+            # N of ``width`` numbers is sqrt(width / rank) times as long as that of ``rank``. Each channel's 1 / |R_c|^2
+            # is rank / (rank - 2) times 1 / |G_c|^2 on average, and without a mean at ranks 1 and 2 counts as at 3.
+            in_the_mean = max(rank, 3) / (max(rank, 3) - 2) if self.options["scale_type"] == "channel" else 1
+            # 8: an update has sqrt(8) times the norm of AdamW's, since its noise is averaged by nothing.
+            self.scale = 8 * width / rank / in_the_mean
         self.M = torch.zeros(channels, rank, dtype=torch.float64, device=weight.device)
         self.V = torch.zeros_like(self.M)
         self.update_norm: float | None = None
@@ -72,7 +80,7 @@ class OracleMatrix:
             s = N.norm() / (R.norm() + 1e-8)
         update = s * G
         if o["scale_front"]:
-            update = update * math.sqrt(o["scale"])
+            update = update * math.sqrt(self.scale)
         if not o["disable_nl"]:
             u = update.norm().item()
             limiter = 1.0 if self.update_norm is None else max(u / (self.update_norm + 1e-8), 1.01) / 1.01
@@ -80,7 +88,7 @@ class OracleMatrix:
                 self.update_norm = u / limiter
             update = update / limiter
         if not o["scale_front"]:
-            update = update * math.sqrt(o["scale"])
+            update = update * math.sqrt(self.scale)
         h = o["lr"] * (math.sqrt(1 - b2**t) / (1 - b1**t) if o["correct_bias"] else 1)
         self.weight -= h * (update if self.keeps_rows else update.T)
         self.weight -= o["lr"] * o["weight_decay"] * self.weight

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,6 +28,14 @@ def run_program(
         timeout=timeout,
         check=False,
     )
+
+
+def installed(tool: str) -> Path:
+    """The folder of a program with a stack of its own (the Makefile's TOOLS). Skips the test where it is missing."""
+    folder = ROOT / ".venv" / "tools" / tool
+    if not (folder / tool).is_dir():
+        pytest.skip(f"{tool} is not in {folder}; make test-all installs it where this Python can run it")
+    return folder
 
 
 def ended_well(found: subprocess.CompletedProcess[str]) -> bool:

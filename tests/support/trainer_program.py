@@ -11,13 +11,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate_states import shard_on_cpus
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from apollo_triton import APOLLOAdamW, apollo_param_groups, attach_layerwise
+from apollo_triton import APOLLOAdamW
+from apollo_triton.trainer import LayerwiseCallback, optimizer_for_trainer
 
 NAMED = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"], "optim_args": "rank=4,scale=2.0"}
 
@@ -97,6 +99,31 @@ def resumed(folder: Path) -> None:
         assert torch.equal(ours, expected)
 
 
+SVD = NAMED | {"optim_args": "rank=4,scale=2.0,proj=svd,update_proj_gap=3"}
+
+
+def of_apollo_torch(folder: Path) -> None:
+    """Without the prefix: apollo-torch trains all steps and saves after 4 of 8. Its P of svd is no random one."""
+    whole = trainer(folder, save_strategy="steps", save_steps=4, **SVD)
+    whole.train()
+    assert type(whole.optimizer.optimizer).__module__.startswith("apollo_torch"), whole.optimizer
+    torch.save({"losses": losses(whole), "weights": weights(whole)}, folder / "whole.pt")
+
+
+def converted(folder: Path) -> None:
+    """The folder ``converted`` goes on as apollo-torch did, schedule and order of the data too, to rounding."""
+    whole = torch.load(folder / "whole.pt")
+    again = trainer(folder, **SVD)
+    again.train(resume_from_checkpoint=str(folder / "converted"))
+    assert isinstance(again.optimizer.optimizer, APOLLOAdamW)
+    assert {int(state["step"]) for state in again.optimizer.state.values()} == {8}
+    for ours, expected in zip(losses(again), whole["losses"], strict=True):
+        assert abs(ours - expected) < 1e-5, (losses(again), whole["losses"])
+    start = weights(trainer(folder, **SVD))
+    for ours, expected, before in zip(weights(again), whole["weights"], start, strict=True):
+        assert (ours - expected).norm() < 1e-5 * (expected - before).norm()
+
+
 def layer_by_layer(folder: Path) -> None:
     """The Trainer's own layer-wise mode, with an optimizer per parameter, trains as the plain string does.
 
@@ -113,16 +140,15 @@ def layer_by_layer(folder: Path) -> None:
 
 
 def directly(folder: Path) -> None:
-    """An optimizer that is passed to the Trainer is the one that trains, with all options of this package."""
-    model = make_model()
-    optimizer = APOLLOAdamW.mini(model, lr=1e-2, scale=4.0, state_dtype=torch.bfloat16)
+    """An optimizer that is passed to the Trainer is the one that trains, with all options of this package. One that
+    the Trainer makes by the pair trains the same."""
+    model, keys = make_model(), {"scale": 4.0, "state_dtype": torch.bfloat16}
+    optimizer = APOLLOAdamW.mini(model, lr=1e-2, eps=1e-8, **keys)  # the Trainer's eps
     run = trainer(folder, model, trained={"optimizers": (optimizer, None)})
     run.train()
     assert losses(run)[-1] < losses(run)[0] - 0.5, losses(run)
-    model = make_model()
-    keys = {"params": apollo_param_groups(model, rank=1, scale_type="tensor", scale=4.0), "lr": 1e-2}
-    keys["state_dtype"] = torch.bfloat16
-    other = trainer(folder, model, trained={"optimizer_cls_and_kwargs": (APOLLOAdamW, keys)})
+    other = trainer(folder)
+    other.optimizer_cls_and_kwargs = optimizer_for_trainer(APOLLOAdamW.mini, other.args, **keys)
     other.train()
     assert losses(other) == losses(run)
 
@@ -132,8 +158,8 @@ def attached(folder: Path) -> None:
     for limit, expected in ((1.0, 1), (0.0, 0)):
         model = make_model()
         optimizer = APOLLOAdamW.mini(model, lr=1e-2, scale=4.0)
-        attach_layerwise(model, optimizer)
-        run = trainer(folder, model, trained={"optimizers": (optimizer, None)}, max_grad_norm=limit)
+        given = {"optimizers": (optimizer, None), "callbacks": [LayerwiseCallback]}
+        run = trainer(folder, model, trained=given, max_grad_norm=limit)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             run.train()
@@ -188,24 +214,40 @@ def as_transformers_tests_it(folder: Path) -> None:
 def sharded(folder: Path) -> None:
     """FSDP2 through Accelerate on two ranks has the losses of DDP, and resuming gives the same bits.
 
-    The Trainer is not patched. Accelerate is patched so that it shards on CPUs.
+    The Trainer is not patched. Accelerate is patched so that it shards on CPUs. The optimizer is the string's, and then
+    the pair's.
     """
-    plain = trainer(folder / "plain", **NAMED)
-    plain.train()
+
+    def made(name: str, by_pair: bool, **options: Any) -> Trainer:
+        run = trainer(folder / name, **{} if by_pair else NAMED, **options)
+        if by_pair:
+            run.optimizer_cls_and_kwargs = optimizer_for_trainer(
+                APOLLOAdamW.apollo, run.args, run.model, rank=4, scale=2.0
+            )
+        return run
+
+    plain = [made("plain", by_pair) for by_pair in (False, True)]
+    for run in plain:
+        run.train()
+    refused = trainer(folder, trained={"callbacks": [LayerwiseCallback]})
+    with pytest.raises(ValueError, match="LayerwiseCallback works on one process, and Accelerate trains by MULTI_CPU"):
+        refused.train()
     shard_on_cpus()
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}, **NAMED}
-    whole = trainer(folder / "whole", save_strategy="steps", save_steps=4, **options)
-    whole.train()
-    parameters = [parameter for group in whole.optimizer.param_groups for parameter in group["params"]]
-    assert all(isinstance(parameter, DTensor) for parameter in parameters)
-    for ours, expected in zip(losses(whole), losses(plain), strict=True):
-        assert abs(ours - expected) < 1e-4, (losses(whole), losses(plain))
-    again = trainer(folder / "again", **options)
-    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
-    assert losses(again)[4:] == losses(whole)[4:]
-    for ours, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours.to_local(), expected.to_local())
+    options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}}
+    for by_pair in (False, True):
+        whole = made(f"whole-{by_pair}", by_pair, save_strategy="steps", save_steps=4, **options)
+        whole.train()
+        groups = whole.optimizer.param_groups
+        assert all(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+        assert [len(group["params"]) for group in groups if group.get("rank") == 4] == [2 * 7]
+        for ours, expected in zip(losses(whole), losses(plain[by_pair]), strict=True):
+            assert abs(ours - expected) < 1e-4, (losses(whole), losses(plain[by_pair]))
+        again = made("again", by_pair, **options)
+        again.train(resume_from_checkpoint=str(folder / f"whole-{by_pair}" / "checkpoint-4"))
+        assert losses(again)[4:] == losses(whole)[4:]
+        for ours, expected in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours.to_local(), expected.to_local())
     if os.environ["RANK"] == "0":
         print("sharded and resumed")
 
@@ -215,6 +257,8 @@ PROGRAMS = {
     for program in (
         by_its_string,
         resumed,
+        of_apollo_torch,
+        converted,
         layer_by_layer,
         directly,
         attached,

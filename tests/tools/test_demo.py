@@ -158,17 +158,18 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(text):
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
-def test_paper_settings_reach_the_optimizer(text):
+def test_settings_reach_the_optimizer(text):
     corpus = load_corpus(text, 17)
     apollo = Run(config(corpus), corpus).optimizer.param_groups[0]
     assert (apollo["rank"], apollo["scale_type"], apollo["scale"], apollo["update_proj_gap"]) == (
         8,
         "channel",
-        1.0,
+        "auto",
         200,
     )
     mini = Run(config(corpus, "mini"), corpus).optimizer.param_groups[0]
-    assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", 4.0, False)
+    assert (mini["rank"], mini["scale_type"], mini["scale"], mini["disable_nl"]) == (1, "tensor", "auto", False)
+    assert Run(config(corpus, "mini", scale=4.0), corpus).optimizer.param_groups[0]["scale"] == 4.0
     assert Run(config(corpus, "adamw"), corpus).optimizer.defaults["weight_decay"] == 0
 
 
@@ -188,12 +189,12 @@ def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
         (inner / f"{index}.md").write_text(f"{index} is a number. " * 20)
     (inner / "picture.png").write_bytes(b"\x89" * 10**6)
     out = tmp_path / "out"
-    assert cli.main(arguments(tmp_path / "text", out, "--methods", "mini", "--lr", "mini=2e-3")) == 0
+    assert cli.main(arguments(tmp_path / "text", out, "--methods", "mini", "--lr", "2e-3", "--scale", "128")) == 0
     corpus = load_corpus(tmp_path / "text", 17)
     assert 137 not in corpus.train
     assert len(rows_of(out)) == STEPS + 1
     settings = json.loads((out / "results.json").read_text())["methods"]["mini"]["settings"]
-    assert settings["learning_rate"] == 2e-3
+    assert (settings["learning_rate"], settings["scale"]) == (2e-3, 128.0)
     assert "APOLLO-Mini" in capsys.readouterr().out
 
 
@@ -206,11 +207,10 @@ def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
         (["--sequence", "0"], "--sequence 0"),
         (["--model", "2M"], "allowed: tiny, 1M, 60M"),
         (["--methods", "adamw,sgd"], "'sgd' is not a method (allowed: adamw, apollo, mini)"),
-        (["--lr", "sgd=1"], "'sgd' is not a method"),
-        (["--lr", "mini"], "mini=NUMBER"),
-        (["--lr", "mini=-1"], "0 or more"),
-        (["--lr", "mini=nan"], "0 or more"),
-        (["--mini-scale", "0"], "--mini-scale 0"),
+        (["--lr", "-1"], "--lr -1.0: a learning rate is a finite number, 0 or more"),
+        (["--lr", "nan"], "0 or more"),
+        (["--scale", "0"], "--scale 0: it must be a number above 0, or auto"),
+        (["--scale", "Auto"], "--scale Auto: it must be a number above 0, or auto"),
         (["--gradients", "some"], "--gradients some: allowed are stored, freed, none"),
         (["--seed", "-1"], "--seed -1"),
         (["--steps", "0"], "--steps 0"),

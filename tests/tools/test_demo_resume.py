@@ -107,8 +107,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(text, tmp_path, monkeypatch):
     ("more", "message"),
     [
         (["--steps", "13"], "steps 12, not 13"),
-        (["--lr", "mini=0.5"], "learning rate"),
-        (["--mini-scale", "3"], "scale"),
+        (["--lr", "0.5"], "learning rate"),
+        (["--scale", "3"], "scale"),
         (["--seed", "1"], "seed 0, not 1"),
     ],
 )

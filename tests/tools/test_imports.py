@@ -33,6 +33,8 @@ print("imported:", *sorted({{"torch", "transformers", "triton"}} & set(sys.modul
         (["demo", "--help"], 0, "--resume"),
         (["validate", "--help"], 0, "--full"),
         (["env", "--help"], 0, "--json"),
+        (["convert", "--help"], 0, "OLD NEW"),
+        (["convert", "old.pt"], 2, "the following arguments are required: NEW"),
         (["memory", "--rank", "many"], 2, "argument --rank: invalid int value: 'many'"),
         (["validate", "7B"], 2, "apollo-triton validate: error: unrecognized arguments: 7B"),
         (["memory", "7B", "--ranks", "4"], 2, "apollo-triton memory: error: unrecognized arguments: --ranks"),
@@ -74,6 +76,7 @@ def test_no_program_imports_an_optional_library_before_it_runs() -> None:
     """A command that cannot say what it takes where transformers, triton, rich or matplotlib is missing."""
     programs = (
         "cli",
+        "tools.convert",
         "tools.demo.command",
         "tools.memory.command",
         "tools.memory.single_card",

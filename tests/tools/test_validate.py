@@ -262,6 +262,7 @@ def settings_of(**options):
     "options",
     [
         {},
+        {"scale": "auto"},
         {"weight_decay": 0.1, "scale": 4.0, "correct_bias": False},
         {"scale_front": True, "scale": 128.0, "proj_type": "right"},
         {

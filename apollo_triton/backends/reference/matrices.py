@@ -32,10 +32,11 @@ class Batch:
     weights and gradients ``[rows, columns]``, a gradient that is never formed as ``ImplicitGradient``; exp_avg and
     exp_avg_sq ``[channels, rank]``, 8-bit ones as ``Blockwise``; update_norm (u_prev), float32 scalars; projections
     ``[rank, width]``, float32; rounding_offsets and moment_rounding_offsets: the channels from which the bits for
-    stochastic rounding are counted (``LocalShard``). ``scratch`` lends float32 memory.
+    stochastic rounding are counted (``LocalShard``). ``scale`` is the one of each. ``scratch`` lends float32 memory.
     """
 
     geometry: Geometry
+    scale: float
     seed: int
     scratch: Scratch
     weights: list[Tensor] = field(default_factory=list)

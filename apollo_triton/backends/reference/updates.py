@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.projection import ProjectionCache
+from ...core.scale import scale_of
 from ...core.scratch import Scratch
 from ...core.settings import Settings
 from ...params.member import Member
@@ -27,8 +28,8 @@ def updates_of(
 ) -> list[Update]:
     """The updates of this backend's ``members``, by their index in the plan.
 
-    ``settings`` are by the index of the group and ``counts`` (t) by that of the member. Members of one geometry, group,
-    step count, dtype and sharding share a batch.
+    ``settings`` are by the index of the group and ``counts`` (t) by that of the member. Members of one geometry, scale,
+    group, step count, dtype and sharding share a batch.
     """
     updates: list[Update] = []
     batches: dict[tuple[Any, ...], BatchUpdate] = {}
@@ -40,8 +41,11 @@ def updates_of(
         if not geometry.matrices:
             continue
         weight, gradient, shard = member.parameter, member.gradient, member.shard
+        assert shard.whole is not None
+        scale = scale_of(group, shard.whole)
         key = (
             geometry,
+            scale,  # shards of one geometry may be of weights of several widths
             (shard.sum_axes, shard.width_axes, shard.moments),
             id(group),
             step,
@@ -51,7 +55,7 @@ def updates_of(
             (isinstance(gradient, Tensor), gradient.dtype),
         )
         if key not in batches:
-            batch = Batch(geometry, member.state["seed"], scratch)
+            batch = Batch(geometry, scale, member.state["seed"], scratch)
             batches[key] = BatchUpdate(batch, member, group, step)
             updates.append(batches[key])
         batches[key].add(index, member, projection_of(member, group, step, projections))

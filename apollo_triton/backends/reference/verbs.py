@@ -242,7 +242,7 @@ def _limited_step(batch: Batch, settings: Settings, scalars: StepScalars, factor
     else:
         s, u = factors.channel, factors.sums[:, 0].sqrt()
     moved = u.isfinite()
-    root_scale = math.sqrt(settings.scale)
+    root_scale = math.sqrt(batch.scale)
     if settings.scale_front:
         s, u = s * root_scale, u * root_scale
     if not settings.disable_nl:

@@ -124,11 +124,5 @@ def moment_arguments(settings: Settings) -> tuple[float, float, float]:
     return 1 - beta1, 1 - beta2, settings.eps
 
 
-def scale_arguments(settings: Settings) -> tuple[float, float]:
-    """scale_before_limiter and scale_after_limiter: sqrt(scale) and 1, in the order that ``scale_front`` asks for."""
-    root_scale = math.sqrt(settings.scale)
-    return (root_scale, 1.0) if settings.scale_front else (1.0, root_scale)
-
-
 def _log(beta: float) -> float:
     return math.log(beta) if beta else -math.inf

@@ -44,16 +44,17 @@ class Channels:
 class MomentTable(Channels):
     """The channels of a table's matrices whose moments are on this rank, where sketches are summed over ranks."""
 
-    def __init__(self, whole: Channels, members: Sequence[Member]) -> None:
+    def __init__(self, whole: Channels, rows: list[list[int]], members: Sequence[Member]) -> None:
+        """``rows`` are those of the whole table's addresses."""
         self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
         self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
         self.matrices, self.previous = whole.matrices, whole.previous
         self.absmaxes = whole.absmaxes  # None: 8-bit moments are not sharded
-        rows = whole.addresses.tolist()
         counts = [member.shard.moments for member in members for _ in member.shard.moment_rounding_offsets]
         offsets = [offset for member in members for offset in member.shard.moment_rounding_offsets]
         programs = [programs_for(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]
         self.channels = first_program = 0
+        rows = [[*row] for row in rows]
         for row, count, offset, own_programs in zip(rows, counts, offsets, programs, strict=True):
             row[(table.ROWS if self.keeps_rows else table.COLUMNS).value] = count
             row[table.ROUNDING_OFFSET.value] = offset

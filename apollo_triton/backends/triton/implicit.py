@@ -24,7 +24,7 @@ from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections
-from .arguments import DTYPES, operand_constants, scale_arguments, step_arguments
+from .arguments import DTYPES, operand_constants, step_arguments
 from .matrices import Table
 from .projections import projection_kind
 
@@ -145,11 +145,11 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         dY,
         factors.channel,
         factors.sums,
+        table.root_scales,
         table.previous,
         table.skipped,
         tokens,
         *step_arguments(settings, scalars),
-        *scale_arguments(settings),
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,
         ALIGNED=_is_aligned(stored),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...core.geometry import Geometry
 from ...core.moments_8bit import whole_blocks
+from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
 from ...int8.weight import Int8Weight
@@ -57,13 +58,14 @@ class Table(Channels):
     A weight whose gradient is implicit has a table of its own, since its kernels are given X and dY as tensors.
 
     ``members``: whose matrices they are; ``matrices_of``: which of them are whose, by the member's index in the plan,
-    and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``tile_programs`` int32:
-    the index of the matrix of each program of ``apply``. ``norm_programs`` int32 ``[programs, 2]``: matrix and part.
-    ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of ``sketch`` share the
-    channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32 ``[matrices]``: how many
-    updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if sketches are summed.
-    ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all this, because a plan
-    may be replaced while another stream's kernels read its tables.
+    and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
+    ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
+    none of dense ones. ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs``
+    int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``:
+    how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit.
+    ``skipped`` int32 ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table
+    for ``rescale`` if sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``:
+    which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -104,12 +106,12 @@ class Table(Channels):
             index: slice(end - count, end)
             for index, count, end in zip(members, counts, itertools.accumulate(counts), strict=True)
         }
-        self._build(settings.max_grad_norm is not None)
+        rows = self._build(settings)
         self._gradient_addresses: list[int] = []
         self._projection_addresses: list[int] = []
         self._staging: Tensor | None = None
         self._kept: list[Tensor] = []
-        self.moments = MomentTable(self, self.members) if self.is_width_sharded else None
+        self.moments = MomentTable(self, rows, self.members) if self.is_width_sharded else None
         values = [*vars(self).values(), *vars(self.moments or self).values()]
         values += [each for copy in self.copies for each in (copy.weight, copy.gradient)]
         self.uses = Uses([value for value in values if isinstance(value, Tensor)])
@@ -117,8 +119,10 @@ class Table(Channels):
             self._gradient_places = [*self._find_gradient_places(members)]
             self.update_gradient_addresses({at: each.formed_gradient.data_ptr() for at, each in members.items()})
 
-    def _build(self, clips: bool) -> None:
+    def _build(self, settings: Settings) -> list[list[int]]:
+        """Everything that is on the device. Returns the rows of ``addresses``."""
         rows: list[list[int]] = []
+        root_scales: list[tuple[float, float]] = []
         channel_programs, tile_programs, norm_programs = [], [], []
         channel = channel_program = tile_program = 0
         for member, geometry in zip(self.members, self.geometries, strict=True):
@@ -157,6 +161,9 @@ class Table(Channels):
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moment.column_stride
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
                 else:
+                    assert member.shard.whole is not None
+                    root = math.sqrt(scale_of(settings, member.shard.whole))
+                    root_scales.append((root, 1.0) if settings.scale_front else (1.0, root))
                     channel_programs.append(self._channel_programs(geometry.channels))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
@@ -189,8 +196,10 @@ class Table(Channels):
         self.gradients = torch.empty(self.matrices, dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
+        self.root_scales = self._on_device(torch.tensor(root_scales, dtype=torch.float32, device="cpu"))
         self.channel_programs = self._on_device(owners_of(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
+        clips = settings.max_grad_norm is not None
         if self.is_sum_sharded or (clips and not self.is_dense):  # lengths of what is added up to a matrix's norm
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
             self.channel_counts = self._on_device(torch.tensor(counts, dtype=torch.int64, device="cpu"))
@@ -201,6 +210,7 @@ class Table(Channels):
         self.norm_programs = self._on_device(
             torch.stack((owners_of(norm_programs), torch.cat(parts_of)), 1).contiguous()
         )
+        return rows
 
     def _absmax_addresses(self) -> Tensor:
         """Of each matrix's 8-bit M and V."""
@@ -247,7 +257,11 @@ class Table(Channels):
     def _pinned(self, values: Tensor) -> Tensor:
         """To be copied without waiting. The caching host allocator lends the memory to nobody else before the copy, of
         whose stream it is told, is done."""
-        return values if self.device.type == "cpu" else values.pin_memory()
+        return values.pin_memory() if self._pins else values
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type not in ("cpu", "meta")
 
     @property
     def is_fused(self) -> bool:
@@ -277,9 +291,7 @@ class Table(Channels):
             self.gradients.copy_(self._pinned(_int64(addresses)), non_blocking=True)
             self._gradient_addresses = addresses
         if self._staging is None:
-            self._staging = torch.empty(
-                self.matrices, dtype=torch.int64, device="cpu", pin_memory=self.device.type != "cpu"
-            )
+            self._staging = torch.empty(self.matrices, dtype=torch.int64, device="cpu", pin_memory=self._pins)
 
     def update_gradient_addresses_in_capture(self, gradients: Sequence[int]) -> None:
         """The same in a captured graph, which copies from memory that is its own from then on: allocated before, since

@@ -23,7 +23,7 @@ from ...kernels import rescale as rescale_kernels
 from ...kernels import sketch as sketch_kernels
 from ...kernels.table import power_of_two
 from ..interface import Factors, Sketch, StepScalars
-from .arguments import DTYPES, moment_arguments, scale_arguments, sketch_constants, step_arguments
+from .arguments import DTYPES, moment_arguments, sketch_constants, step_arguments
 from .channels import Channels
 from .matrices import Table
 from .projections import projection_kind
@@ -110,11 +110,11 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         table.tile_programs,
         factors.channel,
         factors.sums,
+        table.root_scales,
         table.previous,
         table.skipped,
         scalars.gradient_scale,
         *step_arguments(settings, scalars),
-        *scale_arguments(settings),
         GRADIENT=DTYPES[table.gradient_dtype],
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,

@@ -1,7 +1,7 @@
 """Train a small LLaMA with AdamW, APOLLO and APOLLO-Mini and compare them: three minutes on two free CPU cores.
 
-All three start from the same weights and see the same batches. Each has the learning rate that the sweep in
-docs/demo.md chose for it. The text is the source of Python's standard library, which is on every machine. A byte is a
+All three start from the same weights, see the same batches and have the same learning rate, which a sweep chose for
+AdamW (docs/demo.md). The text is the source of Python's standard library, which is on every machine. A byte is a
 token. With the checkpoints in the output folder ``--resume`` continues an interrupted demo, and ends with the same
 bits.
 """
@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from ...core.extras import require
+from ...core.settings import AUTO
 from .corpus import Corpus, load_corpus
 from .report import OUTPUTS, Result, table, write_results
 from .training import GRADIENTS, LABELS, SIZES, Run, RunConfig, read_checkpoint
 
-# Chosen by bench/demo_sweep.py for the model of 1 M parameters; docs/demo.md has the table.
-LEARNING_RATES = {"adamw": 3e-3, "apollo": 2e-2, "mini": 1e-2}
 # An interrupted demo loses at most this much work.
 SECONDS_BETWEEN_CHECKPOINTS = 20
 
@@ -89,9 +88,9 @@ def make_configs(options: argparse.Namespace, corpus: Corpus) -> list[RunConfig]
     if options.model not in SIZES:
         raise ValueError(f"--model {options.model}: unknown size (allowed: {', '.join(SIZES)})")
     methods = list(dict.fromkeys(options.methods.split(",")))
-    learning_rates = LEARNING_RATES | _parse_learning_rates(options.lr)
-    if not 0 < options.mini_scale < float("inf"):
-        raise ValueError(f"--mini-scale {options.mini_scale}: it must be a number above 0")
+    if not 0 <= options.lr < float("inf"):
+        raise ValueError(f"--lr {options.lr}: a learning rate is a finite number, 0 or more")
+    scale = _scale(options.scale)
     if not 0 <= options.seed < 2**31:
         raise ValueError(f"--seed {options.seed}: it must be an integer from 0 to 2**31 - 1")
     if options.gradients not in GRADIENTS:
@@ -101,8 +100,8 @@ def make_configs(options: argparse.Namespace, corpus: Corpus) -> list[RunConfig]
     return [
         RunConfig(
             method=method,
-            learning_rate=learning_rates[method],
-            scale=options.mini_scale if method == "mini" else None,
+            learning_rate=options.lr,
+            scale=None if method == "adamw" else scale,
             model=options.model,
             steps=_at_least("steps", options.steps, 1),
             batch=_at_least("batch", options.batch, 1),
@@ -166,18 +165,16 @@ def _prepare(folder: Path, configs: list[RunConfig], resume: bool) -> dict[str, 
     return paths
 
 
-def _parse_learning_rates(text: str) -> dict[str, float]:
-    rates = {}
-    for item in filter(None, text.split(",")):
-        method, _, number = item.partition("=")
-        _check_method("lr", method)
-        try:
-            rates[method] = float(number)
-        except ValueError:
-            raise ValueError(f"--lr {item}: give it as {method}=NUMBER") from None
-        if not 0 <= rates[method] < float("inf"):
-            raise ValueError(f"--lr {item}: a learning rate is a finite number, 0 or more")
-    return rates
+def _scale(text: str) -> float | str:
+    if text == AUTO:
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"--scale {text}: it must be a number above 0, or {AUTO}")
+    return scale
 
 
 def _check_method(option: str, method: str) -> None:

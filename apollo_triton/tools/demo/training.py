@@ -51,13 +51,13 @@ GRADIENTS = ("stored", "freed", "none")
 class RunConfig:
     """Everything that determines a run's results. Two runs of one config on one CPU are equal bit for bit.
 
-    ``data`` is the text's fingerprint. ``scale`` is Mini's, and None for the other methods. ``gradients`` is one of
+    ``data`` is the text's fingerprint. ``scale`` is APOLLO's and Mini's, and None for AdamW. ``gradients`` is one of
     ``GRADIENTS``.
     """
 
     method: str
     learning_rate: float
-    scale: float | None
+    scale: float | str | None
     model: str
     steps: int
     batch: int
@@ -243,10 +243,10 @@ def make_model(name: str, sequence: int, seed: int, vocabulary: int = VOCABULARY
 
 
 def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of ``config.method``, with the paper's settings and no weight decay."""
+    """The optimizer of ``config.method``, with the paper's settings apart from ``scale``, and no weight decay."""
     if config.method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    options: dict[str, Any] = {"lr": config.learning_rate, "update_proj_gap": 200, "seed": config.seed}
+    options: dict[str, Any] = {"lr": config.learning_rate, "scale": config.scale, "seed": config.seed}
     if config.method == "apollo":
         return APOLLOAdamW.apollo(model, rank=SIZES[config.model].hidden // 4, **options)
-    return APOLLOAdamW.mini(model, scale=config.scale, **options)
+    return APOLLOAdamW.mini(model, **options)

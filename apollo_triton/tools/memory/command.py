@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,14 +18,52 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.kinds import EMBEDDING, HEAD, MATRIX, OTHER
+from ...core.module_names import without_indices
+from ...optimizer import APOLLOAdamW
+from ...summary import Summary
 from ..llama import default_rank, meta_model, named_sizes
 from ..text import fill, table
-from .count import Memory, adamw, adamw_8bit, apollo, apollo_mini
-from .coverage import Coverage, dense_coverage
+from .count import Memory, adamw, adamw_8bit, apollo_mini, of_summary
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 
 STATE_BYTES = {"float32": 8, "bfloat16": 4}  # of the two moments of a dense weight
+MOST_NAMES = 6
+SMALLEST = 0.005  # a share below is a router or the like, which is not worth a sentence
 COMPARISON_ONLY = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison of methods
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model is dense, in weights. ``share`` is of the matrices that are neither embeddings nor the head, and
+    ``names`` has those of them that stay dense, the largest first and with ``*`` for the layers' indices. It is empty
+    where the share is negligible."""
+
+    dense: int
+    share: float
+    names: tuple[str, ...]
+    kinds: str
+
+    @classmethod
+    def of(cls, summary: Summary) -> Coverage:
+        """The coverage of the optimizer that has this summary."""
+        sizes: Counter[str] = Counter()  # of the matrices that stay dense, the same matrix of all layers together
+        for row in summary.dense:
+            if row.kind in (MATRIX, OTHER):
+                sizes[without_indices(row.name)] += row.elements
+        matrices = sizes.total() + sum(row.elements for row in summary.low_rank)
+        share = sizes.total() / max(1, matrices)
+        names = [name for name, _ in sizes.most_common()] if share >= SMALLEST else []
+        found = {row.kind for row in summary.rows}
+        kinds = {"embeddings": EMBEDDING in found, "head": HEAD in found, "other matrices": bool(names)}
+        held = ", ".join(name for name, is_held in kinds.items() if is_held)
+        return cls(sum(row.elements for row in summary.dense), share, tuple(names), held or "norms and biases")
+
+    @property
+    def examples(self) -> str:
+        """The first names, and how many more there are."""
+        more = len(self.names) - MOST_NAMES
+        return ", ".join(self.names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -104,17 +143,17 @@ def _report(name: str, options: argparse.Namespace) -> Report:
     model = meta_model(name, getattr(torch, dtype))
     rank = default_rank(name, _width(model)) if options.rank is None else options.rank
     try:
+        summary = APOLLOAdamW.apollo(model, rank, **apollo_options).summary()
         methods = {
             "AdamW": adamw(model),
             "AdamW-8bit": adamw_8bit(model),
-            "APOLLO": apollo(model, rank, **apollo_options),
+            "APOLLO": of_summary(model, summary),
             "APOLLO-Mini": apollo_mini(model, **apollo_options),
         }
-        coverage = dense_coverage(model, rank, apollo_options.get("target_modules"))
     except ValueError as error:
         raise ValueError(f"{name}: {error} (the options are --target-modules, and --rank, here {rank})") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, coverage, methods)
+    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, Coverage.of(summary), methods)
 
 
 def _width(model: nn.Module) -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.moments_8bit import BLOCK
-from ...core.settings import Settings
 from ...optimizer import APOLLOAdamW
-from ...params.member import Param, find_shard
-from ...params.state import MOMENTS, make_state, state_shapes
+from ...summary import Summary
 
 FLOAT32_BYTES = 4
 # bitsandbytes keeps float32 moments for tensors of fewer elements.
@@ -72,12 +69,12 @@ def adamw_8bit(model: nn.Module) -> Memory:
 
 
 def apollo(model: nn.Module, rank: int = 256, **options: Any) -> Memory:
-    """Bytes with ``APOLLOAdamW.apollo(model, rank, **options)``: moments of attention and MLP are ``[channels, rank]``.
+    """Bytes with ``APOLLOAdamW.apollo(model, rank, **options)``: moments of matrices are ``[channels, rank]``.
 
     >>> apollo(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)}), rank=4)
     Memory(weights=8192, gradients=8192, moments=2048, other=8)
     """
-    return _with_state(model, *_state_bytes(APOLLOAdamW.apollo(model, rank, **options)))
+    return of_summary(model, APOLLOAdamW.apollo(model, rank, **options).summary())
 
 
 def apollo_mini(model: nn.Module, **options: Any) -> Memory:
@@ -86,25 +83,13 @@ def apollo_mini(model: nn.Module, **options: Any) -> Memory:
     >>> apollo_mini(nn.ModuleDict({"mlp": nn.Linear(32, 64, bias=False)})).moments == 4 * 2 * 64
     True
     """
-    return _with_state(model, *_state_bytes(APOLLOAdamW.mini(model, **options)))
+    return of_summary(model, APOLLOAdamW.mini(model, **options).summary())
 
 
-def _state_bytes(optimizer: APOLLOAdamW) -> tuple[int, int]:
-    """Bytes of the moments, and of all other state, that the optimizer makes at its first step."""
-    moments = other = 0
-    for group in optimizer.param_groups:
-        settings = Settings.of(group)
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            param = Param(0, 0, "", parameter.to("meta"))
-            state = make_state(param, settings, find_shard(param, settings))
-            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            moments += sum(tensor.nbytes for name, tensor in tensors.items() if name in MOMENTS)
-            other += sum(tensor.nbytes for name, tensor in tensors.items() if name not in MOMENTS)
-            # svd's projection is made at the first gradient
-            other += FLOAT32_BYTES * prod(state_shapes(parameter, settings).get("projection", (0,)))
-    return moments, other
+def of_summary(model: nn.Module, summary: Summary) -> Memory:
+    """Bytes with the optimizer of ``model`` that has this summary."""
+    moments = sum(row.moment_bytes for row in summary.rows)
+    return _with_state(model, moments, summary.state_bytes - moments)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -103,6 +103,8 @@ def default_cases(on_gpu: bool) -> list[Case]:
         _steps("decay, no limiter", tall, rank=4, weight_decay=0.1, disable_nl=True),
         _steps("Mini, decay", wide, dtypes=bf16, **MINI, weight_decay=0.1),
         _steps("scale in front, no bias", tall, rank=4, scale=4.0, scale_front=True, correct_bias=False),
+        _steps("auto scale, 3 widths", tall, (24, 72), (3, 12, 40), rank=4, scale="auto"),
+        _steps("auto scale in front", wide, dtypes=bf16, rank=1, scale_type="tensor", scale="auto", scale_front=True),
         _steps("bf16 moments", tall, rank=16, state_dtype=torch.bfloat16),
         _steps("stochastic", wide, dtypes=bf16, rank=4, stochastic_rounding=True, state_dtype=torch.bfloat16),
         _steps("Mini, stochastic, odd", (33, 71), dtypes=bf16, **MINI, stochastic_rounding=True),
@@ -128,7 +130,7 @@ def default_cases(on_gpu: bool) -> list[Case]:
         _implicit("Mini", (200, 130), **MINI),
         _implicit("Mini", (130, 200), "fp32", **MINI),
         _implicit("rank 16, stochastic", (130, 200), rank=16, stochastic_rounding=True, weight_decay=0.1),
-        _implicit("rank 4", (70, 40), "fp32/bf16", rank=4),
+        _implicit("rank 4, auto scale", (70, 40), "fp32/bf16", rank=4, scale="auto"),
     ]
     if on_gpu:  # shapes of a 7B model: several programs a row, sums of many blocks, offsets of many megabytes
         for shape in ((4096, 4096), (11008, 4096), (4096, 11008)):

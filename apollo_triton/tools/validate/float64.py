@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.scale import auto_scale
 from ...core.settings import Settings
 
 U = 2.0**-24  # the relative error of one float32 operation
@@ -118,7 +119,11 @@ def apply(
     """W, u_prev and the update, for u = |s G|. If u is not finite, nothing changes."""
     if not u.isfinite():
         return W, previous, torch.zeros_like(W)
-    root = math.sqrt(settings.scale)
+    scale = settings.scale
+    if isinstance(scale, str):
+        assert settings.rank is not None
+        scale = auto_scale(G.shape[1], settings.rank, settings.scale_type)
+    root = math.sqrt(scale)
     scale_before_limiter, scale_after_limiter = (root, 1.0) if settings.scale_front else (1.0, root)
     limiter = torch.ones_like(u)
     if not settings.disable_nl:

@@ -16,6 +16,7 @@ from ...backends.triton import implicit
 from ...backends.triton import verbs as triton_verbs
 from ...core.implicit_gradient import ImplicitGradient
 from ...core.philox import Stream
+from ...core.scale import scale_of
 from ...core.scratch import Scratch
 from ...engine.agreement import Agreement
 from ...engine.caches import Caches
@@ -56,7 +57,8 @@ def measure(run: BackendRun, errors: Errors) -> None:
             Caches(),
         )
         if not implicit_gradients:
-            batch = Batch(run.geometry(parameter), settings.seed, Scratch())
+            geometry = run.geometry(parameter)
+            batch = Batch(geometry, scale_of(settings, geometry), settings.seed, Scratch())
             batch.add(plan.members[0], P.float())
             sketch = reference.sketch(batch, settings, scalars)
             R, norms = sketch.projected[0], sketch.squared_norms.flatten()

@@ -20,6 +20,7 @@ from ...backends.triton.matrices import Table
 from ...backends.triton.projections import projection_kind
 from ...core.philox import Stream
 from ...core.projection import TENSOR_CORE_RANK
+from ...core.scale import scale_of
 from ...core.scratch import Scratch
 from ...engine.agreement import Agreement
 from ...engine.caches import Caches
@@ -323,7 +324,8 @@ def _kernel_stages(run: BackendRun) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _batch(run: BackendRun) -> Batch:
     """The reference backend's batch of all of a case's matrices."""
     parameter = run.parameters[0]
-    batch = Batch(run.geometry(parameter), run.settings.seed, Scratch())
+    geometry = run.geometry(parameter)
+    batch = Batch(geometry, scale_of(run.settings, geometry), run.settings.seed, Scratch())
     projections = run.projections(0)
     batch.add(_plan(run).members[0], torch.stack(projections) if len(projections) > 1 else projections[0])
     return batch
