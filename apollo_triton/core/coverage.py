@@ -80,9 +80,7 @@ def coverage_of(weights: list[Weight], targets: Targets, rank: int, group_keys: 
     """``coverage`` of ``weights_of`` a model or named parameters."""
     for weight in weights:
         if is_lazy(weight.tensor):
-            raise ValueError(
-                f"{weight.name} is a lazy module's and has no shape yet; run a batch through the model first"
-            )
+            raise ValueError(f"{weight.name} is a lazy module's, without a shape; run a batch through the model first")
     result = Coverage(weights, {id(weight.tensor): weight for weight in reversed(weights)})
     # A weight that two modules share is low-rank if one of them is targeted.
     targeted = {id(weight.tensor): weight for weight in reversed(weights) if targets.takes(weight)}

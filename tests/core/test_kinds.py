@@ -111,8 +111,8 @@ class Tower(nn.Module):
 
 
 def test_a_tower_within_an_embedding_or_a_classifier_has_blocks():
-    """Phi-3-vision's tower, which is below `vision_embed_tokens`, a classifier that is a whole BERT, and SigLIP's `head`,
-    which pools by attention: all dense."""
+    """Phi-3-vision's tower below `vision_embed_tokens`, a classifier that is a whole BERT, and SigLIP's `head`, which
+    pools by attention: all dense."""
     model = nn.ModuleDict({"vision_embed_tokens": Tower(), "classifier": Tower(), "patch_embed": nn.Linear(16, 16)})
     model["embeds"] = nn.ModuleList([nn.Linear(16, 16, bias=False)])
     model["head"] = nn.ModuleDict({"attention": nn.Linear(16, 16, bias=False), "out": nn.Linear(16, 16, bias=False)})
