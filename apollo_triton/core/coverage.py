@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .geometry import Geometry
 from .kinds import CONVOLUTION_1D, EMBEDDING, HEAD, OTHER, VECTOR, Weight, weights_of
@@ -77,6 +78,9 @@ def coverage(
 
 def coverage_of(weights: list[Weight], targets: Targets, rank: int, group_keys: dict[str, Any]) -> Coverage:
     """``coverage`` of ``weights_of`` a model or named parameters."""
+    for weight in weights:
+        if is_lazy(weight.tensor):
+            raise ValueError(f"{weight.name} is a lazy module's, without a shape; run a batch through the model first")
     result = Coverage(weights, {id(weight.tensor): weight for weight in reversed(weights)})
     # A weight that two modules share is low-rank if one of them is targeted.
     targeted = {id(weight.tensor): weight for weight in reversed(weights) if targets.takes(weight)}

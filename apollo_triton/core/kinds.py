@@ -122,7 +122,7 @@ def _kind(full_name: str, parameter: Tensor, module: nn.Module | None, roles: Ro
         return VECTOR
     if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return CONVOLUTION_1D
-    if module is None and parameter.dim() == 3 and "conv" in module_name.rpartition(".")[2]:
+    if module is None and parameter.dim() == 3 and "conv" in module_name:
         return CONVOLUTION_1D
     if id(parameter) in roles.embeddings:
         return EMBEDDING

@@ -233,6 +233,15 @@ def test_what_an_entry_matches_is_said_where_it_makes_nothing_low_rank():
     assert "'nope' matches no module" in found[1]
 
 
+def test_a_lazy_module_is_named():
+    """A RuntimeError of torch, "Can't access the shape of an uninitialized parameter", which names none."""
+    model = nn.ModuleDict({"fc": nn.LazyLinear(16), "mlp": nn.Linear(16, 16)})
+    with pytest.raises(ValueError, match=r"fc\.weight is a lazy module's, without a shape; run a batch"):
+        apollo_param_groups(model, rank=4)
+    model["fc"](torch.zeros(1, 16))
+    assert apollo_param_groups(model, rank=4)[0]["param_names"] == ["fc.weight", "mlp.weight"]
+
+
 def test_flattened_shards_are_called_that():
     """FSDP1 wrapped first: its parameters are vectors, under names that match."""
     model = nn.ModuleDict({"mlp": nn.Linear(16, 16)})

@@ -111,10 +111,13 @@ class Tower(nn.Module):
 
 
 def test_a_tower_within_an_embedding_or_a_classifier_has_blocks():
-    """Phi-3-vision's tower, which is below `vision_embed_tokens`, and a classifier that is a whole BERT, all dense."""
+    """Phi-3-vision's tower below `vision_embed_tokens`, a classifier that is a whole BERT, and SigLIP's `head`, which
+    pools by attention: all dense."""
     model = nn.ModuleDict({"vision_embed_tokens": Tower(), "classifier": Tower(), "patch_embed": nn.Linear(16, 16)})
     model["embeds"] = nn.ModuleList([nn.Linear(16, 16, bias=False)])
-    expected = {"patch_embed.weight": EMBEDDING, "patch_embed.bias": VECTOR, "embeds.0.weight": EMBEDDING}
+    model["head"] = nn.ModuleDict({"attention": nn.Linear(16, 16, bias=False), "out": nn.Linear(16, 16, bias=False)})
+    expected = {"head.attention.weight": MATRIX, "head.out.weight": HEAD}
+    expected |= {"patch_embed.weight": EMBEDDING, "patch_embed.bias": VECTOR, "embeds.0.weight": EMBEDDING}
     for tower in ("vision_embed_tokens", "classifier"):
         expected[f"{tower}.layers.0.fc.weight"] = MATRIX
     assert kinds(model) == expected
@@ -149,12 +152,20 @@ def test_tensors_that_only_look_like_matrices():
     model.conv = nn.Conv1d(16, 16, 16)
     model.image = nn.Conv2d(16, 16, 3, bias=False)
     model.table = nn.EmbeddingBag(16, 16)
-    shapes = {"token": (1, 1, 16), "A_log": (16, 16), "slots": (1, 16, 16), "w1": (16, 16), "w_grid": (2, 2, 16, 16)}
+    shapes = {
+        "token": (1, 1, 16),
+        "A_log": (16, 16),
+        "A_logs": (2, 16, 16),
+        "slots": (1, 16, 16),
+        "w1": (16, 16),
+        "w_grid": (2, 2, 16, 16),
+    }
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(torch.zeros(shape)))
     assert kinds(model) == {
         "token": VECTOR,
         "A_log": OTHER,
+        "A_logs": OTHER,  # Zamba's, one for each head
         "slots": OTHER,
         "w1": MATRIX,
         "w_grid": OTHER,
