@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 from .settings import FIELD_NAMES, LOW_RANK_DEFAULTS
 
@@ -23,6 +23,7 @@ _ELSEWHERE = {
 # Keys that programs put into groups for themselves, and schedulers too, and that are spelled like ours.
 _OTHERS_KEYS = frozenset({"params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr"})
 _P = ParamSpec("_P")
+_T = TypeVar("_T")
 # What decides how parameters are split into groups, and is no key of one.
 SPLIT_KEYS = ("target_modules", "dense_lr", "embedding_lr", "decay_vectors")
 
@@ -69,18 +70,22 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return near if len(name) > 4 or abs(len(name) - len(near)) < 2 else ""  # "eta" is not "betas"
 
 
-def explaining_unknown_options(init: Callable[_P, None]) -> Callable[_P, None]:
-    """A constructor with a TypeError for unknown keywords that says what was meant. Its signature stays as it is."""
-    known = [*inspect.signature(init).parameters][2:]  # without self and params
+def explaining_unknown_options(called: Callable[_P, _T]) -> Callable[_P, _T]:
+    """A constructor or function with a TypeError for unknown keywords that says what was meant. Its signature stays as
+    it is."""
+    known = [*inspect.signature(called).parameters]
 
-    @functools.wraps(init)
-    def checked(*args: _P.args, **options: _P.kwargs) -> None:
+    @functools.wraps(called)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _T:
         for name in options:
-            if name not in known and name != "params":
-                kind = type(args[0])
-                base = next(each for each in kind.__mro__ if vars(each).get("__init__") is checked)
-                raise TypeError(f"{kind.__name__}: {unknown_option(name, options_of(kind, base))}")
-        init(*args, **options)
+            if name not in known:
+                who, allowed = called.__name__, {*known}
+                if known[0] == "self":
+                    kind = type(args[0])
+                    base = next(each for each in kind.__mro__ if vars(each).get("__init__") is checked)
+                    who, allowed = kind.__name__, options_of(kind, base)
+                raise TypeError(f"{who}: {unknown_option(name, allowed)}")
+        return called(*args, **options)
 
     return checked
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.coverage import NARROWEST
 from ..core.messages import warn
+from ..core.spelling import explaining_unknown_options
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .convertible import check_convertible, check_targets
 from .coverage import float_note, idle_notes, no_match, targeted
@@ -107,6 +108,7 @@ class Int8Linear(nn.Linear):
         return f"{super().extra_repr()}, int8, group_size={self.weight.group_size}"
 
 
+@explaining_unknown_options
 def quantize_model(
     model: nn.Module,
     target_modules: str | Iterable[str] = DEFAULT_TARGETS,

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..core.messages import warn
+from ..core.spelling import explaining_unknown_options
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
@@ -34,6 +35,7 @@ _GONE = (
 _attached: weakref.WeakSet[Layerwise] = weakref.WeakSet()
 
 
+@explaining_unknown_options
 def attach_layerwise(
     model: nn.Module, optimizer: APOLLOAdamW, gradients: str = "freed", limiter_norm: str = "exact"
 ) -> Layerwise:

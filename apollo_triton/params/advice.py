@@ -89,8 +89,8 @@ def advise_on_plain_adamw(parameters: Sequence[Tensor]) -> None:
     if matrices:
         warn(
             f"no parameter has a 'rank', so this is AdamW with AdamW's memory (matrices: {matrices}); use "
-            "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...) or groups with a 'rank'. If AdamW is meant, "
-            "give the parameters as a group: [{'params': ...}]"
+            "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...), or model.named_parameters() with a rank. "
+            "If AdamW is meant, give the parameters as a group: [{'params': ...}]"
         )
 
 

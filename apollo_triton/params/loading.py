@@ -98,9 +98,10 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
     for index, saved in enumerate(saved_groups):
         _check_algorithm(saved, f"state_dict, parameter group {index}")
     if len(saved_groups) != len(groups):
+        names = shown([group["name"] for group in groups if "name" in group])
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, and the optimizer has "
-            f"{len(groups)}; {_SAME_GROUPS}"
+            f"{len(groups)}{'' if names == '[]' else f', {names}'}; {_SAME_GROUPS}"
         )
     for index, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
         where = f"state_dict, parameter group {index}"

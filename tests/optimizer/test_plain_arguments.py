@@ -1,4 +1,4 @@
-"""``APOLLOAdamW(params, rank=...)``: the constructor splits what it is given, as ``apollo_param_groups`` splits a model.
+"""``APOLLOAdamW(params, rank=...)`` splits what it is given, as ``apollo_param_groups`` splits a model.
 
 This is how programs call it that take a class, parameters and keywords and nothing else.
 """
@@ -94,8 +94,8 @@ def test_parameters_without_names(as_groups):
 
 
 def test_given_groups_are_split_and_keep_their_keys():
-    """The decay of a framework's two groups overwritten, a generator that is read twice, a group that is written to, and
-    equal names, which Lightning's monitor of learning rates refuses."""
+    """The decay of a framework's two groups overwritten, a generator that is read twice, a group that is written to,
+    and equal names, which Lightning's monitor of learning rates refuses."""
     model = make_model()
     matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
     vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1}
@@ -130,16 +130,15 @@ def test_groups_with_a_rank_of_their_own_are_not_split():
     """None taken for a rank that is missing; a rank that is overwritten; keys that do not arrive."""
     model = make_model()
     up, down = ([*model[name].named_parameters(name)] for name in ("up", "down"))
-    given = [{"params": up, "rank": None}, {"params": down, "rank": 2, "scale": 3.0}, {"params": [model["wte"].weight]}]
-    optimizer = APOLLOAdamW(
-        given[:2] + [{"params": [("wte", model["wte"].weight)]}], rank=4, scale=5.0, proj_type="left"
-    )
+    given = [{"params": up, "rank": None}, {"params": down, "rank": 2, "scale": 3.0}]
+    third = {"params": [("lm_head.weight", model["lm_head"].weight)]}
+    optimizer = APOLLOAdamW([*given, third], rank=4, scale=5.0, proj_type="left")
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 1]
     assert [group.get("rank") for group in optimizer.param_groups] == [None, 2, None]
     assert (optimizer.param_groups[1]["scale"], optimizer.param_groups[1]["proj_type"]) == (3.0, "left")
     # As torch.optim's arguments are, those of low-rank groups are defaults of every such group.
     assert APOLLOAdamW([{"params": down, "rank": 2}], scale_type="tensor").param_groups[0]["scale_type"] == "tensor"
-    (text,) = warnings_of(APOLLOAdamW, given[:2], rank=4)
+    (text,) = warnings_of(APOLLOAdamW, given, rank=4)
     assert text == "rank=4 has no effect: every parameter group has a 'rank' of its own"
 
 
@@ -353,7 +352,7 @@ def test_misspelt_keys_of_a_group_that_is_split_are_named_once(keys, text):
 @pytest.mark.parametrize("params", [[("a", 3)], [3], torch.zeros(3), [{"params": {nn.Parameter(torch.ones(2))}}]])
 def test_what_torch_refuses_it_refuses_here_too(params):
     """A split that stumbles over what is no parameter, with an error of its own inside."""
-    with pytest.raises(TypeError, match="optimizer|optimized|ordered|named parameters|iterable"):
+    with pytest.raises(TypeError, match=r"optimizer|optimized|ordered|named parameters|iterable"):
         APOLLOAdamW(params, rank=4)
     with pytest.raises(ValueError, match="2 param_names for 1 params"):
         APOLLOAdamW([{"params": [nn.Parameter(torch.ones(2))], "param_names": ["a", "b"]}], rank=4)

@@ -268,7 +268,7 @@ def test_the_tables_of_options_have_every_option_and_its_default() -> None:
         shown |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=True))
     arguments = inspect.signature(APOLLOAdamW.__init__).parameters.values()
     options = {argument.name: argument.default for argument in arguments} | LOW_RANK_DEFAULTS
-    for name in ("self", "params", "no_deprecation_warning"):
+    for name in ("self", "params", "no_deprecation_warning", "rank"):
         del options[name]
     assert shown.pop("rank").startswith("none")
     known = {"float32": torch.float32}
