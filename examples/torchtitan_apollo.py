@@ -28,7 +28,7 @@ class Optimizers(OptimizersContainer):
 
 def by_patterns(rank: int, lr: float, dense_lr: float) -> Optimizers.Config:
     """A group for each regular expression; a weight is in the first group of which a part of its name matches."""
-    low_rank = {"rank": rank, "lr": lr, "weight_decay": 0.1}
+    low_rank = {"rank": rank, "scale": "auto", "lr": lr, "weight_decay": 0.1}
     dense = {"lr": dense_lr, "weight_decay": 0.1}
     groups = {"norm": dense | {"weight_decay": 0.0}, r"\.(attention|feed_forward)\.": low_rank, ".*": dense}
     return Optimizers.Config(
@@ -51,17 +51,17 @@ def by_names(rank: int, lr: float, dense_lr: float) -> Optimizers.Config:
 
 def llama3_debugmodel() -> Trainer.Config:
     config = config_registry.llama3_debugmodel()
-    config.optimizer = by_patterns(rank=64, lr=1e-2, dense_lr=1e-3)
+    config.optimizer = by_patterns(rank=64, lr=1e-3, dense_lr=3e-4)
     return config
 
 
 def llama3_debugmodel_by_names() -> Trainer.Config:
     config = config_registry.llama3_debugmodel()
-    config.optimizer = by_names(rank=64, lr=1e-2, dense_lr=1e-3)
+    config.optimizer = by_names(rank=64, lr=1e-3, dense_lr=3e-4)
     return config
 
 
 def llama3_8b() -> Trainer.Config:
     config = config_registry.llama3_8b()
-    config.optimizer = by_names(rank=256, lr=1e-2, dense_lr=1e-3)
+    config.optimizer = by_names(rank=256, lr=1e-3, dense_lr=3e-4)
     return config

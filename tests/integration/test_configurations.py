@@ -81,8 +81,8 @@ def test_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "hydra.yaml").write_text(*blocks("Hydra", "yaml"), encoding="utf-8")
     found = framework_programs.run("hydra", "hydra.yaml")
     assert low_rank_of(found, betas=(0.9, 0.95)) == MATRICES
-    assert group_of(found, EMBEDDING)["lr"] == 1e-3
-    assert group_of(found, HEAD)["lr"] == 1e-2
+    assert group_of(found, EMBEDDING)["lr"] == 3e-4
+    assert group_of(found, HEAD)["lr"] == 1e-3
     assert not without_names(found)
 
 
@@ -125,9 +125,9 @@ def test_lightning(number: int, low_rank: set[str], tmp_path: Path) -> None:
     found = run("lightning", blocks("Lightning's CLI", "yaml")[number], tmp_path)
     assert low_rank_of(found) == low_rank
     assert without_names(found) == (number == 0)
-    assert group_of(found, "layers.0.norm.weight")["lr"] == (1e-3 if number == 0 else 1e-2)
+    assert group_of(found, "layers.0.norm.weight")["lr"] == (3e-4 if number == 0 else 1e-3)
     if number == 1:
-        assert group_of(found, EMBEDDING)["lr"] == 1e-3
+        assert group_of(found, EMBEDDING)["lr"] == 3e-4
         assert {group["state_dtype"] for group in found["groups"]} == {"bfloat16"}
 
 
@@ -138,7 +138,7 @@ def test_torchtune(in_backward: bool, tmp_path: Path) -> None:
     (file,) = blocks("torchtune", "yaml")
     text = file + f"optimizer_in_bwd: {in_backward}\n".lower()
     found = run("torchtune", text, tmp_path, before=(installed("torchtune"),))
-    low_rank = low_rank_of(found, lr=2e-4, stochastic_rounding=True)
+    low_rank = low_rank_of(found, lr=2e-5, stochastic_rounding=True)
     parts = [f"attn.{name}_proj" for name in ("q", "k", "v", "output")] + [f"mlp.w{number}" for number in (1, 2, 3)]
     assert low_rank == {"tok_embeddings.weight"} | {f"layers.0.{part}.weight" for part in parts}
     assert without_names(found)
@@ -153,9 +153,9 @@ def test_verl(tmp_path: Path) -> None:
     found = run("verl", text, tmp_path, before=(installed("verl"),))
     assert low_rank_of(found, betas=[0.9, 0.999]) == {EMBEDDING, HEAD} | MATRICES
     assert without_names(found)
-    assert group_of(found, HEAD)["lr"] == 2e-4
+    assert group_of(found, HEAD)["lr"] == 2e-5
     assert group_of(found, HEAD)["weight_decay"] == 0.01  # verl's default
-    assert group_of(found, "layers.0.norm.weight")["lr"] == 2e-5
+    assert group_of(found, "layers.0.norm.weight")["lr"] == 1e-5
 
 
 @pytest.mark.full
@@ -188,10 +188,10 @@ def test_torchtitan(config: str, launcher: tuple[str, ...], tmp_path: Path) -> N
     parts = ("attention.qkv_linear.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     assert low_rank_of(found) == {f"layers.{layer}.{part}.weight" for layer in range(6) for part in parts}
     matrix = group_of(found, "layers.5.feed_forward.w2.weight")
-    assert (matrix["rank"], matrix["initial_lr"], matrix["weight_decay"]) == (64, 1e-2, 0.1)
+    assert (matrix["rank"], matrix["initial_lr"], matrix["weight_decay"]) == (64, 1e-3, 0.1)
     for name, decay in (("tok_embeddings", 0.1), ("lm_head", 0.1), ("layers.0.ffn_norm", 0.0)):
         dense = group_of(found, f"{name}.weight")
-        assert (dense["initial_lr"], dense["weight_decay"]) == (1e-3, decay)
+        assert (dense["initial_lr"], dense["weight_decay"]) == (3e-4, decay)
         assert dense["lr"] == pytest.approx(0.1 * matrix["lr"])  # their schedule
     assert not without_names(found)
 
