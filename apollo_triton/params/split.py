@@ -31,8 +31,8 @@ Named = list[tuple[str, Tensor]]
 class Split:
     """The constructor's arguments about low-rank and dense groups. It splits nothing where ``rank`` is None.
 
-    ``keys`` are the keys of low-rank groups that differ from their defaults. Groups with a ``rank`` of their own take
-    them too.
+    ``keys`` are the keys of low-rank groups that differ from their defaults, and a ``scale`` that was given. Groups with
+    a ``rank`` of their own take them too.
     """
 
     rank: int | None = None
@@ -47,7 +47,8 @@ class Split:
             del keys["scale"]
         for name, value in {"rank": rank, **keys}.items():
             check_value(name, value)
-        changed = {name: value for name, value in keys.items() if value != LOW_RANK_DEFAULTS[name]}
+        # A scale of 1 counts too: without it the groups that are made have "auto".
+        changed = {name: value for name, value in keys.items() if name == "scale" or value != LOW_RANK_DEFAULTS[name]}
         return cls(rank, Targets(None, target_modules).given, dense, changed)
 
     def checked(self, params: Iterable[Any]) -> list[Any]:
