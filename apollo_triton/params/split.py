@@ -166,11 +166,15 @@ class Split:
                 warn(f"{name}={lr!r} has no effect: every parameter group has an 'lr' of its own")
 
     def _refuse(self, found: Coverage) -> None:
-        """Raise ValueError since nothing is low-rank; warn if there is no matrix, as in an optimizer of one norm."""
+        """Raise ValueError since nothing is low-rank; warn in an optimizer of one weight, or if there is no matrix."""
         for weight in found.weights.values():
             if lost := lost_shape(weight.tensor):
                 raise ValueError(f"rank={self.rank}: nothing can be low-rank; {weight.name} {lost}")
         targets = Targets(None, self.target_modules)
+        if len(found.weights) == 1 and found.narrow:  # some programs make an optimizer for each parameter
+            for note in notes(targets, found):
+                warn(note)
+            return
         if targets.is_choice or _has(found, MATRIX):
             raise ValueError(no_match(targets, self.rank or 1, self.keys, found))
         warn(f"rank={self.rank} has no effect: there is no matrix that could be low-rank, so all is dense AdamW")

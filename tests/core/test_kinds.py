@@ -191,6 +191,15 @@ def test_a_parametrization_leaves_a_parameter_what_it_was():
     ]
 
 
+def test_a_shared_weight_has_its_first_name():
+    """The last name of Zamba's shared block, which no checkpoint and no `named_parameters()` has."""
+    model = nn.ModuleDict({name: nn.Linear(16, 16, bias=False) for name in ("first", "second")})
+    model["second"].weight = model["first"].weight
+    for targets in ("auto", ["first", "second"]):
+        assert [*coverage(model, Targets(model, targets), 4, {}).low_rank.values()] == ["first.weight"]
+    assert [*coverage(model, Targets(model, ["second"]), 4, {}).low_rank.values()] == ["second.weight"]
+
+
 PREFIXES = {
     "DDP": ("module.", ""),
     "torch.compile": ("_orig_mod.", ""),

@@ -169,12 +169,17 @@ def test_a_group_that_is_added_later_is_split_too():
 
 
 def test_one_parameter_at_a_time():
-    """torchtune's optimizer in the backward pass makes one for each parameter: of a norm alone nothing is low-rank."""
+    """torchtune's optimizer in the backward pass makes one for each parameter: of a norm, or of a matrix that is too
+    narrow, nothing is low-rank."""
     model = make_model()
     (text,) = warnings_of(APOLLOAdamW, [model["norm"].weight], rank=4)
     assert text == "rank=4 has no effect: there is no matrix that could be low-rank, so all is dense AdamW"
     (text,) = warnings_of(APOLLOAdamW, [("lm_head.weight", model["lm_head"].weight)], rank=4)
     assert "rank=4 has no effect" in text
+    (text,) = warnings_of(APOLLOAdamW, [nn.Parameter(torch.zeros(64, 16))], rank=256)
+    assert text.startswith("1 targeted weight is narrower than rank 256 and stays dense: parameter 0 (width 16)")
+    with pytest.raises(ValueError, match="all 2 targeted weights are narrower than rank 256"):
+        APOLLOAdamW([nn.Parameter(torch.zeros(64, 16)), nn.Parameter(torch.zeros(16, 16))], rank=256)
     optimizer = APOLLOAdamW([("up.weight", model["up"].weight)], rank=4)
     assert [group["rank"] for group in optimizer.param_groups] == [4]
 
