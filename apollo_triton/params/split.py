@@ -31,7 +31,7 @@ Named = list[tuple[str, Tensor]]
 class Split:
     """The constructor's arguments about low-rank and dense groups. It splits nothing where ``rank`` is None.
 
-    ``keys`` are the keys of low-rank groups that differ from their defaults, and a ``scale`` that was given. Groups with
+    ``keys`` are the keys of low-rank groups that differ from their defaults, and ``scale`` if it was given. Groups with
     a ``rank`` of their own take them too.
     """
 

@@ -65,8 +65,8 @@ def names_of(optimizer):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("keys", [{"rank": 4}, KEYS, {"rank": 4, "scale": 1, "target_modules": ["q_proj", "up"]}])
 def test_names_give_the_groups_of_the_model(keys, tied):
-    """A key that is lost on its way, also one that a hand-written group has anyway (scale 1), a head or an embedding that
-    only the model tells, another order of groups."""
+    """A key that is lost on its way (a scale of 1 is no default here), a head or an embedding that only the model
+    tells, another order of groups."""
     config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          vocab_size=64, tie_word_embeddings=tied)  # fmt: skip
     model = LlamaForCausalLM(config)
