@@ -8,7 +8,7 @@ from typing import Any
 
 from .coverage import Coverage, coverage_of, is_never_low_rank, narrowness
 from .geometry import FLATTENED, Geometry, is_flattened
-from .kinds import EMBEDDING, MATRIX
+from .kinds import EMBEDDING, MATRIX, OTHER
 from .module_names import without_indices
 from .targets import AUTO, Targets, meant_for_all
 
@@ -50,6 +50,8 @@ def no_match(targets: Targets, rank: int, group_keys: dict[str, Any], found: Cov
             return f"{start}no weight matches: {weight.name} {FLATTENED}"
     parts = [_unused(targets, entry, found) for entry in targets.own_entries]
     parts += _meant_as_list(targets, group_keys, found)
+    if not targets.is_choice and any(found.weights[key].kind == OTHER for key in found.missed):
+        parts.append("tables and convolutions stay dense unless they are named")
     parts.append(_other_names(targets, rank, group_keys, found))
     return f"{start}no weight matches; {'; '.join(dict.fromkeys(filter(None, parts)))}"
 
@@ -92,10 +94,11 @@ def _unused(targets: Targets, entry: str, found: Coverage) -> str:
 def _all_too_narrow(targets: Targets, group_keys: dict[str, Any], found: Coverage) -> str:
     reasons = " or ".join(dict.fromkeys(found.reasons[key] for key in found.narrow))
     highest = _highest_rank(targets, group_keys, found)
+    they, them = ("it cannot", "it") if len(found.narrow) == 1 else ("none of them can", "them")
     advice = (
         f"give a rank of at most {highest}, or a quarter of the hidden size"
         if highest
-        else "none of them can be low-rank; train them with torch.optim.AdamW, or name other modules"
+        else f"{they} be low-rank; train {them} with torch.optim.AdamW, or name other modules"
     )
     if not targets.is_choice and (wider := _wider_targets(found, _large_missed(found))):
         advice = f"target_modules={wider!r} takes others; or {advice}"

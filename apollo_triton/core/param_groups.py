@@ -108,7 +108,11 @@ def groups_of_model(
 ) -> tuple[list[dict[str, Any]], dict[Tensor, str]]:
     """The groups of ``apollo_param_groups``, and why each of the dense weights is dense."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"apollo_param_groups needs the model itself, an nn.Module, not {type(model).__name__}")
+        raise TypeError(
+            "APOLLOAdamW.apollo, .mini and apollo_param_groups need the model itself, an nn.Module, not "
+            f"{type(model).__name__}: give model in place of model.parameters(). Where there are only parameters, use "
+            "APOLLOAdamW(model.named_parameters(), rank=...)"
+        )
     for name in group_keys:
         if name not in CHECKS:
             raise TypeError(f"apollo_param_groups: {unknown_option(name, [*CHECKS, *SPLIT_KEYS])}")

@@ -184,12 +184,13 @@ def check_value(name: str, value: Any, where: str = "") -> None:
 
 
 def _of_text(value: Any) -> str:
-    """What to say of a number that is given as text."""
+    """What to say of a number that is given as text. PyYAML reads 1e-4 as text, and 1.0e-4 and 64 as numbers."""
     try:
         float(value if isinstance(value, str) else "")
     except ValueError:
         return ""
-    return "; it is a string: convert it, and in YAML write a number with a dot, as 1.0e-4"
+    in_yaml = ", and in YAML write a number with a dot, as 1.0e-4" if "e" in value.lower() else ""
+    return f"; it is a string: convert it{in_yaml}"
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -140,14 +140,17 @@ class Split:
         return coverage_of(weights, Targets(None, self.target_modules), keys.pop("rank"), keys)
 
     def _check_effect(self, has_rank: bool) -> None:
-        """Raise ValueError for arguments that have no effect without ``rank``."""
+        """Raise ValueError for arguments that have no effect without ``rank``; ``has_rank``: a group has its own."""
         needless: dict[str, Any] = {} if has_rank else {**self.keys}
         if self.target_modules != DEFAULT_TARGETS:
             needless["target_modules"] = self.target_modules
         needless |= {name: each for name, each in vars(self.dense).items() if each is not getattr(DenseKeys(), name)}
         for name, value in needless.items():
             raise ValueError(
-                f"{name}={shown(value)} has no effect without a rank; pass rank=... too, or let "
+                f"{name}={shown(value)} has no effect on groups of your own: leave it out, and set 'lr' and "
+                "'weight_decay' in the groups, or let apollo_param_groups(model, ...) make them"
+                if has_rank
+                else f"{name}={shown(value)} has no effect without a rank; pass rank=... too, or let "
                 "apollo_param_groups(model, ...) make the groups"
             )
 

@@ -142,5 +142,5 @@ def test_wrong_arguments_are_named(options, text):
     model = nn.ModuleDict({"mlp": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match=text):
         apollo_param_groups(model, **({"rank": 2} | options))
-    with pytest.raises(TypeError, match=r"the model itself, an nn\.Module, not generator"):
+    with pytest.raises(TypeError, match=r"nn\.Module, not generator: give model in place of .*named_parameters\(\)"):
         apollo_param_groups(model.parameters(), rank=2)

@@ -295,7 +295,7 @@ def test_each_dense_weight_has_its_reason():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": "256"}, r"Invalid rank: '256' .allowed: an integer of 1 or more.; it is a string: convert it"),
+        ({"rank": "256"}, r"Invalid rank: '256' .allowed: an integer of 1 or more.; it is a string: convert it$"),
         ({"rank": 0}, "Invalid rank: 0 .allowed: an integer of 1 or more"),
         ({"rank": 4, "scale": "autom"}, "Invalid scale: 'autom'"),
         ({"rank": 4, "update_proj_gap": "200"}, "Invalid update_proj_gap: '200' .*it is a string: convert it"),
@@ -322,6 +322,13 @@ def test_each_dense_weight_has_its_reason():
 def test_mistakes_are_answered(options, text):
     with pytest.raises(ValueError, match=text):
         APOLLOAdamW(make_model().named_parameters(), **options)
+
+
+def test_arguments_of_the_split_beside_groups_of_ones_own():
+    """Advice that was followed already: the group has a rank, and the error asks for one."""
+    groups = [{"params": [make_model()["up"].weight], "rank": 4}]
+    with pytest.raises(ValueError, match=r"dense_lr=0\.001 has no effect on groups of your own: leave it out"):
+        APOLLOAdamW(groups, dense_lr=1e-3)
 
 
 def test_names_that_are_needed_and_not_there():
