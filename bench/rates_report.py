@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apollo_triton.tools.pictures import METHODS, log_ticks, picture
+from apollo_triton.tools.pictures import METHODS, picture
 
 from .rates import BATCH, SEQUENCE, STEPS, WIDTHS, Losses, Method, best, losses_of, means, methods, rate_at, vertex
 from .results_file import RESULTS, ROOT
@@ -86,24 +86,27 @@ def draw(losses: Losses, machine: str, path: Path) -> None:
         f"of 2 layers, three seeds, dense weights at the same rate; {machine}, one thread; vertical line: AdamW's best"
     )
     title = 'With scale="auto", APOLLO takes AdamW\'s learning rate'
-    with picture(path, title, about, 3.4, ncols=len(widths)) as (_, axes):
+    with picture(path, title, about, 3.6, ncols=len(widths)) as (figure, axes):
         for width, panel in zip(widths, axes, strict=True):
+            shown: set[float] = set()
             for method in methods(width):
                 if method.variant:
                     continue
                 found = dict(sorted(means(losses, method).items()))
                 colour, marker = _STYLES[method.name]
                 rates = [rate_at(index) for index in found]
+                shown.update(rates)
                 panel.plot(rates, list(found.values()), color=colour, marker=marker, markersize=5, label=method.name)
             adamw = means(losses, Method(width))
             panel.axvline(rate_at(best(adamw) or 0), color="#bbbbbb", zorder=0)
             lowest = min(min(means(losses, method).values()) for method in methods(width) if not method.variant)
             panel.set_ylim(lowest - 0.03, min(adamw.values()) + 0.25)
-            panel.set_xscale("log")
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(sorted(shown), [f"{rate:.3g}" for rate in sorted(shown)], rotation=45)
+            panel.minorticks_off()
             panel.set_title(f"width {width}")
-            log_ticks(panel.xaxis)
-            panel.tick_params(axis="x", labelrotation=45)
-        axes[0].legend()
+        axes[0].set_ylabel("nats a byte")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _rate(rate: float) -> str:
