@@ -58,10 +58,11 @@ def advise_on_group(params: Sequence[Param], settings: Settings, lr: float, wher
             "scale_type='tensor'"
         )
     geometries = [(param, geometry_of(param.tensor, settings)) for param in params]
-    width = max((geometry.width for _, geometry in geometries if geometry is not None), default=0)
+    trained = [geometry for param, geometry in geometries if geometry is not None and param.tensor.requires_grad]
+    width = max((geometry.width for geometry in trained), default=0)
     if settings.scale == AUTO and lr >= HIGH_AUTO_LR and width >= WIDE:
         warn(
-            f"{where}: lr={lr:g} with scale='auto' is AdamW's rate, and a high one for matrices of width {width}; give "
+            f"{where}: lr={lr:g} with scale='auto' is taken as AdamW's rate, and is high for matrices of width {width}; give "
             "what AdamW would get, 1e-3 or less, or with the paper's 1e-2 the paper's scale: 1, or 128 for Mini"
         )
     if not any(param.tensor.dim() > 1 for param in params):

@@ -195,11 +195,15 @@ def test_the_papers_rate_with_auto_is_said_to_be_high():
     wide = nn.ModuleDict({"mlp": nn.Linear(512, 512, bias=False)})
     (text,) = warnings_of(APOLLOAdamW.mini, wide, lr=1e-2)
     assert (
-        "parameter group 0: lr=0.01 with scale='auto' is AdamW's rate, and a high one for matrices of width 512" in text
+        "parameter group 0: lr=0.01 with scale='auto' is taken as AdamW's rate, and is high for matrices of width 512"
+        in text
     )
     for options in ({"lr": 1e-3}, {"lr": 1e-2, "scale": 128.0}):
         assert not warnings_of(APOLLOAdamW.mini, wide, **options)
     assert not warnings_of(APOLLOAdamW.mini, nn.ModuleDict({"mlp": nn.Linear(64, 64)}), lr=1e-2)
+    wide["mlp"].requires_grad_(False)  # and an adapter is trained
+    wide["up"] = nn.Linear(64, 64, bias=False)
+    assert not warnings_of(APOLLOAdamW.mini, wide, lr=1e-2)
 
 
 @pytest.mark.parametrize(
