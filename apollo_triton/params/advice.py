@@ -62,8 +62,9 @@ def advise_on_group(params: Sequence[Param], settings: Settings, lr: float, wher
     width = max((geometry.width for geometry in trained), default=0)
     if settings.scale == AUTO and lr >= HIGH_AUTO_LR and width >= WIDE:
         warn(
-            f"{where}: lr={lr:g} with scale='auto' is taken as AdamW's rate, and is high for matrices of width {width}; give "
-            "what AdamW would get, 1e-3 or less, or with the paper's 1e-2 the paper's scale: 1, or 128 for Mini"
+            f"{where}: lr={lr:g} with scale='auto' is taken as AdamW's rate, and is high for matrices of width "
+            f"{width}; give what AdamW would get, 1e-3 or less, or with the paper's 1e-2 the paper's scale: 1, or 128 "
+            "for Mini"
         )
     if not any(param.tensor.dim() > 1 for param in params):
         what = "no parameters" if not params else "only parameters of fewer than two dimensions"

@@ -83,7 +83,9 @@ def language_model(kind="llama", seed=0):
 
 
 def optimizer_of(model, lr=LR, **group):
-    groups = apollo_param_groups(model, **({"rank": 4, "update_proj_gap": 7, "weight_decay": 0.1} | group))
+    groups = apollo_param_groups(
+        model, **({"rank": 4, "scale": 1.0, "update_proj_gap": 7, "weight_decay": 0.1} | group)
+    )
     return APOLLOAdamW(groups, lr=lr, seed=3)
 
 
