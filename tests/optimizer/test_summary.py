@@ -329,6 +329,16 @@ def test_what_a_step_would_refuse_is_the_reason_of_the_backend(monkeypatch):
     assert row.state_bytes == 2 * 100 * 64 + 2 * 4 * 25 + 4
 
 
+def test_what_capturable_refuses_is_the_reason_of_the_backend():
+    """PyTorch named as the backend where every step raises."""
+    optimizer = APOLLOAdamW([{"params": named({"table": (32, 16)}), "rank": 4}], capturable=True)
+    (row,) = optimizer.summary().rows
+    set_gradients(optimizer)
+    with pytest.raises(ValueError, match="use capturable=False") as error:
+        optimizer.step()
+    assert row.backend == ("none", str(error.value))
+
+
 # --- the text and its advice
 
 
