@@ -226,7 +226,7 @@ class APOLLOAdamW(Optimizer):
             self._layerwise.forget()  # its engines have the old caches
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_split": self._split}
+        return super().__getstate__() | {"_split": self._split, "_reasons": self._reasons}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -144,6 +144,7 @@ def summary_of(
     weights = weights_of((param.name or "weight", param.tensor) for param in params)  # a matrix, where nobody says
     implicit = {param.tensor for param in params if hooks is not None and hooks.takes(param.tensor)}
     updates: Collection[Tensor] = () if hooks is None else hooks.updates
+    on_device = any(group.capturable for group in settings.values())
     rows: list[SummaryRow] = []
     trained: list[Counted] = []
     on_kernels: list[tuple[Param, LocalShard]] = []
@@ -164,7 +165,7 @@ def summary_of(
                 moment_bytes=sum(sizes[name] for name in MOMENTS),
                 adamw_bytes=2 * gradient_bytes + _STEP_BYTES,
                 gradient_bytes=0 if tensor in implicit else gradient_bytes,
-                backend=_backend(param, group, state, shard, tensor in implicit),
+                backend=_backend(param, group, state, shard, on_device, tensor in implicit),
             )
             trained.append(Counted(param, kind, is_low_rank, row.state_bytes))
             if row.backend.name == "triton":
@@ -186,11 +187,11 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _backend(
-    param: Param, settings: Settings, state: Mapping[str, Any], shard: LocalShard, is_implicit: bool
+    param: Param, settings: Settings, state: Mapping[str, Any], shard: LocalShard, on_device: bool, is_implicit: bool
 ) -> Backend:
     """What updates the parameter: "none" with the error's text where a step would raise one."""
     try:
-        backend = step_backend(param, settings, state, is_implicit)
+        backend = step_backend(param, settings, state, on_device, is_implicit)
     except ValueError as error:
         return Backend("none", str(error))
     return Backend(updater_of(backend, param.tensor, shard), backend.reason)

@@ -42,14 +42,28 @@ def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], 
     return backend
 
 
-def step_backend(param: Param, settings: Settings, state: Mapping[str, Any], is_implicit: bool = False) -> Backend:
-    """``backend_of`` for a step: "none" for a fake tensor. The error names the parameter."""
+def step_backend(
+    param: Param, settings: Settings, state: Mapping[str, Any], on_device: bool, is_implicit: bool = False
+) -> Backend:
+    """``backend_of`` for a step: "none" for a fake tensor. ``on_device``: whether the step count is there.
+
+    Raises ValueError, which names the parameter, where the backend cannot be had or needs the count on the host.
+    """
     if fake_mode_of(param.tensor) is not None:
-        return Backend("none", "a fake tensor has no values")
-    try:
-        return backend_of(param.tensor, settings, state, is_implicit)
-    except ValueError as error:
-        raise ValueError(f"{param}: {error}") from None
+        backend = Backend("none", "a fake tensor has no values")
+    else:
+        try:
+            backend = backend_of(param.tensor, settings, state, is_implicit)
+        except ValueError as error:
+            raise ValueError(f"{param}: {error}") from None
+    if on_device and backend.name != "triton":
+        raise ValueError(
+            f"{param}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); use "
+            "capturable=False"
+        )
+    if settings.capturable and settings.proj == "svd" and param.tensor.dim() > 1:
+        raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
+    return backend
 
 
 def updater_of(backend: Backend, parameter: Tensor, shard: LocalShard) -> str:

@@ -4,7 +4,8 @@
 a linear layer holds, or one matrix for each expert, ``[experts, rows, columns]``. Tensors that only look like one are
 told apart by these rules, in this order:
 
-1. What an ``nn.Embedding`` holds is an embedding, and so is a head that is tied to one.
+1. What an ``nn.Embedding`` holds is an embedding, and so is a head that is tied to one. T5's table of
+   ``relative_attention_bias`` is a bias.
 2. Tensors of one dimension, or of one row such as a class token ``[1, 1, n]``, biases of any shape, and what a norm
    holds are norms and biases.
 3. The kernel of a convolution in one dimension, ``[out, in, size]``, is no stack of experts. It is always dense.
@@ -115,7 +116,7 @@ def _kind(full_name: str, parameter: Tensor, module: nn.Module | None, roles: Ro
     name = plain_name(full_name)
     module_name = name.rpartition(".")[0]
     if id(parameter) in roles.tables:
-        return EMBEDDING
+        return VECTOR if is_bias_name(name) else EMBEDDING
     if is_lazy(parameter):  # nn.LazyLinear before its first batch
         return VECTOR if is_bias_name(name) else MATRIX
     if _is_vector(name, parameter, module):

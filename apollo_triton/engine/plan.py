@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,21 +22,12 @@ from ..params.checks import check_gradient, check_parameter
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, params_of
 from ..params.sharding import LocalShard
-from ..params.state import (
-    check_count,
-    check_memory,
-    check_state,
-    has_begun,
-    lay_out,
-)
+from ..params.state import check_count, check_memory, check_state, has_begun, lay_out
 from .agreement import Agreement
 from .caches import Caches
 from .collectives import Collectives, finish_gradients
 from .fingerprint import Given, Groups, States, places_of, structure
 from .tables import make_tables
-
-if TYPE_CHECKING:
-    pass
 
 
 class Plan:
@@ -219,14 +209,7 @@ class Plan:
             shard, state = find_shard(param, settings), states.get(parameter, {})
             if has_begun(state):
                 check_state(param, state, settings, shard)
-            backend = step_backend(param, settings, state, is_implicit=not isinstance(gradient, Tensor))
-            if on_device and backend.name != "triton":
-                raise ValueError(
-                    f"{param}: capturable=True needs the Triton kernels, which do not update it ({backend.reason}); "
-                    "use capturable=False"
-                )
-            if settings.capturable and settings.proj == "svd" and parameter.dim() > 1:
-                raise ValueError(f"{param}: proj='svd' reads the step count on the host; use capturable=False")
+            backend = step_backend(param, settings, state, on_device, is_implicit=not isinstance(gradient, Tensor))
             found.append((param, shard, updater_of(backend, parameter, shard)))
         begun = [(param, states[param.tensor]) for param, _, _ in found if has_begun(states.get(param.tensor))]
         with real_numbers(any(fake_mode_of(param.tensor) is not None for param, _ in begun)):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..core.messages import shown, warn
+from ..core.module_names import unwrapped
 from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS
 
 # What does not change the algorithm belongs to the run, and stays as it was asked for: where a step is computed, and
@@ -21,8 +22,6 @@ OF_THE_RUN = ("backend", "capturable")
 _SCHEDULED = ("lr", "weight_decay")
 _SHOWN = 6
 
-# Wrappers put these into the path of a parameter: DDP and nn.DataParallel, torch.compile, FSDP1, checkpoint_wrapper.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MADE_UP = re.compile(r"group \d+, \d+")  # the names that ``add_param_group`` gives where only some were given
 
 
@@ -92,7 +91,7 @@ def _differing(saved: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[s
 
 
 def _bare(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(unwrapped(name))
 
 
 def _prefixes(theirs: str, ours: str) -> tuple[str, str] | None:

@@ -146,12 +146,14 @@ def test_what_the_model_says_of_its_embeddings():
 
 
 def test_tensors_that_only_look_like_matrices():
-    """A class token that decays as a matrix does, a norm over two dimensions, tables and kernels made low-rank."""
+    """A class token that decays as a matrix does, a norm over two dimensions, tables and kernels made low-rank; a table
+    of biases that is an embedding of a model and a bias by its name, so that checkpoints do not fit."""
     model = nn.Module()
     model.norm = nn.LayerNorm([16, 16])
     model.conv = nn.Conv1d(16, 16, 16)
     model.image = nn.Conv2d(16, 16, 3, bias=False)
     model.table = nn.EmbeddingBag(16, 16)
+    model.relative_attention_bias = nn.Embedding(32, 16)  # T5's
     shapes = {
         "token": (1, 1, 16),
         "A_log": (16, 16),
@@ -175,7 +177,10 @@ def test_tensors_that_only_look_like_matrices():
         "conv.bias": VECTOR,
         "image.weight": OTHER,
         "table.weight": EMBEDDING,
+        "relative_attention_bias.weight": VECTOR,
     }
+    bias = [("relative_attention_bias.weight", model.relative_attention_bias.weight)]
+    assert [weight.kind for weight in weights_of(bias)] == [VECTOR]  # the groups of a model are those of its names
 
 
 def test_a_parametrization_leaves_a_parameter_what_it_was():

@@ -106,6 +106,7 @@ def test_an_adamw_state_is_called_one(make_other, text, keeps_groups):
         (["a.w", "a.w.w"], ["w", "a.w"], "parameter 0 is 'w', and the checkpoint's parameter 0 is 'a.w'. State"),
         (["module.a.w", "_orig_mod.b.w"], ["a.w", "b.w"], None),
         (["a.w", "b.w"], ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.w", "module._orig_mod.b.w"], None),
+        (["a.w", "b.w"], ["base_model.model.a.base_layer.w", "_forward_module.b.w"], None),  # PEFT, Lightning
         (["a.w", "b.w"], ["model.a.w", "model.b.w"], None),
         (["group 0, 0", "group 0, 1"], ["a.w", "b.w"], None),
         (["a.w", "b.w"], ["group 1, 0", "group 1, 1"], None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from contextlib import contextmanager
 
@@ -296,7 +297,8 @@ def test_groups_by_hand_say_what_can_be_derived():
 
 @pytest.mark.filterwarnings("ignore:.* targeted weights are")
 def test_a_model_says_why_each_of_its_weights_is_dense():
-    """Reasons that are lost on the way from the model, or that a derived one covers; an embedding by another name."""
+    """Reasons that are lost on the way from the model or to a copy, or that a derived one covers; an embedding by
+    another name."""
     model = transformer(words=nn.Embedding(9, WIDTH), up=nn.Linear(WIDTH, WIDTH))
     optimizer = APOLLOAdamW.apollo(model, rank=4, target_modules=["attn", "mlp", "router"])
     reasons = {row.name: (row.kind, row.reason) for row in optimizer.summary().rows}
@@ -305,8 +307,8 @@ def test_a_model_says_why_each_of_its_weights_is_dense():
     assert reasons["up.weight"] == ("matrix", "not in target_modules")
     assert reasons["words.weight"] == ("embedding", "embedding")
     assert reasons["lm_head.weight"] == ("head", "head")
-    lost = pickle.loads(pickle.dumps(optimizer)).summary()
-    assert {row.name: row.reason for row in lost.rows}["up.weight"] == "in a group without a rank"
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert {row.name: (row.kind, row.reason) for row in copied.summary().rows} == reasons
 
 
 def test_weights_without_names_are_called_by_their_shapes():
@@ -325,6 +327,16 @@ def test_what_a_step_would_refuse_is_the_reason_of_the_backend(monkeypatch):
         optimizer.step()
     assert row.backend == ("none", str(error.value))
     assert row.state_bytes == 2 * 100 * 64 + 2 * 4 * 25 + 4
+
+
+def test_what_capturable_refuses_is_the_reason_of_the_backend():
+    """PyTorch named as the backend where every step raises."""
+    optimizer = APOLLOAdamW([{"params": named({"table": (32, 16)}), "rank": 4}], capturable=True)
+    (row,) = optimizer.summary().rows
+    set_gradients(optimizer)
+    with pytest.raises(ValueError, match="use capturable=False") as error:
+        optimizer.step()
+    assert row.backend == ("none", str(error.value))
 
 
 # --- the text and its advice
