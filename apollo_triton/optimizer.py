@@ -212,9 +212,12 @@ class APOLLOAdamW(Optimizer):
         group_keys = {name: options.pop(name) for name in ("rank", *LOW_RANK_DEFAULTS) if name in options}
         target_modules = of_split.pop("target_modules", DEFAULT_TARGETS)
         rank = group_keys.pop("rank")
-        groups, reasons = groups_of_model(model, rank, target_modules, DenseKeys(**of_split), group_keys)
+        dense = DenseKeys(**of_split)
+        groups, reasons = groups_of_model(model, rank, target_modules, dense, group_keys)
         optimizer = cls(groups, **options)
         optimizer._reasons |= reasons
+        defaults = LOW_RANK_DEFAULTS | {"scale": None} | group_keys
+        optimizer._split = Split.of(rank, target_modules, dense, **defaults)  # of groups that are added later
         return optimizer
 
     def _reset_transients(self) -> None:

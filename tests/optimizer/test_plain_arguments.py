@@ -169,6 +169,21 @@ def test_a_group_that_is_added_later_is_split_too():
     assert optimizer.state[model["down"].weight]["exp_avg"].shape == (32, 4)
 
 
+@pytest.mark.parametrize(
+    "make", [APOLLOAdamW.apollo, lambda model, **keys: APOLLOAdamW(model.named_parameters(), **keys)]
+)
+def test_what_is_unfrozen_later_is_split_too(make):
+    """A new block trained by AdamW without a word, whose norms decay, where the first ones are low-rank."""
+    optimizer = make(make_model(), rank=4, lr=1e-3, weight_decay=0.1, update_proj_gap=7)
+    block = nn.ModuleDict({"up": nn.Linear(16, 32), "norm": nn.LayerNorm(32)})
+    count = len(optimizer.param_groups)
+    optimizer.add_param_group({"params": block.named_parameters("later")})
+    low_rank, vectors = optimizer.param_groups[count:]
+    keys = ("param_names", "rank", "scale", "update_proj_gap", "weight_decay")
+    assert [low_rank.get(key) for key in keys] == [["later.up.weight"], 4, "auto", 7, 0.1]
+    assert (vectors.get("rank"), vectors["weight_decay"], len(vectors["params"])) == (None, 0.0, 3)
+
+
 def test_one_parameter_at_a_time():
     """torchtune's optimizer in the backward pass makes one for each parameter: of a norm, or of a matrix that is too
     narrow, nothing is low-rank."""
