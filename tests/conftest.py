@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 from tiers import BACKEND_MARKS, HAS_TRITON
 
 torch.set_num_threads(1)
+# It is looked through for doctests, and needs a package that only `make test-all` installs.
+collect_ignore = [] if importlib.util.find_spec("lightning") else ["support/lightning_model.py"]
 if importlib.util.find_spec("hypothesis"):  # on a lent GPU it may be missing, and the other tests run
     from hypothesis import settings
 
