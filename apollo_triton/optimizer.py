@@ -77,7 +77,8 @@ class APOLLOAdamW(Optimizer):
             names every matrix that can be is low-rank. ``add_param_group`` splits too.
         target_modules: which modules are low-rank, by name, as in ``apollo_param_groups``.
         scale_type, scale, proj, proj_type, update_proj_gap, distribution, rank_above_width: of low-rank groups.
-            ``scale`` enters as its square root. ``rank_above_width`` takes a rank that inflates the state.
+            ``scale`` enters as its square root. It is "auto", with which AdamW's ``lr`` fits, where ``rank`` is given
+            here, and 1 in groups with a rank of their own. ``rank_above_width`` takes a rank that inflates the state.
         dense_lr, embedding_lr: learning rates of what ``rank`` leaves dense, and of embeddings. By default ``lr``.
         decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
 
@@ -93,7 +94,7 @@ class APOLLOAdamW(Optimizer):
         RuntimeError: a sparse or complex gradient. Weights and state are then as they were.
 
     >>> layer = torch.nn.Linear(64, 256)
-    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-2)
+    >>> optimizer = APOLLOAdamW(layer.named_parameters(), rank=16, lr=1e-3)
     >>> layer(torch.ones(64)).sum().backward()
     >>> optimizer.step()
     >>> optimizer.state[layer.weight]["exp_avg"].shape
