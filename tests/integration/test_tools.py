@@ -179,5 +179,6 @@ def test_trl_is_given_the_optimizer(place: Path) -> None:
     assert type(names["optimizer"]) is APOLLOAdamW
     names["trainer"].train()
     found = groups(place / "out" / f"checkpoint-{STEPS}")
-    assert counts(found) == [MATRICES, BIASES + DENSE]
-    assert [group["weight_decay"] for group in found] == [0.01, 0.01]
+    assert [group["name"] for group in found] == ["low-rank", "dense", "embeddings", "norms and biases"]
+    assert counts(found) == [MATRICES, 1, 1, BIASES + DENSE - 2]
+    assert [group["weight_decay"] for group in found] == [0.01, 0.01, 0.01, 0]
