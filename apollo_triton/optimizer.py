@@ -19,7 +19,7 @@ from .core.messages import shown
 from .core.param_groups import DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .core.spelling import SPLIT_KEYS, explaining_unknown_options, options_of, unknown_option
-from .core.targets import DEFAULT_TARGETS
+from .core.targets import DEFAULT_TARGETS, Targets
 from .engine.caches import Caches
 from .engine.engine import Engine, Scaling
 from .engine.step_hooks import StepHooks
@@ -211,7 +211,7 @@ class APOLLOAdamW(Optimizer):
                 raise TypeError(f"{cls.__name__}: {unknown_option(name, known)}")
         of_split = {name: options.pop(name) for name in SPLIT_KEYS if name in options}
         group_keys = {name: options.pop(name) for name in ("rank", *LOW_RANK_DEFAULTS) if name in options}
-        target_modules = of_split.pop("target_modules", DEFAULT_TARGETS)
+        target_modules = Targets(None, of_split.pop("target_modules", DEFAULT_TARGETS)).given  # it may be a generator
         rank = group_keys.pop("rank")
         dense = DenseKeys(**of_split)
         groups, reasons = groups_of_model(model, rank, target_modules, dense, group_keys)

@@ -184,6 +184,14 @@ def test_what_is_unfrozen_later_is_split_too(make):
     assert (vectors.get("rank"), vectors["weight_decay"], len(vectors["params"])) == (None, 0.0, 3)
 
 
+def test_targets_that_can_be_read_once():
+    """A generator, which the model's groups have used up when the groups that are added later need it."""
+    optimizer = APOLLOAdamW.apollo(make_model(), rank=4, target_modules=(name for name in ["up"]))
+    assert optimizer.param_groups[0]["param_names"] == ["up.weight"]
+    optimizer.add_param_group({"params": [(f"{name}.weight", nn.Linear(16, 32).weight) for name in ("up2", "other")]})
+    assert [group["param_names"] for group in optimizer.param_groups[-2:]] == [["up2.weight"], ["other.weight"]]
+
+
 def test_one_parameter_at_a_time():
     """torchtune's optimizer in the backward pass makes one for each parameter: of a norm, or of a matrix that is too
     narrow, nothing is low-rank."""
