@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from apollo_triton.tools.pictures import METHODS, picture
 
+from . import report_tables
 from .rates import BATCH, SEQUENCE, STEPS, WIDTHS, Losses, Method, best, losses_of, means, methods, rate_at, vertex
 from .results_file import RESULTS, ROOT
 
@@ -44,10 +44,9 @@ def table(losses: Losses) -> str:
     """A row for each method and a column for each width: the best rate, and at AdamW's best rate how far behind AdamW.
 
     AdamW's own cells have its best rate and its loss there."""
-    widths = [width for width in WIDTHS if best(means(losses, Method(width))) is not None]
+    widths = _finished(losses)
     names = dict.fromkeys(method.name for width in widths for method in methods(width))
-    head = ["| |", *(f" width {width} |" for width in widths)]
-    lines = ["".join(head), "|---|" + "---|" * len(widths)]
+    lines = []
     for name in names:
         cells = []
         for width in widths:
@@ -59,28 +58,30 @@ def table(losses: Losses) -> str:
                 cells.append(f"{_rate(vertex(found))}; {min(found.values()):.3f}")
             else:
                 cells.append(f"{_rate(vertex(found))}; {100 * behind(losses, method):+.1f} %")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return report_tables.table(["", *(f"width {width}" for width in widths)], lines)
+
+
+def _finished(losses: Losses) -> list[int]:
+    """The widths at which AdamW's sweep is finished."""
+    return [width for width in WIDTHS if best(means(losses, Method(width))) is not None]
 
 
 def norms(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """For each method, the root mean square of its updates over AdamW's at the same width, rate and seed: the mean over
     widths, rates and seeds in the logarithm, without runs that did not train."""
-    found = {}
     rms = {(row["width"], row["rank"], row["variant"], row["rate"], row["seed"]): row["update_rms"] for row in rows}
     logarithms: dict[str, list[float]] = {}
     for (width, rank, variant, rate, seed), value in rms.items():
         adamw = rms.get((width, None, "", rate, seed))
         if rank is not None and adamw is not None and math.isfinite(value):
             logarithms.setdefault(Method(width, rank, variant).name, []).append(math.log(value / adamw))
-    for name, values in logarithms.items():
-        found[name] = math.exp(sum(values) / len(values))
-    return found
+    return {name: math.exp(sum(values) / len(values)) for name, values in logarithms.items()}
 
 
 def draw(losses: Losses, machine: str, path: Path) -> None:
     """A panel for each width: the loss over the rate, of AdamW and of APOLLO with the limiter."""
-    widths = [width for width in WIDTHS if best(means(losses, Method(width))) is not None]
+    widths = _finished(losses)
     about = (
         f"held-out loss (nats a byte) over the learning rate, after {STEPS} steps of {BATCH} x {SEQUENCE} bytes; LLaMA "
         f"of 2 layers, three seeds, dense weights at the same rate; {machine}, one thread; vertical line: AdamW's best"
@@ -114,8 +115,7 @@ def _rate(rate: float) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else next(RESULTS.glob("*/rates.json"))
-    machine, rows = read(path)
+    machine, rows = read(next(RESULTS.glob("*/rates.json")))
     losses = losses_of(rows)
     print(table(losses))
     for name, ratio in norms(rows).items():
