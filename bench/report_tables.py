@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from apollo_triton.tools.demo.corpus import VOCABULARY
-from apollo_triton.tools.demo.report import as_bytes
+from apollo_triton.tools.text import as_bytes
 
 from .report_data import (
     Machine,

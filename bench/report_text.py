@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from apollo_triton.tools.demo.report import as_bytes
 from apollo_triton.tools.llama import paper_figures
+from apollo_triton.tools.text import as_bytes
 
 from .contenders import OURS
 from .report_data import Machine, by_variant, cases, paper, pretrainings
@@ -13,9 +13,10 @@ from .report_tables import difference, milliseconds, table, training_of
 from .report_targets import LARGE, MISSING, SMALL
 from .results_file import Row
 
-WHETHER = """Switch from AdamW if its memory limits you and you can tune the learning rate again: APOLLO needs a larger
-one. Whether the losses above hold for your model is quickly tried: it takes one line. Do not switch for speed if the
-table has no figure of a machine like yours."""
+WHETHER = """Switch from AdamW if its memory limits you. Your learning rate may stay
+([Options](../docs/options.md#learning-rate)); the losses above are at the paper's scales, each with its own rate.
+Whether they hold for your model is quickly tried: it takes one line. Do not switch for speed if the table has no figure
+of a machine like yours."""
 
 METHOD = """## How
 

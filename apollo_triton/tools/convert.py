@@ -21,8 +21,7 @@ from ..checkpoint import from_apollo_torch
 from ..core.files import open_regular, replaced
 from ..core.messages import shown
 from .checkpoints import first_line
-from .demo.report import as_bytes
-from .text import fill, table
+from .text import as_bytes, fill, table
 
 # The state's file in the folders of the Trainer and of Accelerate.
 NAMES = "optimizer.pt", "optimizer.bin"

@@ -1,4 +1,4 @@
-"""Tables and paragraphs that fit the terminal: 79 columns, or fewer where it is narrower."""
+"""Tables and paragraphs that fit the terminal, 79 columns or fewer where it is narrower, and sizes in words."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ def _lines(
                 for text, index in zip(texts, part, strict=True)
             )
             yield GAP.join(aligned).rstrip()
+
+
+def as_bytes(count: float) -> str:
+    """``count`` bytes as text, for people.
+
+    >>> as_bytes(7_340_032)
+    '7.34 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

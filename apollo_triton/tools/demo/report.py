@@ -17,6 +17,7 @@ from ...core.files import replaced
 from ...version import __version__
 from ..environment import machine_name
 from ..pictures import draw_curve, picture, shifts, styles
+from ..text import as_bytes
 from .training import LABELS, SIZES, History, Run, RunConfig
 
 OUTPUTS = ("results.json", "losses.csv", "losses.png")
@@ -113,19 +114,6 @@ def table(results: list[Result]) -> Any:
             f"{result.tokens_per_second:,.0f}",
         )
     return shown
-
-
-def as_bytes(count: float) -> str:
-    """``count`` bytes as text, for people.
-
-    >>> as_bytes(7_340_032)
-    '7.34 MB'
-    """
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def draw(
