@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends.selection import step_backend, updater_of
 from .core.device_backend import Backend
+from .core.dtensors import is_dtensor, local
 from .core.kinds import CONVOLUTION_1D, EMBEDDING, HEAD, MATRIX, OTHER, VECTOR, weights_of
 from .core.messages import readable_bytes
 from .core.module_names import without_indices
@@ -20,7 +21,7 @@ from .engine.launches import Launches, launches_of
 from .engine.step_hooks import StepHooks
 from .params.member import Param, find_shard, params_of
 from .params.saving import Counted, advice_on_state
-from .params.sharding import LocalShard, is_dtensor, local
+from .params.sharding import LocalShard
 from .params.state import MOMENTS, has_begun, state_without_memory
 
 COLUMNS = 60

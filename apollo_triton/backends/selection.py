@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ..core.device_backend import Backend, device_backend
+from ..core.dtensors import is_dtensor, local
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from ..params.fake import fake_mode_of
 from ..params.member import Param, geometry_of, params_of
-from ..params.sharding import LocalShard, is_dtensor, local
+from ..params.sharding import LocalShard
 from ..params.state import is_8bit
 from .reference import dense_8bit
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..backends.interface import ByMember
+from ..core.dtensors import is_dtensor, local
 from ..params.member import Member
-from ..params.sharding import LocalShard, MeshAxis, is_dtensor, local
+from ..params.sharding import LocalShard, MeshAxis
 
 
 class Collectives:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.dtensors import local
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import Int8Weight
 from ..params.member import gradient_of
-from ..params.sharding import local
 from ..params.state import ABSMAXES, SHARDED
 
 Groups = list[dict[str, Any]]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..core import gpu
+from ..core.dtensors import local
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from ..params.member import Member, Param
-from ..params.sharding import LocalShard, local
+from ..params.sharding import LocalShard
 from ..params.state import has_begun, state_without_memory
 from .caches import Caches
 from .engine import joined

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
-from ..params.sharding import is_dtensor
 from .linear import owners_of
 
 

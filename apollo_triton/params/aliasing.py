@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..core.dtensors import local
 from ..int8.weight import Int8Weight
 from .member import Param
-from .sharding import local
 
 
 def check_elements(param: Param) -> None:

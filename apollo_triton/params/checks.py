@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.dtensors import is_dtensor, local
 from ..core.geometry import FLATTENED, is_flattened
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
-from .sharding import is_dtensor, local
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARDED_8BIT = (

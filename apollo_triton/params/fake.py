@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.dtensors import local
 from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from .member import Param
-from .sharding import LocalShard, local
+from .sharding import LocalShard
 from .state import make_state
 
 

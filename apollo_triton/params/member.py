@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..core.dtensors import local
 from ..core.geometry import Geometry
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import Settings
-from .sharding import LocalShard, local, local_shard
+from .sharding import LocalShard, local_shard
 
 Gradient = Tensor | ImplicitGradient
 

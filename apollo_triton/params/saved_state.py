@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.dtensors import is_dtensor, local
 from ..core.messages import shown
 from ..core.settings import Settings
 from .member import Param
-from .sharding import LocalShard, is_dtensor, local, resharded
+from .sharding import LocalShard, resharded
 from .state import (
     ABSMAXES,
     MOMENTS,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.dtensors import is_dtensor, local
 from ..core.messages import shown
 from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
@@ -22,7 +23,7 @@ from ..int8.weight import Int8Weight
 from .aliasing import address, overlaps_itself
 from .checks import SHARDED_8BIT
 from .member import Param, geometry_of
-from .sharding import LocalShard, is_dtensor, local, sharded_zeros, state_placement
+from .sharding import LocalShard, sharded_zeros, state_placement
 
 # The names of the state's tensors, except ``step``, a scalar on the host.
 MOMENTS = ("exp_avg", "exp_avg_sq")
