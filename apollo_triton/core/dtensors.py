@@ -1,4 +1,5 @@
-"""Whether a tensor is a ``DTensor``, and its part on this rank, without the import of ``torch.distributed``."""
+"""Whether a tensor is a ``DTensor``, its part on this rank, and a ``DTensor`` of such a part, without the import of
+``torch.distributed`` where there is none."""
 
 from __future__ import annotations
 
@@ -20,3 +21,14 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
+    """``part`` as this rank's part of a tensor that is cut as ``tensor`` is, with its shape; itself if it is whole."""
+    if not is_dtensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    shape, strides = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides)

@@ -57,7 +57,7 @@ class Plan:
         self._settings = dict(enumerate(settings, first_group))
         self._given = dict(given)  # of the current step; ``updates`` empties it
         found = self._checked(groups, states, on_device, first_index)  # raises before anything changes
-        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
+        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
             None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
@@ -62,11 +61,6 @@ def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tenso
 def check_parameter(param: Param) -> None:
     """Raise ValueError for a shard, whose gradient is not whole in its hook."""
     parameter = param.tensor
-    if is_dtensor(parameter):
-        raise ValueError(
-            f"{param} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
-            "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
-        )
     if is_flattened(parameter):
         raise ValueError(
             f"{param} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "

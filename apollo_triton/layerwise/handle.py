@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
+from ..core.tensor_parallel import largest_part
 from ..engine.engine import Engine
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
@@ -284,8 +285,12 @@ class Layerwise:
 
     def pays(self, weight: Tensor, tokens: int) -> bool:
         """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
-        rows, columns = weight.shape
+        rows, columns = largest_part(weight)
         return self.gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
+
+    def name(self, weight: Tensor) -> str:
+        """What an error calls ``weight``: for ``LinearForward``."""
+        return str(self._params[weight])
 
     def _has(self, layer: nn.Linear) -> bool:
         """Whether the layer's forward is this handle's."""
