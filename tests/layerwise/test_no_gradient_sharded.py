@@ -115,3 +115,32 @@ def test_layers_that_are_cut_follow_one_process(mesh_shape, limiter_norm):
     results = run(trained, world, mesh_shape=mesh_shape, cases=cases, steps=7, options=options, timeout=240)
     assert_ranks_agree(results)
     assert_close(results[0], Layers(cases, **options).train_for(7).everything(), 2e-6, str(mesh_shape))
+
+
+def through_the_kernels(mesh_shape, cases, options):
+    options = options | {"backend": "triton"}
+    return Layers(cases, init_device_mesh("cpu", mesh_shape), **options).train_for(4).everything()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and do not take CPU tensors")
+@pytest.mark.parametrize(
+    ("mesh_shape", "options"),
+    [
+        pytest.param((2,), {"limiter_norm": "exact"}, marks=slow),
+        pytest.param((2,), {"limiter_norm": "sketch"}, marks=full),
+        pytest.param((4,), {"limiter_norm": "exact"}, marks=full),
+        pytest.param((2, 2), {"limiter_norm": "exact"}, marks=[full, needs_uneven_strides]),
+    ],
+    ids=str,
+)
+def test_kernels_follow_the_reference_of_one_process(mesh_shape, options):
+    """P made in place, from column 0 on, norms of the local channels taken for those whose moments are here, a launch
+    of no programs."""
+    pytest.importorskip("triton")
+    cuts = {1: ["0", "1"], 2: ["01", "10"]}[len(mesh_shape)]
+    cases = cases_of(cuts, ["tall", "wide", "many, wide", "large", "large, wide", "signs", "small", "smaller"])
+    world = torch.Size(mesh_shape).numel()
+    results = run(through_the_kernels, world, mesh_shape=mesh_shape, cases=cases, options=options, timeout=240)
+    assert_ranks_agree(results)
+    expected = Layers(cases, backend="reference", **options).train_for(4).everything()
+    assert_close(results[0], expected, 4e-6, str(mesh_shape))
