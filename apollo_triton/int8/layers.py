@@ -166,6 +166,7 @@ def quantize_model(
             if key not in weights:
                 with torch.inference_mode(False):  # whose tensors no optimizer could update
                     weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
+                    weight.name = f"{name}.weight"
                     weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
