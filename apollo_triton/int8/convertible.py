@@ -33,7 +33,7 @@ def check_convertible(model: nn.Module, layers: Mapping[str, nn.Linear], group_s
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
                 f"{name or 'the model'} is a DistributedDataParallel, which would not send the gradients of new "
-                "parameters; call quantize_model before wrapping (with init_sync=False)"
+                "parameters; call quantize_model before wrapping"
             )
     if "" in layers:
         raise ValueError(

@@ -198,6 +198,12 @@ def dequantize_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model is itself an Int8Linear, which cannot be replaced in place; use model.weight.dequantize()"
         )
+    for name in names:
+        if is_dtensor(model.get_submodule(name).weight):
+            raise ValueError(
+                f"{name} is sharded, and what shards it would keep its int8 weight; save the model with "
+                "torch.distributed.checkpoint, and load it into an int8 model that is not sharded to turn into floats"
+            )
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Linear] = {}
     for name in names:

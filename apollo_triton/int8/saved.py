@@ -79,8 +79,8 @@ def checked(found: Mapping[str, Any], prefix: str, errors: list[str], is_sharded
     """What a checkpoint says of one weight, either a float or int8 ``weight`` or some of ``PARTS``.
 
     ``found`` is what it has under these keys. Parts come back in the dtypes and layout of the format. Codes that an
-    earlier version saved as ``weight`` come back as ``weight_q``. A sharded layer takes ``DTensor`` too. If anything is refused, the result is empty, and
-    ``errors`` gets a line for each fault, with its key.
+    earlier version saved as ``weight`` come back as ``weight_q``. A sharded layer takes ``DTensor`` too. If anything is
+    refused, the result is empty, and ``errors`` gets a line for each fault, with its key.
     """
     faults = [f"{prefix}{key} {text}" for key, value in found.items() if (text := _unreadable(value, is_sharded))]
     found = dict(found) if not faults else {}
@@ -144,9 +144,12 @@ def assembled(parts: Mapping[str, Tensor], prefix: str, parameter: Tensor, error
         if is_cut or not is_dtensor(parameter):
             return result
         try:
-            return result[local_slices(parameter)].contiguous()
+            here = result[local_slices(parameter)].contiguous()
         except ValueError as error:
             errors.append(f"{prefix}weight cannot be sharded as the model's is: {error}")
+        else:
+            assert isinstance(here, Int8Weight)
+            return here
     return None
 
 

@@ -37,8 +37,8 @@ def _chunk(weight: Int8Weight, chunks: int, dim: int = 0) -> tuple[Int8Weight, .
     if run % weight.group_size:
         raise ValueError(
             f"{weight.title} has groups of {weight.group_size}, some of which would span two of {chunks} pieces of "
-            f"{piece} {what}; use quantize_model(group_size={math.gcd(run, weight.group_size)}), or leave the layer out "
-            "of its target_modules"
+            f"{piece} {what}; use quantize_model(group_size={math.gcd(run, weight.group_size)}), or leave the layer "
+            "out of its target_modules"
         )
     return tuple(_slice(weight, dim, start, start + piece) for start in range(0, length, piece))
 

@@ -331,5 +331,5 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
 def refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
-        "weight.dequantize() first; DistributedDataParallel needs init_sync=False, and the same weights on every rank"
+        "weight.dequantize() first"
     )
