@@ -199,7 +199,7 @@ def dequantize_model(model: nn.Module) -> nn.Module:
             "the model is itself an Int8Linear, which cannot be replaced in place; use model.weight.dequantize()"
         )
     for name in names:
-        if is_dtensor(model.get_submodule(name).weight):
+        if is_dtensor(model.get_parameter(f"{name}.weight")):
             raise ValueError(
                 f"{name} is sharded, and what shards it would keep its int8 weight; save the model with "
                 "torch.distributed.checkpoint, and load it into an int8 model that is not sharded to turn into floats"

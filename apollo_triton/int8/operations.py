@@ -85,6 +85,8 @@ def _empty_like(weight: Int8Weight, *, device: torch.device | None = None, **opt
 
 
 FUNCTIONS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+# Else 0, of every weight. Accelerate's FSDP2 tells parameters apart by it.
+FUNCTIONS[Tensor.data_ptr] = lambda weight: weight.q.data_ptr()
 OPERATIONS.update(
     {
         _aten.detach.default: lambda weight: weight.with_parts(lambda part: part.detach()),
