@@ -35,13 +35,14 @@ def _linear(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | No
         from . import matmul
 
         return matmul.forward(x, q, scale, zero, bias, group_size)
-    y = _linear_shape(x, q, scale, zero, bias, group_size)
+    y = x.new_empty(*x.shape[:-1], q.shape[0])
     for rows, W in _blocks(q, scale, zero, group_size, x.dtype):
         y[..., rows] = x @ W.mT
     return y if bias is None else y.add_(bias)
 
 
 def _linear_shape(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    _check(x, 1, q, scale, zero, group_size)
     return x.new_empty(*x.shape[:-1], q.shape[0])
 
 
@@ -54,7 +55,32 @@ def _input_gradient(gradient: Tensor, q: Tensor, scale: Tensor, zero: Tensor, gr
 
 
 def _input_gradient_shape(gradient: Tensor, q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    _check(gradient, 0, q, scale, zero, group_size)
     return gradient.new_empty(*gradient.shape[:-1], q.shape[1])
+
+
+def _check(activations: Tensor, contracted: int, q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> None:
+    """Raise RuntimeError unless the parts suit each other and the activations.
+
+    ``Int8Weight.check`` looks at parts before each eager use. In a graph nothing does: it is compiled for parts as they
+    are now, and anew if one gets another size, dtype or layout. So this is where they are looked at, once a graph.
+    """
+    if activations.shape[-1] != q.shape[contracted]:
+        raise RuntimeError(
+            f"shapes cannot be multiplied: {tuple(activations.shape)}, and an int8 weight of {tuple(q.shape)}"
+        )
+    groups = (q.numel() // group_size,)
+    for name, part, dtype, shape in (
+        ("q", q, torch.uint8, q.shape),
+        ("scale", scale, torch.float32, groups),
+        ("zero", zero, torch.uint8, groups),
+    ):
+        if part.dtype != dtype or part.shape != shape or not part.is_contiguous() or part.device != q.device:
+            raise RuntimeError(
+                f"an int8 weight of shape {tuple(q.shape)} with group_size={group_size} needs a contiguous {name} of "
+                f"{dtype}, of shape {tuple(shape)} and on {q.device}; it is {part.dtype}, of shape "
+                f"{tuple(part.shape)} with strides {part.stride()}, on {part.device}"
+            )
 
 
 def input_gradient_by_blocks(gradient: Tensor, q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:

@@ -282,6 +282,12 @@ class Int8Weight(Tensor):
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Int8Weight:
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What the compiler's caches on disk know this weight by. PyTorch asks for it by this name, and warns
+        otherwise."""
+        parts = [(tuple(p.shape), p.stride(), p.dtype, str(p.device)) for p in (self.q, self.scale, self.zero)]
+        return repr((self.__tensor_flatten__(), parts, self.requires_grad))
+
     def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
         """An int8 weight of what ``change`` makes of each part."""
         q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
