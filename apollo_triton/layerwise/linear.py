@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..core.dtensors import is_dtensor, local
+from ..core.dtensors import is_dtensor, local, placed_as
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.tensor_parallel import cuts_tokens, local_linear
 from ..int8.layers import Int8Linear
@@ -98,9 +98,9 @@ class LinearForward:
             return type(module).forward(module, x)
         if cuts_tokens(x, weight):
             raise RuntimeError(
-                f"{updater.name(weight)}: each rank has a part of the tokens ({x.placements} of its input), and the sum "  # type: ignore[attr-defined]
-                'over ranks needs a gradient; use attach_layerwise(..., gradients="freed"), or give the layer all '
-                "tokens on every rank"
+                f"{updater.name(weight)}: its input has placements {x.placements}, so that each rank has a part of the "  # type: ignore[attr-defined]
+                'tokens, and the sum over ranks needs a gradient; use attach_layerwise(..., gradients="freed"), or '
+                "give the layer all tokens on every rank"
             )
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

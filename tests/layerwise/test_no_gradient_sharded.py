@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed_cases import assert_close, assert_ranks_agree, drawn, needs_uneven_strides, sharded, whole
 from distributed_harness import run
 from no_gradient_cases import GROUPS, operands

@@ -125,6 +125,9 @@ class _NoUpdates:
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         pass
 
+    def name(self, weight: Tensor) -> str:
+        return "a weight"
+
 
 def _set_checkpointing(model: Any, on: bool) -> None:
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.2x
