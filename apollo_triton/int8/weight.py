@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..core.dtensors import local
 from ..core.messages import shown
 from ..core.philox import Stream, random_halves
+from .gathering import GatheredByFSDP
 
 # What an int8 weight can be made of, and stand for. The optimizer trains all of them except for float64.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,7 +111,7 @@ FUNCTIONS: dict[Any, Any] = {}
 OPERATIONS: dict[Any, Any] = {}
 
 
-class Int8Weight(Tensor):
+class Int8Weight(GatheredByFSDP, Tensor):
     """A weight ``[out, in]`` that is int8 in memory. To the rest of PyTorch it is a float tensor of the same shape.
 
     ``q`` is uint8 ``[out, in]``; ``scale`` (float32) and ``zero`` (uint8) are ``[out * in / group_size]``. ``dtype`` is
@@ -117,7 +119,8 @@ class Int8Weight(Tensor):
     ``.grad``, hooks and a name, and ``to``, ``deepcopy`` and ``swap_tensors`` move and copy it. An operation that would
     silently make a float copy raises NotImplementedError. ``dequantize()`` makes one on request.
 
-    ``stochastic_rounding``: whether the optimizer rounds stochastically when it stores an update.
+    ``stochastic_rounding``: whether the optimizer rounds stochastically when it stores an update. ``name``: what the
+    model calls the weight, for errors.
     """
 
     q: Tensor
@@ -125,6 +128,7 @@ class Int8Weight(Tensor):
     zero: Tensor
     group_size: int
     stochastic_rounding: bool
+    name: str = ""
     needs_low_rank = True  # read by core/coverage.py
 
     @staticmethod
@@ -217,6 +221,11 @@ class Int8Weight(Tensor):
         """Bytes in memory, including scales and zero points."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
+    @property
+    def title(self) -> str:
+        """What an error calls the weight."""
+        return f"{self.name or 'an int8 weight'} of shape {tuple(self.shape)}"
+
     def blocks(self, elements: int | None = None, group_size: int | None = None) -> Iterator[slice]:
         """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``).
         ``group_size`` is the weight's own by default."""
@@ -238,12 +247,13 @@ class Int8Weight(Tensor):
             mask = keep[:, None] if keep is not None and value.dim() > 1 else keep
             target.copy_(value if mask is None else torch.where(mask, target, value))
 
-    def noise(self, rows: slice, seed: int, step: int) -> Tensor:
+    def noise(self, rows: slice, seed: int, step: int, first: int = 0) -> Tensor:
         """The noise of stochastic rounding for the ``rows`` at ``step``, float32 ``[rows, in]``, drawn by the index of
-        each element as for the optimizer's other roundings: odd multiples of 2**-16 in (-1/2, 1/2). With the even ones
-        the mean would not be 0, and -1/2 would move values that lie on the grid."""
+        each element, of which ``first`` is the weight's first one, as for the optimizer's other roundings: odd
+        multiples of 2**-16 in (-1/2, 1/2). With the even ones the mean would not be 0, and -1/2 would move values that
+        lie on the grid."""
         columns = self.shape[1]
-        first, count = rows.start * columns, (rows.stop - rows.start) * columns
+        first, count = first + rows.start * columns, (rows.stop - rows.start) * columns
         halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
         return (halves | 1).to(torch.int16).to(torch.float32).mul_(2.0**-16).view(-1, columns)
 
@@ -291,7 +301,9 @@ class Int8Weight(Tensor):
     def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
         """An int8 weight of what ``change`` makes of each part."""
         q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
-        return Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        result = Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        result.name = self.name
+        return result
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -309,6 +321,12 @@ class Int8Weight(Tensor):
         if handler is None:
             raise refusal(function)
         return handler(*args, **(kwargs or {}))
+
+
+def int8_weight_of(parameter: Tensor) -> Int8Weight | None:
+    """The int8 weight that a parameter is or, of a ``DTensor``, this rank's part of it; None for any other."""
+    here = local(parameter)
+    return here if isinstance(here, Int8Weight) else None
 
 
 def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> None:
@@ -330,6 +348,5 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
 def refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
-        "weight.dequantize() first. FSDP2 and tensor parallel shard no int8 weights: train float ones there; "
-        "DistributedDataParallel needs init_sync=False, and the same weights on every rank"
+        "weight.dequantize() first"
     )
