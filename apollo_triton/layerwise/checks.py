@@ -33,6 +33,11 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         advice = "give attach_layerwise the whole model that the optimizer trains"
         if conversion is not None:
             advice = f"{conversion} has replaced them since the optimizer was made: make the optimizer after it"
+        elif any(is_dtensor(param.tensor) for param in foreign):
+            advice = (
+                "where fully_shard was called before the optimizer was made, a forward has left the root gathered: "
+                "call model.reshard() first"
+            )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
 
 
