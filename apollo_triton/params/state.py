@@ -1,8 +1,9 @@
 """The optimizer's state of one parameter: made at its first step, and checked whenever a plan is made.
 
 The state is tensors and numbers only. Low-rank moments are ``[channels, rank]``, whichever side is kept. P is not part
-of the state, except with ``proj="svd"``. 8-bit moments have names of their own, because ``torch.distributed.checkpoint``
-casts what it finds under a name, and would read codes as numbers. ``saved_state.py`` brings state back from a checkpoint.
+of the state, except with ``proj="svd"``. 8-bit moments have names of their own, because
+``torch.distributed.checkpoint`` casts what it finds under a name, and would read codes as numbers. ``saved_state.py``
+brings state back from a checkpoint.
 """
 
 from __future__ import annotations
