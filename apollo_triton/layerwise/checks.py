@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
