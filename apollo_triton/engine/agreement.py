@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.settings import PER_STEP, STRUCTURAL, Settings
 from ..params.fake import fake_mode_of
 from ..params.member import Param
-from ..params.sharding import LocalShard
+from ..params.sharding import LocalShard, MeshAxis
 from .collectives import gathered, ordered_axes
 
 
@@ -33,16 +33,17 @@ class Agreement:
     ) -> None:
         """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes.
 
-        ``settings`` are by the index of the group. Raises ValueError also for shards that have no values to send.
+        ``settings`` are by the index of the group. Raises ValueError also for shards that have no values to send. In a
+        process group that sends nothing, of which memory estimates play one rank, there is nobody to compare with.
         """
         for param, shard in found:
             has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
-            if not has_values and any(axis.size > 1 for axis in shard.mesh_axes):
+            if not has_values and any(axis.size > 1 and not _sends_nothing(axis) for axis in shard.mesh_axes):
                 raise ValueError(
                     f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
                     "or meta tensors, or count bytes with apollo-triton memory"
                 )
-        axes = ordered_axes([shard for _, shard in found])
+        axes = [axis for axis in ordered_axes([shard for _, shard in found]) if not _sends_nothing(axis)]
         if not axes:
             return
         params = [param for param, _ in found]
@@ -69,6 +70,10 @@ class Agreement:
             torch.distributed.all_gather_object(received, lists, group=axis.group)
             lists = {rank: found for other in received for rank, found in other.items()}
         raise ValueError(_difference(lists))
+
+
+def _sends_nothing(axis: MeshAxis) -> bool:
+    return axis.group is not None and torch.distributed.get_backend(axis.group) == "fake"
 
 
 def _lasting(param: Param, settings: Settings) -> str:
