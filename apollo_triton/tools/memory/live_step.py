@@ -7,13 +7,13 @@ Each part is known by the operation that makes or uses it: FSDP2's own operators
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch.utils._pytree import tree_leaves
 
 from ...engine.engine import Engine
 from ...optimizer import APOLLOAdamW
@@ -55,7 +55,8 @@ class LiveStep(Storages):
     """Follows the storages of one rank's training: of ``model``, which is sharded, and ``optimizer``.
 
     ``kernels``: count the updates as the Triton kernels do them, not as PyTorch's operations. The tensors must be fake.
-    ``sent`` has the exchanges and received bytes by "update" and "model" since ``begin``.
+    ``exchanges`` and ``received`` are the collectives and the bytes that they bring since ``begin``, of the "update"
+    and of the "model", which is FSDP2 or tensor parallelism.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class LiveStep(Storages):
         namespace = func.namespace
         if namespace == "fsdp":
             self._seen_fsdp(func, args, kwargs)
-        elif namespace in _COLLECTIVES and "wait" not in func.__name__:
+        elif namespace in _COLLECTIVES and not any(word in func.__name__ for word in ("wait", "wrap")):
             self._seen_collective(func, args, result)
 
     def _seen_fsdp(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -149,7 +150,30 @@ class LiveStep(Storages):
             self.mark([given["out"]], REDUCING)
 
     def _seen_collective(self, func: Any, args: Any, result: Any) -> None:
-        who = "update" if self._updating else "model"
         if func is _c10d._reduce_scatter_base_.default:
             self.mark([args[0]], SHARDED_GRADIENTS)
+        who = "update" if self._updating else "model"
         self.exchanges[who] += 1
+        self.received[who] += received_by(func, args, result)
+
+
+def received_by(func: Any, args: Any, result: Any) -> int:
+    """The bytes that a collective brings to a rank, as a ring sends them: all parts that are not its own, and in an
+    all-reduce each twice, once to be added and once as a sum."""
+    name = func.__name__
+    in_place = func.namespace == "c10d"
+    tensors = [each for each in tree_leaves(args[0] if in_place else result) if isinstance(each, Tensor)]
+    size, ranks = sum(tensor.nbytes for tensor in tensors), _ranks(args)
+    if "reduce_scatter" in name:
+        return size * (ranks - 1)  # the result is one part of as many
+    return size * (ranks - 1) // ranks * (2 if "allreduce" in name or "all_reduce" in name else 1)
+
+
+def _ranks(arguments: Any) -> int:
+    """The size of the process group among the arguments of a collective."""
+    for argument in arguments:
+        if isinstance(argument, torch.ScriptObject):
+            with suppress(RuntimeError):  # for example a reduction operation
+                return torch.distributed.ProcessGroup.unbox(argument).size()
+    name = next(argument for argument in reversed(arguments) if isinstance(argument, str))
+    return torch.distributed.distributed_c10d._resolve_process_group(name).size()
