@@ -30,11 +30,13 @@ class Agreement:
         found: Sequence[tuple[Param, LocalShard]],
         settings: Mapping[int, Settings],
         states: Mapping[Tensor, dict[str, Any]],
+        among: Sequence[tuple[Param, LocalShard]] = (),
     ) -> None:
         """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes.
 
-        ``settings`` are by the index of the group. Raises ValueError also for shards that have no values to send. In a
-        process group that sends nothing, of which memory estimates play one rank, there is nobody to compare with.
+        ``settings`` are by the index of the group. ``among``: parameters over whose axes to ask as well, because
+        others may have found one of them. Raises ValueError also for shards that have no values to send. In a process
+        group that sends nothing, of which memory estimates play one rank, there is nobody to compare with.
         """
         for param, shard in found:
             has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
@@ -43,7 +45,8 @@ class Agreement:
                     f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
                     "or meta tensors, or count bytes with apollo-triton memory"
                 )
-        axes = [axis for axis in ordered_axes([shard for _, shard in found]) if not _sends_nothing(axis)]
+        asked = [*among, *found]
+        axes = [axis for axis in ordered_axes([shard for _, shard in asked]) if not _sends_nothing(axis)]
         if not axes:
             return
         params = [param for param, _ in found]
@@ -56,7 +59,7 @@ class Agreement:
             for text, param in zip(lasting, params, strict=True)
         ]
         digest = int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:7], "big")
-        device = params[0].tensor.device
+        device = asked[0][0].tensor.device
         differs = torch.zeros((), dtype=torch.int64, device=device)
         for axis in axes:  # the flag travels along, so that every rank learns of it
             told = gathered(torch.stack((torch.tensor(digest, device=device), differs)), axis)

@@ -19,7 +19,7 @@ from ..core.messages import shown
 from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from .aliasing import address, overlaps_itself
 from .checks import SHARDED_8BIT
 from .member import Param, geometry_of
@@ -289,7 +289,8 @@ def _is_plain(value: Tensor, parameter: Tensor) -> bool:
     """Whether a tensor has an address that is its own: none of a subclass, except fake ones of a fake parameter."""
     if type(value) in (Tensor, torch.nn.Parameter) or is_dtensor(value):
         return True
-    whose = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    weight = int8_weight_of(parameter)
+    whose = parameter if weight is None else weight.q
     return getattr(value, "fake_mode", None) is not None and hasattr(whose, "fake_mode")
 
 

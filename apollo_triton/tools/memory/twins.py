@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ...core import gpu
 from ...core.dtensors import is_dtensor, local
 from ...int8.weight import Int8Weight
+from ...params.member import Param, Part
 
 if TYPE_CHECKING:
     from .storages import Storages
@@ -34,7 +35,7 @@ class Twins:
         """``run`` with twins instead of the groups' parameters. Returns their states."""
         with unset_fake_temporarily():
             with self._storages.paused():
-                twins = [self._group(group) for group in groups]
+                twins = self._groups(groups)
             try:
                 with gpu.counting_launches() if self._kernels else nullcontext():
                     run(engine, twins, self._states, *arguments, **options)
@@ -43,6 +44,13 @@ class Twins:
                     for parameter in group["params"]:
                         parameter.grad = None
         return {parameter: self._states[parameter] for group in twins for parameter in group["params"]}
+
+    def _groups(self, groups: Any) -> Any:
+        if not isinstance(groups, Part):
+            return [self._group(group) for group in groups]
+        by_index = {index: self._group(group) for index, group in zip(groups.group_indices, groups, strict=True)}
+        params = [Param(param.group, param.index, param.name, self._of[param.tensor]) for param in groups.params]
+        return Part(by_index, params)
 
     def _group(self, group: dict[str, Any]) -> dict[str, Any]:
         for parameter in group["params"]:
