@@ -57,7 +57,8 @@ def train(model: nn.Module, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bo
         optimizer = APOLLOAdamW.mini(model, **options)
     else:
         optimizer = APOLLOAdamW.apollo(model, setup.rank, **options)
-    handle = attach_layerwise(model, optimizer) if setup.layerwise else None
+    if setup.layerwise:
+        attach_layerwise(model, optimizer)
     kernels = AsOnCuda if on_cuda else nullcontext
     set_checkpointing(model.train(), setup.checkpointing, kernels)
 
@@ -69,8 +70,6 @@ def train(model: nn.Module, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bo
         live.step(tokens, forward)
         live.begin()
         live.step(tokens, forward)
-    if handle is not None:
-        handle.remove()
     return live
 
 
