@@ -55,12 +55,9 @@ def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tenso
     for param in low_rank:
         if param.tensor in parallel:
             raise ValueError(
-                f'{param}: gradients="{gradients}" cannot update what fully_shard manages: its gradient is a sum over '
-                'ranks, which has to be there for that; use gradients="freed", which frees it as soon as it is reduced'
-            )
-        if is_dtensor(param.tensor):
-            raise ValueError(
-                f'{param}: gradients="{gradients}" does not know weights that are sharded; use gradients="freed"'
+                f'{param}: gradients="{gradients}" cannot update what fully_shard manages: the sum over ranks needs a '
+                'gradient; use gradients="freed", which frees it as soon as it is reduced, or tensor parallel alone '
+                "(parallelize_module), whose ranks see the same tokens"
             )
         names = owners_of(model, param.tensor)
         if len(names) > 1:

@@ -13,15 +13,11 @@ from torch import Tensor
 from ..core.dtensors import is_dtensor, local
 from ..core.geometry import FLATTENED, is_flattened
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import Int8Weight, int8_weight_of
 from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHARDED_8BIT = (
-    "it is a DTensor, and 8-bit moments are not sharded, since their blocks of 256 would span ranks; use "
-    "state_bits=32, with state_dtype=torch.bfloat16 for moments of half the size"
-)
 _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
     "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
@@ -97,12 +93,13 @@ def check_parameter(param: Param, settings: Settings) -> None:
         )
     if trained:
         check_elements(param)
-    if isinstance(parameter, Int8Weight):
+    int8_weight = int8_weight_of(parameter)
+    if int8_weight is not None:
         try:
-            parameter.check()
+            int8_weight.check()
         except ValueError as error:
             raise ValueError(f"{param}: {error}") from None
-    if isinstance(parameter, Int8Weight) and settings.rank is None:
+    if int8_weight is not None and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "
             "group, or leave it out of quantize_model's target_modules"
@@ -110,8 +107,6 @@ def check_parameter(param: Param, settings: Settings) -> None:
     shard = find_shard(param, settings)
     if settings.capturable and is_dtensor(parameter):
         raise ValueError(f"{param} is a DTensor, whose step communicates and is not captured; use capturable=False")
-    if settings.state_bits == 8 and is_dtensor(parameter):
-        raise ValueError(f"{param}: {SHARDED_8BIT}")
     if settings.rank is not None and (lost := lost_shape(parameter)):
         raise ValueError(f"{param} {lost}, or put it into a group without 'rank'")
     geometry = geometry_of(parameter, settings)
@@ -145,7 +140,8 @@ def check_gradient(param: Param, gradient: Tensor) -> None:
             f"{param}: its gradient is a {kind}, a tensor subclass that this optimizer does not know; give it a plain "
             "tensor or a DTensor"
         )
-    inner = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    int8_weight = int8_weight_of(parameter)
+    inner = parameter if int8_weight is None else int8_weight.q
     if hasattr(gradient, "fake_mode") != hasattr(inner, "fake_mode"):
         raise ValueError(
             f"{param} and its gradient: one of the two is a fake tensor of a FakeTensorMode, the other is not; make "

@@ -20,7 +20,7 @@ from ...core.moments_8bit import whole_blocks
 from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
-from ...int8.weight import Int8Weight
+from ...int8.weight import int8_weight_of
 from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
 from ...params.state import ABSMAXES
@@ -47,9 +47,8 @@ class Int8Format(NamedTuple):
     @classmethod
     def of(cls, parameter: Tensor) -> Int8Format | None:
         """None for a weight that is not int8."""
-        if not isinstance(parameter, Int8Weight):
-            return None
-        return cls(parameter.group_size, parameter.stochastic_rounding)
+        weight = int8_weight_of(parameter)
+        return None if weight is None else cls(weight.group_size, weight.stochastic_rounding)
 
 
 class Table(Channels):
@@ -77,7 +76,7 @@ class Table(Channels):
         self.weight_dtype = first.parameter.dtype
         self.is_implicit = not isinstance(first.gradient, Tensor)
         self.gradient_dtype = first.gradient.dtype
-        self.state_dtype = first.state["exp_avg"].dtype
+        self.state_dtype = first.moment_dtype
         self.int8 = Int8Format.of(first.parameter)
         self.is_sum_sharded = bool(first.shard.sum_axes)
         self.is_width_sharded = bool(first.shard.width_axes)
@@ -128,7 +127,7 @@ class Table(Channels):
         for member, geometry in zip(self.members, self.geometries, strict=True):
             weight, gradient = self._strides(member, geometry)
             size = member.parameter.element_size()
-            exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+            exp_avg, exp_avg_sq = member.moment("exp_avg"), member.moment("exp_avg_sq")
             norm = 0 if self.is_dense else member.local_state("update_norm").data_ptr()
             moments = 1 if self.is_dense else member.shard.moments * self.rank
             rounding_offsets = [member.shard.first_element] if self.is_dense else member.shard.rounding_offsets
@@ -217,7 +216,7 @@ class Table(Channels):
         rows = []
         for member, geometry in zip(self.members, self.geometries, strict=True):
             for position in range(geometry.matrices):
-                absmaxes = (member.state[name] for name in ABSMAXES)
+                absmaxes = (member.local_state(name) for name in ABSMAXES)
                 rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
