@@ -16,11 +16,14 @@ from torch import Tensor
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import step_backend, updater_of
+from ..core.dtensors import is_dtensor
 from ..core.settings import Settings
 from ..params.aliasing import check_separate
+from ..params.blocks import SPANS_RANKS, obstacle_to_8bit
 from ..params.checks import check_gradient, check_parameter
+from ..params.differences import warn_of_blocks
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
-from ..params.member import Member, Param, find_shard, gradient_of, params_of
+from ..params.member import Member, Param, find_shard, gradient_of, group_indices, params_of
 from ..params.sharding import LocalShard
 from ..params.state import check_count, check_memory, check_state, has_begun, lay_out
 from .agreement import Agreement
@@ -37,8 +40,6 @@ class Plan:
     and in its state. ``tables``: what the kernels update, low-rank ones first. ``captured``: whether a CUDA graph reads
     the tables. ``devices``: where members are. ``changed``: the parameters that a step writes to. ``collectives`` adds
     up what is sharded. ``clips``: whether all gradients are clipped together, to ``max_grad_norm``.
-
-    ``first_group`` and ``first_index`` are the indices of the first group and parameter among all of the optimizer's.
     """
 
     def __init__(
@@ -50,14 +51,12 @@ class Plan:
         on_device: bool,
         agreement: Agreement,
         caches: Caches,
-        first_group: int = 0,
-        first_index: int = 0,
     ) -> None:
-        self._first_group = first_group
-        self._settings = dict(enumerate(settings, first_group))
+        self._settings = dict(zip(group_indices(groups), settings, strict=True))
         self._given = dict(given)  # of the current step; ``updates`` empties it
-        found = self._checked(groups, states, on_device, first_index)  # raises before anything changes
-        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
+        found = self._checked(groups, states, on_device)  # raises before anything changes
+        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
+        self._tell_of_blocks([param for param, _, _ in found if not has_begun(states.get(param.tensor))], caches)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
             None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)
@@ -94,6 +93,18 @@ class Plan:
         self.tables = make_tables(on_kernels, self._settings, self.counts, on_device, caches)
         self._places = None if self._is_fake else places_of(groups, states, given)
 
+    def _tell_of_blocks(self, new: list[Param], caches: Caches) -> None:
+        """Say once of an optimizer which moments are not 8-bit though ``state_bits`` asks for it, since no rank holds
+        whole blocks. Before anything changes, since warnings may be errors."""
+        settings = self._settings
+        wanted = [param for param in new if is_dtensor(param.tensor) and settings[param.group].state_bits == 8]
+        if caches.has_told_of_blocks or not wanted:
+            return
+        spanning = [param for param in wanted if obstacle_to_8bit(param.tensor, settings[param.group]) == SPANS_RANKS]
+        if spanning:
+            warn_of_blocks(spanning)
+            caches.has_told_of_blocks = True
+
     def holds(
         self,
         groups: Groups,
@@ -111,12 +122,13 @@ class Plan:
         gradients = self._places.unless_moved(groups, states, given)
         if (
             gradients is None
+            or [*group_indices(groups)] != [*self._settings]
             or on_device != self.on_device
             or not (self._has_read(settings) or structure(settings) == self._structure)
             or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
             return False
-        self._settings = dict(enumerate(settings, self._first_group))
+        self._settings = dict(zip(group_indices(groups), settings, strict=True))
         self._given.update(given)
         if capturing:
             self.captured = True
@@ -186,9 +198,7 @@ class Plan:
                 norms[index][shard.first_matrix : shard.first_matrix + len(here)] = here
         return dict(sorted(norms.items()))
 
-    def _checked(
-        self, groups: Groups, states: States, on_device: bool, first_index: int
-    ) -> list[tuple[Param, LocalShard, str]]:
+    def _checked(self, groups: Groups, states: States, on_device: bool) -> list[tuple[Param, LocalShard, str]]:
         """Every parameter with a gradient, what of it is here, and its backend.
 
         Raises what is wrong with any of them, and changes nothing.
@@ -196,7 +206,7 @@ class Plan:
         if len({settings.max_grad_norm for settings in self._settings.values()}) > 1:
             raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
         found = []
-        for param in params_of(groups, self._first_group, first_index):
+        for param in params_of(groups):
             parameter, settings = param.tensor, self._settings[param.group]
             gradient = gradient_of(parameter, self._given)
             if gradient is None:

@@ -10,7 +10,7 @@ the same bits in both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,28 @@ def low_byte(values: Tensor) -> Tensor:
 def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The float32 values ``[groups, group_size]`` of q, with one scale and one zero point per group."""
     return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
+
+
+def row_blocks(shape: Sequence[int], group_size: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of a matrix that hold whole groups, each of about ``elements`` elements (default:
+    ``BLOCK_ELEMENTS``)."""
+    rows, columns = shape
+    whole = group_size // math.gcd(columns, group_size)
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def groups_of(rows: slice, columns: int, group_size: int) -> slice:
+    """The groups of the ``rows``, which must hold whole ones."""
+    return slice(rows.start * columns // group_size, rows.stop * columns // group_size)
+
+
+def dequantized_rows(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, rows: slice) -> Tensor:
+    """The ``rows`` of an int8 weight of these parts, which must hold whole groups, in float32 ``[rows, in]``."""
+    groups = groups_of(rows, q.shape[1], group_size)
+    q = q[rows]
+    return dequantized(q.reshape(-1, group_size), scale[groups], zero[groups]).view(q.shape)
 
 
 def lies_within(tensor: Tensor, low: float, high: float) -> bool:
@@ -207,25 +229,18 @@ class Int8Weight(GatheredByFSDP, Tensor):
     def blocks(self, elements: int | None = None, group_size: int | None = None) -> Iterator[slice]:
         """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``).
         ``group_size`` is the weight's own by default."""
-        rows, columns = self.shape
-        group_size = group_size or self.group_size
-        whole = group_size // math.gcd(columns, group_size)
-        step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+        return row_blocks(self.shape, group_size or self.group_size, elements)
 
     def floats(self, rows: slice) -> Tensor:
         """The ``rows``, which must hold whole groups, in float32 ``[rows, in]``."""
-        groups = self._groups(rows)
-        q = self.q[rows]
-        return dequantized(q.reshape(-1, self.group_size), self.scale[groups], self.zero[groups]).view(q.shape)
+        return dequantized_rows(self.q, self.scale, self.zero, self.group_size, rows)
 
     def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changed: Tensor | None = None) -> None:
         """Write float32 ``values [rows, in]`` with new scales and zero points, rounded as in ``quantized``. If
         ``changed`` is given, boolean of the same shape, only groups with a changed value are written."""
         shape = (-1, self.group_size)
         new = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
-        groups = self._groups(rows)
+        groups = groups_of(rows, self.shape[1], self.group_size)
         old = self.q[rows].view(shape), self.scale[groups], self.zero[groups]
         keep = None if changed is None else ~changed.view(shape).any(1)
         for target, value in zip(old, new, strict=True):
@@ -241,10 +256,6 @@ class Int8Weight(GatheredByFSDP, Tensor):
         first, count = first + rows.start * columns, (rows.stop - rows.start) * columns
         halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
         return (halves | 1).to(torch.int16).to(torch.float32).mul_(2.0**-16).view(-1, columns)
-
-    def _groups(self, rows: slice) -> slice:
-        columns = self.shape[1]
-        return slice(rows.start * columns // self.group_size, rows.stop * columns // self.group_size)
 
     def assign(self, weight: Tensor) -> None:
         """Take the values of a float tensor of the same shape, rounded to the nearest. Raises ValueError, before
@@ -280,6 +291,12 @@ class Int8Weight(GatheredByFSDP, Tensor):
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Int8Weight:
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What the compiler's caches on disk know this weight by. PyTorch asks for it by this name, and warns
+        otherwise."""
+        parts = [(tuple(p.shape), p.stride(), p.dtype, str(p.device)) for p in (self.q, self.scale, self.zero)]
+        return repr((self.__tensor_flatten__(), parts, self.requires_grad))
 
     def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
         """An int8 weight of what ``change`` makes of each part."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..core.dtensors import local
@@ -15,6 +16,8 @@ from ..core.settings import Settings
 from .sharding import LocalShard, local_shard
 
 Gradient = Tensor | ImplicitGradient
+# 8-bit moments' names in the state, by those of float ones.
+CODES = {"exp_avg": "exp_avg_q", "exp_avg_sq": "exp_avg_sq_q"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,8 @@ class Member(NamedTuple):
     """A parameter that takes part in a step: its state, its shard on this rank, and the backend that updates it.
 
     ``backend`` is "reference", "triton", or "none" for a parameter without elements. ``given`` maps parameters to
-    gradients of the current step that are not in ``.grad``; the engine fills it. ``weight``, ``gradient`` and
-    ``local_state`` are this rank's shards. ``geometry`` is the shard's geometry, None for dense AdamW.
+    gradients of the current step that are not in ``.grad``; the engine fills it. ``weight``, ``gradient``,
+    ``local_state`` and ``moment`` are this rank's shards. ``geometry`` is the shard's geometry, None for dense AdamW.
     """
 
     param: Param
@@ -79,8 +82,21 @@ class Member(NamedTuple):
         assert isinstance(gradient, Tensor)
         return gradient
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether its moments are 8-bit."""
+        return "exp_avg_q" in self.state
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        return self.moment("exp_avg").dtype
+
     def local_state(self, name: str) -> Tensor:
         return local(self.state[name])
+
+    def moment(self, name: str) -> Tensor:
+        """``exp_avg`` or ``exp_avg_sq``: floats, or the codes of 8-bit ones."""
+        return self.local_state(CODES[name] if self.is_8bit else name)
 
 
 def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient | None:
@@ -88,13 +104,39 @@ def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient
     return given.get(parameter, parameter.grad) if given else parameter.grad
 
 
-def params_of(groups: list[dict[str, Any]], first_group: int = 0, first_index: int = 0) -> Iterator[Param]:
-    """Every parameter of ``groups`` in order. The first one has the indices ``first_group`` and ``first_index``.
+class Part(list[dict[str, Any]]):
+    """The groups of an optimizer, cut down to ``params``, which come in its order and keep their indices in it.
+
+    A group of which none is among them is left out.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], params: Sequence[Param]) -> None:
+        self.params = params
+        by_group: dict[int, list[Param]] = {}
+        for param in params:
+            by_group.setdefault(param.group, []).append(param)
+        self.group_indices = [*by_group]
+        super().__init__(
+            {**groups[index], "params": [param.tensor for param in own], "param_names": [param.name for param in own]}
+            for index, own in by_group.items()
+        )
+
+
+def group_indices(groups: list[dict[str, Any]]) -> Sequence[int]:
+    """The indices of the groups in their optimizer."""
+    return groups.group_indices if isinstance(groups, Part) else range(len(groups))
+
+
+def params_of(groups: list[dict[str, Any]]) -> Iterator[Param]:
+    """Every parameter of ``groups`` in order, with its indices in the optimizer.
 
     Raises ValueError for a group with more or fewer names than parameters.
     """
-    index = first_index
-    for group_index, group in enumerate(groups, first_group):
+    if isinstance(groups, Part):
+        yield from groups.params
+        return
+    index = 0
+    for group_index, group in enumerate(groups):
         names = group.get("param_names", [""] * len(group["params"]))
         if len(names) != len(group["params"]):
             raise ValueError(
