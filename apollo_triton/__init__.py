@@ -15,6 +15,7 @@ __all__ = [
     "apollo_param_groups",
     "attach_layerwise",
     "dequantize_model",
+    "load_float_weights",
     "projection_matrix",
     "quantize_model",
 ]
@@ -22,6 +23,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .core.param_groups import apollo_param_groups
     from .core.projection import projection_matrix
+    from .int8.filling import load_float_weights
     from .int8.layers import dequantize_model, quantize_model
     from .layerwise.handle import attach_layerwise
     from .optimizer import APOLLOAdamW
@@ -35,6 +37,7 @@ else:
         "apollo_param_groups": "core.param_groups",
         "attach_layerwise": "layerwise.handle",
         "dequantize_model": "int8.layers",
+        "load_float_weights": "int8.filling",
         "projection_matrix": "core.projection",
         "quantize_model": "int8.layers",
     }

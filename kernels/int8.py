@@ -16,6 +16,7 @@ from .table import (
     FIRST_TILE_PROGRAM,
     GRADIENT_COLUMN_STRIDE,
     GRADIENT_ROW_STRIDE,
+    ROUNDING_OFFSET,
     ROWS,
     SCALE,
     SEED,
@@ -148,10 +149,13 @@ def apply_int8_kernel(
     bits = None
     if STOCHASTIC:
         seed = tl.load(p_row + SEED)
+        first = tl.load(p_row + ROUNDING_OFFSET) * (columns if KEEPS_ROWS else rows)
         if ALIGNED:
-            bits = rounding_bits_by_row(seed, t, first_group * GROUP, GROUP, BLOCK_GROUPS, BLOCK_GROUP, WEIGHT_STREAM)
+            bits = rounding_bits_by_row(
+                seed, t, first + first_group * GROUP, GROUP, BLOCK_GROUPS, BLOCK_GROUP, WEIGHT_STREAM
+            )
         else:
-            bits = rounding_bits(seed, t, index, WEIGHT_STREAM)
+            bits = rounding_bits(seed, t, first + index, WEIGHT_STREAM)
     if GROUP < BLOCK_GROUP:
         W, before = tl.where(mask, W, 0.0), tl.where(mask, before, 0.0)
     store_groups(W, before, bits, u, p_q, p_scale, p_zero, index, mask, o_group, m_group, BLOCK_GROUPS)

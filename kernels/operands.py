@@ -20,7 +20,17 @@ from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import rounding_bits_by_row
 from .projected import dot
 from .step import step_numbers
-from .table import COLUMNS, ROWS, SCALE, SEED, WEIGHT, WEIGHT_COLUMN_STRIDE, WEIGHT_ROW_STRIDE, ZERO
+from .table import (
+    COLUMNS,
+    ROUNDING_OFFSET,
+    ROWS,
+    SCALE,
+    SEED,
+    WEIGHT,
+    WEIGHT_COLUMN_STRIDE,
+    WEIGHT_ROW_STRIDE,
+    ZERO,
+)
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +116,7 @@ def update(
 @triton.jit
 def update_int8(
     p_q, p_scale, p_zero, difference, decay, u, p_row, t, first_row, first_column, rows, columns,
-    STOCHASTIC: tl.constexpr, GROUP: tl.constexpr,
+    KEEPS_ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The same for int8 weights: the tile is reshaped to ``[groups, GROUP]``."""
     BLOCK_ROWS: tl.constexpr = difference.shape[0]
@@ -123,7 +133,9 @@ def update_int8(
     W -= decay * W
     bits = None
     if STOCHASTIC:
-        first = first_row * columns + first_column
+        first = (
+            tl.load(p_row + ROUNDING_OFFSET) * (columns if KEEPS_ROWS else rows) + first_row * columns + first_column
+        )
         seed = tl.load(p_row + SEED)
         bits = rounding_bits_by_row(seed, t, first, columns, BLOCK_ROWS, BLOCK_COLUMNS, WEIGHT_STREAM)
         bits = bits.reshape(GROUPS, GROUP)
@@ -221,11 +233,13 @@ def apply_int8_operands_kernel(
     if GROUP < BLOCK_COLUMNS:
         left, right = halves(factor * G)
         update_int8(
-            p_q, p_scale, p_zero, left, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
-        )
+            p_q, p_scale, p_zero, left, decay, u, p_row, t, first_row, first_column, rows, columns,
+            KEEPS_ROWS, STOCHASTIC, GROUP,
+        )  # fmt: skip
         first_column += BLOCK_COLUMNS // 2
     else:
         right = factor * G
     update_int8(
-        p_q, p_scale, p_zero, right, decay, u, p_row, t, first_row, first_column, rows, columns, STOCHASTIC, GROUP
-    )
+        p_q, p_scale, p_zero, right, decay, u, p_row, t, first_row, first_column, rows, columns,
+        KEEPS_ROWS, STOCHASTIC, GROUP,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.device_backend import Backend, device_backend
 from ..core.dtensors import is_dtensor, local
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from ..params.fake import fake_mode_of
 from ..params.member import Param, geometry_of, params_of
 from ..params.sharding import LocalShard
@@ -33,12 +33,11 @@ def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], 
                 "install bitsandbytes 0.50 or newer (on CUDA 0.45), or put it into a group with 'state_bits': 32"
             )
         return Backend("reference", "bitsandbytes updates it: its moments are 8-bit and it is not projected")
-    if is_implicit and backend.name == "triton" and isinstance(parameter, Int8Weight):
-        group = parameter.group_size  # a tile of the kernels has whole groups of whole rows
-        if not (8 <= group <= 256 and group & (group - 1) == 0 and parameter.shape[1] % group == 0):
-            reason = (
-                f"group_size {group} is no power of two from 8 to 256 that divides its {parameter.shape[1]} columns"
-            )
+    weight = int8_weight_of(parameter)
+    if is_implicit and backend.name == "triton" and weight is not None:
+        group = weight.group_size  # a tile of the kernels has whole groups of whole rows
+        if not (8 <= group <= 256 and group & (group - 1) == 0 and weight.shape[1] % group == 0):
+            reason = f"group_size {group} is no power of two from 8 to 256 that divides its {weight.shape[1]} columns"
             return Backend("reference", reason)
     return backend
 

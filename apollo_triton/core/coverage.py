@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .dtensors import local
 from .geometry import Geometry
 from .kinds import CONVOLUTION_1D, EMBEDDING, HEAD, OTHER, VECTOR, Weight, weights_of
 from .targets import Targets
@@ -107,7 +108,7 @@ def _reason(weight: Weight, is_targeted: bool, targets: Targets, rank: int, grou
         return weight.kind
     reason = narrowness(_geometry(weight, group_keys), rank, group_keys.get("proj", "random"))
     # AdamW does not train int8 weights, so these are low-rank wherever the rank fits.
-    is_int8 = getattr(weight.tensor, "needs_low_rank", False) and not reason.startswith("narrower than rank")
+    is_int8 = getattr(local(weight.tensor), "needs_low_rank", False) and not reason.startswith("narrower than rank")
     if reason and (is_int8 or group_keys.get("rank_above_width")):
         reason = ""
     if is_targeted or reason:

@@ -1,6 +1,9 @@
-"""Whether a tensor is a ``DTensor``, and its part on this rank, without the import of ``torch.distributed``."""
+"""Whether a tensor is a ``DTensor``, which part of it is on this rank, and a ``DTensor`` of such a part, without
+importing ``torch.distributed``."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +23,58 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[attr-defined]
+
+
+def cuts_of(tensor: Any) -> list[tuple[int, int]]:
+    """How a ``DTensor`` was sharded, cut by cut in their order: tensor dimension and index of the mesh dimension."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    order: list[int] = []
+    for index in reversed(range(mesh.ndim)):
+        placement = placements[index]
+        if placement.is_partial():
+            raise ValueError(f"has placements {placements}: partial sums are no weight; redistribute it")
+        if placement.is_replicate():
+            continue
+        # A strided shard was cut after mesh dimensions to its right, which had made ``split_factor`` shards by then.
+        strides, at, shards = getattr(placement, "split_factor", 1), 0, 1
+        while shards < strides and at < len(order):
+            if placements[order[at]].dim == placement.dim:
+                shards *= mesh.size(order[at])
+            at += 1
+        order.insert(at, index)
+    return [(placements[index].dim % tensor.dim(), index) for index in order]
+
+
+def chunk(length: int, pieces: int, piece: int) -> tuple[int, int]:
+    """Where a piece of ``length`` begins, and its length. ``DTensor`` splits as ``torch.chunk`` does."""
+    size = -(-length // pieces)
+    first = min(piece * size, length)
+    return first, min(size, length - first)
+
+
+def place_of(tensor: Any) -> tuple[list[int], list[int]]:
+    """The shape that this rank's part of a ``DTensor`` is to have, and the index at which it begins in each
+    dimension."""
+    shape, offset = list(tensor.shape), [0] * tensor.dim()
+    for dim, index in cuts_of(tensor):
+        mesh = tensor.device_mesh
+        first, shape[dim] = chunk(shape[dim], mesh.size(index), mesh.get_local_rank(index))
+        offset[dim] += first
+    return shape, offset
+
+
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor is on this rank; all of it where it is no ``DTensor``."""
+    shape, offset = place_of(tensor) if is_dtensor(tensor) else (list(tensor.shape), [0] * tensor.dim())
+    return tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
+
+
+def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
+    """``part`` as this rank's part of a tensor that is cut as ``tensor`` is, with its shape; itself if it is whole."""
+    if not is_dtensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    shape, strides = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides)

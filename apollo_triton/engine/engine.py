@@ -16,6 +16,7 @@ from ..backends.interface import WARM_UP, ByMember
 from ..core import streams
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import SettingsReader
+from ..params.member import group_indices
 from .agreement import Agreement
 from .caches import Caches
 from .fingerprint import Groups, States
@@ -35,13 +36,13 @@ class Scaling(NamedTuple):
 class Engine:
     """Runs steps. ``gradient_norm`` is that of the last one, where ``max_grad_norm`` asked for it.
 
-    An engine may be given a part of an optimizer's parameters: one group, of index ``first_group``, from the parameter
-    of index ``first_index`` on. It shares ``caches`` with the engines of the other parts.
+    An engine may be given a part of an optimizer's parameters, as a ``Part`` of its groups. It shares ``caches`` with
+    the engines of the other parts.
     """
 
-    def __init__(self, caches: Caches, first_group: int = 0, first_index: int = 0) -> None:
+    def __init__(self, caches: Caches) -> None:
         self.gradient_norm: Tensor | None = None
-        self._caches, self._first_group, self._first_index = caches, first_group, first_index
+        self._caches = caches
         self._readers: list[SettingsReader] = []
         self._agreement = Agreement()
         self._plan: Plan | None = None
@@ -107,7 +108,7 @@ class Engine:
             self._readers.append(SettingsReader())
         settings = [
             reader.read(group, f"parameter group {index}")
-            for index, (group, reader) in enumerate(zip(groups, self._readers, strict=False), self._first_group)
+            for index, group, reader in zip(group_indices(groups), groups, self._readers, strict=False)
         ]
         plan = self._plan
         # A GradScaler tells of an overflow on the device alone, so the step count must be there too, and stay.
@@ -125,8 +126,7 @@ class Engine:
             return plan
         if capturing:
             raise RuntimeError(WARM_UP)
-        first = self._first_group, self._first_index
-        self._plan = Plan(groups, states, settings, given, on_device, self._agreement, self._caches, *first)
+        self._plan = Plan(groups, states, settings, given, on_device, self._agreement, self._caches)
         if plan is not None:
             for table in plan.tables:
                 self._count_skipped(table.count_skipped())

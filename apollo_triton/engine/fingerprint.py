@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.dtensors import local
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from ..params.member import gradient_of
 from ..params.state import SHARDED
 
@@ -115,7 +115,7 @@ class Places:
             never_formed = [(at, each.dtype) for at, each in enumerate(gradients) if not isinstance(each, Tensor)]
         if not self._is_plain:
             formed, state = [*map(local, formed)], [*map(local, state)]
-            formats = [(w.group_size, w.stochastic_rounding) for w in weights if isinstance(w, Int8Weight)]
+            formats = [(w.group_size, w.stochastic_rounding) for w in map(int8_weight_of, weights) if w is not None]
             weights = [part for each in weights for part in _parts(each)]
         addresses = [*map(Tensor.data_ptr, formed)]
         if 0 in addresses and any(each.numel() and not each.data_ptr() for each in formed):
@@ -164,6 +164,5 @@ def _with_gradients(groups: Groups, given: Given) -> tuple[list[Any], list[Any],
 
 def _parts(parameter: Tensor) -> tuple[Tensor, ...]:
     """The tensors on this rank in which a parameter keeps its numbers."""
-    if isinstance(parameter, Int8Weight):
-        return parameter.q, parameter.scale, parameter.zero
-    return (local(parameter),)
+    weight = int8_weight_of(parameter)
+    return (local(parameter),) if weight is None else (weight.q, weight.scale, weight.zero)

@@ -23,7 +23,7 @@ from ..params.blocks import SPANS_RANKS, obstacle_to_8bit
 from ..params.checks import check_gradient, check_parameter
 from ..params.differences import warn_of_blocks
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
-from ..params.member import Member, Param, find_shard, gradient_of, params_of
+from ..params.member import Member, Param, find_shard, gradient_of, group_indices, params_of
 from ..params.sharding import LocalShard
 from ..params.state import check_count, check_memory, check_state, has_begun, lay_out
 from .agreement import Agreement
@@ -40,8 +40,6 @@ class Plan:
     and in its state. ``tables``: what the kernels update, low-rank ones first. ``captured``: whether a CUDA graph reads
     the tables. ``devices``: where members are. ``changed``: the parameters that a step writes to. ``collectives`` adds
     up what is sharded. ``clips``: whether all gradients are clipped together, to ``max_grad_norm``.
-
-    ``first_group`` and ``first_index`` are the indices of the first group and parameter among all of the optimizer's.
     """
 
     def __init__(
@@ -53,14 +51,11 @@ class Plan:
         on_device: bool,
         agreement: Agreement,
         caches: Caches,
-        first_group: int = 0,
-        first_index: int = 0,
     ) -> None:
-        self._first_group = first_group
-        self._settings = dict(enumerate(settings, first_group))
+        self._settings = dict(zip(group_indices(groups), settings, strict=True))
         self._given = dict(given)  # of the current step; ``updates`` empties it
-        found = self._checked(groups, states, on_device, first_index)  # raises before anything changes
-        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
+        found = self._checked(groups, states, on_device)  # raises before anything changes
+        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
         self._tell_of_blocks([param for param, _, _ in found if not has_begun(states.get(param.tensor))], caches)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
@@ -127,12 +122,13 @@ class Plan:
         gradients = self._places.unless_moved(groups, states, given)
         if (
             gradients is None
+            or [*group_indices(groups)] != [*self._settings]
             or on_device != self.on_device
             or not (self._has_read(settings) or structure(settings) == self._structure)
             or not (on_device or [step.value for step in self._host_steps] == self.counts)
         ):
             return False
-        self._settings = dict(enumerate(settings, self._first_group))
+        self._settings = dict(zip(group_indices(groups), settings, strict=True))
         self._given.update(given)
         if capturing:
             self.captured = True
@@ -202,9 +198,7 @@ class Plan:
                 norms[index][shard.first_matrix : shard.first_matrix + len(here)] = here
         return dict(sorted(norms.items()))
 
-    def _checked(
-        self, groups: Groups, states: States, on_device: bool, first_index: int
-    ) -> list[tuple[Param, LocalShard, str]]:
+    def _checked(self, groups: Groups, states: States, on_device: bool) -> list[tuple[Param, LocalShard, str]]:
         """Every parameter with a gradient, what of it is here, and its backend.
 
         Raises what is wrong with any of them, and changes nothing.
@@ -212,7 +206,7 @@ class Plan:
         if len({settings.max_grad_norm for settings in self._settings.values()}) > 1:
             raise ValueError("max_grad_norm differs between parameter groups; it is one norm over all gradients")
         found = []
-        for param in params_of(groups, self._first_group, first_index):
+        for param in params_of(groups):
             parameter, settings = param.tensor, self._settings[param.group]
             gradient = gradient_of(parameter, self._given)
             if gradient is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core.dtensors import is_dtensor
 from .weight import check_group_size, is_finite
 
 # What leaves its own entry in a layer whose weight it computes, and how to end that.
@@ -32,7 +33,7 @@ def check_convertible(model: nn.Module, layers: Mapping[str, nn.Linear], group_s
         if isinstance(module, DistributedDataParallel):
             raise ValueError(
                 f"{name or 'the model'} is a DistributedDataParallel, which would not send the gradients of new "
-                "parameters; call quantize_model before wrapping (with init_sync=False)"
+                "parameters; call quantize_model before wrapping"
             )
     if "" in layers:
         raise ValueError(
@@ -54,7 +55,7 @@ def _obstacle(layer: nn.Linear) -> str | None:
     """Why this layer cannot be converted, with what to do about it; None if it can."""
     fields = vars(layer)
     if fields.get("_is_fsdp_managed_module"):
-        return "FSDP has sharded the model, and shards no int8 weights; train float ones there"
+        return "FSDP has sharded the model; call quantize_model before fully_shard"
     if "_hf_hook" in fields:
         return (
             "accelerate runs its forward; call quantize_model before the model is dispatched, or "
@@ -75,6 +76,8 @@ def _obstacle(layer: nn.Linear) -> str | None:
     if more:
         return f"it holds {', '.join(sorted(more))} beside weight and bias, which would be lost; remove that"
     weight = layer.weight
+    if is_dtensor(weight):
+        return "its weight is sharded, a DTensor; call quantize_model before parallelize_module or distribute_tensor"
     if type(weight) is not nn.Parameter and not isinstance(weight, FakeTensor):
         return (
             f"its weight is a {type(weight).__name__}, and int8 weights are made of plain parameters; convert it to one"

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..core.coverage import NARROWEST
+from ..core.dtensors import is_dtensor
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
 from ..core.targets import DEFAULT_TARGETS, Targets
+from ..core.tensor_parallel import local_linear
 from .convertible import check_convertible, check_targets
 from .coverage import float_note, idle_notes, no_match, targeted
 from .replaced import REPLACED_BY, mark_replaced
-from .saved import PARTS, assembled, checked
-from .weight import Int8Weight
+from .saved import PARTS, as_dtensor, assembled, checked, entries, part_here
+from .weight import Int8Weight, int8_weight_of
 
 
 class Int8Linear(nn.Linear):
@@ -40,18 +42,23 @@ class Int8Linear(nn.Linear):
         self.weight, self.bias = weight, linear.bias
         _take_over(linear, self)
 
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if is_dtensor(weight):  # whose operations know no int8 weight
+            return local_linear(input, weight, self.bias, nn.functional.linear)
+        return nn.functional.linear(input, weight, self.bias)
+
     def __getattr__(self, name: str) -> Any:
         """Keys of the ``state_dict`` are attributes too, since torch.distributed.checkpoint looks them up as such."""
-        if name in PARTS and isinstance(self.weight, Int8Weight):
-            return getattr(self.weight, PARTS[name])
+        if name in PARTS and int8_weight_of(self.weight) is not None:
+            return entries(self.weight)[name]
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.weight
-        if isinstance(weight, Int8Weight):  # else someone has put a float weight in its place
+        if int8_weight_of(self.weight) is not None:  # else someone has put a float weight in its place
             del destination[f"{prefix}weight"]
-            destination.update({f"{prefix}{key}": getattr(weight, part) for key, part in PARTS.items()})
+            destination.update({f"{prefix}{key}": part for key, part in entries(self.weight).items()})
 
     def _load_from_state_dict(
         self,
@@ -64,12 +71,13 @@ class Int8Linear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        if not isinstance(self.weight, Int8Weight):
+        if int8_weight_of(self.weight) is None:
             super()._load_from_state_dict(state_dict, prefix, *arguments)
             return
         name, faults = f"{prefix}weight", len(error_msgs)
         keys = [key for key in ("weight", *PARTS) if f"{prefix}{key}" in state_dict]
-        found = checked({key: state_dict.pop(f"{prefix}{key}") for key in keys}, prefix, error_msgs)
+        found = {key: state_dict.pop(f"{prefix}{key}") for key in keys}
+        found = checked(found, prefix, error_msgs, is_dtensor(self.weight))
         value = self._gathered(found, prefix, bool(local_metadata.get("assign_to_params_buffers")), error_msgs)
         if value is not None:
             state_dict[name] = value
@@ -81,31 +89,38 @@ class Int8Linear(nn.Linear):
 
     def _gathered(self, found: dict[str, Tensor], prefix: str, assign: bool, errors: list[str]) -> Tensor | None:
         """What the weight is to become; None if the checkpoint's file, and those before it, do not have all of it."""
-        weight = self.weight
-        assert isinstance(weight, Int8Weight)
+        weight = int8_weight_of(self.weight)
+        assert weight is not None
         if "weight" in found or not found:
             self._read = {} if found else self._read
             value = found.get("weight")
-            if assign and value is not None and not isinstance(value, Int8Weight) and value.shape == weight.shape:
+            if value is None or value.shape != self.weight.shape:
+                return value
+            if is_dtensor(self.weight):
+                value = part_here(value, self.weight)
+            if assign and not isinstance(value, Int8Weight):
                 value = Int8Weight.of(value, weight.group_size, weight.stochastic_rounding)
-            return value
+            return self._as_sharded(value)
         again = self._read.keys() & found.keys()  # another checkpoint has begun
         self._read = found if again else {**self._read, **found}
         if self._read.keys() != PARTS.keys():
             return None
-        value = assembled(self._read, prefix, weight, errors)
+        value = assembled(self._read, prefix, self.weight, errors)
         self._read = {}
         if value is not None and value.group_size != weight.group_size and not assign:
             warn(
                 f"the checkpoint's int8 weights have groups of {value.group_size} and the model's {weight.group_size}, "
                 f"so they are rounded once more; quantize_model(group_size={value.group_size}) loads them as they are"
             )
-        return value
+        return None if value is None else self._as_sharded(value)
+
+    def _as_sharded(self, here: Tensor) -> Tensor:
+        """This rank's part, as a ``DTensor`` if the weight is one."""
+        return as_dtensor(here, self.weight, self.weight.shape) if is_dtensor(self.weight) else here
 
     def extra_repr(self) -> str:
-        if not isinstance(self.weight, Int8Weight):
-            return super().extra_repr()
-        return f"{super().extra_repr()}, int8, group_size={self.weight.group_size}"
+        weight = int8_weight_of(self.weight)
+        return super().extra_repr() + ("" if weight is None else f", int8, group_size={weight.group_size}")
 
 
 @explaining_unknown_options
@@ -166,6 +181,7 @@ def quantize_model(
             if key not in weights:
                 with torch.inference_mode(False):  # whose tensors no optimizer could update
                     weight = Int8Weight.of(module.weight, group_size, stochastic_rounding)
+                    weight.name = f"{name}.weight"
                     weights[key] = _in_place_of(module.weight, weight, "quantize_model")
             layers[id(module)] = Int8Linear(module, weights[key])
         _replace(model, name, layers[id(module)])
@@ -189,6 +205,12 @@ def dequantize_model(model: nn.Module) -> nn.Module:
         raise ValueError(
             "the model is itself an Int8Linear, which cannot be replaced in place; use model.weight.dequantize()"
         )
+    for name in names:
+        if is_dtensor(model.get_parameter(f"{name}.weight")):
+            raise ValueError(
+                f"{name} is sharded, and what shards it would keep its int8 weight; save the model with "
+                "torch.distributed.checkpoint, and load it into an int8 model that is not sharded to turn into floats"
+            )
     weights: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Linear] = {}
     for name in names:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.device_backend import device_backend
+from .products import input_gradient_by_blocks, int8_input_gradient, int8_linear
 from .weight import FUNCTIONS, Int8Weight
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` with an int8 weight: x ``[..., in]`` -> ``[..., out]`` in the dtype of x."""
-    weight.check()
+    if not torch.compiler.is_compiling():  # the parts have no addresses while a graph is traced
+        weight.check()
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -29,20 +27,12 @@ def linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
 
 
 class _Int8Linear(torch.autograd.Function):
-    """The kernels dequantise the weight a tile at a time, PyTorch a block of rows at a time. The weight's gradient is
-    an ordinary float tensor."""
+    """The weight's gradient is an ordinary float tensor, which autograd adds up under the int8 weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if _has_kernels(x, weight):
-            from . import matmul as int8_matmul
-
-            return int8_matmul.forward(x, weight, bias)
-        y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for rows, W in _blocks(weight, x.dtype):
-            y[..., rows] = x @ W.mT
-        return y if bias is None else y.add_(bias)
+        return int8_linear(x, weight.q, weight.scale, weight.zero, bias, weight.group_size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -65,25 +55,9 @@ class _Int8Linear(torch.autograd.Function):
 
 def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
     """dY ``[..., out]`` -> dY W ``[..., in]`` in the dtype of dY."""
-    # Under create_graph PyTorch computes it, because the kernels' results cannot be differentiated again.
-    if _has_kernels(gradient, weight) and not torch.is_grad_enabled():
-        from . import matmul as int8_matmul
-
-        return int8_matmul.input_gradient(gradient, weight)
-    total = torch.zeros(*gradient.shape[:-1], weight.shape[1], dtype=torch.float32, device=gradient.device)
-    for rows, W in _blocks(weight, gradient.dtype):
-        total += gradient[..., rows] @ W
-    return total.to(gradient.dtype)
-
-
-def _has_kernels(activations: Tensor, weight: Int8Weight) -> bool:
-    kernels_take_it = activations.dtype in _KERNEL_DTYPES and activations.device == weight.device
-    return kernels_take_it and device_backend(weight, "auto").name == "triton"
-
-
-def _blocks(weight: Int8Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for rows in weight.blocks():
-        yield rows, weight.floats(rows).to(dtype)
+    parts = weight.q, weight.scale, weight.zero, weight.group_size
+    # Under create_graph autograd goes through PyTorch's own operations. It has no derivative of ours.
+    return (input_gradient_by_blocks if torch.is_grad_enabled() else int8_input_gradient)(gradient, *parts)
 
 
 FUNCTIONS[torch.nn.functional.linear] = linear

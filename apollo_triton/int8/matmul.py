@@ -10,34 +10,40 @@ from torch import Tensor
 
 from ..core import gpu
 from ..kernels import linear as kernels
-from .weight import Int8Weight
 
 
-def forward(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+def forward(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
     """x ``[..., in]`` -> x W^T + bias ``[..., out]`` in the dtype of x, rounded once."""
-    outputs, inputs = weight.shape
+    outputs, inputs = q.shape
     y = x.new_empty(*x.shape[:-1], outputs)
     bias = None if bias is None else bias.expand(outputs).contiguous()
-    _launch(kernels.forward_kernel, x, weight, (bias, y), inputs, outputs)
+    _launch(kernels.forward_kernel, x, (q, scale, zero), group_size, (bias, y), inputs, outputs)
     return y
 
 
-def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
+def input_gradient(gradient: Tensor, q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     """dY ``[..., out]`` -> dY W ``[..., in]`` in the dtype of dY, rounded once."""
-    outputs, inputs = weight.shape
+    outputs, inputs = q.shape
     result = gradient.new_empty(*gradient.shape[:-1], inputs)
-    _launch(kernels.input_gradient_kernel, gradient, weight, (result,), outputs, inputs)
+    _launch(kernels.input_gradient_kernel, gradient, (q, scale, zero), group_size, (result,), outputs, inputs)
     return result
 
 
 def _launch(
-    kernel: Any, activations: Tensor, weight: Int8Weight, arguments: tuple[Any, ...], contracted: int, kept: int
+    kernel: Any,
+    activations: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor],
+    group_size: int,
+    arguments: tuple[Any, ...],
+    contracted: int,
+    kept: int,
 ) -> None:
-    """Launch ``kernel``, with ``arguments`` after the weight's. The product sums over ``contracted``, the length of one
-    side of the weight, and keeps the other side, ``kept``."""
+    """Launch ``kernel``, with ``arguments`` after the weight's ``parts``: q, scale, zero. The product sums over
+    ``contracted``, the length of one side of the weight, and keeps the other side, ``kept``."""
+    shape = parts[0].shape
     if activations.shape[-1] != contracted:  # otherwise the kernel would read beyond the end
         raise RuntimeError(
-            f"shapes cannot be multiplied: {tuple(activations.shape)}, and an int8 weight of {tuple(weight.shape)}"
+            f"shapes cannot be multiplied: {tuple(activations.shape)}, and an int8 weight of {tuple(shape)}"
         )
     rows = activations.numel() // contracted
     if rows == 0:
@@ -48,16 +54,14 @@ def _launch(
     gpu.launch(
         kernel,
         (-(-rows // blocks["BLOCK_ROWS"]) * -(-kept // blocks["BLOCK_KEPT"]),),
-        weight.device,
+        activations.device,
         activations.contiguous(),
-        weight.q,
-        weight.scale,
-        weight.zero,
+        *parts,
         *arguments,
         rows,
-        *weight.shape,
-        GROUP=weight.group_size,
-        RUN=kernels.run_length(weight.group_size, weight.shape[1], block_columns),
+        *shape,
+        GROUP=group_size,
+        RUN=kernels.run_length(group_size, shape[1], block_columns),
         PRECISION=precision,
         **blocks,
     )

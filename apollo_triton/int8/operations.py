@@ -16,10 +16,18 @@ _aten = torch.ops.aten
 
 
 def _view(weight: Int8Weight, size: Sequence[int]) -> Int8Weight:
-    """A view, of the same shape only: ``swap_tensors`` makes one to find the gradient's node."""
-    if tuple(size) != tuple(weight.shape):
+    """A view of the same shape, which ``swap_tensors`` makes to find the gradient's node; or flat, and back from that,
+    as FSDP2 and DistributedDataParallel keep and send weights."""
+    if tuple(size) != tuple(weight.shape) and len(size) != 1 and weight.dim() != 1:
         raise refusal(_aten.view.default)
-    return weight.with_parts(lambda part: part)
+    return weight.with_parts(lambda part: part.view(size) if part is weight.q else part)
+
+
+def _clone(weight: Int8Weight, memory_format: torch.memory_format | None = None) -> Int8Weight:
+    """A copy whose parts are contiguous. Those of some columns are not, and their scales are ``[out, groups]``."""
+    contiguous = weight.with_parts(lambda part: part.clone(memory_format=torch.contiguous_format))
+    contiguous.scale, contiguous.zero = contiguous.scale.view(-1), contiguous.zero.view(-1)
+    return contiguous
 
 
 def _to_copy(weight: Int8Weight, *, dtype: torch.dtype | None = None, **options: Any) -> Int8Weight:
@@ -34,6 +42,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Weight):
         return target.copy_(source.dequantize(), non_blocking)
     if isinstance(source, Int8Weight):
+        source = source if source.is_contiguous() else _clone(source)
         source.check()  # else some parts could be copied and others not
     if not isinstance(source, Int8Weight) or source.shape != target.shape:
         target.assign((source.dequantize() if isinstance(source, Int8Weight) else source).expand(target.shape))
@@ -77,12 +86,14 @@ def _empty_like(weight: Int8Weight, *, device: torch.device | None = None, **opt
 
 
 FUNCTIONS[Tensor.data.__set__] = _set_data  # type: ignore[attr-defined]
+# Else 0, of every weight. Accelerate's FSDP2 tells parameters apart by it.
+FUNCTIONS[Tensor.data_ptr] = lambda weight: weight.q.data_ptr()
 OPERATIONS.update(
     {
         _aten.detach.default: lambda weight: weight.with_parts(lambda part: part.detach()),
         _aten.alias.default: lambda weight: weight.with_parts(lambda part: part),
         _aten.view.default: _view,
-        _aten.clone.default: lambda weight, memory_format=None: weight.with_parts(lambda part: part.clone()),
+        _aten.clone.default: _clone,
         _aten._to_copy.default: _to_copy,
         _aten.copy_.default: _copy,
         _aten.empty_like.default: _empty_like,

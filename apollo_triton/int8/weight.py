@@ -10,15 +10,17 @@ the same bits in both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..core.dtensors import local
 from ..core.messages import shown
 from ..core.philox import Stream, random_halves
+from .gathering import GatheredByFSDP
 
 # What an int8 weight can be made of, and stand for. The optimizer trains all of them except for float64.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,6 +70,28 @@ def dequantized(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q.to(torch.float32) - zero.to(torch.float32)[:, None]) * scale[:, None]
 
 
+def row_blocks(shape: Sequence[int], group_size: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of a matrix that hold whole groups, each of about ``elements`` elements (default:
+    ``BLOCK_ELEMENTS``)."""
+    rows, columns = shape
+    whole = group_size // math.gcd(columns, group_size)
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def groups_of(rows: slice, columns: int, group_size: int) -> slice:
+    """The groups of the ``rows``, which must hold whole ones."""
+    return slice(rows.start * columns // group_size, rows.stop * columns // group_size)
+
+
+def dequantized_rows(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, rows: slice) -> Tensor:
+    """The ``rows`` of an int8 weight of these parts, which must hold whole groups, in float32 ``[rows, in]``."""
+    groups = groups_of(rows, q.shape[1], group_size)
+    q = q[rows]
+    return dequantized(q.reshape(-1, group_size), scale[groups], zero[groups]).view(q.shape)
+
+
 def lies_within(tensor: Tensor, low: float, high: float) -> bool:
     """Whether all values are from ``low`` to ``high``, which NaN is not. True where there are no values to look at: on
     the meta device, in a ``FakeTensorMode``, and in an empty tensor."""
@@ -87,7 +111,7 @@ FUNCTIONS: dict[Any, Any] = {}
 OPERATIONS: dict[Any, Any] = {}
 
 
-class Int8Weight(Tensor):
+class Int8Weight(GatheredByFSDP, Tensor):
     """A weight ``[out, in]`` that is int8 in memory. To the rest of PyTorch it is a float tensor of the same shape.
 
     ``q`` is uint8 ``[out, in]``; ``scale`` (float32) and ``zero`` (uint8) are ``[out * in / group_size]``. ``dtype`` is
@@ -95,7 +119,8 @@ class Int8Weight(Tensor):
     ``.grad``, hooks and a name, and ``to``, ``deepcopy`` and ``swap_tensors`` move and copy it. An operation that would
     silently make a float copy raises NotImplementedError. ``dequantize()`` makes one on request.
 
-    ``stochastic_rounding``: whether the optimizer rounds stochastically when it stores an update.
+    ``stochastic_rounding``: whether the optimizer rounds stochastically when it stores an update. ``name``: what the
+    model calls the weight, for errors.
     """
 
     q: Tensor
@@ -103,6 +128,7 @@ class Int8Weight(Tensor):
     zero: Tensor
     group_size: int
     stochastic_rounding: bool
+    name: str = ""
     needs_low_rank = True  # read by core/coverage.py
 
     @staticmethod
@@ -195,46 +221,41 @@ class Int8Weight(Tensor):
         """Bytes in memory, including scales and zero points."""
         return self.q.nbytes + self.scale.nbytes + self.zero.nbytes
 
+    @property
+    def title(self) -> str:
+        """What an error calls the weight."""
+        return f"{self.name or 'an int8 weight'} of shape {tuple(self.shape)}"
+
     def blocks(self, elements: int | None = None, group_size: int | None = None) -> Iterator[slice]:
         """Slices of rows that hold whole groups, each of about ``elements`` elements (default: ``BLOCK_ELEMENTS``).
         ``group_size`` is the weight's own by default."""
-        rows, columns = self.shape
-        group_size = group_size or self.group_size
-        whole = group_size // math.gcd(columns, group_size)
-        step = max(1, (elements or BLOCK_ELEMENTS) // max(1, whole * columns)) * whole
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+        return row_blocks(self.shape, group_size or self.group_size, elements)
 
     def floats(self, rows: slice) -> Tensor:
         """The ``rows``, which must hold whole groups, in float32 ``[rows, in]``."""
-        groups = self._groups(rows)
-        q = self.q[rows]
-        return dequantized(q.reshape(-1, self.group_size), self.scale[groups], self.zero[groups]).view(q.shape)
+        return dequantized_rows(self.q, self.scale, self.zero, self.group_size, rows)
 
     def store(self, rows: slice, values: Tensor, noise: Tensor | None = None, changed: Tensor | None = None) -> None:
         """Write float32 ``values [rows, in]`` with new scales and zero points, rounded as in ``quantized``. If
         ``changed`` is given, boolean of the same shape, only groups with a changed value are written."""
         shape = (-1, self.group_size)
         new = quantized(values.reshape(shape), None if noise is None else noise.view(shape))
-        groups = self._groups(rows)
+        groups = groups_of(rows, self.shape[1], self.group_size)
         old = self.q[rows].view(shape), self.scale[groups], self.zero[groups]
         keep = None if changed is None else ~changed.view(shape).any(1)
         for target, value in zip(old, new, strict=True):
             mask = keep[:, None] if keep is not None and value.dim() > 1 else keep
             target.copy_(value if mask is None else torch.where(mask, target, value))
 
-    def noise(self, rows: slice, seed: int, step: int) -> Tensor:
+    def noise(self, rows: slice, seed: int, step: int, first: int = 0) -> Tensor:
         """The noise of stochastic rounding for the ``rows`` at ``step``, float32 ``[rows, in]``, drawn by the index of
-        each element as for the optimizer's other roundings: odd multiples of 2**-16 in (-1/2, 1/2). With the even ones
-        the mean would not be 0, and -1/2 would move values that lie on the grid."""
+        each element, of which ``first`` is the weight's first one, as for the optimizer's other roundings: odd
+        multiples of 2**-16 in (-1/2, 1/2). With the even ones the mean would not be 0, and -1/2 would move values that
+        lie on the grid."""
         columns = self.shape[1]
-        first, count = rows.start * columns, (rows.stop - rows.start) * columns
+        first, count = first + rows.start * columns, (rows.stop - rows.start) * columns
         halves = random_halves(first, count, seed, step, Stream.WEIGHT, self.q.device)
         return (halves | 1).to(torch.int16).to(torch.float32).mul_(2.0**-16).view(-1, columns)
-
-    def _groups(self, rows: slice) -> slice:
-        columns = self.shape[1]
-        return slice(rows.start * columns // self.group_size, rows.stop * columns // self.group_size)
 
     def assign(self, weight: Tensor) -> None:
         """Take the values of a float tensor of the same shape, rounded to the nearest. Raises ValueError, before
@@ -271,10 +292,18 @@ class Int8Weight(Tensor):
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Int8Weight:
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What the compiler's caches on disk know this weight by. PyTorch asks for it by this name, and warns
+        otherwise."""
+        parts = [(tuple(p.shape), p.stride(), p.dtype, str(p.device)) for p in (self.q, self.scale, self.zero)]
+        return repr((self.__tensor_flatten__(), parts, self.requires_grad))
+
     def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
         """An int8 weight of what ``change`` makes of each part."""
         q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
-        return Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        result = Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        result.name = self.name
+        return result
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -292,6 +321,12 @@ class Int8Weight(Tensor):
         if handler is None:
             raise refusal(function)
         return handler(*args, **(kwargs or {}))
+
+
+def int8_weight_of(parameter: Tensor) -> Int8Weight | None:
+    """The int8 weight that a parameter is or, of a ``DTensor``, this rank's part of it; None for any other."""
+    here = local(parameter)
+    return here if isinstance(here, Int8Weight) else None
 
 
 def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> None:
@@ -313,6 +348,5 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
 def refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
-        "weight.dequantize() first. FSDP2 and tensor parallel shard no int8 weights: train float ones there; "
-        "DistributedDataParallel needs init_sync=False, and the same weights on every rank"
+        "weight.dequantize() first"
     )

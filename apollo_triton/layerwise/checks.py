@@ -12,6 +12,7 @@ from ..core.geometry import is_flattened
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
+from .fsdp2 import sharded_modules
 from .linear import owners_of
 
 
@@ -19,8 +20,9 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
     """Raise ValueError unless hooks on the model see whole, final gradients of all of the optimizer's parameters."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and the ranks "
-            "would drift apart; use plain optimizer.step() with it"
+            "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and it keeps all "
+            "of them in its buckets anyway; use fully_shard on a mesh of replicas instead, which frees them: "
+            'init_device_mesh("cuda", (ranks, 1), mesh_dim_names=("replicate", "shard")); or plain optimizer.step()'
         )
     in_model = set(model.parameters())
     params = [*params_of(optimizer.param_groups)]
@@ -32,6 +34,11 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         advice = "give attach_layerwise the whole model that the optimizer trains"
         if conversion is not None:
             advice = f"{conversion} has replaced them since the optimizer was made: make the optimizer after it"
+        elif any(is_dtensor(param.tensor) for param in foreign):
+            advice = (
+                "where fully_shard was called before the optimizer was made, a forward has left the root gathered: "
+                "call model.reshard() first"
+            )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
 
 
@@ -44,7 +51,14 @@ def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tenso
         )
     groups = optimizer.param_groups
     low_rank = [param for param in params_of(groups) if groups[param.group].get("rank")]
+    parallel = data_is_parallel(model)
     for param in low_rank:
+        if param.tensor in parallel:
+            raise ValueError(
+                f'{param}: gradients="{gradients}" cannot update what fully_shard manages: the sum over ranks needs a '
+                'gradient; use gradients="freed", which frees it as soon as it is reduced, or tensor parallel alone '
+                "(parallelize_module), whose ranks see the same tokens"
+            )
         names = owners_of(model, param.tensor)
         if len(names) > 1:
             raise ValueError(
@@ -59,15 +73,17 @@ def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tenso
         )
 
 
+def data_is_parallel(model: nn.Module) -> set[Tensor]:
+    """The parameters whose gradient is a sum over ranks with other data: those that FSDP2 manages.
+
+    That a mesh has one rank changes nothing: a layer computes with what FSDP2 has gathered for it.
+    """
+    return {parameter for module in sharded_modules(model) for parameter in module.parameters}
+
+
 def check_parameter(param: Param) -> None:
     """Raise ValueError for a shard, whose gradient is not whole in its hook."""
-    parameter = param.tensor
-    if is_dtensor(parameter):
-        raise ValueError(
-            f"{param} is a DTensor (FSDP2 or tensor parallel): FSDP2 frees whole gradients already and only shards "
-            "remain, so layer-wise updates would gain nothing; use plain optimizer.step()"
-        )
-    if is_flattened(parameter):
+    if is_flattened(param.tensor):
         raise ValueError(
             f"{param} is flattened by FullyShardedDataParallel, which reduces gradients after the hooks; "
             "use plain optimizer.step()"

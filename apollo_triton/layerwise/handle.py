@@ -1,12 +1,11 @@
 """Layer-wise updates: each weight moves as soon as its gradient is known, during backward, and the gradient is freed.
 
-So only one layer's gradients are alive at a time. A hook runs an engine of its own for one parameter. The state stays
-in ``optimizer.state``, and the numbers are those of a plain step.
+So only one layer's gradients are alive at a time. Each unit of parameters has an engine of its own (``units.py``). The
+state stays in ``optimizer.state``, and the numbers are those of a plain step.
 """
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,19 +19,21 @@ from torch.utils.hooks import RemovableHandle
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
-from ..engine.engine import Engine
+from ..core.tensor_parallel import largest_part
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
+from .attached import attached, check_others
 from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
 from .clipping import useless_clipping
+from .fsdp2 import wait_for_offloaded
 from .linear import LinearForward, layers_of
+from .units import SameUpdates, Unit, Units
 
 GRADIENTS = ("freed", "none", "auto")
 _GONE = (
     "the optimizer of these layer-wise updates is gone, and optimizer.step() is still needed; keep it in a variable "
     "for as long as you train"
 )
-_attached: weakref.WeakSet[Layerwise] = weakref.WeakSet()
 
 
 @explaining_unknown_options
@@ -63,9 +64,9 @@ def attach_layerwise(
 
     Raises:
         ValueError: hooks are attached already, those of another optimizer included, a parameter is not the model's, or
-            something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP,
-            DTensor. ``GradScaler.step`` raises it later. With ``gradients="none"`` or ``"auto"`` also for tied low-rank
-            weights, ``proj="svd"``, ``nn.DataParallel``, and if no weight would gain.
+            something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP1.
+            ``GradScaler.step`` raises it later. With ``gradients="none"`` or ``"auto"`` also for tied low-rank weights,
+            ``proj="svd"``, ``nn.DataParallel``, what ``fully_shard`` manages, and if no weight would gain.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
             reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``. With
             ``gradients="none"`` or ``"auto"`` also from ``accumulate()`` itself, and from ``backward()`` for a layer
@@ -88,14 +89,14 @@ def attach_layerwise(
             raise ValueError(f"{name}={value!r} (allowed: {' or '.join(repr(option) for option in allowed)})")
     check_model(model, optimizer)
     check_groups(optimizer.param_groups, gradients)
-    _check_others(optimizer)
+    check_others(optimizer)
     layers = {} if gradients == "freed" else layers_of(model)
     if gradients != "freed":
         check_layers(model, optimizer, layers, gradients)
-    handle = Layerwise(optimizer, gradients, limiter_norm, layers)
+    handle = Layerwise(model, optimizer, gradients, limiter_norm, layers)
     handle.end_step()
     optimizer._layerwise = handle
-    _attached.add(handle)
+    attached.add(handle)
     return handle
 
 
@@ -107,7 +108,12 @@ class Layerwise:
     """
 
     def __init__(
-        self, optimizer: APOLLOAdamW, gradients: str, limiter_norm: str, layers: Mapping[Tensor, nn.Linear]
+        self,
+        model: nn.Module,
+        optimizer: APOLLOAdamW,
+        gradients: str,
+        limiter_norm: str,
+        layers: Mapping[Tensor, nn.Linear],
     ) -> None:
         this = weakref.ref(self)
 
@@ -122,7 +128,8 @@ class Layerwise:
         self._without: set[Tensor] = set()  # those of these weights that are in a group
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._params: dict[Tensor, Param] = {}  # so that no hook looks through all parameters
-        self._engines: dict[Tensor, Engine] = {}
+        self._units = Units(model)
+        self._same_updates = SameUpdates()
         self._left: list[RemovableHandle] = []  # hooks that have outlived the optimizer
         self._updated: set[Tensor] = set()  # since the last step()
         self._steps: list[bool] = []  # not empty once there was a step()
@@ -171,8 +178,7 @@ class Layerwise:
 
     def remove(self) -> None:
         """Take the hooks away: from now on ``optimizer.step()`` updates everything. May be called again."""
-        for parameter in {*self._hooks, *self._engines}:
-            self._take_away(parameter)
+        self._regroup({})
         for layer in self._layers:
             if self._has(layer):
                 del layer.__dict__["forward"]
@@ -185,16 +191,19 @@ class Layerwise:
     def _drop(self) -> None:
         """Let go of all parameters and of what is kept for them."""
         self._left = [*self._hooks.values()]
-        for kept in (self._hooks, self._params, self._engines, self._without, self._updated):
+        self._units.regroup(())
+        for kept in (self._hooks, self._params, self._without, self._updated):
             kept.clear()
 
-    def _take_away(self, parameter: Tensor) -> None:
-        """Drop the hook and the engine of ``parameter``. The optimizer's own engine takes over the count of skips."""
-        if (hook := self._hooks.pop(parameter, None)) is not None:
-            hook.remove()
-        engine, optimizer = self._engines.pop(parameter, None), self._reference()
-        if engine is not None and optimizer is not None:
-            optimizer._engine.take_over(engine)
+    def _regroup(self, params: dict[Tensor, Param]) -> None:
+        """Drop the hooks and engines of all but ``params``. The optimizer's own engine takes over their skips."""
+        for parameter in self._hooks.keys() - params.keys():
+            self._hooks.pop(parameter).remove()
+        dropped, optimizer = self._units.regroup(params.keys()), self._reference()
+        for engine in dropped:
+            if optimizer is not None:
+                optimizer._engine.take_over(engine)
+        self._params = params
 
     def __enter__(self) -> Layerwise:
         return self
@@ -207,8 +216,11 @@ class Layerwise:
         check_groups(groups, self.gradients)
 
     def check_step(self) -> None:
-        """Raise ValueError if a group has what needs all gradients at once. Warn once if whoever steps clips them."""
-        check_groups(self._optimizer.param_groups, self.gradients)
+        """Raise ValueError if a group has what needs all gradients at once, or if ranks have moved other parameters.
+        Warn once if whoever steps clips them."""
+        groups, states = self._optimizer.param_groups, self._optimizer.state
+        check_groups(groups, self.gradients)
+        self._same_updates.check(self._updated, self._params.values(), groups, states)
         self._steps[:] = [True]
         if self._updated and not self._looked_for_clipping:
             self._looked_for_clipping = True
@@ -229,11 +241,11 @@ class Layerwise:
 
     def skipped(self) -> list[Tensor]:
         """How many updates the hooks have skipped: int64 scalars to be added up."""
-        return [count for engine in self._engines.values() for count in engine.skipped()]
+        return [count for engine in self._units.engines for count in engine.skipped()]
 
     def forget(self) -> None:
         """Drop what the engines keep between steps, the skips that they have counted included."""
-        self._engines.clear()
+        self._units.forget()
 
     def updated(self) -> Collection[Tensor]:
         """The parameters that hooks have updated since the last step."""
@@ -257,11 +269,14 @@ class Layerwise:
                 steps.append(True)
                 warn(f"{_GONE}. No weight moves")
 
+        def update_what_is_left() -> None:
+            if (handle := this()) is not None:
+                handle._update_what_is_left()
+
+        self._at_end = update_what_is_left
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
-        for parameter in {*self._hooks, *self._engines} - params.keys():
-            self._take_away(parameter)
-        self._params = params
+        self._regroup(params)
         held = {layer: weight() for layer, weight in self._layers.items()}
         self._without = {weight for weight in held.values() if weight in params}
         for layer, weight in held.items():
@@ -284,8 +299,12 @@ class Layerwise:
 
     def pays(self, weight: Tensor, tokens: int) -> bool:
         """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
-        rows, columns = weight.shape
+        rows, columns = largest_part(weight)
         return self.gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
+
+    def name(self, weight: Tensor) -> str:
+        """What an error calls ``weight``: for ``LinearForward``."""
+        return str(self._params[weight])
 
     def _has(self, layer: nn.Linear) -> bool:
         """Whether the layer's forward is this handle's."""
@@ -317,53 +336,38 @@ class Layerwise:
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         """One step of ``weight`` without its gradient: for ``LinearForward``."""
         with self._lock:
-            self._step(self._params[weight], {weight: gradient._replace(limiter_norm=self._limiter_norm)})
+            self._step(self._units[weight], [weight], {weight: gradient._replace(limiter_norm=self._limiter_norm)})
 
     def _update_from_gradient(self, parameter: Tensor) -> None:
-        """The hook: one step of ``parameter``, whose gradient is complete, and then has none."""
+        """The hook: the gradient of ``parameter`` is complete. One step of whatever has waited for it."""
         optimizer = self._optimizer
         if parameter not in self._params or parameter.grad is None or any(when() for when in self._accumulating):
             return
         param = self._params[parameter]
+        wait_for_offloaded(parameter)
         with self._lock:
-            if parameter in self._updated:
+            if parameter in self._updated or self._units.is_waiting(parameter):
                 raise RuntimeError(twice(param, self.gradients))
             check_group(optimizer.param_groups[param.group], param.group, self.gradients)
-            self._step(param, {})
-            parameter.grad = None
+            self._move(self._units.arrive(parameter, self._at_end))
+
+    def _update_what_is_left(self) -> None:
+        """At the end of a backward, for a module of which some parameters got no gradient in it."""
+        if self.is_attached:
+            with self._lock:
+                self._move(self._units.left())
+
+    def _move(self, units: Iterator[tuple[Unit, list[Tensor]]]) -> None:
+        """One step of each unit, whose gradients are freed."""
+        for unit, parameters in units:
+            self._step(unit, parameters, {})
+            for parameter in parameters:
+                parameter.grad = None
+            self._units.moved(unit)
 
     @torch.no_grad()
-    def _step(self, param: Param, given: dict[Tensor, ImplicitGradient]) -> None:
-        """One step of a parameter by an engine of its own."""
-        optimizer, parameter = self._optimizer, param.tensor
-        engine = self._engines.get(parameter)
-        if engine is None:
-            engine = self._engines[parameter] = Engine(optimizer._caches, param.group, param.index)
-        group = {**optimizer.param_groups[param.group], "params": [parameter], "param_names": [param.name]}
-        try:
-            engine.run([group], optimizer.state, given=given)
-        except (ValueError, RuntimeError) as error:
-            if str(param) in str(error):
-                raise
-            raise type(error)(f"{param}: {error}") from error
-        self._updated.add(parameter)
-
-
-def _check_others(optimizer: APOLLOAdamW) -> None:
-    """Raise ValueError if hooks of another optimizer update one of this one's parameters: they would come first."""
-    params = [*params_of(optimizer.param_groups)]
-    for handle in [*_attached]:
-        if not handle.is_attached:
-            handle.remove()  # its optimizer is gone, and its hooks would say so in backward
-
-    def updated_by_others() -> list[Param]:
-        hooks = [handle.updates for handle in _attached]
-        return [param for param in params if any(param.tensor in updates for updates in hooks)]
-
-    if updated_by_others():
-        gc.collect()  # a Trainer that is gone may hold itself, and so its optimizer, until the collector runs
-        for param in updated_by_others():
-            raise ValueError(
-                f"{param} has layer-wise updates of another optimizer, whose hooks would move it first; call remove() "
-                "on the handle that attach_layerwise returned for it"
-            )
+    def _step(self, unit: Unit, parameters: list[Tensor], given: dict[Tensor, ImplicitGradient]) -> None:
+        """One step of parameters of a unit."""
+        optimizer, params = self._optimizer, [self._params[parameter] for parameter in parameters]
+        unit.step(params, optimizer.param_groups, optimizer.state, optimizer._caches, given)
+        self._updated.update(parameters)

@@ -14,7 +14,7 @@ from ..core.messages import shown, warn
 from ..core.scale import LEAST_CHANNEL_RANK, scale_of
 from ..core.settings import AUTO, Settings
 from ..core.spelling import unread_keys
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from .member import Param, geometry_of
 
 # At lower rates bfloat16 weights lose more than 6 % of their way. In the measurement of docs/options.md, weights of a
@@ -78,7 +78,7 @@ def advise_on_group(params: Sequence[Param], settings: Settings, lr: float, wher
         (param, reason)
         for param, geometry in geometries
         if geometry is not None
-        and not isinstance(param.tensor, Int8Weight)  # which AdamW does not train
+        and int8_weight_of(param.tensor) is None  # which AdamW does not train
         and (reason := narrowness(geometry, settings.rank, settings.proj))
     ]
     if narrow:
@@ -131,5 +131,5 @@ def _is_bfloat16_matrix(parameter: Tensor) -> bool:
         parameter.dtype == torch.bfloat16
         and parameter.dim() > 1
         and parameter.requires_grad
-        and not isinstance(parameter, Int8Weight)  # has a rounding of its own
+        and int8_weight_of(parameter) is None  # has a rounding of its own
     )

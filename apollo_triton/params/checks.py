@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.dtensors import is_dtensor, local
 from ..core.geometry import FLATTENED, is_flattened
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import Int8Weight, int8_weight_of
 from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
 
@@ -93,12 +93,13 @@ def check_parameter(param: Param, settings: Settings) -> None:
         )
     if trained:
         check_elements(param)
-    if isinstance(parameter, Int8Weight):
+    int8_weight = int8_weight_of(parameter)
+    if int8_weight is not None:
         try:
-            parameter.check()
+            int8_weight.check()
         except ValueError as error:
             raise ValueError(f"{param}: {error}") from None
-    if isinstance(parameter, Int8Weight) and settings.rank is None:
+    if int8_weight is not None and settings.rank is None:
         raise ValueError(
             f"{param} is int8 and its group has no 'rank': AdamW does not train int8 weights; put it into a low-rank "
             "group, or leave it out of quantize_model's target_modules"
@@ -139,7 +140,8 @@ def check_gradient(param: Param, gradient: Tensor) -> None:
             f"{param}: its gradient is a {kind}, a tensor subclass that this optimizer does not know; give it a plain "
             "tensor or a DTensor"
         )
-    inner = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    int8_weight = int8_weight_of(parameter)
+    inner = parameter if int8_weight is None else int8_weight.q
     if hasattr(gradient, "fake_mode") != hasattr(inner, "fake_mode"):
         raise ValueError(
             f"{param} and its gradient: one of the two is a fake tensor of a FakeTensorMode, the other is not; make "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.dtensors import local
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from .member import Param
 from .sharding import LocalShard
 from .state import make_state
@@ -23,7 +23,8 @@ def fake_mode_of(tensor: Tensor) -> Any:
     """The ``FakeTensorMode`` of a fake tensor; None for any other."""
     if type(tensor) in (torch.nn.Parameter, Tensor):
         return None
-    return getattr(tensor.q if isinstance(tensor, Int8Weight) else local(tensor), "fake_mode", None)
+    weight = int8_weight_of(tensor)
+    return getattr(local(tensor) if weight is None else weight.q, "fake_mode", None)
 
 
 def real_numbers(fake: bool) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,13 +104,39 @@ def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient
     return given.get(parameter, parameter.grad) if given else parameter.grad
 
 
-def params_of(groups: list[dict[str, Any]], first_group: int = 0, first_index: int = 0) -> Iterator[Param]:
-    """Every parameter of ``groups`` in order. The first one has the indices ``first_group`` and ``first_index``.
+class Part(list[dict[str, Any]]):
+    """The groups of an optimizer, cut down to ``params``, which come in its order and keep their indices in it.
+
+    A group of which none is among them is left out.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], params: Sequence[Param]) -> None:
+        self.params = params
+        by_group: dict[int, list[Param]] = {}
+        for param in params:
+            by_group.setdefault(param.group, []).append(param)
+        self.group_indices = [*by_group]
+        super().__init__(
+            {**groups[index], "params": [param.tensor for param in own], "param_names": [param.name for param in own]}
+            for index, own in by_group.items()
+        )
+
+
+def group_indices(groups: list[dict[str, Any]]) -> Sequence[int]:
+    """The indices of the groups in their optimizer."""
+    return groups.group_indices if isinstance(groups, Part) else range(len(groups))
+
+
+def params_of(groups: list[dict[str, Any]]) -> Iterator[Param]:
+    """Every parameter of ``groups`` in order, with its indices in the optimizer.
 
     Raises ValueError for a group with more or fewer names than parameters.
     """
-    index = first_index
-    for group_index, group in enumerate(groups, first_group):
+    if isinstance(groups, Part):
+        yield from groups.params
+        return
+    index = 0
+    for group_index, group in enumerate(groups):
         names = group.get("param_names", [""] * len(group["params"]))
         if len(names) != len(group["params"]):
             raise ValueError(

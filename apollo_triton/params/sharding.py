@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.dtensors import is_dtensor, local
+from ..core.dtensors import chunk, cuts_of, is_dtensor, local, place_of
 from ..core.geometry import Geometry
 
 
@@ -96,7 +96,7 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
     if not is_dtensor(parameter):
         return LocalShard(geometry, geometry, moments=channels)
     cuts = _cuts(parameter)
-    shape, offset = _place(parameter, cuts)
+    shape, offset = _place(parameter)
     mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
     mesh_axes = tuple(_axis(mesh, index) for index in range(mesh.ndim))
     first_element = sum(
@@ -129,7 +129,7 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
     first_channel = first_row if geometry.keeps_rows else first_column
     first_moment, moments = first_channel, shard.channels
     for axis in width_axes:
-        first, moments = _chunk(moments, axis)
+        first, moments = chunk(moments, axis.size, axis.rank)
         first_moment += first
     return LocalShard(
         shard,
@@ -150,22 +150,7 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
 def _cuts(parameter: Any) -> list[tuple[int, MeshAxis, int]]:
     """How a ``DTensor`` was sharded, cut by cut in their order: tensor dimension, mesh axis, index of the mesh
     dimension."""
-    mesh = parameter.device_mesh
-    order: list[int] = []
-    for index in reversed(range(mesh.ndim)):
-        placement = parameter.placements[index]
-        if placement.is_partial():
-            raise ValueError(f"has placements {parameter.placements}: partial sums are no weight; redistribute it")
-        if placement.is_replicate():
-            continue
-        # A strided shard was cut after mesh dimensions to its right, which had made ``split_factor`` shards by then.
-        strides, at, shards = getattr(placement, "split_factor", 1), 0, 1
-        while shards < strides and at < len(order):
-            if parameter.placements[order[at]].dim == placement.dim:
-                shards *= mesh.size(order[at])
-            at += 1
-        order.insert(at, index)
-    return [(parameter.placements[i].dim % parameter.dim(), _axis(mesh, i), i) for i in order]
+    return [(dim, _axis(parameter.device_mesh, index), index) for dim, index in cuts_of(parameter)]
 
 
 def _axis(mesh: Any, index: int) -> MeshAxis:
@@ -173,25 +158,18 @@ def _axis(mesh: Any, index: int) -> MeshAxis:
     return MeshAxis(group.group_name, mesh.size(index), mesh.get_local_rank(index), group)
 
 
-def _chunk(length: int, axis: MeshAxis) -> tuple[int, int]:
-    """Where this rank's part of ``length`` begins, and its length. ``DTensor`` splits as ``torch.chunk`` does."""
-    size = -(-length // axis.size)
-    first = min(axis.rank * size, length)
-    return first, min(size, length - first)
-
-
-def _cut(whole: Sequence[int], cuts: list[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
+def _cut(whole: Sequence[int], cuts: Sequence[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
     """The shape of this rank's part of a tensor of shape ``whole``, and the index at which it begins."""
     shape, offset = list(whole), [0] * len(whole)
     for dim, axis, _ in cuts:
-        first, shape[dim] = _chunk(shape[dim], axis)
+        first, shape[dim] = chunk(shape[dim], axis.size, axis.rank)
         offset[dim] += first
     return shape, offset
 
 
-def _place(parameter: Any, cuts: list[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
+def _place(parameter: Any) -> tuple[list[int], list[int]]:
     """The shape of the local shard, and the index at which it begins in each dimension."""
-    shape, offset = _cut(parameter.shape, cuts)
+    shape, offset = place_of(parameter)
     found = list(local(parameter).shape)
     if found != shape:
         raise ValueError(

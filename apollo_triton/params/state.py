@@ -19,7 +19,7 @@ from ..core.dtensors import is_dtensor, local
 from ..core.messages import shown
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
-from ..int8.weight import Int8Weight
+from ..int8.weight import int8_weight_of
 from .aliasing import address, overlaps_itself
 from .blocks import SPANS_RANKS, absmax_shape, obstacle_to_8bit, shards_are_whole_blocks
 from .member import CODES, Param, geometry_of
@@ -291,7 +291,8 @@ def _is_plain(value: Tensor, parameter: Tensor) -> bool:
     """Whether a tensor has an address that is its own: none of a subclass, except fake ones of a fake parameter."""
     if type(value) in (Tensor, torch.nn.Parameter) or is_dtensor(value):
         return True
-    whose = parameter.q if isinstance(parameter, Int8Weight) else parameter
+    weight = int8_weight_of(parameter)
+    whose = parameter if weight is None else weight.q
     return getattr(value, "fake_mode", None) is not None and hasattr(whose, "fake_mode")
 
 

@@ -34,11 +34,14 @@ def forward_and_backward(
     from apollo_triton.int8 import matmul as int8_matmul
 
     weight = Int8Weight.of(torch.zeros(outputs, inputs), group_size)
+    parts = weight.q, weight.scale, weight.zero
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        int8_matmul.forward(torch.zeros(rows, inputs, dtype=dtype), weight, torch.zeros(outputs, dtype=dtype))
-        int8_matmul.input_gradient(torch.zeros(rows, outputs, dtype=dtype), weight)
+        int8_matmul.forward(
+            torch.zeros(rows, inputs, dtype=dtype), *parts, torch.zeros(outputs, dtype=dtype), group_size
+        )
+        int8_matmul.input_gradient(torch.zeros(rows, outputs, dtype=dtype), *parts, group_size)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -36,6 +36,7 @@ from apollo_triton.core.settings import Settings
 from apollo_triton.engine.caches import Caches
 from apollo_triton.engine.engine import Engine
 from apollo_triton.int8.weight import Int8Weight
+from apollo_triton.params.member import Part, params_of
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -423,10 +424,12 @@ def test_layers_share_a_projection_and_write_their_own_epoch():
     groups = [{"rank": 16}, {"rank": 16, "distribution": "rademacher"}, {"rank": 16}, {"rank": 16, "seed": 3}]
     weights = [torch.nn.Parameter(drawn(shape, seed)) for seed in range(len(groups))]
     optimizer = APOLLOAdamW([{"params": [w], **g} for w, g in zip(weights, groups, strict=True)], backend="triton")
-    engines = [Engine(caches, index, index) for index in range(len(groups))]
+    engines = [Engine(caches) for _ in groups]
+    params = [*params_of(optimizer.param_groups)]
 
     def run(index):
-        engines[index].run([optimizer.param_groups[index]], optimizer.state, given={weights[index]: operands})
+        part = Part(optimizer.param_groups, [params[index]])
+        engines[index].run(part, optimizer.state, given={weights[index]: operands})
         (table,) = engines[index]._plan.tables
         return table.projections[0]
 

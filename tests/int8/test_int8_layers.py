@@ -288,17 +288,14 @@ def test_distributed_data_parallel():
 
 def under_fsdp():
     mesh = init_device_mesh("cpu", (2,))
-    model = Wrapper(quantize_model(net(), group_size=8))
-    with pytest.raises(NotImplementedError, match="FSDP2 and tensor parallel shard no int8 weights"):
-        fully_shard(model, mesh=mesh)
     flat = FullyShardedDataParallel(Wrapper(net()), device_id=torch.device("cpu"), use_orig_params=True)
     wrapped = DistributedDataParallel(Wrapper(net()))
     tensors = Wrapper(net())
     tensors.model["mlp"][0].weight = nn.Parameter(distribute_tensor(net()["mlp"][0].weight.detach(), mesh, [Shard(0)]))
     for sharded, text in (
-        (flat, r"mlp\.0 cannot become int8: FSDP has sharded the model"),
+        (flat, r"mlp\.0 cannot become int8: FSDP has sharded the model; call .* before fully_shard"),
         (fully_shard(Wrapper(net()), mesh=mesh), r"mlp\.0 cannot become int8: FSDP has sharded the model"),
-        (tensors, r"mlp\.0 cannot become int8: its weight is a DTensor"),
+        (tensors, r"mlp\.0 cannot become int8: its weight is sharded, a DTensor; call .* before parallelize_module"),
         (wrapped, r"the model is a DistributedDataParallel, .* before wrapping"),
     ):
         before = [type(module) for module in sharded.modules()]
@@ -308,9 +305,8 @@ def under_fsdp():
     return True
 
 
-def test_shards_are_refused():
-    """Shards made of float copies: the model would silently be a float one. Shards that are converted: DDP and FSDP
-    would keep the old parameters."""
+def test_shards_are_not_converted():
+    """DDP and FSDP would keep the old parameters."""
     assert run(under_fsdp, 2) == [True, True]
 
 

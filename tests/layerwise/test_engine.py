@@ -146,7 +146,7 @@ def test_loading_under_hooks_drops_the_engines_at_once():
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == [0]
     layer(torch.ones(6)).sum().backward()
-    (engine,) = handle._engines.values()
+    (engine,) = handle._units.engines
     assert engine._caches is optimizer._caches
 
 

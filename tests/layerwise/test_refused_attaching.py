@@ -7,9 +7,6 @@ import pytest
 import torch
 from layerwise_cases import loss_of, make_model, make_optimizer
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from unchanged import assert_unchanged, snapshot
 
 from apollo_triton import APOLLOAdamW, attach_layerwise
@@ -116,20 +113,6 @@ def test_a_dense_tied_head_is_none_of_its_business():
     model["head"](model["mlp"](model["embed"](torch.arange(4)))).square().sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-
-
-@LAYER_WISE
-def test_dtensors_are_refused(gradients):
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        model = make_model()
-        model["norm"].bias = nn.Parameter(distribute_tensor(torch.ones(24), init_device_mesh("cpu", (2,)), [Shard(0)]))
-        optimizer = make_optimizer(model, rank=2)
-        with pytest.raises(ValueError, match=r"parameter 5 \('norm.bias'\).*DTensor"):
-            attach_layerwise(model, optimizer, gradients=gradients)
-        assert not is_attached(model)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @LAYER_WISE

@@ -199,13 +199,13 @@ def _apply_int8(
         assert isinstance(weight, Int8Weight)
         if known is not None and not known[index]:
             continue
-        s = multipliers[index]
+        s, first = multipliers[index], batch.rounding_offsets[index] * batch.geometry.width
         for rows in weight.blocks():
             before = weight.floats(rows)
             W = before.addcmul(batch.gradient_rows(index, rows), s[rows] if len(s) > 1 else s, value=-1)
             if decay is not None:
                 shrink(W, decay)
-            noise = weight.noise(rows, batch.seed, scalars.step) if weight.stochastic_rounding else None
+            noise = weight.noise(rows, batch.seed, scalars.step, first) if weight.stochastic_rounding else None
             weight.store(rows, W, noise, (before != W) & moved[index])
 
 

@@ -20,7 +20,7 @@ from ...core.moments_8bit import whole_blocks
 from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
-from ...int8.weight import Int8Weight
+from ...int8.weight import int8_weight_of
 from ...kernels import apply, dense, int8, sketch, table
 from ...params.member import Member
 from ...params.state import ABSMAXES
@@ -47,9 +47,8 @@ class Int8Format(NamedTuple):
     @classmethod
     def of(cls, parameter: Tensor) -> Int8Format | None:
         """None for a weight that is not int8."""
-        if not isinstance(parameter, Int8Weight):
-            return None
-        return cls(parameter.group_size, parameter.stochastic_rounding)
+        weight = int8_weight_of(parameter)
+        return None if weight is None else cls(weight.group_size, weight.stochastic_rounding)
 
 
 class Table(Channels):
