@@ -97,7 +97,8 @@ full, slow = pytest.mark.full, pytest.mark.slow
     ("mesh_shape", "limiter_norm"),
     [
         pytest.param((2,), "exact", marks=slow),
-        pytest.param((2,), "sketch", marks=slow),
+        pytest.param((2,), "sketch", marks=full),
+        pytest.param((4,), "sketch", marks=slow),
         pytest.param((4,), "exact", marks=full),
         pytest.param((2, 2), "exact", marks=[full, needs_uneven_strides]),
         pytest.param((2, 2), "sketch", marks=[full, needs_uneven_strides]),
@@ -116,30 +117,34 @@ def test_layers_that_are_cut_follow_one_process(mesh_shape, limiter_norm):
     assert_close(results[0], Layers(cases, **options).train_for(7).everything(), 2e-6, str(mesh_shape))
 
 
-def through_the_kernels(mesh_shape, cases, options):
+def through_the_kernels(mesh_shape, cases, steps, options):
     options = options | {"backend": "triton"}
-    return Layers(cases, init_device_mesh("cpu", mesh_shape), **options).train_for(4).everything()
+    return Layers(cases, init_device_mesh("cpu", mesh_shape), **options).train_for(steps).everything()
+
+
+FEW, MANY = ("signs", "large, wide"), ("tall", "wide", "many, wide", "large", "large, wide", "signs", "smaller")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and do not take CPU tensors")
 @pytest.mark.parametrize(
-    ("mesh_shape", "options"),
+    ("mesh_shape", "limiter_norm", "names"),
     [
-        pytest.param((2,), {"limiter_norm": "exact"}, marks=slow),
-        pytest.param((2,), {"limiter_norm": "sketch"}, marks=full),
-        pytest.param((4,), {"limiter_norm": "exact"}, marks=full),
-        pytest.param((2, 2), {"limiter_norm": "exact"}, marks=[full, needs_uneven_strides]),
+        pytest.param((2,), "exact", FEW, marks=slow),
+        pytest.param((2,), "exact", MANY, marks=full),
+        pytest.param((2,), "sketch", MANY, marks=full),
+        pytest.param((4,), "exact", ("small", "smaller", "signs"), marks=full),
+        pytest.param((2, 2), "exact", MANY, marks=[full, needs_uneven_strides]),
     ],
     ids=str,
 )
-def test_kernels_follow_the_reference_of_one_process(mesh_shape, options):
+def test_kernels_follow_the_reference_of_one_process(mesh_shape, limiter_norm, names):
     """P made in place, from column 0 on, norms of the local channels taken for those whose moments are here, a launch
     of no programs."""
     pytest.importorskip("triton")
-    cuts = {1: ["0", "1"], 2: ["01", "10"]}[len(mesh_shape)]
-    cases = cases_of(cuts, ["tall", "wide", "many, wide", "large", "large, wide", "signs", "small", "smaller"])
-    world = torch.Size(mesh_shape).numel()
-    results = run(through_the_kernels, world, mesh_shape=mesh_shape, cases=cases, options=options, timeout=240)
+    cases = cases_of({1: ["0", "1"], 2: ["01", "10"]}[len(mesh_shape)], names)
+    world, steps, options = torch.Size(mesh_shape).numel(), 2 if names is FEW else 4, {"limiter_norm": limiter_norm}
+    arguments = {"mesh_shape": mesh_shape, "cases": cases, "steps": steps, "options": options}
+    results = run(through_the_kernels, world, timeout=240, **arguments)
     assert_ranks_agree(results)
-    expected = Layers(cases, backend="reference", **options).train_for(4).everything()
+    expected = Layers(cases, backend="reference", **options).train_for(steps).everything()
     assert_close(results[0], expected, 4e-6, str(mesh_shape))
