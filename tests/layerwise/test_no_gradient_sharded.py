@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_cases import assert_close, assert_ranks_agree, drawn, needs_uneven_strides, sharded, whole
+import torch.distributed as dist
+from distributed_cases import assert_close, assert_ranks_agree, drawn, local, needs_uneven_strides, sharded, whole
 from distributed_harness import run
-from no_gradient_cases import GROUPS, operands
+from no_gradient_cases import GROUPS, copies, language_model, operands, optimizer_of, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from apollo_triton import APOLLOAdamW, attach_layerwise
+from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
+from apollo_triton.core.dtensors import placed_as
+from apollo_triton.int8.weight import Int8Weight
 
 GAP = {"update_proj_gap": 3, "weight_decay": 0.1}
 # (tokens, out, in): norms by the Gram matrix and by rows of G; parts of unlike size, and on four ranks of none.
@@ -83,6 +87,9 @@ def cases_of(cuts, names=LAYERS):
     return {f"{name} {cut}": (*LAYERS[name], cut) for name in names for cut in cuts}
 
 
+FEW = ("wide", "many tokens", "large", "signs", "small")
+ON_KERNELS = ("signs", "large, wide")
+MANY_ON_KERNELS = ("tall", "wide", "many, wide", "large", "large, wide", "signs", "smaller")
 CUTS = {1: ["0", "1", "r"], 2: ["01", "10", "r0", "1r", "11", "00"]}
 
 
@@ -94,27 +101,26 @@ full, slow = pytest.mark.full, pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("mesh_shape", "limiter_norm"),
+    ("mesh_shape", "limiter_norm", "names"),
     [
-        pytest.param((2,), "exact", marks=slow),
-        pytest.param((2,), "sketch", marks=full),
-        pytest.param((4,), "sketch", marks=slow),
-        pytest.param((4,), "exact", marks=full),
-        pytest.param((2, 2), "exact", marks=[full, needs_uneven_strides]),
-        pytest.param((2, 2), "sketch", marks=[full, needs_uneven_strides]),
-        pytest.param((1, 2), "exact", marks=full),
+        pytest.param((2,), "exact", FEW, marks=slow),
+        pytest.param((4,), "sketch", FEW, marks=slow),
+        pytest.param((2,), "sketch", LAYERS, marks=full),
+        pytest.param((4,), "exact", LAYERS, marks=full),
+        pytest.param((2, 2), "exact", LAYERS, marks=[full, needs_uneven_strides]),
+        pytest.param((2, 2), "sketch", LAYERS, marks=[full, needs_uneven_strides]),
+        pytest.param((1, 2), "exact", LAYERS, marks=full),
     ],
     ids=str,
 )
-def test_layers_that_are_cut_follow_one_process(mesh_shape, limiter_norm):
+def test_layers_that_are_cut_follow_one_process(mesh_shape, limiter_norm, names):
     """P from column 0 on every rank, norms of R's parts instead of R's, factors of a rank's own channels, sums left
     out, a bias that is added or moved twice."""
-    cases = cases_of(CUTS[len(mesh_shape)])
-    options = {"limiter_norm": limiter_norm}
-    world = torch.Size(mesh_shape).numel()
-    results = run(trained, world, mesh_shape=mesh_shape, cases=cases, steps=7, options=options, timeout=240)
+    cases = cases_of(CUTS[len(mesh_shape)], names)
+    world, steps, options = torch.Size(mesh_shape).numel(), 4 if names is FEW else 7, {"limiter_norm": limiter_norm}
+    results = run(trained, world, mesh_shape=mesh_shape, cases=cases, steps=steps, options=options, timeout=240)
     assert_ranks_agree(results)
-    assert_close(results[0], Layers(cases, **options).train_for(7).everything(), 2e-6, str(mesh_shape))
+    assert_close(results[0], Layers(cases, **options).train_for(steps).everything(), 2e-6, str(mesh_shape))
 
 
 def through_the_kernels(mesh_shape, cases, steps, options):
@@ -122,18 +128,15 @@ def through_the_kernels(mesh_shape, cases, steps, options):
     return Layers(cases, init_device_mesh("cpu", mesh_shape), **options).train_for(steps).everything()
 
 
-FEW, MANY = ("signs", "large, wide"), ("tall", "wide", "many, wide", "large", "large, wide", "signs", "smaller")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and do not take CPU tensors")
 @pytest.mark.parametrize(
     ("mesh_shape", "limiter_norm", "names"),
     [
-        pytest.param((2,), "exact", FEW, marks=slow),
-        pytest.param((2,), "exact", MANY, marks=full),
-        pytest.param((2,), "sketch", MANY, marks=full),
+        pytest.param((2,), "exact", ON_KERNELS, marks=slow),
+        pytest.param((2,), "exact", MANY_ON_KERNELS, marks=full),
+        pytest.param((2,), "sketch", MANY_ON_KERNELS, marks=full),
         pytest.param((4,), "exact", ("small", "smaller", "signs"), marks=full),
-        pytest.param((2, 2), "exact", MANY, marks=[full, needs_uneven_strides]),
+        pytest.param((2, 2), "exact", MANY_ON_KERNELS, marks=[full, needs_uneven_strides]),
     ],
     ids=str,
 )
@@ -142,9 +145,103 @@ def test_kernels_follow_the_reference_of_one_process(mesh_shape, limiter_norm, n
     of no programs."""
     pytest.importorskip("triton")
     cases = cases_of({1: ["0", "1"], 2: ["01", "10"]}[len(mesh_shape)], names)
-    world, steps, options = torch.Size(mesh_shape).numel(), 2 if names is FEW else 4, {"limiter_norm": limiter_norm}
+    steps, options = 2 if names is ON_KERNELS else 4, {"limiter_norm": limiter_norm}
+    world = torch.Size(mesh_shape).numel()
     arguments = {"mesh_shape": mesh_shape, "cases": cases, "steps": steps, "options": options}
     results = run(through_the_kernels, world, timeout=240, **arguments)
     assert_ranks_agree(results)
     expected = Layers(cases, backend="reference", **options).train_for(steps).everything()
     assert_close(results[0], expected, 4e-6, str(mesh_shape))
+
+
+# ---- whole models
+
+
+def parallel(model, mesh):
+    plan = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        plan[f"model.layers.*.{name}"] = ColwiseParallel()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        plan[f"model.layers.*.{name}"] = RowwiseParallel()
+    return parallelize_module(model, mesh, plan)
+
+
+HEADS = {2: {}, 4: {"num_attention_heads": 8, "num_key_value_heads": 4}}
+MODELS = {
+    "llama": {},
+    "qwen2": {"limiter_norm": "sketch"},  # with biases
+    "mini": {"group": {"rank": 1, "scale_type": "tensor", "scale": 16.0}},
+    "recomputed": {"checkpointing": True},
+    "int8": {"group_size": 4, "steps": 2},
+    "freed": {"gradients": "freed"},
+    "auto": {"gradients": "auto"},
+}
+STEPS = 10
+
+
+def train_model(mesh, world, gradients="none", limiter_norm=None, group=None, checkpointing=False, group_size=None,
+                kind="llama", steps=STEPS):  # fmt: skip
+    model = language_model(kind, **HEADS[world])
+    if group_size:
+        quantize_model(model, group_size=group_size, stochastic_rounding=False)
+    start = copies(model) if not group_size else None
+    if mesh is not None:
+        parallel(model, mesh)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = optimizer_of(model, **(group or {}))
+    norms = {"limiter_norm": limiter_norm} if limiter_norm else {}
+    handle = attach_layerwise(model, optimizer, gradients=gradients, **norms)
+    assert len(handle.without_gradient) == 14 * (gradients != "freed")
+
+    def nothing_is_kept():
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    train(model, optimizer, steps, check=nothing_is_kept)
+    return model, start
+
+
+def values_of(model):
+    """Of each parameter; an int8 weight's as floats, of the parts of all ranks."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        part = local(parameter.detach())
+        if isinstance(part, Int8Weight):
+            part = part.dequantize()
+        found[name] = whole(placed_as(parameter, part))
+    return found
+
+
+def train_models(names):
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
+    found = {}
+    for name in names:
+        options = MODELS[name] | ({"kind": name} if name == "qwen2" else {})
+        model, _ = train_model(mesh, world, **options)
+        found[name] = values_of(model)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [(2, ("qwen2", "int8")), pytest.param(2, tuple(MODELS), marks=full), pytest.param(4, tuple(MODELS), marks=full)],
+    ids=str,
+)
+def test_whole_models_follow_one_process(world, names):
+    """Heads that are divided, grouped queries, biases, activation checkpointing, int8 weights along rows and columns;
+    with gradients that are freed, and where they are made or not as it pays."""
+    results = run(train_models, world, names=names, timeout=240)
+    for name in names:
+        assert_ranks_agree([result[name] for result in results])
+        options = MODELS[name] | ({"kind": name} if name == "qwen2" else {})
+        model, start = train_model(None, world, **{**options, "gradients": "none"})
+        expected = values_of(model)
+        begun = start or [torch.zeros_like(value) for value in expected.values()]
+        for (key, value), first in zip(expected.items(), begun, strict=True):
+            if key.endswith("k_proj.bias"):  # its gradient is rounding errors
+                continue
+            far = float((results[0][name][key] - value).norm() / (value - first).norm())
+            print(world, name, key, far)
+            assert far <= (2e-5 if start else 1), (name, key, far)
