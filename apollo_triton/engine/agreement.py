@@ -13,7 +13,7 @@ from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import PER_STEP, STRUCTURAL, Settings
 from ..params.fake import fake_mode_of
 from ..params.member import Param
-from ..params.sharding import LocalShard
+from ..params.sharding import LocalShard, MeshAxis
 from .collectives import gathered, ordered_axes
 
 
@@ -38,17 +38,18 @@ class Agreement:
 
         ``settings`` are by the index of the group, ``given`` the gradients that are never formed. ``among``: parameters
         over whose axes to ask as well, because others may have found one of them. Raises ValueError also for shards
-        that have no values to send.
+        that have no values to send. In a process group that sends nothing, of which memory estimates play one rank,
+        there is nobody to compare with.
         """
         for param, shard in found:
             has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
-            if not has_values and any(axis.size > 1 for axis in shard.mesh_axes):
+            if not has_values and any(axis.size > 1 and not _sends_nothing(axis) for axis in shard.mesh_axes):
                 raise ValueError(
                     f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
                     "or meta tensors, or count bytes with apollo-triton memory"
                 )
         asked = [*among, *found]
-        axes = ordered_axes([shard for _, shard in asked])
+        axes = [axis for axis in ordered_axes([shard for _, shard in asked]) if not _sends_nothing(axis)]
         if not axes:
             return
         params = [param for param, _ in found]
@@ -75,6 +76,10 @@ class Agreement:
             torch.distributed.all_gather_object(received, lists, group=axis.group)
             lists = {rank: found for other in received for rank, found in other.items()}
         raise ValueError(_difference(lists))
+
+
+def _sends_nothing(axis: MeshAxis) -> bool:
+    return axis.group is not None and torch.distributed.get_backend(axis.group) == "fake"
 
 
 def _lasting(param: Param, settings: Settings) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
@@ -33,6 +34,11 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         advice = "give attach_layerwise the whole model that the optimizer trains"
         if conversion is not None:
             advice = f"{conversion} has replaced them since the optimizer was made: make the optimizer after it"
+        elif any(is_dtensor(param.tensor) for param in foreign):
+            advice = (
+                "where fully_shard was called before the optimizer was made, a forward has left the root gathered: "
+                "call model.reshard() first"
+            )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
 
 

@@ -169,6 +169,6 @@ class DenseUpdate:
 
     def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
         member = self._member
-        adamw = dense_8bit.adamw if member.state["exp_avg"].dtype == torch.uint8 else dense.adamw
+        adamw = dense_8bit.adamw if member.is_8bit else dense.adamw
         squared_norm = (sums if self.is_sum_sharded else self.squared_norms())[self._index]
         return adamw(member, self._settings, self._scalars, squared_norm, self._scratch)
