@@ -172,8 +172,8 @@ class Cell:
             self.handle = attach_layerwise(self.model, self.optimizer, gradients=saving.gradients)
 
     def _record(self, name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.gradients[name] = parameter.grad.detach().clone()
+        if parameter.grad is not None:  # else the weight was updated without one
+            self.gradients[name] = parameter.grad.detach().clone()
 
     def backward(self, step: int) -> Tensor:
         """The mean loss over all ranks. With layer-wise updates the weights have moved."""
