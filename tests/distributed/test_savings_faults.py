@@ -104,7 +104,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_moves_its_weight_on_none() ->
     for name, value in after.items():
         if isinstance(value, torch.Tensor):
             assert value.isfinite().all(), f"{name} is not finite"
-            if name.startswith(IN_THE_MIDDLE + "_"):  # its codes, scales and zero points; moments of finite channels move
+            if name.startswith(
+                IN_THE_MIDDLE + "_"
+            ):  # its codes, scales and zero points; moments of finite channels move
                 assert torch.equal(value, before[name]), f"{name} moved"
             elif name.endswith((".weight", "weight_q")):
                 assert not torch.equal(value, before[name]), f"{name} did not move"

@@ -71,7 +71,9 @@ def alone(kind: str) -> list[torch.Tensor]:
 
 def floats_of(model: nn.Module) -> list[torch.Tensor]:
     """Whole weights, of int8 ones the codes in steps of their grid."""
-    return [whole(value).float() for name, value in model.state_dict().items() if not name.endswith(("_scale", "_zero"))]
+    return [
+        whole(value).float() for name, value in model.state_dict().items() if not name.endswith(("_scale", "_zero"))
+    ]
 
 
 def through_accelerate(kind: str, folder: str, resume: bool = False, from_rank_0: bool = False) -> list[torch.Tensor]:

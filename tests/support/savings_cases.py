@@ -256,7 +256,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether no matrix of the blocks is whole on this rank."""
     names = [name for name, each in model.named_parameters() if each.dim() == 2]
     cut = [name for name, each in model.named_parameters() if isinstance(each, DTensor) and _is_cut(each)]
-    return isinstance(model, FSDPModule) or bool(names) and {*names} <= {*cut}
+    return isinstance(model, FSDPModule) or (bool(names) and {*names} <= {*cut})
 
 
 def _is_cut(parameter: DTensor) -> bool:
