@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -172,24 +173,24 @@ def test_nothing_outlives_its_optimizer_or_its_group():
 
 @needs_fsdp_on_a_cpu
 def test_a_sharded_module_has_what_no_other_one_manages(tmp_path):
-    """Modules that are sharded together, within another one, or that two hold: a parameter in two units is waited for
-    in one of them for ever."""
+    """Modules that are sharded together, with a weight that two of them hold, or within another one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        inner, norm, head, free = nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
-        model = nn.ModuleDict({"inner": inner, "block": nn.Sequential(inner, nn.Linear(4, 4)), "free": free})
-        model.update({"norm": norm, "head": head, "bare": nn.ParameterList([torch.ones(4)])})
-        fully_shard(model["block"], mesh=mesh)
-        fully_shard([norm, head], mesh=mesh)
-        fully_shard(model, mesh=mesh, ignored_params={*model["bare"].parameters()})
+        embed, norm, head = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False)
+        head.weight = embed.weight
+        block, free, bare = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4), nn.ParameterList([torch.ones(4)])
+        model = nn.Sequential(OrderedDict(embed=embed, block=block, free=free, norm=norm, head=head, bare=bare))
+        fully_shard(block, mesh=mesh)
+        fully_shard([embed, norm, head], mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={*bare.parameters()})
         names = {parameter: name for name, parameter in model.named_parameters()}
-        found = [{names[each] for each in module.parameters} for module in sharded_modules(model)]
+        found = [sorted(names[each] for each in module.parameters) for module in sharded_modules(model)]
     finally:
         dist.destroy_process_group()
     expected = [
-        {"inner.weight", "block.1.weight", "block.1.bias"},
-        {"norm.weight", "norm.bias", "head.weight", "head.bias"},
-        {"free.weight", "free.bias"},
+        ["block.0.bias", "block.0.weight"],
+        ["embed.weight", "norm.bias", "norm.weight"],
+        ["free.bias", "free.weight"],
     ]
-    assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
+    assert sorted(found) == expected
