@@ -273,8 +273,8 @@ def refused():
             call()
         except ValueError as error:
             found[name] = str(error)
-    model = with_fsdp(net(), mesh)
-    int8_weight_of(model.up.weight).stochastic_rounding = bool(dist.get_rank())
+    model = quantize_model(floats(), ["up", "down"], group_size=GROUP, stochastic_rounding=dist.get_rank() == 1)
+    with_fsdp(model, mesh)
     model(inputs(0)).sum().backward()
     try:
         optimizer_of(model).step()
