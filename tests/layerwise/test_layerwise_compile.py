@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import torch.distributed as dist
 from compile_cases import batch, bits, breaks, graphs, loss_of, model_of, optimizer_of, same, start_counting, train
+from distributed_cases import needs_fsdp_on_a_cpu
+from distributed_harness import run
 from no_gradient_cases import NewTensors
 
 from apollo_triton import attach_layerwise
@@ -105,5 +110,56 @@ def test_layers_without_a_gradient_break_the_graph(int8, counters):
         ends.append(bits(model))
     assert same(*ends)
     assert breaks(counters) == 2
-    with pytest.raises(Exception, match=r"LinearForward\._forward"):
+    with pytest.raises(Exception, match=r"LinearForward\.__call__"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(batch(0))
+
+
+def sharded_runs(cases):
+    """Of each (how, int8, layerwise): the losses, this rank's bits, and the graphs after each step under FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for how, int8, layerwise in cases:
+        counters = start_counting()
+        model = model_of(int8)
+        if how == "blocks, then sharded":
+            compiled(model, "blocks", fullgraph=True)
+        for block in model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        if how == "sharded, then blocks":
+            compiled(model, "blocks", fullgraph=True)
+        forward = compiled(model, "whole") if how == "sharded, then whole" else model
+        optimizer = optimizer_of(model)
+        if layerwise:
+            attach_layerwise(model, optimizer)
+        ends = [(train(forward, optimizer, 1, first=2 * step + dist.get_rank()), graphs(counters)) for step in range(3)]
+        losses, many = zip(*ends, strict=True)
+        assert not layerwise or all(p.grad is None for p in model.parameters())
+        found[how, int8, layerwise] = [losses, bits(model), many, breaks(counters)]
+    return found
+
+
+HOW = ("blocks, then sharded", "sharded, then blocks", "sharded, then whole")
+
+
+@needs_fsdp_on_a_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases",
+    [[(HOW[0], True, True)], pytest.param([*itertools.product(HOW, *[(False, True)] * 2)], marks=pytest.mark.full)],
+    ids=["one", "all"],
+)
+def test_fsdp2_of_compiled_blocks(cases):
+    """Compiled before or after, with int8 weights, with layer-wise updates, with both: the bits of eager, and no graph
+    for what is gathered anew in each step. A whole model falls into the same graphs, since FSDP2's hooks are between
+    the blocks."""
+    eager = {("eager", int8, layerwise) for _, int8, layerwise in cases}
+    for rank in run(sharded_runs, 2, cases=[*eager, *cases]):
+        for how, int8, layerwise in cases:
+            losses, parts, many, broken = rank[how, int8, layerwise]
+            expected = rank["eager", int8, layerwise]
+            assert losses == expected[0], (how, int8, layerwise)
+            assert same(parts, expected[1]), (how, int8, layerwise)
+            assert many == (2, 2, 2), (how, int8, layerwise)
+            assert broken == 0, (how, int8, layerwise)
