@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gpu import is_counting
+
 _LEAST_TRITON = (3, 2)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 products
 
@@ -30,6 +32,8 @@ def device_backend(parameter: Tensor, asked: str) -> Backend:
     """
     if asked == "reference":
         return Backend("reference", 'backend="reference"')
+    if parameter.is_meta and is_counting() and _triton_obstacle() is None:
+        return Backend("triton", "it has no memory, and launches are counted")
     obstacle = _obstacle(parameter.device)
     if obstacle is None:
         reason = 'backend="triton"' if asked == "triton" else f"it is on {parameter.device}"

@@ -26,6 +26,11 @@ def counting_launches() -> Iterator[list[Any]]:
         _counted.reset(token)
 
 
+def is_counting() -> bool:
+    """Whether launches on the meta device are counted, so that the kernels' code may run there."""
+    return _counted.get(None) is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Start ``kernel`` on ``device``, whichever is the current one; on the meta device only count it."""
     index: Any = device.index

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apollo_triton import quantize_model
-from apollo_triton.tools.memory.activations import Allocations, Peak, _AsOnCuda, training_peak
+from apollo_triton.tools.memory.activations import Allocations, Peak, AsOnCuda, training_peak
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.modeling_utils")  # which torch 2.6 cannot import lazily, on the meta device
@@ -168,7 +168,7 @@ class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
 def test_attention_is_cudas_kernel(dtype, masked, width, kernel):
     query, key = (torch.empty(2, heads, 256, width, dtype=dtype, device="meta") for heads in (4, 2))
     mask = torch.ones(256, 256, dtype=torch.bool, device="meta") if masked else None
-    with Kernels() as kernels, Allocations(nn.Module(), layerwise=False) as allocations, _AsOnCuda():
+    with Kernels() as kernels, Allocations(nn.Module(), layerwise=False) as allocations, AsOnCuda():
         result = F.scaled_dot_product_attention(query, key, key, mask, is_causal=not masked, enable_gqa=True)
     assert result.shape == query.shape
     assert f"_scaled_dot_product_{kernel}_attention" in kernels.names
@@ -183,7 +183,7 @@ def test_flash_attention_keeps_no_scores():
     query, key, value = (
         torch.empty(2, 4, 256, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)
     )
-    with Allocations(nn.Module(), layerwise=False) as allocations, _AsOnCuda():
+    with Allocations(nn.Module(), layerwise=False) as allocations, AsOnCuda():
         result = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     assert result.shape == query.shape
     assert allocations.peak() == Peak(2 * 2 * 4 * 256 * 64 + 4 * 2 * 4 * 256 + 2 * 512, 0, 0)
@@ -200,7 +200,7 @@ def test_the_models_attention_takes_the_flash_kernel_in_backward_too():
 
 
 def test_a_move_to_the_device_where_it_is_allocates_nothing():
-    with Allocations(nn.Module(), layerwise=False) as allocations, _AsOnCuda():
+    with Allocations(nn.Module(), layerwise=False) as allocations, AsOnCuda():
         x = torch.ones(64, 64, device="meta", requires_grad=True)
         moved = x.to(x.device)
         assert allocations.peak().total == 4 * 64 * 64

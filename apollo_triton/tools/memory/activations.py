@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...core.implicit_gradient import ImplicitGradient
 from ...layerwise.linear import LinearForward
+from .storages import Storages
 
-ALLOCATION = 512  # bytes: CUDA's caching allocator rounds every request up to a multiple
 MOST_TOKENS = 1 << 27  # they have memory, unlike activations: 1 GB
 FLASH_HEAD = 256  # the widest attention head that the flash kernel takes
 
@@ -92,7 +90,7 @@ def training_peak(
     """
     _check(model, batch, sequence)
     model = copy.deepcopy(model).train()  # cheap: its tensors have no memory
-    _set_checkpointing(model, checkpointing)
+    set_checkpointing(model, checkpointing)
     updater = _NoUpdates()  # kept here, because the layers do not keep it alive
     for name in without_gradient:
         layer: Any = model.get_submodule(name)
@@ -100,7 +98,7 @@ def training_peak(
     try:
         with Allocations(model, layerwise) as allocations:
             tokens = torch.zeros(batch, sequence, dtype=torch.long)
-            with _AsOnCuda():
+            with AsOnCuda():
                 loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             allocations.end_forward()
             loss.backward()
@@ -125,14 +123,18 @@ class _NoUpdates:
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         pass
 
+    def name(self, weight: Tensor) -> str:
+        return "a weight"
 
-def _set_checkpointing(model: Any, on: bool) -> None:
+
+def set_checkpointing(model: Any, on: bool, kernels: Any = None) -> None:
+    """Whether the decoder layers keep only their inputs. ``kernels()`` is the context of what is computed again."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.2x
     if not on:
         getattr(model, f"{kind}_checkpointing_disable")()
         return
-    # The determinism check compares devices. _AsOnCuda hides them from the model, but not from autograd.
-    options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), _AsOnCuda())}
+    # The determinism check compares devices. AsOnCuda hides them from the model, but not from autograd.
+    options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), (kernels or AsOnCuda)())}
     getattr(model, f"{kind}_checkpointing_enable")(options)
 
 
@@ -152,18 +154,10 @@ def _check(model: nn.Module, batch: int, sequence: int) -> None:
         raise ValueError(f"a {type(model).__name__} takes no input_ids and labels: give a language model with its head")
 
 
-@dataclass(eq=False)
-class _Allocation:
-    size: int
-    part: str
-
-
-class Allocations(TorchDispatchMode):
+class Allocations(Storages):
     """Follows every storage that is made while the mode is on, except the weights and buffers of ``model``.
 
-    ``torch.distributed._tools.mem_tracker`` finds the same total. This class keeps the list of storages at the peak.
-    A storage is known to be a weight's gradient only later, when it reaches ``.grad``; in the list it can still be
-    marked as one.
+    A storage is known to be a weight's gradient only later, when it reaches ``.grad``.
 
     >>> layer = nn.Linear(256, 256, bias=False)
     >>> with Allocations(layer, layerwise=False) as allocations:
@@ -175,15 +169,10 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, layerwise: bool) -> None:
-        super().__init__()
+        super().__init__("saved")
         self._model, self._layerwise = model, layerwise
-        self._made_by = "saved"
-        self._alive: dict[int, _Allocation] = {}  # by address, which a storage keeps until it is freed
-        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._at_peak: list[_Allocation] = []
-        self._size = self._peak_size = 0
         self._hooks: list[Any] = []
-        self._of_model = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.ignore((*model.parameters(), *model.buffers()))
 
     def __enter__(self) -> Allocations:
         for parameter in self._model.parameters():
@@ -199,41 +188,19 @@ class Allocations(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """Call this between forward and backward: storages made from here on count as the backward's."""
-        self._made_by = "working"
+        self.part = "working"
 
     def peak(self) -> Peak:
         """The largest total so far, by parts."""
-        sizes = dict.fromkeys(("saved", "working", "gradients"), 0)
-        for allocation in self._at_peak:
-            sizes[allocation.part] += allocation.size
-        return Peak(**sizes)
+        return Peak(**(dict.fromkeys(("saved", "working", "gradients"), 0) | self.parts_at_peak()))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _call(func, args, kwargs or {})
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._watch(value.untyped_storage())
-        if self._size > self._peak_size:
-            self._peak_size, self._at_peak = self._size, list(self._alive.values())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata
-        if address in self._of_model or address in self._alive:
-            return
-        size = -(-storage.nbytes() // ALLOCATION) * ALLOCATION
-        self._alive[address] = _Allocation(size, self._made_by)
-        self._size += size
-        self._watched[address] = weakref.ref(storage, lambda _: self._freed(address))
-
-    def _freed(self, address: int) -> None:
-        del self._watched[address]
-        self._size -= self._alive.pop(address).size
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return _call(func, args, kwargs)
 
     def _gradient_is_complete(self, parameter: Tensor) -> None:
         if parameter.grad is None:
             return
-        self._alive[parameter.grad.untyped_storage()._cdata].part = "gradients"
+        self.mark([parameter.grad], "gradients")
         if self._layerwise:
             parameter.grad = None
 
@@ -254,7 +221,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-class _AsOnCuda(TorchFunctionMode):
+class AsOnCuda(TorchFunctionMode):
     """Uses CUDA's attention kernels, and hides the meta device from the model.
 
     Autocast does not know the meta device, and positions and masks would lose their values on it. The model sees all
