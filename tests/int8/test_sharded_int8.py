@@ -116,6 +116,11 @@ def under_fsdp(steps=2):
         model = with_fsdp(copy.deepcopy(plain), mesh)
         results["bits", backend] = torch.equal(model(inputs(0)), plain(inputs(0)))
         results["apart", backend] = beside_a_plain_copy(model, plain, steps, backend, rank)
+    one = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replica", "shard"))
+    plain = net()
+    model = with_fsdp(copy.deepcopy(plain), one)
+    results["one shard"] = beside_a_plain_copy(model, plain, steps, "reference", rank) == {"up": 0, "down": 0}
+    results["forward of one shard"] = torch.equal(model(inputs(0)), plain(inputs(0)))
     half = net().to(torch.bfloat16)
     for again in (True, False):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -134,7 +139,8 @@ def under_fsdp(steps=2):
 @pytest.mark.slow
 def test_fsdp():
     """Floats that travel instead of codes; bits of rounding drawn as of a weight that begins at 0; an activation dtype
-    that changes the weights; buffers that a second forward does not find filled."""
+    that changes the weights; buffers that a second forward does not find filled; a mesh of one shard, of which FSDP2
+    copies the codes alone."""
     for results in run(under_fsdp, 2):
         # Codes, and 4 + 1 bytes of each of the 64 groups, of two weights; biases, and the head padded to 4 rows.
         assert results.pop("gathered") == (3, 2 * (512 + 64 * 5) + 4 * (32 + 16) + 4 * (4 * 16 + 4))
@@ -267,6 +273,13 @@ def refused():
             call()
         except ValueError as error:
             found[name] = str(error)
+    model = quantize_model(floats(), ["up", "down"], group_size=GROUP, stochastic_rounding=dist.get_rank() == 1)
+    with_fsdp(model, mesh)
+    model(inputs(0)).sum().backward()
+    try:
+        optimizer_of(model).step()
+    except ValueError as error:
+        found["ranks that differ"] = str(error)
     return found
 
 
@@ -280,5 +293,8 @@ def test_what_cannot_be_cut_is_refused_on_all_ranks_before_anything_is_sent():
             assert re.search(text, found[name, is_meta]), found[name, is_meta]
     assert re.search(
         r"up\.weight of shape .* equal numbers of whole rows: leave shard_placement_fn out", found["placement"]
+    )
+    assert re.search(
+        r"ranks 0 and 1 differ: .* stochastic_rounding=False.* on rank 0, .*=True", found["ranks that differ"]
     )
     assert re.search(r"up is sharded, .* torch\.distributed\.checkpoint", found["floats"])
