@@ -16,7 +16,6 @@ from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from ...engine.engine import Engine
-from ...optimizer import APOLLOAdamW
 from .storages import ALLOCATION, Storages
 from .twins import Twins
 
@@ -60,9 +59,13 @@ class LiveStep(Storages):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: APOLLOAdamW, kernels: bool = False, rounding: int = ALLOCATION
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        kernels: bool = False,
+        rounding: int | None = None,
     ) -> None:
-        super().__init__(SAVED, rounding)
+        super().__init__(SAVED, ALLOCATION if rounding is None else rounding)
         self._model, self._optimizer, self._kernels = model, optimizer, kernels
         self._updating = False
         self.exchanges: Counter[str] = Counter()
@@ -86,6 +89,10 @@ class LiveStep(Storages):
         Engine.run = self._run  # type: ignore[method-assign]
         super().__exit__(*exception)
 
+    def counts(self, storage: torch.UntypedStorage) -> bool:
+        """Fake tensors and those of the meta device. With kernels all others are tables on the host."""
+        return not self._kernels or storage.device.type == "meta"
+
     def begin(self) -> None:
         """From here on counts, with what is alive now."""
         self.forget_peak()
@@ -107,6 +114,8 @@ class LiveStep(Storages):
             del loss
             self._optimizer.step()
             self._optimizer.zero_grad()
+        for state in self._optimizer.state.values():
+            self._mark_state(state)
 
     def _followed(self, run: Any, engine: Engine, groups: Any, states: Any, arguments: Any, options: Any) -> None:
         """``Engine.run``, whose memory is an update's, and what it leaves in the state the state's."""
@@ -117,15 +126,18 @@ class LiveStep(Storages):
             with self.making(UPDATE):
                 if self._twins is None:
                     run(engine, groups, states, *arguments, **options)
-                    changed = states
+                    changed = [states[parameter] for group in groups for parameter in group["params"]]
                 else:
                     changed = self._twins.run(run, engine, groups, *arguments, **options)
         finally:
             self._updating = False
-        for parameter in list(changed):
-            for name, value in changed[parameter].items():
-                if isinstance(value, Tensor):
-                    self.mark([value], _HOST if name == "step" else STATE)
+        for state in changed:
+            self._mark_state(state)
+
+    def _mark_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                self.mark([value], _HOST if name == "step" else STATE)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops._c10d_functional.wait_tensor.default and active_fake_mode() is not None:

@@ -145,12 +145,16 @@ class Storages(TorchDispatchMode):
         """Run an operation. A subclass may run it elsewhere."""
         return func(*args, **kwargs)
 
+    def counts(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage is on the device that is followed. A subclass may leave others out."""
+        return True
+
     def seen(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An operation has run, whose results are not watched yet. A subclass may mark what it knows by it."""
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
-        if address in self._ignored or address in self._alive:
+        if address in self._ignored or address in self._alive or not self.counts(storage):
             return
         self._alive[address] = _Allocation(self._rounded(storage.nbytes()), _Label(self.part))
         self._size += self._alive[address].size
