@@ -19,7 +19,7 @@ from .core.module_names import without_indices
 from .core.settings import Settings
 from .engine.launches import Launches, launches_of
 from .engine.step_hooks import StepHooks
-from .params.member import Param, find_shard, params_of
+from .params.member import CODES, Param, find_shard, params_of
 from .params.saving import Counted, advice_on_state
 from .params.sharding import LocalShard
 from .params.state import MOMENTS, has_begun, state_without_memory
@@ -163,7 +163,7 @@ def summary_of(
                 rank=group.rank if is_low_rank else None,
                 reason="" if is_low_rank else known or (VECTOR if kind == VECTOR else UNRANKED),
                 state_bytes=sum(sizes.values()),
-                moment_bytes=sum(sizes[name] for name in MOMENTS),
+                moment_bytes=sum(sizes.get(name, 0) for name in (*MOMENTS, *CODES.values())),
                 adamw_bytes=2 * gradient_bytes + _STEP_BYTES,
                 gradient_bytes=0 if tensor in implicit else gradient_bytes,
                 backend=_backend(param, group, state, shard, on_device, tensor in implicit),

@@ -94,7 +94,7 @@ class LayerwiseCallback(TrainerCallback):
         limiter_norm: as in ``attach_layerwise``.
 
     Raises, from ``train()`` before the first step, what ``attach_layerwise`` raises, and ValueError for several
-    processes, float16, and accumulation without gradients.
+    processes that FSDP2 does not shard, float16, and accumulation without gradients.
 
     >>> optimizer = APOLLOAdamW.mini(model, lr=2e-4)  # doctest: +SKIP
     >>> trainer = Trainer(..., optimizers=(optimizer, None), callbacks=[LayerwiseCallback()])  # doctest: +SKIP
@@ -135,11 +135,14 @@ class LayerwiseCallback(TrainerCallback):
 
 def _check_run(args: TrainingArguments, optimizer: Any, gradients: str) -> None:
     """Raise ValueError if the Trainer runs in a way in which hooks do not see whole, final gradients."""
-    kind = require("accelerate.state", "trainer").AcceleratorState().distributed_type.value
-    if kind != "NO":
+    state = require("accelerate.state", "trainer").AcceleratorState()
+    kind = state.distributed_type.value
+    # FSDP2 sums gradients before its hooks. Accelerate 1.1 to 1.5 know no version of FSDP, and shard by the first.
+    if kind != "NO" and not getattr(state, "is_fsdp2", False):
         raise ValueError(
-            f"LayerwiseCallback works on one process, and Accelerate trains by {kind}, whose gradients are summed over "
-            "processes after layer-wise updates would have used them; leave the callback out"
+            f"LayerwiseCallback works on one process or with FSDP2, and Accelerate trains by {kind}, whose gradients "
+            "are summed over processes after layer-wise updates would have used them; use fsdp_config={'version': 2} "
+            "(docs/trainer.md), or leave the callback out"
         )
     if getattr(optimizer, "scaler", None) is not None:
         raise ValueError(

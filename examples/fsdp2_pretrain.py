@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2_pretrain.py --folder run --steps 60
     torchrun --standalone --nproc-per-node 4 examples/fsdp2_pretrain.py --folder run --steps 120   # from step 60 on
+    torchrun --standalone --nproc-per-node 2 examples/fsdp2_pretrain.py --folder small --layerwise --int8 --state-bits 8
 
 CUDA devices communicate over nccl and compute in bfloat16. A machine without them trains on its CPU over gloo. Each
 byte of the text is a token.
@@ -25,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 from apollo_triton.core.files import open_regular
 from apollo_triton.tools.checkpoints import first_line
 
@@ -49,10 +50,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.batch % world:
         raise SystemExit(f"--batch {options.batch} cannot be shared by {world} ranks; use a multiple of {world}")
     model = sharded_model(options, device)
-    if options.mini:
-        optimizer = APOLLOAdamW.mini(model, lr=options.lr)
-    else:
-        optimizer = APOLLOAdamW.apollo(model, rank=options.rank, lr=options.lr, max_grad_norm=1.0)
+    optimizer = make_optimizer(options, model)
     first = load_newest(options.folder, model, optimizer)
     if rank == 0:
         todo = f"steps {first + 1} to {options.steps}" if first < options.steps else f"step {first} is done already"
@@ -79,13 +77,15 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3,
+        intermediate_size=max(64, options.hidden * 8 // 3 // 64 * 64),  # whole blocks of moments on 2, 4 and 8 ranks
         num_hidden_layers=options.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=options.length,
     )
     model = LlamaForCausalLM(config).to(device)
+    if options.int8:  # before it is sharded: each rank then holds whole groups of codes with their scales
+        quantize_model(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # The optimizer sees weights and gradients in float32. Only forward and backward are in bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
@@ -93,6 +93,19 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def make_optimizer(options: argparse.Namespace, model: LlamaForCausalLM) -> APOLLOAdamW:
+    """After sharding, which replaces the parameters. Layer-wise updates have no norm of all gradients to clip by."""
+    if options.mini:
+        optimizer = APOLLOAdamW.mini(model, lr=options.lr, state_bits=options.state_bits)
+    else:
+        clip = None if options.layerwise else 1.0
+        rank, bits = options.rank, options.state_bits
+        optimizer = APOLLOAdamW.apollo(model, rank=rank, lr=options.lr, max_grad_norm=clip, state_bits=bits)
+    if options.layerwise:
+        attach_layerwise(model, optimizer)
+    return optimizer
 
 
 def batches(options: argparse.Namespace, first: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
@@ -173,6 +186,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--report", type=int, default=10, help="steps between lines (%(default)s)")
     parser.add_argument("--mini", action="store_true", help="APOLLO-Mini instead of APOLLO")
     parser.add_argument("--rank", type=int, help="APOLLO's rank (32)")
+    parser.add_argument("--layerwise", action="store_true", help="update each layer within backward, free its gradient")
+    parser.add_argument("--int8", action="store_true", help="int8 weights in attention and MLP")
+    parser.add_argument("--state-bits", type=int, choices=(8, 32), default=32, help="of the moments (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--batch", type=int, default=24, help="sequences per step, over all ranks (%(default)s)")
     parser.add_argument("--length", type=int, default=128, help="bytes in a sequence (%(default)s)")

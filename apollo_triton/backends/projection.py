@@ -47,7 +47,7 @@ def _singular_vectors(member: Member, settings: Settings, step: int) -> Tensor:
             top_singular_vectors(matrix, settings.rank, geometry.keeps_rows)
             for matrix in as_matrices(member.formed_gradient, geometry)
         ]
-        P = torch.stack(vectors) if member.local_state("exp_avg").dim() == 3 else vectors[0]
+        P = torch.stack(vectors) if member.moment("exp_avg").dim() == 3 else vectors[0]
         shape = state_shapes(member.parameter, settings)["projection"]
         state["projection"] = as_sharded("projection", P, member.parameter, member.shard, shape)
     P = member.local_state("projection")

@@ -1,4 +1,5 @@
-"""Whether a tensor is a ``DTensor``, and which part of it is on this rank, without importing ``torch.distributed``."""
+"""Whether a tensor is a ``DTensor``, which part of it is on this rank, and a ``DTensor`` of such a part, without
+importing ``torch.distributed``."""
 
 from __future__ import annotations
 
@@ -66,3 +67,14 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Which part of the whole tensor is on this rank; all of it where it is no ``DTensor``."""
     shape, offset = place_of(tensor) if is_dtensor(tensor) else (list(tensor.shape), [0] * tensor.dim())
     return tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
+
+
+def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
+    """``part`` as this rank's part of a tensor that is cut as ``tensor`` is, with its shape; itself if it is whole."""
+    if not is_dtensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    shape, strides = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import PER_STEP, STRUCTURAL, Settings
 from ..params.fake import fake_mode_of
 from ..params.member import Param
@@ -30,13 +31,15 @@ class Agreement:
         found: Sequence[tuple[Param, LocalShard]],
         settings: Mapping[int, Settings],
         states: Mapping[Tensor, dict[str, Any]],
+        given: Mapping[Tensor, ImplicitGradient],
         among: Sequence[tuple[Param, LocalShard]] = (),
     ) -> None:
         """Raise ValueError on every rank if ranks that share an axis differ; communicates only if there are axes.
 
-        ``settings`` are by the index of the group. ``among``: parameters over whose axes to ask as well, because
-        others may have found one of them. Raises ValueError also for shards that have no values to send. In a process
-        group that sends nothing, of which memory estimates play one rank, there is nobody to compare with.
+        ``settings`` are by the index of the group, ``given`` the gradients that are never formed. ``among``: parameters
+        over whose axes to ask as well, because others may have found one of them. Raises ValueError also for shards
+        that have no values to send. In a process group that sends nothing, of which memory estimates play one rank,
+        there is nobody to compare with.
         """
         for param, shard in found:
             has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
@@ -55,7 +58,7 @@ class Agreement:
         if known == self._known:
             return
         texts = [
-            f"{text}, {_per_step(param, settings[param.group], states.get(param.tensor, {}))}"
+            f"{text}, {_per_step(param, settings[param.group], states.get(param.tensor, {}), given)}"
             for text, param in zip(lasting, params, strict=True)
         ]
         digest = int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:7], "big")
@@ -86,11 +89,16 @@ def _lasting(param: Param, settings: Settings) -> str:
     return f"{param} {param.tensor.dtype} {placements}: {', '.join(values)}"
 
 
-def _per_step(param: Param, settings: Settings, state: Mapping[str, Any]) -> str:
+def _per_step(
+    param: Param, settings: Settings, state: Mapping[str, Any], given: Mapping[Tensor, ImplicitGradient]
+) -> str:
     """What may change from step to step, and must then change on all ranks alike. It is compared whenever ranks
     compare, but a change of it is no reason to compare."""
     values = {name: getattr(settings, name) for name in PER_STEP}
-    values["placements of its gradient"] = getattr(param.tensor.grad, "placements", "whole")
+    if param.tensor in given:
+        values["limiter_norm, without a gradient"] = given[param.tensor].limiter_norm
+    else:
+        values["placements of its gradient"] = getattr(param.tensor.grad, "placements", "whole")
     if "step" in state:
         values |= {"step": state["step"], "seed of its state": state["seed"]}
     read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}

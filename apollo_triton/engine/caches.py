@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Caches:
-    """P for the reference path; P for the kernels, alive for as long as a plan uses it; float32 blocks."""
+    """P for the reference path; P for the kernels, alive for as long as a plan uses it; float32 blocks.
+
+    ``has_told_of_blocks``: whether the user knows that 8-bit moments of some shards stay floats.
+    """
 
     projections: ProjectionCache = field(default_factory=ProjectionCache)
     projection_buffers: WeakSet[ProjectionBuffer] = field(default_factory=WeakSet)
     scratch: Scratch = field(default_factory=Scratch)
+    has_told_of_blocks: bool = False

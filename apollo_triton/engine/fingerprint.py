@@ -18,7 +18,7 @@ from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import FIELD_NAMES, STRUCTURAL, Settings
 from ..int8.weight import int8_weight_of
 from ..params.member import gradient_of
-from ..params.state import ABSMAXES, SHARDED
+from ..params.state import SHARDED
 
 Groups = list[dict[str, Any]]
 States = Mapping[Tensor, dict[str, Any]]
@@ -27,7 +27,7 @@ Given = Mapping[Tensor, ImplicitGradient]
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _MISALIGNED = (15).__and__  # by how many bytes
 _END = object()
-_ADDRESSED = ("step", *SHARDED, *ABSMAXES)
+_ADDRESSED = ("step", *SHARDED)
 # A sparse gradient has no address, and what is no tensor has no strides.
 _NO_ADDRESS = (RuntimeError, KeyError, AttributeError, TypeError)
 

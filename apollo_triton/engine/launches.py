@@ -18,7 +18,7 @@ from ..core.settings import Settings
 from ..int8.weight import Int8Weight
 from ..params.member import Member, Param
 from ..params.sharding import LocalShard
-from ..params.state import has_begun, state_without_memory
+from ..params.state import ALL_MOMENTS, has_begun, state_without_memory, with_codes_named
 from .caches import Caches
 from .engine import joined
 from .fingerprint import States
@@ -73,7 +73,9 @@ def _member(param: Param, shard: LocalShard, settings: Settings, state: Mapping[
     gradient = torch.empty_like(weight) if param.tensor.grad is None else _without_memory(param.tensor.grad)
     tensors = state_without_memory(param.tensor, settings, shard)
     if has_begun(state):
-        tensors |= {name: _without_memory(state[name]) for name in tensors if name in state}
+        state = with_codes_named(state)
+        tensors = {name: value for name, value in tensors.items() if name not in ALL_MOMENTS}
+        tensors |= {name: _without_memory(state[name]) for name in (*tensors, *ALL_MOMENTS) if name in state}
     described = Param(param.group, param.index, param.name, weight)
     return Member(described, {"seed": settings.seed, **state, **tensors}, shard, "triton", {weight: gradient})
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import step_backend, updater_of
+from ..core.dtensors import is_dtensor
 from ..core.settings import Settings
 from ..params.aliasing import check_separate
+from ..params.blocks import SPANS_RANKS, obstacle_to_8bit
 from ..params.checks import check_gradient, check_parameter
+from ..params.differences import warn_of_blocks
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
 from ..params.member import Member, Param, find_shard, gradient_of, group_indices, params_of
 from ..params.sharding import LocalShard
@@ -52,7 +55,8 @@ class Plan:
         self._settings = dict(zip(group_indices(groups), settings, strict=True))
         self._given = dict(given)  # of the current step; ``updates`` empties it
         found = self._checked(groups, states, on_device)  # raises before anything changes
-        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states)
+        agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
+        self._tell_of_blocks([param for param, _, _ in found if not has_begun(states.get(param.tensor))], caches)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
             None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)
@@ -88,6 +92,18 @@ class Plan:
         on_kernels = {i: member for i, member in enumerate(self.members) if member.backend == "triton"}
         self.tables = make_tables(on_kernels, self._settings, self.counts, on_device, caches)
         self._places = None if self._is_fake else places_of(groups, states, given)
+
+    def _tell_of_blocks(self, new: list[Param], caches: Caches) -> None:
+        """Say once of an optimizer which moments are not 8-bit though ``state_bits`` asks for it, since no rank holds
+        whole blocks. Before anything changes, since warnings may be errors."""
+        settings = self._settings
+        wanted = [param for param in new if is_dtensor(param.tensor) and settings[param.group].state_bits == 8]
+        if caches.has_told_of_blocks or not wanted:
+            return
+        spanning = [param for param in wanted if obstacle_to_8bit(param.tensor, settings[param.group]) == SPANS_RANKS]
+        if spanning:
+            warn_of_blocks(spanning)
+            caches.has_told_of_blocks = True
 
     def holds(
         self,

@@ -50,7 +50,7 @@ def make_tables(
             Int8Format.of(member.parameter),
             None if isinstance(gradient, Tensor) else index,  # each by itself
             gradient.dtype,
-            member.state["exp_avg"].dtype,
+            member.moment_dtype,
             is_aligned(member),
         )
         launches.setdefault(key, {})[index] = member

@@ -139,7 +139,8 @@ def _fill(name: str, target: Tensor, file: Any) -> None:
         return
     entry, first = file.get_slice(name), slices[0].start
     for rows in _blocks(here):
-        values = entry[(slice(first + rows.start, first + rows.stop), *slices[1:])]
+        place = slice(first + rows.start, first + rows.stop), *slices[1:]
+        values = entry[place]
         if not isinstance(here, Int8Weight):
             here[rows].copy_(values)
             continue

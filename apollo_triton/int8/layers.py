@@ -14,6 +14,7 @@ from ..core.dtensors import is_dtensor
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
 from ..core.targets import DEFAULT_TARGETS, Targets
+from ..core.tensor_parallel import local_linear
 from .convertible import check_convertible, check_targets
 from .coverage import float_note, idle_notes, no_match, targeted
 from .replaced import REPLACED_BY, mark_replaced
@@ -40,6 +41,12 @@ class Int8Linear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = weight, linear.bias
         _take_over(linear, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if is_dtensor(weight):  # whose operations know no int8 weight
+            return local_linear(input, weight, self.bias, nn.functional.linear)
+        return nn.functional.linear(input, weight, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         """Keys of the ``state_dict`` are attributes too, since torch.distributed.checkpoint looks them up as such."""

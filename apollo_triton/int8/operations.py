@@ -42,6 +42,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Weight):
         return target.copy_(source.dequantize(), non_blocking)
     if isinstance(source, Int8Weight):
+        source = source if source.is_contiguous() else _clone(source)
         source.check()  # else some parts could be copied and others not
     if not isinstance(source, Int8Weight) or source.shape != target.shape:
         target.assign((source.dequantize() if isinstance(source, Int8Weight) else source).expand(target.shape))

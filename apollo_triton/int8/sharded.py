@@ -52,6 +52,8 @@ def _slice(
     dim %= weight.dim()
     first, last, step = slice(start, end, step).indices(shape[dim])
     last = max(first, last)
+    if (first, last, step) == (0, shape[dim], 1):
+        return weight.with_parts(lambda part: part)
     run = shape[1] if weight.dim() == 2 and dim == 0 else 1  # elements of one index
     if step != 1 or first * run % group_size or last * run % group_size or (dim == 1 and shape[1] % group_size):
         raise ValueError(

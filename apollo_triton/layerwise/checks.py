@@ -34,6 +34,11 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
         advice = "give attach_layerwise the whole model that the optimizer trains"
         if conversion is not None:
             advice = f"{conversion} has replaced them since the optimizer was made: make the optimizer after it"
+        elif any(is_dtensor(param.tensor) for param in foreign):
+            advice = (
+                "where fully_shard was called before the optimizer was made, a forward has left the root gathered: "
+                "call model.reshard() first"
+            )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
 
 
@@ -50,12 +55,9 @@ def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tenso
     for param in low_rank:
         if param.tensor in parallel:
             raise ValueError(
-                f'{param}: gradients="{gradients}" cannot update what fully_shard manages: its gradient is a sum over '
-                'ranks, which has to be there for that; use gradients="freed", which frees it as soon as it is reduced'
-            )
-        if is_dtensor(param.tensor):
-            raise ValueError(
-                f'{param}: gradients="{gradients}" does not know weights that are sharded; use gradients="freed"'
+                f'{param}: gradients="{gradients}" cannot update what fully_shard manages: the sum over ranks needs a '
+                'gradient; use gradients="freed", which frees it as soon as it is reduced, or tensor parallel alone '
+                "(parallelize_module), whose ranks see the same tokens"
             )
         names = owners_of(model, param.tensor)
         if len(names) > 1:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core.implicit_gradient import LIMITER_NORMS, ImplicitGradient, pays
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
+from ..core.tensor_parallel import largest_part
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
 from .attached import attached, check_others
@@ -63,9 +64,9 @@ def attach_layerwise(
 
     Raises:
         ValueError: hooks are attached already, those of another optimizer included, a parameter is not the model's, or
-            something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP,
-            DTensor. ``GradScaler.step`` raises it later. With ``gradients="none"`` or ``"auto"`` also for tied low-rank
-            weights, ``proj="svd"``, ``nn.DataParallel``, and if no weight would gain.
+            something needs all gradients at once: ``max_grad_norm``, ``capturable``, DistributedDataParallel, FSDP1.
+            ``GradScaler.step`` raises it later. With ``gradients="none"`` or ``"auto"`` also for tied low-rank weights,
+            ``proj="svd"``, ``nn.DataParallel``, what ``fully_shard`` manages, and if no weight would gain.
         RuntimeError: from ``backward()``, for a weight whose gradient comes twice before ``optimizer.step()``: by
             reentrant checkpointing of a shared weight, or by accumulation outside ``accumulate()``. With
             ``gradients="none"`` or ``"auto"`` also from ``accumulate()`` itself, and from ``backward()`` for a layer
@@ -298,8 +299,12 @@ class Layerwise:
 
     def pays(self, weight: Tensor, tokens: int) -> bool:
         """Whether it is also to be for a batch of so many tokens: for ``LinearForward``."""
-        rows, columns = weight.shape
+        rows, columns = largest_part(weight)
         return self.gradients != "auto" or pays(tokens, rows, columns, self._limiter_norm)
+
+    def name(self, weight: Tensor) -> str:
+        """What an error calls ``weight``: for ``LinearForward``."""
+        return str(self._params[weight])
 
     def _has(self, layer: nn.Linear) -> bool:
         """Whether the layer's forward is this handle's."""

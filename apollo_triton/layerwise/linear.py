@@ -1,6 +1,7 @@
 """Linear layers that update their weight in the backward pass, once the input's gradient is made with the old one.
 
 ``LinearForward`` takes the place of a module's ``forward`` and hands X and dY to a handle. ``weight.grad`` stays None.
+Of a weight that tensor parallel cuts, X and dY are those of this rank's part: their product is the part's gradient.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..core.dtensors import is_dtensor, local, placed_as
 from ..core.implicit_gradient import ImplicitGradient
+from ..core.tensor_parallel import cuts_tokens, local_linear
 from ..int8.layers import Int8Linear
 from ..int8.linear import input_gradient
 from ..int8.weight import Int8Weight
@@ -29,6 +32,8 @@ class Updater(Protocol):
     def check(self, weight: Tensor, ran_once: bool) -> None: ...
 
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None: ...
+
+    def name(self, weight: Tensor) -> str: ...
 
 
 def layers_of(model: nn.Module) -> dict[Tensor, nn.Linear]:
@@ -91,6 +96,12 @@ class LinearForward:
             return type(module).forward(module, x)
         if not updater.pays(weight, x.shape[:-1].numel()):
             return type(module).forward(module, x)
+        if cuts_tokens(x, weight):
+            raise RuntimeError(
+                f"{updater.name(weight)}: its input has placements {x.placements}, so that each rank has a part of the "  # type: ignore[attr-defined]
+                'tokens, and the sum over ranks needs a gradient; use attach_layerwise(..., gradients="freed"), or '
+                "give the layer all tokens on every rank"
+            )
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
@@ -100,6 +111,8 @@ class LinearForward:
         # Whatever runs within a backward is a recomputation, whose graph may never be used.
         if torch._C._current_graph_task_id() == -1:
             self._waiting.add(use)
+        if is_dtensor(weight):
+            return local_linear(x, weight, bias, lambda x, _, bias: _UpdatingLinear.apply(x, weight, bias, use))
         return _UpdatingLinear.apply(x, weight, bias, use)
 
     def __reduce__(self) -> Any:
@@ -123,13 +136,17 @@ class ForwardUse:
 
 
 class _UpdatingLinear(torch.autograd.Function):
+    """X, the bias and the result are plain tensors. The weight is the parameter itself, also if it is a ``DTensor``, so
+    that autograd can be asked whether its gradient is wanted."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, use: ForwardUse) -> Tensor:
         ctx.use = use
-        if isinstance(weight, Int8Weight) or weight.dtype == x.dtype:
+        here = local(weight)
+        if isinstance(here, Int8Weight) or here.dtype == x.dtype:
             ctx.save_for_backward(x, weight)
-            return nn.functional.linear(x, weight, bias)
-        rounded = weight.to(x.dtype)  # by autocast; kept, as autocast's own is
+            return nn.functional.linear(x, here, bias)
+        rounded = here.to(x.dtype)  # by autocast; kept, as autocast's own is
         ctx.save_for_backward(x, weight, rounded)
         return nn.functional.linear(x, rounded, bias)
 
@@ -155,17 +172,19 @@ class _UpdatingLinear(torch.autograd.Function):
         ran_once = ctx.use.ends()
         if is_updated:
             updater.check(parameter, ran_once)
-        X, dY = (factor.reshape(-1, factor.shape[-1]).contiguous() for factor in (x, gradient))
+        here = local(weight)
+        tokens = x.shape[:-1].numel()  # in so many words: an empty part has no length that could be told from others
+        X, dY = (factor.reshape(tokens, factor.shape[-1]).contiguous() for factor in (x, gradient))
         of_x = of_weight = None
         # Autocast, which does not know the meta device, would round P and the moments.
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            if needs_x and isinstance(weight, Int8Weight):
-                of_x = input_gradient(dY, weight).view(x.shape)
+            if needs_x and isinstance(here, Int8Weight):
+                of_x = input_gradient(dY, here).view(x.shape)
             elif needs_x:
-                of_x = (dY @ (rounded[0] if rounded else weight)).view(x.shape)
+                of_x = (dY @ (rounded[0] if rounded else here)).view(x.shape)
             of_bias = dY.sum(0) if needs_bias else None
             if is_updated:
                 updater.update(parameter, ImplicitGradient(X, dY))
             elif is_wanted:
-                of_weight = dY.mT @ X
+                of_weight = placed_as(weight, dY.mT @ X)
         return of_x, of_weight, of_bias, None

@@ -181,5 +181,5 @@ class SameUpdates:
         }
         shards = [(param, find_shard(param, settings[param.group])) for param in sharded]
         moved = [(param, shard) for param, shard in shards if param.tensor in updated]
-        self._agreement.check(moved, settings, states, among=shards)
+        self._agreement.check(moved, settings, states, {}, among=shards)
         self._known = indices

@@ -18,10 +18,6 @@ from .aliasing import check_elements
 from .member import Param, find_shard, geometry_of
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHARDED_8BIT = (
-    "it is a DTensor, and 8-bit moments are not sharded, since their blocks of 256 would span ranks; use "
-    "state_bits=32, with state_dtype=torch.bfloat16 for moments of half the size"
-)
 _NO_ZERO = (
     "its rows and columns are gone, so it cannot be projected; use FSDP2, torch.distributed.fsdp.fully_shard(model), "
     "which shards as ZeRO-3 does and keeps them, or ZeRO stage 0"
@@ -111,8 +107,6 @@ def check_parameter(param: Param, settings: Settings) -> None:
     shard = find_shard(param, settings)
     if settings.capturable and is_dtensor(parameter):
         raise ValueError(f"{param} is a DTensor, whose step communicates and is not captured; use capturable=False")
-    if settings.state_bits == 8 and is_dtensor(parameter):
-        raise ValueError(f"{param}: {SHARDED_8BIT}")
     if settings.rank is not None and (lost := lost_shape(parameter)):
         raise ValueError(f"{param} {lost}, or put it into a group without 'rank'")
     geometry = geometry_of(parameter, settings)

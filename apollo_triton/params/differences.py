@@ -1,4 +1,4 @@
-"""What a checkpoint brings that its user may not expect: other settings than were asked for, other parameters.
+"""What a run or a checkpoint brings that its user may not expect: other settings, parameters or moments.
 
 The checkpoint's settings win, as in ``torch.optim``, and state goes by the order of parameters. Both are silent there.
 """
@@ -11,7 +11,10 @@ from typing import Any
 
 from ..core.messages import shown, warn
 from ..core.module_names import unwrapped
-from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS
+from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
+from .blocks import SPANS_RANKS, obstacle_to_8bit
+from .member import Param
+from .state import is_8bit
 
 # What does not change the algorithm belongs to the run, and stays as it was asked for: where a step is computed, and
 # whether it may be captured in a CUDA graph. All else changes numbers, so a resumed run needs the checkpoint's.
@@ -21,6 +24,7 @@ OF_THE_RUN = ("backend", "capturable")
 # ``initial_lr``, which is compared where both have it.
 _SCHEDULED = ("lr", "weight_decay")
 _SHOWN = 6
+_NAMED = 3
 
 _MADE_UP = re.compile(r"group \d+, \d+")  # the names that ``add_param_group`` gives where only some were given
 
@@ -65,6 +69,42 @@ def warn_of_names(saved: Sequence[str | None], known: Sequence[str | None]) -> N
         "State goes by order, so parameters of equal shapes may now have each other's state; build the groups in the "
         "order in which they were saved"
     )
+
+
+def warn_of_forms(found: Sequence[tuple[Param, Settings, bool]]) -> None:
+    """Warn once of moments that were 8-bit where they were saved and are not here, and once of the reverse.
+
+    The booleans say whether they were 8-bit.
+    """
+    is_here = [(param, settings, was, is_8bit(param.tensor, settings, {})) for param, settings, was in found]
+    lost = [(param, settings) for param, settings, was, here in is_here if was and not here]
+    gained = [param for param, _, was, here in is_here if here and not was]
+    if lost:
+        param, settings = lost[0]
+        reason = obstacle_to_8bit(param.tensor, settings) or "its group has state_bits 32"
+        warn(
+            f"load_state_dict: the 8-bit moments of {_listed([param for param, _ in lost])} become "
+            f"{str(settings.state_dtype).removeprefix('torch.')} ({param.label}: {reason}). Their values are the same"
+        )
+    if gained:
+        warn(
+            f"load_state_dict: the moments of {_listed(gained)} were saved in floats, and are rounded to 8 bits, as "
+            "state_bits=8 does at every step"
+        )
+
+
+def warn_of_blocks(found: Sequence[Param]) -> None:
+    """Warn of sharded weights whose new moments stay floats because blocks of 8-bit ones would span ranks."""
+    warn(
+        f"state_bits=8: the moments of {_listed(found)} stay in state_dtype, since their {SPANS_RANKS}. Nothing needs "
+        "to be done. They are 8-bit on a number of ranks whose shards are multiples of 256 elements, and a larger "
+        "min_8bit_size keeps them in state_dtype on any"
+    )
+
+
+def _listed(params: Sequence[Param]) -> str:
+    names = ", ".join(param.label for param in params[:_NAMED])
+    return names + (f" and {len(params) - _NAMED} more" if len(params) > _NAMED else "")
 
 
 def given_names(group: dict[str, Any]) -> list[str] | None:

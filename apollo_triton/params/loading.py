@@ -16,9 +16,9 @@ from torch import Tensor
 from ..core.messages import shown
 from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .checks import check_parameter
-from .differences import OF_THE_RUN, given_names, warn_of_names, warn_of_settings
+from .differences import OF_THE_RUN, given_names, warn_of_forms, warn_of_names, warn_of_settings
 from .member import Param, find_shard, params_of
-from .saved_state import check_saved_state, check_values, copied, loaded_state
+from .saved_state import check_saved_state, check_values, copied, loaded_state, was_8bit
 
 _ADVICE = "give what optimizer.state_dict() returned"
 _SAME_GROUPS = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups"
@@ -78,6 +78,7 @@ def read_state_dict(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> L
     for param, _, _ in found:
         with _naming(param):
             check_values(param, state[param.tensor])
+    warn_of_forms([(param, settings[param.group], was_8bit(saved)) for param, saved, _ in found])
     for key in set(state_dict["state"]) - set(keys):
         state[key] = copied(state_dict["state"][key], f"state_dict: its state {shown(key)}")
     warn_of_settings(new_groups, groups)

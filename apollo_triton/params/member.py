@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..core.dtensors import local
@@ -15,6 +16,8 @@ from ..core.settings import Settings
 from .sharding import LocalShard, local_shard
 
 Gradient = Tensor | ImplicitGradient
+# 8-bit moments' names in the state, by those of float ones.
+CODES = {"exp_avg": "exp_avg_q", "exp_avg_sq": "exp_avg_sq_q"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,8 @@ class Member(NamedTuple):
     """A parameter that takes part in a step: its state, its shard on this rank, and the backend that updates it.
 
     ``backend`` is "reference", "triton", or "none" for a parameter without elements. ``given`` maps parameters to
-    gradients of the current step that are not in ``.grad``; the engine fills it. ``weight``, ``gradient`` and
-    ``local_state`` are this rank's shards. ``geometry`` is the shard's geometry, None for dense AdamW.
+    gradients of the current step that are not in ``.grad``; the engine fills it. ``weight``, ``gradient``,
+    ``local_state`` and ``moment`` are this rank's shards. ``geometry`` is the shard's geometry, None for dense AdamW.
     """
 
     param: Param
@@ -79,8 +82,21 @@ class Member(NamedTuple):
         assert isinstance(gradient, Tensor)
         return gradient
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether its moments are 8-bit."""
+        return "exp_avg_q" in self.state
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        return self.moment("exp_avg").dtype
+
     def local_state(self, name: str) -> Tensor:
         return local(self.state[name])
+
+    def moment(self, name: str) -> Tensor:
+        """``exp_avg`` or ``exp_avg_sq``: floats, or the codes of 8-bit ones."""
+        return self.local_state(CODES[name] if self.is_8bit else name)
 
 
 def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient | None:

@@ -1,13 +1,15 @@
 """The state of one parameter as a checkpoint has it: what may be loaded, and how it becomes the optimizer's own.
 
-A checkpoint may have been cast (``state_dict`` to bfloat16 for a smaller file), sharded otherwise, or broken. All is
-looked at and converted aside, before the optimizer changes.
+A checkpoint may have been cast (``state_dict`` to bfloat16 for a smaller file), sharded otherwise, or broken. Moments
+may be 8-bit there and floats here, or the other way round, where ranks hold no whole blocks. All is looked at and
+converted aside, before the optimizer changes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from math import prod
 from numbers import Real
 from typing import Any
 
@@ -16,24 +18,29 @@ from torch import Tensor
 
 from ..core.dtensors import is_dtensor, local
 from ..core.messages import shown
+from ..core.moments_8bit import dequantize_blockwise, quantize_blockwise
 from ..core.settings import Settings
-from .member import Param
-from .sharding import LocalShard, resharded
+from .blocks import absmax_shape
+from .member import CODES, Param, geometry_of
+from .sharding import LocalShard, as_sharded, local_shape, resharded
 from .state import (
     ABSMAXES,
     MOMENTS,
     SHARDED,
     Expected,
-    check_8bit,
     check_count,
     check_seed,
     check_tensor,
     expected_tensors,
+    is_8bit,
+    state_shapes,
+    with_codes_named,
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _COUNTS = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _AT_LEAST_ZERO = ("exp_avg_sq", "update_norm", *ABSMAXES)
+_PART = 1 << 21  # elements, whole blocks
 _INSTEAD = "load the weights alone, and begin with a fresh optimizer"
 
 
@@ -42,12 +49,20 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
     if not isinstance(saved, Mapping):
         raise ValueError(f"{param}: its state is {shown(saved)} (allowed: a dictionary as state_dict() returns it)")
     _check_origin(param, saved)
-    check_8bit(param, saved, settings)
+    saved = with_codes_named(saved)
+    if both := [name for name in CODES if name in saved and CODES[name] in saved]:
+        raise ValueError(
+            f"{param}: its state has {both[0]!r}, moments in floats, and {CODES[both[0]]!r}, 8-bit ones. "
+            "set_optimizer_state_dict(..., full_state_dict=True) leaves this run's own beside those of the dictionary, "
+            "where one is 8-bit and the other is not; give the dictionary to optimizer.load_state_dict(...) on every "
+            "rank, which converts it"
+        )
     for name, expected in expected_tensors(param.tensor, settings, saved).items():
         if expected.optional and name not in saved:
             continue
         dtypes = expected.dtypes if torch.uint8 in expected.dtypes else _FLOATS
-        check_tensor(param, saved, name, Expected(expected.shape, dtypes))
+        shape = _flat_too(saved.get(name), expected.shape) if name in ABSMAXES else expected.shape
+        check_tensor(param, saved, name, Expected(shape, dtypes))
         if saved[name].is_meta and not param.tensor.is_meta:
             raise ValueError(f"{param}: its state {name!r} is on the meta device, where it has no values")
     check_count(param, saved, _number(saved.get("step")))
@@ -57,15 +72,19 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
 def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, shard: LocalShard) -> dict[str, Any]:
     """A copy of a checked state: on the parameter's device, sharded if the parameter is, in the dtypes of a step.
 
-    ``step`` becomes float32 on the host. Moments get the group's ``state_dtype``, except if both are bfloat16 or both
-    8-bit already. ``torch.optim`` would cast all to the parameter's dtype. Keys that are not ours are copied.
+    ``step`` becomes float32 on the host. Moments are 8-bit if those of a new state would be. Else they get the group's
+    ``state_dtype``, except if both are bfloat16 already. ``torch.optim`` would cast all to the parameter's dtype. Keys
+    that are not ours are copied.
 
     Where a ``DTensor`` has other placements it is gathered, so every rank must call this for the same parameters.
     """
-    found = {saved[name].dtype for name in MOMENTS}
-    kept = found == {torch.bfloat16} or found == {torch.uint8}
+    saved = with_codes_named(saved)
+    if was_8bit(saved) and not is_8bit(param.tensor, settings, {}):
+        saved = _in_floats(saved, param, settings)
+    kept = {saved[name].dtype for name in MOMENTS if name in saved} == {torch.bfloat16}
     wanted = dict.fromkeys(expected_tensors(param.tensor, settings, saved), torch.float32)
-    wanted |= {name: saved[name].dtype if kept else settings.state_dtype for name in MOMENTS}
+    wanted |= {name: saved[name].dtype if kept else settings.state_dtype for name in MOMENTS if name in saved}
+    wanted |= {name: torch.uint8 for name in CODES.values() if name in saved}
     state: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step":
@@ -73,15 +92,77 @@ def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, sha
         elif name == "seed":
             state[name] = int(_number(value))
         elif name in wanted:
+            if name in ABSMAXES and not is_dtensor(value):
+                value = value.reshape(absmax_shape(param.tensor, settings))
             state[name] = _placed(name, value, param.tensor, shard).to(wanted[name])
         else:
             state[name] = copied(value, f"{param}: its state {shown(name)}", param.tensor.device)
+    if not was_8bit(saved) and is_8bit(param.tensor, settings, {}):
+        return _in_8_bits(state, param, settings, shard)
     return state
+
+
+def was_8bit(saved: Mapping[str, Any]) -> bool:
+    """Whether the moments of a checked state are 8-bit."""
+    return CODES["exp_avg"] in with_codes_named(saved)
+
+
+def _flat_too(value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that absmaxes may have: ``shape`` or, as those of older versions, the same numbers in a row."""
+    return tuple(value.shape) if getattr(value, "shape", ()) == (prod(shape),) and not is_dtensor(value) else shape
+
+
+def _in_floats(saved: Mapping[str, Any], param: Param, settings: Settings) -> dict[str, Any]:
+    """A saved state with the exact float32 values of its 8-bit moments, whole."""
+    result = {name: value for name, value in saved.items() if name not in (*CODES.values(), *ABSMAXES)}
+    for name, code in CODES.items():
+        q, absmax = _whole(saved[code]), _whole(saved[f"{name}_absmax"]).to(torch.float32)
+        geometry = geometry_of(param.tensor, settings)
+        matrices = 1 if geometry is None else geometry.matrices
+        values = [
+            dequantize_blockwise(*matrix, signed=name == "exp_avg")
+            for matrix in zip(q.reshape(matrices, -1), absmax.reshape(matrices, -1), strict=True)
+        ]
+        result[name] = torch.stack(values).view(q.shape)
+    return result
+
+
+def _in_8_bits(state: dict[str, Any], param: Param, settings: Settings, shard: LocalShard) -> dict[str, Any]:
+    """A loaded state whose float moments are rounded to 8 bits, as a step would store them."""
+    geometry = shard.geometry
+    matrices = 1 if geometry is None else geometry.matrices
+    for name, code in CODES.items():
+        values = local(state.pop(name))
+        found = (
+            [_quantized(matrix, signed=name == "exp_avg") for matrix in values.reshape(matrices, -1)]
+            if values.numel()
+            else []
+        )
+        shape = state_shapes(param.tensor, settings)[name]
+        of_absmax = absmax_shape(param.tensor, settings)
+        parts = {code: (torch.uint8, shape, 0), f"{name}_absmax": (torch.float32, of_absmax, 1)}
+        for part, (dtype, whole_shape, index) in parts.items():
+            here = local_shape(part, param.tensor, shard, whole_shape)
+            stacked = torch.stack([each[index] for each in found]) if found else values.new_empty(0)
+            state[part] = as_sharded(part, stacked.to(dtype).view(here), param.tensor, shard, whole_shape)
+    return state
+
+
+def _quantized(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """``quantize_blockwise`` of a vector, in parts, since it takes five times their memory in passing."""
+    parts = [quantize_blockwise(part, signed) for part in values.split(_PART)]
+    q, absmax = (torch.cat(each) for each in zip(*parts, strict=True))
+    return q, absmax
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A gathered ``DTensor``, on all ranks alike; any other tensor itself."""
+    return value.detach().full_tensor() if is_dtensor(value) else value.detach()  # type: ignore[attr-defined]
 
 
 def check_values(param: Param, state: Mapping[str, Any]) -> None:
     """Raise ValueError for a number in a loaded state that would make weights NaN."""
-    for name in (*SHARDED, *ABSMAXES):
+    for name in SHARDED:
         value = state.get(name)
         if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point() or not local(value).numel():
             continue
@@ -90,6 +171,22 @@ def check_values(param: Param, state: Mapping[str, Any]) -> None:
             raise ValueError(f"{param}: its state {name!r} has numbers that are NaN or infinite in {value.dtype}")
         if name in _AT_LEAST_ZERO and low < 0:
             raise ValueError(f"{param}: its state {name!r} has negative numbers, down to {low} (allowed: 0 or more)")
+    if _are_codes(state):
+        raise ValueError(
+            f"{param}: its state 'exp_avg' has whole numbers from 0 to 255, which are the codes of 8-bit moments. "
+            "torch.distributed.checkpoint has cast them to floats: an older version saved them under this name. Make "
+            "the checkpoint one file by torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and give what is "
+            "in it to optimizer.load_state_dict(...), which converts them"
+        )
+
+
+def _are_codes(state: Mapping[str, Any]) -> bool:
+    """Whether float moments are what a cast makes of 8-bit ones. Each block of the second has an element of its absmax,
+    whose code is 255, so that hardly any other state is looked at twice."""
+    values = [local(state[name]) for name in ("exp_avg_sq", "exp_avg") if name in state]
+    if any(value.is_meta or not value.numel() for value in values) or not values or values[0].max() != 255:
+        return False
+    return all(bool(((value == value.round()) & (value >= 0) & (value <= 255)).all()) for value in values)
 
 
 def copied(value: Any, what: str, device: torch.device | None = None) -> Any:

@@ -158,6 +158,15 @@ def _axis(mesh: Any, index: int) -> MeshAxis:
     return MeshAxis(group.group_name, mesh.size(index), mesh.get_local_rank(index), group)
 
 
+def _cut(whole: Sequence[int], cuts: Sequence[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
+    """The shape of this rank's part of a tensor of shape ``whole``, and the index at which it begins."""
+    shape, offset = list(whole), [0] * len(whole)
+    for dim, axis, _ in cuts:
+        first, shape[dim] = chunk(shape[dim], axis.size, axis.rank)
+        offset[dim] += first
+    return shape, offset
+
+
 def _place(parameter: Any) -> tuple[list[int], list[int]]:
     """The shape of the local shard, and the index at which it begins in each dimension."""
     shape, offset = place_of(parameter)
@@ -178,40 +187,52 @@ class StatePlacement(NamedTuple):
     shape: tuple[int, ...]
 
 
+def moment_cuts(parameter: Any, shard: LocalShard) -> list[tuple[int, MeshAxis, int]]:
+    """How the moments of a ``DTensor`` weight are cut, in the order of the cuts: dimension of the moments, mesh axis,
+    index of the mesh dimension.
+
+    Dense moments are cut as the weight is. Low-rank moments are cut along their experts as the weight is and along
+    their channels, first by the axes that shard the kept dimension and then by those that shard the projected one.
+    """
+    cuts = _cuts(parameter)
+    if shard.whole is None:
+        return cuts
+    channels = int(shard.whole.matrices > 1)
+    over_experts = [(0, axis, index) for _, axis, index in cuts if axis not in shard.sum_axes]
+    over_kept = [(axis, index) for _, axis, index in cuts if axis in shard.sum_axes and axis not in shard.width_axes]
+    over_width = sorted(((axis, index) for _, axis, index in cuts if axis in shard.width_axes), key=lambda cut: cut[1])
+    return over_experts + [(channels, axis, index) for axis, index in over_kept + over_width]
+
+
 def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int]) -> StatePlacement:
     """How the state tensor ``name`` of a ``DTensor`` weight is sharded; ``shape`` is that of the whole state tensor.
 
-    Dense moments are sharded as the weight is. Low-rank moments are sharded along their channels, first by the axes
-    that shard the kept dimension and then by those that shard the projected one. ``update_norm`` and svd's projection
-    are sharded along the experts only.
+    Moments are cut as ``moment_cuts`` says, and the absmaxes of 8-bit ones along the same dimensions. ``update_norm``
+    and svd's projection are sharded along the experts only.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    cuts, mesh = _cuts(parameter), parameter.device_mesh
+    cuts, mesh = moment_cuts(parameter, shard), parameter.device_mesh
     if shard.geometry is None:
-        local_shape, first = _place(parameter)
+        local_shape, first = _cut(shape, cuts)
         return StatePlacement(tuple(parameter.placements), tuple(first), tuple(local_shape))
-    experts = len(shape) == (1 if name == "update_norm" else 3)
-    is_moment = name in ("exp_avg", "exp_avg_sq")
-    over_experts = [index for _, axis, index in cuts if axis not in shard.sum_axes]
-    over_kept = [index for _, axis, index in cuts if axis in shard.sum_axes and axis not in shard.width_axes]
-    over_width = sorted(index for _, axis, index in cuts if axis in shard.width_axes)
+    if not name.startswith("exp_avg"):
+        cuts = [cut for cut in cuts if cut[1] not in shard.sum_axes]
     placements: list[Any] = [Replicate()] * mesh.ndim
-    for order, dim in ((over_experts, 0), (over_kept + over_width if is_moment else [], int(experts))):
-        for position, index in enumerate(order):
-            if mesh.size(index) == 1:
-                continue
-            # If mesh dimensions to the right cut before this one, it is a strided shard.
-            factor = math.prod(mesh.size(i) for i in order[:position] if i > index)
-            placements[index] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
-    first = [shard.first_matrix] if experts else []
-    local_shape = [shard.geometry.matrices] if experts else []
-    if is_moment:
-        first.append(shard.first_moment)
-        local_shape.append(shard.moments)
-    rest = shape[len(local_shape) :]
-    return StatePlacement(tuple(placements), (*first, *[0] * len(rest)), (*local_shape, *rest))
+    for position, (dim, axis, index) in enumerate(cuts):
+        if axis.size == 1:
+            continue
+        # If mesh dimensions to the right cut before this one, it is a strided shard.
+        factor = math.prod(other.size for d, other, i in cuts[:position] if d == dim and i > index)
+        placements[index] = Shard(dim) if factor == 1 else _StridedShard(dim, split_factor=factor)
+    local_shape, first = _cut(shape, cuts)
+    return StatePlacement(tuple(placements), tuple(first), tuple(local_shape))
+
+
+def local_shape(name: str, parameter: Tensor, shard: LocalShard, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape on this rank of the state tensor ``name``, whose whole shape is ``shape``."""
+    return state_placement(name, parameter, shard, shape).shape if is_dtensor(parameter) else tuple(shape)
 
 
 def sharded_zeros(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,14 @@
 """The optimizer's state of one parameter: made at its first step, and checked whenever a plan is made.
 
 The state is tensors and numbers only. Low-rank moments are ``[channels, rank]``, whichever side is kept. P is not part
-of the state, except with ``proj="svd"``. ``saved_state.py`` brings state back from a checkpoint.
+of the state, except with ``proj="svd"``. 8-bit moments have names of their own, because
+``torch.distributed.checkpoint`` casts what it finds under a name, and would read codes as numbers. ``saved_state.py``
+brings state back from a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import prod
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -16,19 +17,19 @@ from torch import Tensor
 
 from ..core.dtensors import is_dtensor, local
 from ..core.messages import shown
-from ..core.moments_8bit import absmax_count
 from ..core.philox import parameter_seed
 from ..core.settings import Settings
 from ..int8.weight import int8_weight_of
 from .aliasing import address, overlaps_itself
-from .checks import SHARDED_8BIT
-from .member import Param, geometry_of
-from .sharding import LocalShard, sharded_zeros, state_placement
+from .blocks import SPANS_RANKS, absmax_shape, obstacle_to_8bit, shards_are_whole_blocks
+from .member import CODES, Param, geometry_of
+from .sharding import LocalShard, local_shape, sharded_zeros, state_placement
 
 # The names of the state's tensors, except ``step``, a scalar on the host.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # only with 8-bit moments
-SHARDED = (*MOMENTS, "update_norm", "projection")  # DTensors if the weight is one
+ABSMAXES = ("exp_avg_absmax", "exp_avg_sq_absmax")  # with 8-bit moments, whose codes are under CODES
+ALL_MOMENTS = (*MOMENTS, *CODES.values(), *ABSMAXES)
+SHARDED = (*ALL_MOMENTS, "update_norm", "projection")  # DTensors if the weight is one
 MOMENT_DTYPES = (torch.float32, torch.bfloat16)
 STEP_LIMIT = 2**24  # where float32 stops counting: 2**24 + 1 is rounded to 2**24
 SEED_LIMIT = 2**32
@@ -59,25 +60,23 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
     return shapes
 
 
-def _absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
-    """The shape of the absmaxes of 8-bit moments. A block never spans two matrices."""
-    geometry = geometry_of(parameter, settings)
-    if geometry is None:
-        return (absmax_count(parameter.numel()),)
-    blocks = absmax_count(geometry.channels * (settings.rank or 0))
-    return (geometry.matrices, blocks) if geometry.matrices > 1 else (blocks,)
-
-
 def is_8bit(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> bool:
     """Whether the parameter's moments are 8-bit or, before its first step, whether they will be."""
-    if "exp_avg" in state:
-        return getattr(state["exp_avg"], "dtype", None) == torch.uint8
-    return settings.state_bits == 8 and prod(state_shapes(parameter, settings)["exp_avg"]) >= settings.min_8bit_size
+    if has_begun(state):
+        return "exp_avg_q" in with_codes_named(state)
+    return settings.state_bits == 8 and not obstacle_to_8bit(parameter, settings)
+
+
+def with_codes_named(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state with its 8-bit moments under their names; older versions had them under those of floats."""
+    if not any(getattr(state.get(name), "dtype", None) == torch.uint8 for name in MOMENTS):
+        return state
+    return {CODES.get(name, name): value for name, value in state.items()}
 
 
 def has_begun(state: Mapping[str, Any] | None) -> bool:
     """Whether a parameter has state of ours, which may be broken. Other keys may be there before its first step."""
-    return state is not None and any(name in state for name in ("step", "seed", *MOMENTS))
+    return state is not None and any(name in state for name in ("step", "seed", *MOMENTS, *CODES.values()))
 
 
 def expected_tensors(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> dict[str, Expected]:
@@ -85,16 +84,17 @@ def expected_tensors(parameter: Tensor, settings: Settings, state: Mapping[str, 
 
     Both moments have one dtype: that of ``exp_avg``, if it is a possible one.
     """
-    bits8 = is_8bit(parameter, settings, state)
     found = getattr(state.get("exp_avg"), "dtype", None)
-    moments = (torch.uint8,) if bits8 else (found,) if found in MOMENT_DTYPES else MOMENT_DTYPES
-    tensors = {
-        # svd's projection is made where it is missing, since a group may change to svd at any time.
-        name: Expected(shape, moments if name in MOMENTS else (torch.float32,), optional=name == "projection")
-        for name, shape in state_shapes(parameter, settings).items()
-    }
-    if bits8:
-        tensors |= dict.fromkeys(ABSMAXES, Expected(_absmax_shape(parameter, settings), (torch.float32,)))
+    tensors: dict[str, Expected] = {}
+    for name, shape in state_shapes(parameter, settings).items():
+        if name not in MOMENTS:
+            # svd's projection is made where it is missing, since a group may change to svd at any time.
+            tensors[name] = Expected(shape, (torch.float32,), optional=name == "projection")
+        elif is_8bit(parameter, settings, state):
+            tensors[CODES[name]] = Expected(shape, (torch.uint8,))
+            tensors[f"{name}_absmax"] = Expected(absmax_shape(parameter, settings), (torch.float32,))
+        else:
+            tensors[name] = Expected(shape, (found,) if found in MOMENT_DTYPES else MOMENT_DTYPES)
     return tensors
 
 
@@ -102,29 +102,24 @@ def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str,
     """A new state: float32 ``step`` on the host, ``seed``, zero moments and, for low rank, a zero ``update_norm``
     (u_prev).
 
-    Moments of a dense weight have its memory layout. Moments of a ``DTensor`` are ``DTensor``s on the same mesh. 8-bit
-    moments are row-major and come with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``. svd's projection is added at the
-    first gradient.
+    Float moments of a dense weight have its memory layout. Moments of a ``DTensor`` are ``DTensor``s on the same mesh.
+    8-bit moments are row-major and come with their absmaxes. svd's projection is added at the first gradient.
     """
     state: dict[str, Any] = {
         "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "seed": parameter_seed(settings.seed, param.index) if settings.seed_per_param else settings.seed,
     }
     parameter = param.tensor
-    bits8 = is_8bit(parameter, settings, state)
-    for name, shape in state_shapes(parameter, settings).items():
-        if bits8 and name in MOMENTS:
-            state[name] = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
-            blocks = _absmax_shape(parameter, settings)
-            state[f"{name}_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
-        elif geometry_of(parameter, settings) is None:
-            state[name] = torch.zeros_like(parameter, dtype=settings.state_dtype)
-        elif name != "projection":
-            dtype = torch.float32 if name == "update_norm" else settings.state_dtype
-            if is_dtensor(parameter):
-                state[name] = sharded_zeros(name, parameter, shard, shape, dtype)
-            else:
-                state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
+    for name, (shape, dtypes, _) in expected_tensors(parameter, settings, {}).items():
+        dtype = settings.state_dtype if dtypes == MOMENT_DTYPES else dtypes[0]
+        if name in MOMENTS and geometry_of(parameter, settings) is None:
+            state[name] = torch.zeros_like(parameter, dtype=dtype)
+        elif name == "projection":
+            continue
+        elif is_dtensor(parameter):
+            state[name] = sharded_zeros(name, parameter, shard, shape, dtype)
+        else:
+            state[name] = torch.zeros(shape, dtype=dtype, device=parameter.device)
     return state
 
 
@@ -135,10 +130,8 @@ def state_without_memory(parameter: Tensor, settings: Settings, shard: LocalShar
     """
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"step": ((), torch.float32)}
     for name, expected in expected_tensors(parameter, settings, {}).items():
-        is_sharded = is_dtensor(parameter) and name in SHARDED
-        shape = state_placement(name, parameter, shard, expected.shape).shape if is_sharded else expected.shape
         dtype = settings.state_dtype if expected.dtypes == MOMENT_DTYPES else expected.dtypes[0]
-        shapes[name] = shape, dtype
+        shapes[name] = local_shape(name, parameter, shard, expected.shape), dtype
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
 
 
@@ -148,7 +141,7 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shar
     Kernels get addresses. They would read a tensor of another dtype or device as if it were the right one, and write
     beyond its end. Other keys are ignored. ``check_count`` looks at the value of ``step``.
     """
-    parameter = param.tensor
+    parameter, state = param.tensor, with_codes_named(state)
     check_8bit(param, state, settings)
     for name, expected in expected_tensors(parameter, settings, state).items():
         if expected.optional and name not in state:
@@ -249,16 +242,20 @@ def _check_number(param: Param, state: Mapping[str, Any], name: str, is_allowed:
 
 
 def check_8bit(param: Param, state: Mapping[str, Any], settings: Settings) -> None:
-    """Raise ValueError for 8-bit moments of a ``DTensor``."""
-    if is_8bit(param.tensor, settings, state) and is_dtensor(param.tensor):
-        raise ValueError(f"{param}: {SHARDED_8BIT}")
+    """Raise ValueError for 8-bit moments of a ``DTensor`` whose shards are no whole blocks, as only a state that was
+    put in by hand can have them."""
+    if is_8bit(param.tensor, settings, state) and not shards_are_whole_blocks(param.tensor, settings):
+        raise ValueError(
+            f"{param}: its state has 8-bit moments, whose {SPANS_RANKS}; let optimizer.load_state_dict(...) bring the "
+            "state in, which converts it"
+        )
 
 
 def check_memory(found: Iterable[tuple[Param, Mapping[str, Any]]]) -> None:
     """Raise ValueError if two tensors of checked states begin at one address: a step would write both at once."""
     seen: dict[tuple[torch.device, int], str] = {}
     for param, state in found:
-        for name in (*MOMENTS, "update_norm", *ABSMAXES):
+        for name in (*ALL_MOMENTS, "update_norm"):
             value = state.get(name)
             if not isinstance(value, Tensor) or not (start := address(local(value))):
                 continue
@@ -272,15 +269,20 @@ def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None
 
     Scalars that are on the host (``ZeroRedundancyOptimizer`` moves them there) go to the parameter's device, and
     everything except dense moments becomes contiguous. Dense moments keep their layout, unless elements share memory.
+    8-bit moments get their names.
     """
-    for name in (*SHARDED, *ABSMAXES):
+    named = with_codes_named(state)
+    if named is not state:
+        state.clear()
+        state.update(named)
+    for name in SHARDED:
         value = state.get(name)
         if not isinstance(value, Tensor):
             continue
         if _is_away(value, parameter.device):
             state[name] = value.to(parameter.device)
         elif value.layout == torch.strided and not local(value).is_contiguous():
-            is_dense = not is_low_rank and name in MOMENTS and value.dtype != torch.uint8
+            is_dense = not is_low_rank and name in MOMENTS
             if not is_dense or overlaps_itself(local(value)):
                 state[name] = value.contiguous()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
-from apollo_triton.int8.weight import Int8Weight
+from apollo_triton.core.dtensors import local
+from apollo_triton.int8.weight import int8_weight_of
 from apollo_triton.tools.llama import meta_model, paper_figures
 
 
@@ -61,7 +61,7 @@ class Trained:
             self.layerwise = attach_layerwise(self.bare, self.optimizer, gradients=options.gradients)
         self.model: nn.Module = self.bare
         if options.parallel == "ddp":
-            self.model = DistributedDataParallel(self.bare, **_init_sync(options.method))
+            self.model = DistributedDataParallel(self.bare)
 
     def backward(self, batches: list[Tensor]) -> Tensor:
         """Compute the gradient of the mean loss over some batches of one size, averaged over the ranks.
@@ -124,13 +124,14 @@ def fill(model: nn.Module, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         whole = torch.randn(parameter.shape, generator=generator, device=device) * model.config.initializer_range
-        if isinstance(parameter, Int8Weight):
-            parameter.assign(whole)
-        elif isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor):
             # No communication is needed: all ranks have drawn the same tensor.
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        int8 = int8_weight_of(parameter)
+        if int8 is not None:
+            int8.assign(whole)
         else:
-            parameter.copy_(whole)
+            local(parameter).copy_(whole)
     model.model.rotary_emb = LlamaRotaryEmbedding(model.config).to(device)
 
 
@@ -141,12 +142,3 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def _init_sync(method: str) -> dict[str, bool]:
-    """DDP's first broadcast cannot send int8 weights, and is left out: all ranks have drawn the same weights."""
-    if not method.startswith("q-"):
-        return {}
-    if "init_sync" not in inspect.signature(DistributedDataParallel).parameters:
-        raise SystemExit(f"--method {method} --parallel ddp needs a newer torch, whose DDP has init_sync")
-    return {"init_sync": False}

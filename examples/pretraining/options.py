@@ -156,8 +156,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         )
     if options.parallel == "none" and ranks > 1:
         parser.error(f"torchrun has started {ranks} processes; use --parallel ddp or --parallel fsdp")
-    quantized, sharded, plain = options.method[:2] == "q-", options.parallel == "fsdp", options.method == "adamw"
-    in_backward = options.gradients != "kept"
+    plain, in_backward = options.method == "adamw", options.gradients != "kept"
     accumulates = options.tokens_per_step != options.micro_batch * options.sequence
     shape = paper_figures()["llama"][options.model]
     hidden, heads = shape["hidden"] // options.shrink, max(1, shape["heads"] // options.shrink)
@@ -170,12 +169,10 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         f"--rank {options.rank} is above the width of {options.model}, {shape['hidden']}; use at most that": (
             options.method.endswith("apollo") and options.rank > shape["hidden"]
         ),
-        f"--method {options.method} with --parallel fsdp: int8 weights are not sharded; use ddp": quantized and sharded,
-        "--state-bits 8 with --parallel fsdp: blocks of moments would span ranks; use 32": (
-            sharded and options.state_bits == 8
-        ),
-        f"--gradients {options.gradients} with --parallel: the ranks' gradients are not averaged yet; leave it out": (
-            in_backward and options.parallel != "none"
+        f"--gradients {options.gradients} with --parallel ddp: weights would move before the ranks' gradients are "
+        "averaged; use --parallel fsdp --gradients freed": in_backward and options.parallel == "ddp",
+        "--gradients none with --parallel fsdp: the sum over the ranks needs a gradient; use --gradients freed": (
+            options.gradients == "none" and options.parallel == "fsdp"
         ),
         "--gradients none updates in every backward pass: --tokens-per-step must be --micro-batch x --sequence": (
             options.gradients == "none" and accumulates

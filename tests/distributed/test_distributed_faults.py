@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_cases import Collectives, Weights, assert_close, assert_ranks_agree, assert_same_bits, local
+from distributed_cases import (
+    Collectives,
+    DyingWriter,
+    Weights,
+    assert_close,
+    assert_ranks_agree,
+    assert_same_bits,
+    die,
+    local,
+)
 from distributed_harness import outcomes, run
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -261,19 +269,6 @@ def test_refusals_name_the_parameter():
 
 SURVIVORS = {"a": ((10, 3), APOLLO, "0"), "b": ((10, 3), APOLLO, "1"), "c": ((7, 7), MINI, "1"), "d": ((5,), {}, "0")}
 SAVED, KILLED, END = 5, 8, 14
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DyingWriter(dcp.FileSystemWriter):
-    """Dies on rank 1 when its turn to write has come, the others having begun."""
-
-    def write_data(self, plan, planner):
-        if dist.get_rank() == 1:
-            die()
-        return super().write_data(plan, planner)
 
 
 def save(model, folder, writer=dcp.FileSystemWriter):

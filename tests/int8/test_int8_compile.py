@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from compile_cases import WIDTH, batch, bits, graphs, model_of, optimizer_of, same, start_counting, train
+from compile_cases import WIDTH, batch, bits, graphs, loss_of, model_of, optimizer_of, same, start_counting, train
 
 from apollo_triton.int8.products import int8_input_gradient, int8_linear
 from apollo_triton.int8.weight import Int8Weight
@@ -51,7 +51,7 @@ def test_a_compiled_model_trains_as_in_eager(case, counters):
             before, optimizer = bits(model), optimizer_of(model)
             forward = torch.compile(model, backend=compiler, fullgraph=True) if compiled else model
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                forward(batch(7, dtype)).float().square().mean().backward()
+                loss_of(forward, batch(7, dtype)).backward()
                 gradients.append([p.grad.double() for p in model.parameters() if p.requires_grad])
                 optimizer.zero_grad()
                 losses = train(forward, optimizer, 3, dtype)

@@ -49,16 +49,28 @@ def losses(output: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+) +loss ([\d.]+)$", output, re.MULTILINE)}
 
 
+ALL_SAVINGS = ("--layerwise", "--int8", "--state-bits=8", "--hidden=64")  # wide enough for groups of 128
+
+
 @needs_fsdp_on_a_cpu
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [(1, 1, 1), pytest.param((1, 2, 3), marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "savings"),
+    [
+        ((1, 1, 1), ()),
+        pytest.param((1, 2, 3), (), marks=pytest.mark.full),
+        pytest.param((1, 2, 4), ALL_SAVINGS, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_pretraining_goes_on_on_another_number_of_ranks(
-    ranks: tuple[int, int, int], tmp_path: Path, run: Run, alone: None
+    ranks: tuple[int, int, int], savings: tuple[str, ...], tmp_path: Path, run: Run, alone: None
 ) -> None:
     """Batches that depend on the number of ranks, a learning rate or a state that starts anew, a torso of a save taken
-    for a checkpoint."""
+    for a checkpoint; codes or moments that another number of ranks reads otherwise."""
 
     def train(on: int, *options: str) -> str:
+        options = (*options, *savings)
         return run(*SMALL, *options, name="fsdp2_pretrain") if ranks == (1, 1, 1) else pretrain(on, *options)
 
     folder = tmp_path / "parts"
@@ -71,7 +83,8 @@ def test_pretraining_goes_on_on_another_number_of_ranks(
     assert sorted(losses(second)) == [5, 6, 7, 8], second
     assert sorted(found) == sorted(expected) == list(range(1, 9))
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, abs=2e-4), f"step {step}"
+        # A gradient that rounds otherwise flips codes and so a few draws of stochastic rounding.
+        assert found[step] == pytest.approx(loss, abs=5e-3 if savings else 2e-4), f"step {step}"
     assert expected[8] < expected[1] - 0.3, "it does not learn"
     assert [path.name for path in folder.iterdir()] == ["step-8"]
 

@@ -271,6 +271,27 @@ def test_a_path_that_is_not_there_is_named_by_its_option(run: Run, monkeypatch: 
         run("--config=60m", "--data=texts.jsonl", "--steps=2", *SMALL, "--folder=run", "--validation=/nope")
 
 
+PARALLEL = {
+    "--gradients freed with --parallel ddp: weights would move before the ranks' gradients are averaged; use --parallel "
+    "fsdp --gradients freed": ["--parallel=ddp", "--gradients=freed"],
+    "--gradients none with --parallel fsdp: the sum over the ranks needs a gradient": [
+        "--parallel=fsdp",
+        "--gradients=none",
+    ],
+}
+
+
+@pytest.mark.parametrize("message", PARALLEL)
+def test_gradients_that_cannot_be_freed_on_several_ranks_are_refused(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks that drift apart, or an error only once a model has been made."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        options_of(monkeypatch, "--config=60m", *PARALLEL[message])
+    assert message in capsys.readouterr().err
+
+
 def test_fsdp2_pretrain_says_how_it_is_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit, match="torchrun --standalone --nproc-per-node 2"):

@@ -3,7 +3,6 @@ ones where a whole one is too heavy for a CPU; their whole shapes are checked on
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -17,7 +16,6 @@ from distributed_cases import needs_fsdp_on_a_cpu
 from pictures import check_picture, record_figures
 from programs import ROOT, ended_well, run_program
 from recipe_cases import PAPER, SIZES, SMALL, Run, assert_same_bits, losses, options_of, weights
-from torch.nn.parallel import DistributedDataParallel
 
 from apollo_triton.tools import checkpoints as files
 from apollo_triton.tools.llama import meta_model, paper_figures
@@ -156,7 +154,6 @@ def test_the_micro_batch_changes_nothing_but_rounding(run: Run) -> None:
 # Several processes
 
 
-HAS_INIT_SYNC = "init_sync" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13
 COMMON = ["--config=60m", "--data=texts.jsonl", "--steps=6", *SMALL]
 # The ranks are forked, so that the libraries, which take most of the time, are imported once.
 RANKS = """
@@ -202,8 +199,10 @@ def on_two_ranks(folder: Path, runs: dict[str, list[str]]) -> dict[str, str]:
 @pytest.mark.slow
 def test_two_ranks_under_ddp_and_fsdp(run: Run) -> None:
     """Ranks that see the same data or begin it again, gradients that are not averaged or averaged twice, a shard that
-    does not come back, a loss that is one rank's alone; DDP's first broadcast, which knows no int8 weights."""
-    int8 = {"int8": ["--parallel=ddp", "--method=q-mini", "--folder=int8"]} if HAS_INIT_SYNC else {}
+    does not come back, a loss that is one rank's alone; micro-batches that move the weights before the last one; int8
+    weights or 8-bit moments that are not those of DDP, or do not come back."""
+    savings = ["--method=q-mini", "--state-bits=8"]
+    freed = ["--parallel=fsdp", "--gradients=freed", *savings, "--folder=freed"]
     Path("alike.jsonl").write_text((json.dumps({"text": "the same words again"}) + "\n") * 400)
     alike = ["--data=alike.jsonl", "--validation=alike.jsonl"]
     printed = on_two_ranks(
@@ -215,12 +214,15 @@ def test_two_ranks_under_ddp_and_fsdp(run: Run) -> None:
             "early": ["--parallel=fsdp", "--folder=shards", "--until=3"],
             "late": ["--parallel=fsdp", "--folder=shards"],
             "alike": ["--parallel=ddp", "--folder=two", *alike],
-        }
-        | int8,
+            "int8": ["--parallel=ddp", *savings, "--folder=int8"],
+            "freed": [*freed, "--until=3"],
+            "freed on": freed,
+        },
     )
     found = {name: losses(output) for name, output in printed.items()}
     assert found["first"] | found["second"] == found["whole"]
-    assert all(found[name][6] < found[name][1] for name in ("whole", *int8))
+    assert all(found[name][6] < found[name][1] for name in ("whole", "int8"))
+    assert found["freed"] | found["freed on"] == pytest.approx(found["int8"], abs=5e-3)  # roundings differ
     assert list(found["second"]) == list(found["late"]) == [4, 5, 6]
     assert_same_bits(weights("parts"), weights("whole"))
     places = [torch.load(f"whole/step-6/rank-{rank}.pt", weights_only=True)["training"] for rank in (0, 1)]

@@ -65,3 +65,12 @@ def test_two_processes_of_torchrun_inherit_the_stand_in(tmp_path: Path) -> None:
 def test_fsdp2_through_accelerate(tmp_path: Path) -> None:
     """The optimizer is made of whole weights, and Accelerate puts the sharded ones into its groups."""
     assert "sharded and resumed" in two_processes("sharded", tmp_path)
+
+
+@pytest.mark.full
+@needs_fsdp_on_a_cpu
+def test_every_saving_under_fsdp2_through_accelerate(tmp_path: Path) -> None:
+    """Accelerate finds weights by their addresses, sends them from the first rank part by part, and saves them; the
+    callback's hooks are on the sharded weights."""
+    pytest.importorskip("bitsandbytes")
+    assert "saved memory and resumed" in two_processes("sharded_savings", tmp_path)

@@ -232,7 +232,7 @@ REFUSED: dict[Callable[[Path], Trainer], str] = {
     without_gradients: 'LayerwiseCallback(gradients="none") has no gradients that could accumulate, and '
     "gradient_accumulation_steps=3; use larger batches, ",
     with_torchs_adamw: "attach_layerwise(model, optimizer) needs the APOLLOAdamW itself, not <class 'torch.optim.adamw",
-    on_many_gpus: "LayerwiseCallback works on one process, and Accelerate trains by MULTI_GPU, ",
+    on_many_gpus: "LayerwiseCallback works on one process or with FSDP2, and Accelerate trains by MULTI_GPU, ",
     in_float16: "LayerwiseCallback with fp16=True: GradScaler scales all gradients, ",
 }
 

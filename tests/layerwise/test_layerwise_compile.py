@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compile_cases import batch, bits, breaks, graphs, model_of, optimizer_of, same, start_counting, train
+from compile_cases import batch, bits, breaks, graphs, loss_of, model_of, optimizer_of, same, start_counting, train
 from no_gradient_cases import NewTensors
 
 from apollo_triton import attach_layerwise
@@ -30,7 +30,7 @@ def compiled(model, how, **options):
 
 def peak_of_a_backward(forward, optimizer):
     """The most bytes that were alive of what backward and step allocated."""
-    loss = forward(batch(9)).square().mean()
+    loss = loss_of(forward, batch(9))
     allocated = NewTensors()
     with allocated:
         loss.backward()
@@ -79,8 +79,8 @@ def test_accumulating_and_removing_within_compiled_blocks(counters):
     def steps(accumulating):
         for model, optimizer in zip(models, optimizers, strict=True):
             with accumulating() if model is models[1] else torch.enable_grad():
-                model(batch(0)).square().mean().backward()
-            model(batch(1)).square().mean().backward()
+                loss_of(model, batch(0)).backward()
+            loss_of(model, batch(1)).backward()
             optimizer.step()
             optimizer.zero_grad()
         assert same(*map(bits, models))
@@ -96,7 +96,7 @@ def test_accumulating_and_removing_within_compiled_blocks(counters):
 def test_layers_without_a_gradient_break_the_graph(int8, counters):
     """One break a layer, which its error names; what is between is compiled, and the numbers are those of eager."""
     ends = []
-    for how in ("eager", "whole"):
+    for how in ("eager", "blocks"):
         model = model_of(int8, blocks=1)
         optimizer = optimizer_of(model)
         forward = compiled(model, how)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 STEPS = 2
 READ_BY_KERNELS = {
-    "exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax", "update_norm", "projection", "step", "seed",
+    "exp_avg", "exp_avg_sq", "exp_avg_q", "exp_avg_sq_q", "exp_avg_absmax", "exp_avg_sq_absmax", "update_norm",
+    "projection", "step", "seed",
 }  # fmt: skip
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 

@@ -207,7 +207,7 @@ def test_the_projection_of_svd_is_looked_at():
 
 
 def test_8_bit_moments_are_looked_at():
-    run = Run(state_bits=8, min_8bit_size=0)
+    run = Run(rank=16, state_bits=8, min_8bit_size=0)
     assert run.found() == run.gradients()
     set_data(run.state["exp_avg_absmax"], run.state["exp_avg_absmax"].clone())
     assert run.found() is None

@@ -48,7 +48,7 @@ ROWS = {
     "no gradients": Row({"rank": 16}, ways=("none", "none")),
     "int8 weights": Row({"rank": 4}, ROUNDED, torch.bfloat16, int8=True),
     "int8 weights, no gradients": Row(TENSOR, ways=("none", "none"), int8=True),
-    "8-bit moments": Row({"rank": 4}, {"state_bits": 8, "min_8bit_size": 257}),
+    "8-bit moments": Row({"rank": 16}, {"state_bits": 8, "min_8bit_size": 257}),
 }
 # Everything takes part on the reference path. On the kernels: what they keep between steps besides.
 ON_KERNELS = {"mini", "svd", "bfloat16 state and weights", "no gradients"}
@@ -147,7 +147,7 @@ def test_a_resumed_run_ends_with_the_same_bits(backend, name, request):
     one, other = resumed(row)
     assert_same(one, other)
     if row.options.get("state_bits") == 8:
-        assert torch.uint8 in {state["exp_avg"].dtype for state in one[1].state.values()}
+        assert any("exp_avg_q" in state for state in one[1].state.values())
 
 
 @pytest.mark.slow

@@ -198,7 +198,7 @@ LAUNCHES = {
     "rank 16, a new P every step": (TALL_AND_WIDE, {}, {"rank": 16, "update_proj_gap": 1}, {}),
     "above rank 256": ({"tall": (300, 280)}, {}, {"rank": 260}, {}),
     "svd": (TALL_AND_WIDE, {}, {"rank": 4, "proj": "svd"}, {}),
-    "8-bit": (TALL_AND_WIDE, {}, {"rank": 8}, {"state_bits": 8, "min_8bit_size": 600}),
+    "8-bit": (TALL_AND_WIDE, {}, {"rank": 16}, {"state_bits": 8, "min_8bit_size": 600}),
     "clipped, R is kept": (TALL_AND_WIDE, {"bias": (64,)}, {"rank": 1}, {"max_grad_norm": 1.0}),
     "clipped, G is read again": ({"tall": (64, 48)}, {"bias": (64,)}, {"rank": 32}, {"max_grad_norm": 1.0}),
     "capturable": (TALL_AND_WIDE, {"bias": (64,)}, {"rank": 16}, {"capturable": True}),

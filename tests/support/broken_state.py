@@ -17,7 +17,7 @@ SHAPES = {
     "experts": (3, 6, 5),
     "mini": (9, 7),
     "svd": (6, 10),
-    "eight": (40, 16),
+    "eight": (40, 24),
     "bias": (5,),
     "embedding": (7, 4),
 }
@@ -25,7 +25,7 @@ GROUPS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("up", "down", "experts"), {"rank": 4}),
     (("mini",), {"rank": 1, "scale_type": "tensor", "scale": 16.0}),
     (("svd",), {"rank": 3, "proj": "svd"}),
-    (("eight",), {"rank": 8, "state_bits": 8, "min_8bit_size": 0}),
+    (("eight",), {"rank": 16, "state_bits": 8, "min_8bit_size": 0}),
     (("bias", "embedding"), {"weight_decay": 0.1}),
 ]
 

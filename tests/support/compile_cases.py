@@ -54,11 +54,15 @@ def batch(step: int, dtype: torch.dtype = torch.float32, rows: int = 3) -> torch
     return torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(step)).to(dtype)
 
 
+def loss_of(forward: Any, x: torch.Tensor) -> torch.Tensor:
+    return (forward(x) - x.flip(-1)).float().square().mean()
+
+
 def train(forward: Any, optimizer: APOLLOAdamW, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
     """The loss of each step."""
     losses = []
     for step in range(steps):
-        loss = forward(batch(step, dtype)).float().square().mean()
+        loss = loss_of(forward, batch(step, dtype))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

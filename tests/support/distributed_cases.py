@@ -6,12 +6,16 @@ Every rank draws each whole tensor from its name and step. ``torch.chunk`` cuts 
 
 from __future__ import annotations
 
+import os
+import signal
 import zlib
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed_harness import optimizer_class
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -187,3 +191,16 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float,
 def assert_ranks_agree(results: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(results[1:], 1):
         assert_same_bits(result, results[0], f"rank {rank} against rank 0")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingWriter(dcp.FileSystemWriter):
+    """Dies on rank 1 when its turn to write has come, the others having begun."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        if dist.get_rank() == 1:
+            die()
+        return super().write_data(plan, planner)

@@ -54,8 +54,9 @@ def operands(step, tokens, rows, columns, dtype=torch.float32) -> tuple[Tensor, 
     return X, dY
 
 
-def language_model(kind="llama", seed=0):
-    """A small LLaMA, Qwen2 or Gemma with grouped queries. Qwen2's projections have biases."""
+def language_model(kind="llama", seed=0, **changes):
+    """A small LLaMA, Qwen2 or Gemma with grouped queries. Qwen2's projections have biases. ``changes`` are to its
+    config."""
     import transformers
 
     config, model = {
@@ -78,6 +79,7 @@ def language_model(kind="llama", seed=0):
         pad_token_id=None,
         # From 0.2 on attention is sharp, and multiplies rounding errors by a thousand in 30 steps.
         initializer_range=0.1,
+        **changes,
     )
     return model(made).train()
 

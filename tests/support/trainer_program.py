@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from apollo_triton import APOLLOAdamW
+from apollo_triton import APOLLOAdamW, quantize_model
 from apollo_triton.trainer import LayerwiseCallback, optimizer_for_trainer
 
 NAMED = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"], "optim_args": "rank=4,scale=2.0"}
@@ -230,7 +230,7 @@ def sharded(folder: Path) -> None:
     for run in plain:
         run.train()
     refused = trainer(folder, trained={"callbacks": [LayerwiseCallback]})
-    with pytest.raises(ValueError, match="LayerwiseCallback works on one process, and Accelerate trains by MULTI_CPU"):
+    with pytest.raises(ValueError, match="LayerwiseCallback works on one process or with FSDP2, and .* by MULTI_CPU"):
         refused.train()
     shard_on_cpus()
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -252,6 +252,42 @@ def sharded(folder: Path) -> None:
         print("sharded and resumed")
 
 
+def sharded_savings(folder: Path) -> None:
+    """Layer-wise updates, int8 weights and 8-bit moments under FSDP2 on two ranks, as under DDP without the first.
+
+    Weights are rounded to the nearest, so that the runs can be compared. Resuming gives the same bits.
+    """
+
+    def made(name: str, callbacks: list[Any], **options: Any) -> Trainer:
+        model = quantize_model(make_model(), group_size=8, stochastic_rounding=False)
+        run = trainer(folder / name, model, trained={"callbacks": callbacks}, max_grad_norm=0.0, **options)
+        run.optimizer_cls_and_kwargs = optimizer_for_trainer(
+            APOLLOAdamW.apollo, run.args, run.model, rank=16, state_bits=8, min_8bit_size=256
+        )
+        return run
+
+    plain = made("plain", [])
+    plain.train()
+    shard_on_cpus()
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"fsdp": True, "fsdp_config": config | {"state_dict_type": "SHARDED_STATE_DICT"}}
+    whole = made("whole", [LayerwiseCallback], save_strategy="steps", save_steps=4, **options)
+    whole.train()
+    parameters = list(whole.model.parameters())
+    assert all(isinstance(parameter, DTensor) and parameter.grad is None for parameter in parameters)
+    states = [state for _, state in whole.optimizer.optimizer.state.items()]
+    assert any(value.dtype == torch.uint8 for state in states for value in state.values() if torch.is_tensor(value))
+    for ours, expected in zip(losses(whole), losses(plain), strict=True):
+        assert abs(ours - expected) < 1e-2, (losses(whole), losses(plain))
+    again = made("again", [LayerwiseCallback], **options)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    assert losses(again)[4:] == losses(whole)[4:]
+    for (name, ours), expected in zip(again.model.state_dict().items(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(ours.to_local(), expected.to_local()), name
+    if os.environ["RANK"] == "0":
+        print("saved memory and resumed")
+
+
 PROGRAMS = {
     program.__name__: program
     for program in (
@@ -266,6 +302,7 @@ PROGRAMS = {
         compiled,
         as_transformers_tests_it,
         sharded,
+        sharded_savings,
     )
 }
 

@@ -57,10 +57,11 @@ def stepped(model, optimizer):
         for name, x in state.items()
         if isinstance(x, torch.Tensor)
     }
-    moments = [size for name, size in storages.values() if name in ("exp_avg", "exp_avg_sq", "state1", "state2")]
+    moments = [size for name, size in storages.values() if name in MOMENTS]
     return sum(moments), sum(size for _, size in storages.values()) - sum(moments)
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_q", "exp_avg_sq_q", "state1", "state2")
 BFLOAT16 = {"rank": 4, "target_modules": ["q_proj", "mlp"], "state_dtype": torch.bfloat16}
 EIGHT = {"rank": 40, "target_modules": ["q_proj", "mlp"], "state_bits": 8, "min_8bit_size": 2500}
 SVD = {"rank": 4, "target_modules": "all-linear", "proj": "svd"}

@@ -20,6 +20,7 @@ from ...core.philox import Stream
 from ...core.scratch import Scratch
 from ...core.settings import Settings
 from ...params.member import Member
+from ...params.state import ABSMAXES, MOMENTS
 from ..interface import StepScalars
 from .rounding import shrink, store
 
@@ -32,11 +33,12 @@ _LATE = 1 << 30
 
 
 def adamw(member: Member, settings: Settings, scalars: StepScalars, squared_norm: Tensor, scratch: Scratch) -> Tensor:
-    """One step of a parameter and its moments: uint8 of its shape, and the absmax of each block.
+    """One step of a parameter and its moments: uint8 of its shape, and the absmax of each block. Of a
+    ``DTensor`` they are this rank's.
 
     ``squared_norm``: |G|^2. Returns 1 if it is not finite and nothing moved, else 0: int64 scalar on the device.
     """
-    weight, state = member.weight, member.state
+    weight, first = member.weight, member.shard.first_element
     finite = squared_norm.isfinite().reshape(())
     if finite.device.type == "cpu" and not finite:
         return (~finite).sum()
@@ -49,23 +51,24 @@ def adamw(member: Member, settings: Settings, scalars: StepScalars, squared_norm
         part = G[cut].to(torch.float32)
         if scalars.gradient_scale is not None:
             part = part * scalars.gradient_scale
-        moments = _part_of(state, cut)
+        moments = _part_of(member, cut)
         direction = _moved(moments, part, settings.betas, settings.eps, finite)
         values = W[cut].to(torch.float32, copy=True)
         values.addcmul_(torch.where(finite, direction, 0), h)
         if decay is not None:
             shrink(values, decay)
-        store(values, W[cut], settings, state["seed"], scalars.step, Stream.WEIGHT, start)
+        store(values, W[cut], settings, member.state["seed"], scalars.step, Stream.WEIGHT, first + start)
     if W.data_ptr() != weight.data_ptr():  # not contiguous
         weight.copy_(W.view(weight.shape))
     return (~finite).sum()
 
 
-def _part_of(state: dict[str, Tensor], cut: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """M and V of some elements, which begin with a block, and the absmax of each."""
-    M, V = state["exp_avg"].view(-1)[cut], state["exp_avg_sq"].view(-1)[cut]
+def _part_of(member: Member, cut: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """M and V of some elements, which begin with a block, and the absmax of each block."""
+    M, V = (member.moment(name).view(-1)[cut] for name in MOMENTS)
     blocks = slice(cut.start // BLOCK, cut.start // BLOCK + absmax_count(len(M)))
-    return M, V, state["exp_avg_absmax"][blocks], state["exp_avg_sq_absmax"][blocks]
+    absmax_M, absmax_V = (member.local_state(name).view(-1)[blocks] for name in ABSMAXES)
+    return M, V, absmax_M, absmax_V
 
 
 def _moved(

@@ -114,8 +114,8 @@ _LISTS = (
 
 def _moments(member: Member, name: str) -> list[Tensor | Blockwise]:
     """One moment of each matrix of a parameter."""
-    values = per_matrix(member.local_state(name), 2)
-    if values[0].dtype != torch.uint8:
+    values = per_matrix(member.moment(name), 2)
+    if not member.is_8bit:
         return [*values]
     absmaxes = per_matrix(member.local_state(f"{name}_absmax"), 1)
     return [Blockwise(q, absmax, name == "exp_avg") for q, absmax in zip(values, absmaxes, strict=True)]

@@ -114,7 +114,11 @@ class BatchUpdate:
             self._factors = verbs.sketch_and_rescale(self._batch, self._settings, self._scalars)
             return
         projected = torch.cat([sketches[index] for index in self._matrices])
-        if self._settings.scale_type == "channel":
+        first = self._batch.gradients[0]
+        if not isinstance(first, Tensor) and first.limiter_norm == "sketch":
+            R = projected[..., : self._batch.rank].contiguous()
+            sketch = Sketch(R, R.square().sum(-1))  # of the whole sketch, not the sum of those of its parts
+        elif self._settings.scale_type == "channel":
             sketch = Sketch(projected[..., :-1].contiguous(), projected[..., -1])
         else:  # |G|^2 of the local shard, which the limiter's sums add up over ranks
             assert self._squared_norms is not None
@@ -165,6 +169,6 @@ class DenseUpdate:
 
     def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
         member = self._member
-        adamw = dense_8bit.adamw if member.state["exp_avg"].dtype == torch.uint8 else dense.adamw
+        adamw = dense_8bit.adamw if member.is_8bit else dense.adamw
         squared_norm = (sums if self.is_sum_sharded else self.squared_norms())[self._index]
         return adamw(member, self._settings, self._scalars, squared_norm, self._scratch)

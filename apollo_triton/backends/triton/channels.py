@@ -49,7 +49,7 @@ class MomentTable(Channels):
         self.device, self.rank, self.state_dtype = whole.device, whole.rank, whole.state_dtype
         self.keeps_rows, self.aligned, self.channel_blocks = whole.keeps_rows, whole.aligned, whole.channel_blocks
         self.matrices, self.previous = whole.matrices, whole.previous
-        self.absmaxes = whole.absmaxes  # None: 8-bit moments are not sharded
+        self.absmaxes = whole.absmaxes  # they are on the rank that has the moments
         counts = [member.shard.moments for member in members for _ in member.shard.moment_rounding_offsets]
         offsets = [offset for member in members for offset in member.shard.moment_rounding_offsets]
         programs = [programs_for(count, self.channel_blocks["BLOCK_CHANNELS"]) for count in counts]

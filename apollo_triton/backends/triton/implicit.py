@@ -166,7 +166,7 @@ def _project(table: Table, settings: Settings, scalars: StepScalars, gradient: I
     """R = kept^T S with S = contracted P^T."""
     kept, contracted = gradient.kept_and_contracted(table.keeps_rows)
     (tokens, channels), width = kept.shape, contracted.shape[1]
-    kind = projection_kind(settings)
+    kind = projection_kind(settings, table.is_width_sharded)
     constants = operand_constants(table, kind)
     rank_blocks = -(-table.rank // constants["BLOCK_RANK"])
     token_blocks = -(-tokens // constants["BLOCK_CHANNELS"])

@@ -73,7 +73,7 @@ def make_moments_contiguous(member: Member) -> None:
 def is_aligned(member: Member) -> bool:
     """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
     parameter, gradient = member.weight, member.gradient
-    exp_avg, exp_avg_sq = (member.local_state(name) for name in MOMENTS)
+    exp_avg, exp_avg_sq = (member.moment(name) for name in MOMENTS)
     if (exp_avg.data_ptr() | exp_avg_sq.data_ptr()) % _ALIGNMENT:
         return False
     if not isinstance(gradient, Tensor):  # its kernels look at W, X and dY themselves

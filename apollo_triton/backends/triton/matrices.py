@@ -76,7 +76,7 @@ class Table(Channels):
         self.weight_dtype = first.parameter.dtype
         self.is_implicit = not isinstance(first.gradient, Tensor)
         self.gradient_dtype = first.gradient.dtype
-        self.state_dtype = first.state["exp_avg"].dtype
+        self.state_dtype = first.moment_dtype
         self.int8 = Int8Format.of(first.parameter)
         self.is_sum_sharded = bool(first.shard.sum_axes)
         self.is_width_sharded = bool(first.shard.width_axes)
@@ -127,7 +127,7 @@ class Table(Channels):
         for member, geometry in zip(self.members, self.geometries, strict=True):
             weight, gradient = self._strides(member, geometry)
             size = member.parameter.element_size()
-            exp_avg, exp_avg_sq = member.local_state("exp_avg"), member.local_state("exp_avg_sq")
+            exp_avg, exp_avg_sq = member.moment("exp_avg"), member.moment("exp_avg_sq")
             norm = 0 if self.is_dense else member.local_state("update_norm").data_ptr()
             moments = 1 if self.is_dense else member.shard.moments * self.rank
             rounding_offsets = [member.shard.first_element] if self.is_dense else member.shard.rounding_offsets
@@ -216,7 +216,7 @@ class Table(Channels):
         rows = []
         for member, geometry in zip(self.members, self.geometries, strict=True):
             for position in range(geometry.matrices):
-                absmaxes = (member.state[name] for name in ABSMAXES)
+                absmaxes = (member.local_state(name) for name in ABSMAXES)
                 rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 

@@ -71,6 +71,7 @@ class TableUpdate:
         self._table, self._settings, self._scalars = table, settings, scalars
         self._channel_norms: Tensor | None = None  # |G_c|^2 of the local shard, once there is a sketch
         self._kept: Sketch | None = None  # from ``squared_norms`` to ``rescale``
+        self._takes_norms_of_R = False  # in place of G's
 
     def squared_norms(self) -> ByMember:
         table = self._table
@@ -109,11 +110,13 @@ class TableUpdate:
             self._kept = None
             return
         if not self.is_width_sharded:
-            projections.refresh(table, settings, self._scalars)
-            self._factors = verbs.sketch_and_rescale(table, settings, self._scalars)
+            self._factors = self._sketch_and_rescale()
             return
         projected = torch.cat([sketches[index].flatten(0, 1) for index in table.matrices_of])
-        if settings.scale_type == "channel":
+        if self._takes_norms_of_R:
+            R = projected[:, : table.rank].contiguous()
+            sketch = Sketch(R, R.square().sum(1))  # of the whole sketch, not the sum of those of its parts
+        elif settings.scale_type == "channel":
             sketch = Sketch(projected[:, :-1].contiguous(), projected[:, -1].contiguous())
         else:  # |G|^2 enters the sums in ``sharded_results``
             sketch = Sketch(
@@ -121,6 +124,10 @@ class TableUpdate:
             )
         assert table.moments is not None
         self._factors = verbs.rescale(table.moments, settings, self._scalars, sketch)
+
+    def _sketch_and_rescale(self) -> Factors:
+        projections.refresh(self._table, self._settings, self._scalars)
+        return verbs.sketch_and_rescale(self._table, self._settings, self._scalars)
 
     def sharded_results(self) -> tuple[ByMember, ByMember]:
         table, channel = self._table, self._factors.channel
@@ -132,7 +139,7 @@ class TableUpdate:
                 count, channels = matrices.stop - matrices.start, member.shard.moments
                 factors[index] = channel[first : first + count * channels].view(count, channels)
                 first += count * channels
-        elif self.is_width_sharded:
+        elif self.is_width_sharded and not self._takes_norms_of_R:
             # The local shard's |G|^2 is summed as it lies, not by the channels whose moments are here.
             assert self._channel_norms is not None
             squared, scale = _sum_segments(self._channel_norms, table.channel_counts), self._scalars.gradient_scale
@@ -146,40 +153,38 @@ class TableUpdate:
         own_sums = self._factors.sums
         if self.is_sum_sharded:
             own_sums = _sums_by_program(table, torch.cat([sums[index] for index in table.matrices_of]))
-        verbs.apply(table, self._settings, self._scalars, Factors(channel, own_sums))
-        table.scatter_strided()
+        self._apply(Factors(channel, own_sums))
+
+    def _apply(self, factors: Factors) -> None:
+        verbs.apply(self._table, self._settings, self._scalars, factors)
+        self._table.scatter_strided()
 
 
-class ImplicitUpdate:
+class ImplicitUpdate(TableUpdate):
     """One step of a matrix whose gradient is never formed."""
 
-    is_sum_sharded = is_width_sharded = False
-
     def __init__(self, table: Table, settings: Settings, scalars: StepScalars) -> None:
-        self.device, self._table, self._settings, self._scalars = table.device, table, settings, scalars
+        super().__init__(table, settings, scalars)
         (member,) = table.members
         gradient = member.gradient
         assert isinstance(gradient, ImplicitGradient)
         self._gradient = gradient
+        self._takes_norms_of_R = gradient.limiter_norm == "sketch"
 
     def squared_norms(self) -> ByMember:
         norm = implicit.squared_norms(self._table, self._gradient).sum(0, keepdim=True)
         return {self._table.first: norm}
 
-    def sketch(self) -> ByMember:
-        return {}
+    def _sketch(self) -> Sketch:
+        sketch = implicit.sketch(self._table, self._settings, self._scalars, self._gradient)
+        self._channel_norms = sketch.squared_norms
+        return sketch
 
-    def rescale(self, sketches: ByMember, gradient_scale: Tensor | None) -> None:
-        table, settings = self._table, self._settings
-        self._scalars = self._scalars.scaled(gradient_scale)
-        sketch = implicit.sketch(table, settings, self._scalars, self._gradient)
-        self._factors = verbs.rescale(table, settings, self._scalars, sketch)
+    def _sketch_and_rescale(self) -> Factors:
+        return verbs.rescale(self._table, self._settings, self._scalars, self._sketch())
 
-    def sharded_results(self) -> tuple[ByMember, ByMember]:
-        return {}, {}
-
-    def apply(self, factors: ByMember, sums: ByMember) -> None:
-        implicit.apply(self._table, self._settings, self._scalars, self._factors, self._gradient)
+    def _apply(self, factors: Factors) -> None:
+        implicit.apply(self._table, self._settings, self._scalars, factors, self._gradient)
 
 
 class DenseUpdate:

@@ -126,6 +126,9 @@ class _NoUpdates:
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         pass
 
+    def name(self, weight: Tensor) -> str:
+        return "a weight"
+
 
 def set_checkpointing(model: Any, on: bool, context: Callable[[], Any]) -> None:
     """Whether the decoder layers keep only their inputs. ``context()`` is that of what is computed again."""

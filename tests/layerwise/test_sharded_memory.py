@@ -1,0 +1,163 @@
+"""How many bytes of gradients layer-wise updates keep alive on each rank, how often they communicate, and for how long
+things live."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import Collectives, local, needs_fsdp_on_a_cpu, whole
+from distributed_harness import run
+from sharded_layerwise_cases import APOLLO, Model, groups_of, sharded, words_of
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
+
+from apollo_triton import APOLLOAdamW, attach_layerwise
+
+
+def without_what_is_unused(model):
+    model.spare.requires_grad_(False)
+    for block in model.blocks:
+        block.uses_spare = True
+    return model
+
+
+def buffers_of(model, ranks):
+    """Bytes of the buffer into which FSDP2 reduces each module's gradients, in the order of backward."""
+
+    def bytes_of(parameters):
+        return sum(-(-p.shape[0] // ranks) * p.shape[1:].numel() * 4 for p in parameters if p.requires_grad)
+
+    blocks = [[*block.parameters()] for block in reversed(model.blocks)]
+    inner = {p for block in blocks for p in block}
+    return [*map(bytes_of, blocks), bytes_of(p for p in model.parameters() if p not in inner)]
+
+
+def most_alive(kind, hooks):
+    """The most bytes of reduced gradients that are alive when one has come, and collectives of the last step."""
+    model, rank = sharded(kind)
+    without_what_is_unused(model)
+    optimizer = APOLLOAdamW(groups_of(model, APOLLO), lr=1e-2)
+    sizes, most = {}, 0
+
+    def watch(parameter):
+        nonlocal most
+        storage = local(parameter.grad).untyped_storage()
+        sizes[StorageWeakRef(storage)] = storage.nbytes()
+        most = max(most, sum(size for each, size in sizes.items() if not each.expired()))
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(watch)
+    if hooks:
+        attach_layerwise(model, optimizer)
+    for step in range(2):
+        with Collectives() as collectives:
+            model(words_of(step, rank)).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    return most, collectives.total
+
+
+def peaks(kinds):
+    return {kind: [most_alive(kind, hooks) for hooks in (False, True)] for kind in kinds}
+
+
+@needs_fsdp_on_a_cpu
+@pytest.mark.parametrize(
+    ("world", "kinds"),
+    [
+        pytest.param(2, ["fsdp", "replicas"], marks=pytest.mark.slow),
+        pytest.param(3, ["fsdp"], marks=pytest.mark.full),
+        pytest.param(4, ["hsdp", "both"], marks=pytest.mark.full),
+    ],
+)
+def test_one_modules_gradients_are_alive_at_a_time(world, kinds):
+    """Under HSDP also those of the module before, which FSDP2 keeps for the sum over replicas: all of them, if nobody
+    lets them go. A step takes two collectives a module, and one for the root, whose parameters are dense."""
+    for result in run(peaks, world, kinds=kinds):
+        for kind, ((plain, sent), (ours, ours_sent)) in result.items():
+            if kind != "both":  # whose shards are cut twice
+                sizes = buffers_of(without_what_is_unused(Model()), {"hsdp": 2, "replicas": 1}.get(kind, world))
+                assert plain == sum(sizes), kind
+                pairs = [one + other for one, other in itertools.pairwise(sizes)]
+                assert ours == (max(sizes) if kind == "fsdp" else max(pairs)), kind
+            assert ours < 0.6 * plain, kind
+            if kind == "fsdp":
+                assert ours_sent - sent == (2 * 3 + 1) - 2
+
+
+def tensor_parallel_peaks():
+    return [most_alive("tensor", hooks)[0] for hooks in (False, True)]
+
+
+@pytest.mark.slow
+def test_one_weights_gradient_is_alive_at_a_time_under_tensor_parallelism():
+    for plain, ours in run(tensor_parallel_peaks, 2):
+        assert ours == 13 * 13 * 4  # a spare weight, which is whole on each rank
+        assert plain > 10 * ours
+
+
+def averaged(kind, hooks):
+    """Three steps as DDP averages, or as ``fully_shard`` on a mesh of replicas."""
+    if kind == "ddp":
+        model = without_what_is_unused(Model())
+        parallel = DistributedDataParallel(model)
+    else:
+        parallel, _ = sharded("replicas")
+        model = without_what_is_unused(parallel)
+    optimizer = APOLLOAdamW(groups_of(model, APOLLO), lr=1e-2)
+    if hooks:
+        attach_layerwise(model, optimizer)
+    for step in range(3):
+        parallel(words_of(step, dist.get_rank())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def averaged_both_ways():
+    return averaged("ddp", False), averaged("replicas", True)
+
+
+@needs_fsdp_on_a_cpu
+@pytest.mark.slow
+def test_a_mesh_of_replicas_trains_as_ddp_does():
+    """What the refusal of DistributedDataParallel sends its users to."""
+    for theirs, ours in run(averaged_both_ways, 2):
+        for name, value in ours.items():
+            torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def lives():
+    """What is still alive without the garbage collector's help."""
+    gc.disable()
+    model, rank = sharded("fsdp")
+    optimizer = APOLLOAdamW(groups_of(model, APOLLO), lr=1e-2)
+    handle = attach_layerwise(model, optimizer)
+
+    model(words_of(0, rank)).backward()
+    optimizer.step()
+    weight = model.blocks[0].up.weight
+    gone = {"moments of a weight that left": weakref.ref(optimizer.state[weight]["exp_avg"])}
+    optimizer.param_groups[0]["params"].remove(weight)
+    optimizer.param_groups[0]["param_names"].remove("blocks.0.up.weight")
+    del optimizer.state[weight]
+    model(words_of(0, rank)).backward()
+    optimizer.step()
+    alive = [name for name, each in gone.items() if each() is not None]
+    moments = optimizer.state[model.blocks[1].up.weight]["exp_avg"]
+    gone = {name: weakref.ref(each) for name, each in (("optimizer", optimizer), ("moments", moments))}
+    del optimizer, moments, handle, weight
+    return alive + [name for name, each in gone.items() if each() is not None]
+
+
+@needs_fsdp_on_a_cpu
+@pytest.mark.slow
+def test_nothing_outlives_its_optimizer_or_its_group():
+    """A unit that keeps what has left it, or the optimizer, until the collector runs."""
+    assert run(lives, 2) == [[], []]
