@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from ...engine.engine import Engine
-from .storages import ALLOCATION, Storages
+from .storages import Moments, Storages, by_part
 from .twins import Twins
 
 # The parts, in the order in which they are shown.
@@ -50,6 +50,14 @@ _c10d, _fsdp = torch.ops.c10d, torch.ops.fsdp
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
+class Result(NamedTuple):
+    """The bytes of each part at the peak, and what a step sends: by the "model" and by the "update"."""
+
+    parts: dict[str, int]
+    exchanges: dict[str, int]
+    received: dict[str, int]
+
+
 class LiveStep(Storages):
     """Follows the storages of one rank's training: of ``model``, which is sharded, and ``optimizer``.
 
@@ -63,11 +71,11 @@ class LiveStep(Storages):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         kernels: bool = False,
-        rounding: int | None = None,
     ) -> None:
-        super().__init__(SAVED, ALLOCATION if rounding is None else rounding)
+        super().__init__(SAVED, rounding=1)
         self._model, self._optimizer, self._kernels = model, optimizer, kernels
         self._updating = False
+        self._phases: dict[str, Moments] = {}
         self.exchanges: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
 
@@ -99,19 +107,29 @@ class LiveStep(Storages):
         self.exchanges.clear()
         self.received.clear()
 
-    def parts(self) -> dict[str, int]:
-        """The bytes of each of ``PARTS`` when there were most in all."""
-        sizes = self.parts_at_peak()
-        return {part: sizes.get(part, 0) for part in PARTS}
+    @property
+    def phases(self) -> dict[str, list[dict[str, int]]]:
+        """Of forward, backward and update: the bytes of each part whenever something was about to be freed."""
+        self.keep_moments()  # the last moment of the last phase
+        return {
+            phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()
+        }
+
+    def result(self) -> Result:
+        """What there was since ``begin``."""
+        return Result(_shown(self.parts_at_peak()), dict(self.exchanges), dict(self.received))
 
     def step(self, tokens: Tensor, forward: Any) -> None:
         """One step of training. ``forward(tokens)`` returns the loss."""
         with self.making(SAVED):
+            self._phases["forward"] = self.keep_moments()
             self.mark([tokens], BUFFERS)
             loss = forward(tokens)
         with self.making(WORKING):
+            self._phases["backward"] = self.keep_moments()
             loss.backward()
             del loss
+            self._phases["update"] = self.keep_moments()
             self._optimizer.step()
             self._optimizer.zero_grad()
         for state in self._optimizer.state.values():
@@ -167,6 +185,11 @@ class LiveStep(Storages):
         who = "update" if self._updating else "model"
         self.exchanges[who] += 1
         self.received[who] += received_by(func, args, result)
+
+
+def _shown(sizes: dict[str, int]) -> dict[str, int]:
+    """In the order of ``PARTS``, without what is on the host."""
+    return {part: sizes[part] for part in PARTS if part in sizes}
 
 
 def received_by(func: Any, args: Any, result: Any) -> int:

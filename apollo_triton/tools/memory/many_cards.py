@@ -73,17 +73,14 @@ def count(
         quantize_model(made, group_size=group_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # compared, never followed
-        live = predicted(made, setup, 1, tokens)
-    who = "model", "update"
+        result = predicted(made, setup, 1, tokens)
     return ManyCards(
         model,
         tokens,
         str(dtype).removeprefix("torch."),
         any(isinstance(weight, Int8Weight) for weight in made.parameters()),
         setup,
-        live.parts(),
-        {name: live.exchanges[name] for name in who},
-        {name: live.received[name] for name in who},
+        *result,
     )
 
 
@@ -111,7 +108,7 @@ def text(counted: ManyCards) -> str:
         f"{counted.model} on {setup.gpus} GPUs with {_NAMES[setup.shard]}: {method(counted)}. A step of 1 x "
         f"{counted.tokens} tokens {'on all cards together' if setup.shard == 'tp' else 'a card'}, in {counted.dtype}"
     )
-    sizes = {part: size for part, size in counted.parts.items() if size} | {"total": counted.total}
+    sizes = counted.parts | {"total": counted.total}
     rows = [["", "bytes", "GB"], *([part, f"{size:,}", f"{size / GB:.3f}"] for part, size in sizes.items())]
     verdicts = " ".join(_verdict(counted.total, card) for card in CARDS)
     sentence = (
@@ -121,8 +118,8 @@ def text(counted: ManyCards) -> str:
     received, exchanges = counted.received, counted.exchanges
     sent = (
         f"In a step a card receives {as_bytes(received['model'])} in {exchanges['model']} exchanges by "
-        f"{'tensor parallelism' if setup.shard == 'tp' else 'FSDP2'}, and {as_bytes(received['update'])} in "
-        f"{exchanges['update']} by updates."
+        f"{'tensor parallelism' if setup.shard == 'tp' else 'FSDP2'}, and {as_bytes(received.get('update', 0))} in "
+        f"{exchanges.get('update', 0)} by updates."
     )
     return "\n".join([fill(title), "", table(rows), "", fill(sentence), "", fill(sent)])
 

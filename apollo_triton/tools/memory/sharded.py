@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
 from .activations import AsOnCuda, check_model, set_checkpointing
+from .alike import FEW, extended, like_layers
 from .fake_world import fake_mesh
-from .live_step import LiveStep
+from .live_step import LiveStep, Result
 from .sharding import check_cards, fake_of, shard
 
 
@@ -49,9 +50,7 @@ class Setup:
         return {"replicas": 2, "shards": self.gpus // 2} if self.shard == "hsdp" else {"shards": self.gpus}
 
 
-def predicted(
-    model: nn.Module, setup: Setup, batch: int, sequence: int, on_cuda: bool = True, rounding: int | None = None
-) -> LiveStep:
+def predicted(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool = True) -> Result:
     """What the first rank holds in a step, which is most, and what the step sends.
 
     Args:
@@ -60,25 +59,43 @@ def predicted(
         setup: how it is sharded and trained.
         batch, sequence: the shape of a card's tokens. Under tensor parallelism all cards have the same.
         on_cuda: count attention and updates as a CUDA device does them; otherwise as a CPU does.
-        rounding: each storage takes a multiple of so many bytes (default: 512, as on CUDA).
+
+    A model of many layers that are alike is followed with few (alike.py), to the same bytes.
 
     Raises ValueError for what cannot be sharded or trained so, and for a model whose computation depends on values.
     """
     check_model(model, batch, sequence)
     check_cards(model, setup.gpus, setup.shard)
-    copied = copy.deepcopy(model)  # cheap: its tensors have no memory
+    layers = like_layers(model)
     try:
-        with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
-            tokens = torch.zeros(batch, sequence, dtype=torch.long)
-            return train(fake_of(copied), setup, mesh, tokens, on_cuda, rounding)
+        if layers is not None and len(layers) > FEW[-1] + 1:
+            few = [followed(_with_layers(model, count), setup, batch, sequence, on_cuda) for count in FEW]
+            found = extended(few, len(layers))
+            if found is not None:
+                return found
+        return followed(copy.deepcopy(model), setup, batch, sequence, on_cuda).result()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"a {type(model).__name__} cannot be followed without its values: {reason}") from error
 
 
-def train(
-    model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False, rounding: int | None = None
-) -> LiveStep:
+def _with_layers(model: Any, count: int) -> Any:
+    """The model with its first ``count`` layers. Copies are cheap: tensors of the meta device have no memory."""
+    copied = copy.deepcopy(model)
+    layers = like_layers(copied)
+    assert layers is not None
+    del layers[count:]
+    return copied
+
+
+def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool) -> LiveStep:
+    """``train`` on fake tensors in place of those of ``model``."""
+    with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
+        tokens = torch.zeros(batch, sequence, dtype=torch.long)
+        return train(fake_of(model), setup, mesh, tokens, on_cuda)
+
+
+def train(model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False) -> LiveStep:
     """Shard ``model``, train two steps, and return what was alive in the second one, for which the first has made
     whatever lasts. ``on_cuda`` needs fake tensors."""
     shard(model, setup.shard, mesh)
@@ -99,7 +116,7 @@ def train(
         with context():
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    with LiveStep(model, optimizer, on_cuda, rounding) as live:
+    with LiveStep(model, optimizer, on_cuda) as live:
         live.step(tokens, forward)
         live.begin()
         live.step(tokens, forward)
