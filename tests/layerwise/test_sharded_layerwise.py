@@ -35,6 +35,8 @@ class Case:
     by: str = ""
     checkpoints: bool = False
     runs_twice: bool = False
+    prefetches: bool = False
+    ends_at: int = STEPS  # the step before which the hooks are removed
     resumes: bool = False
 
 
@@ -46,9 +48,10 @@ MORE = {
     "mini": Case(MINI, {"seed_per_param": True}),
     "mixed precision": Case(shard={"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}),
     "resharded late, checkpointed": Case(shard={"reshard_after_forward": False}, checkpoints=True),
-    "checkpointed": Case(checkpoints=True),
+    "checkpointed, and removed in the middle": Case(checkpoints=True, ends_at=2),
     "synchronised once": Case(parts=2, by="set_requires_gradient_sync"),
     "accumulated shards": Case(parts=3, by="accumulate"),
+    "gathered ahead": Case(prefetches=True),
     "a block that runs twice": Case(runs_twice=True),
     "resumed in the middle": Case(resumes=True),
 }
@@ -59,6 +62,8 @@ def trained(kind, case, hooks):
     """The model and its optimizer at the end."""
     model, rank = sharded(kind, case.dtype, **(case.shard if kind != "tensor" else {}))
     optimizer = APOLLOAdamW(groups_of(model, case.low_rank), lr=1e-2, seed=3, **case.options)
+    if case.prefetches:
+        model.set_modules_to_backward_prefetch([*model.blocks])
     if case.runs_twice:
         model.blocks.append(model.blocks[0])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -67,6 +72,8 @@ def trained(kind, case, hooks):
     for step in range(STEPS):
         for block in model.blocks:
             block.uses_spare, block.checkpoints = bool(step % 2), case.checkpoints
+        if hooks and step == case.ends_at:
+            handle.remove()
         late.requires_grad_(step > 1)
         model.blocks[2].gate.bias.requires_grad_(step != 1)
         if case.resumes and step == 2:
@@ -79,7 +86,7 @@ def trained(kind, case, hooks):
             with handle.accumulate() if keeps else nullcontext():
                 model(words_of(step, rank, part)).backward()
         left = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
-        if hooks:
+        if hooks and step < case.ends_at:
             # one that came late is updated by step() once, except if its hook came with a checkpoint
             assert left == (["blocks.1.up.bias"] if step == 2 and not case.resumes else []), left
         optimizer.step()
