@@ -8,6 +8,10 @@ of this backward is done: the gradients were computed from what it brought. If a
 twice, and autograd adds its gradients up before there is one to reduce. The next all-gather is in the next forward, and
 waits for the caller's stream. That stream waits at the end of backward for an event that FSDP2 records in the
 reduction's stream after the hooks.
+
+**Whose memory it is.** What the first update makes there, as moments and tables, is the reduction's stream's. The
+caller may read it and let it go: that stream waits for the caller's before each reduction, and takes nothing too early.
+A 1-D mesh makes and uses gradients in one stream. For those of HSDP see ``release``.
 """
 
 from __future__ import annotations
