@@ -82,8 +82,8 @@ def every(target: str) -> Iterator[Variant]:
     yield {"group": _MINI, "int8": 128}
     yield {"group": {"rank": 128}, "int8": 256}
     yield {"group": _MINI | _COLUMNS, "int8": 64}
-    # 8-bit moments: two launches again. At rank 1 the sketch splits the channels of one program of the second in four.
-    for group in (_MINI, {"rank": 3}, {"rank": 256} | _COLUMNS):
+    # 8-bit moments: two launches again. At rank 17 the sketch splits the channels of one program of the second in four.
+    for group in ({"rank": 16}, {"rank": 17, "scale_type": "tensor"}, {"rank": 256} | _COLUMNS):
         yield {"group": group, **_8BIT}
 
 

@@ -90,7 +90,7 @@ def blockwise(shape, dtype):
     (weight,) = parameters_of([shape], dtype)
     launches, optimizer = second_step([weight], rank=16, **EIGHT)
     held = optimizer.state[weight]
-    tensors = [(held[name], 2 * held[name].nbytes, held[name].nbytes) for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [(held[name], 2 * held[name].nbytes, held[name].nbytes) for name in ("exp_avg_q", "exp_avg_sq_q")]
     tensors += [(held[f"{name}_absmax"], None, held[f"{name}_absmax"].nbytes) for name in ("exp_avg", "exp_avg_sq")]
     tensors += [(weight.grad, 2 * weight.nbytes, 0), (weight, weight.nbytes, weight.nbytes)]
     return Moved(launches, ["sketch_kernel", "rescale_blockwise_kernel", "apply_kernel"], tensors, float("inf"))

@@ -115,7 +115,7 @@ def state_tensors_of(state):
     return [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-BLOCKWISE = [(301, 4), (4, 270)]  # blocks of 256 numbers, cut where programs are
+BLOCKWISE = [(301, 21), (21, 270)]  # blocks of 256 numbers, cut where programs are
 INT8 = [(33, 48), (48, 96), (6, 48)]  # groups of 48 and 12 straddle the programs' tiles
 # Of ``SHAPES`` two are enough for a row, one of random bits, which the interpreter draws slowly.
 SHAPES_OF = {"mini": slice(0, 3, 2), "clipped": slice(0, 3, 2), "bfloat16 moments": slice(1)}
@@ -130,8 +130,8 @@ RUNS = {
         for name, group in VARIANTS.items()
         for dtype in (torch.bfloat16, torch.float32)
     },
-    "8-bit moments, mini": by_gradient(BLOCKWISE, dtype=torch.float32, rank=1, scale_type="tensor", **EIGHT),
-    "8-bit moments, rank 3": by_gradient(BLOCKWISE, dtype=torch.float32, rank=3, **EIGHT),
+    "8-bit moments, a tensor": by_gradient(BLOCKWISE[:1], dtype=torch.float32, rank=17, scale_type="tensor", **EIGHT),
+    "8-bit moments, rank 18": by_gradient(BLOCKWISE[1:], dtype=torch.float32, rank=18, **EIGHT),
     "8-bit moments, rank 24": by_gradient([(2, 66, 25)], rank=24, **EIGHT),
     **{
         f"int8 weights, groups of {size}, rank {group['rank']}": by_gradient(INT8, (), torch.float32, size, **group)
@@ -156,7 +156,7 @@ RUNS = {
 }
 FAST_RUNS = {
     *(f"{name}, bfloat16" for name in FAST_VARIANTS),
-    *("8-bit moments, mini", "8-bit moments, rank 24"),
+    *("8-bit moments, a tensor", "8-bit moments, rank 24"),
     *("int8 weights, groups of 48, rank 3", "int8 weights, groups of 12, rank 1"),
     *("factors", "factors, gram", "factors, 33 x 70 x 72, int8, float32", "factors, 5 x 130 x 72, bfloat16"),
     *("int8 layer, float32", "int8 layer, bfloat16"),
@@ -184,8 +184,8 @@ def test_programs_in_any_order_leave_the_same_bits(name, order):
 @pytest.mark.parametrize("name", tiers([*VARIANTS, "8-bit moments"], ("mini", "rank 20", "8-bit moments").__contains__))
 def test_scratch_is_written_before_it_is_read(name, monkeypatch):
     """A part of a sum, a channel's factor or R that a program leaves out."""
-    group = {**VARIANTS, "8-bit moments": {"rank": 4, **EIGHT}}[name]
-    shapes = [(70, 8)] if name == "8-bit moments" else fitting(group)[:2]
+    group = {**VARIANTS, "8-bit moments": {"rank": 20, **EIGHT}}[name]
+    shapes = [(70, 24)] if name == "8-bit moments" else fitting(group)[:2]
     weights, dense = parameters_of(shapes), parameters_of([(4104,), (7,)])
     expected, optimizer = train(weights, dense, **group)
     empty = torch.empty
@@ -304,7 +304,7 @@ def test_the_block_of_channels_does_not_show_in_work_that_is_a_channels_own(rank
 
 ALONE = {
     **{name: (fitting(group)[:4], group) for name, group in VARIANTS.items() if name != "clipped"},
-    "8-bit moments": ([(301, 5), (40, 30), (2, 70, 6)], {"rank": 2, **EIGHT}),
+    "8-bit moments": ([(301, 18), (40, 30), (2, 70, 18)], {"rank": 18, **EIGHT}),
 }
 
 

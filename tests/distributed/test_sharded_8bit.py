@@ -128,9 +128,9 @@ LOCAL_SKETCH = ("rows", "rank_24", "experts", "experts_rows", "table", "columns"
 
 @pytest.mark.parametrize("mesh_shape", MESHES, ids=str)
 def test_a_mesh_holds_the_codes_of_a_single_process(mesh_shape):
-    """Blocks that begin with each shard, absmaxes cut at other places than codes, bytes of the whole weight, a form that
-    a rank chooses by its own shard, a NaN that only one rank sees, and codes that are rounded anew where nothing moves.
-    """
+    """Blocks that begin with each shard, absmaxes cut at other places than codes, bytes of the whole weight, a form
+    that a rank chooses by its own shard, a NaN that only one rank sees, codes that are rounded anew where nothing
+    moves."""
     results = run(trained, torch.Size(mesh_shape).numel(), mesh_shape=mesh_shape, timeout=200)
     expected = trained(())
     floats = [name for name, (_, _, cuts) in CASES.items() if not is_8bit(cuts[len(mesh_shape)][1], mesh_shape)]
@@ -186,8 +186,8 @@ def check_nan(result):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, and do not take CPU tensors")
 @pytest.mark.parametrize("mesh_shape", [pytest.param((2,), marks=slow), pytest.param((3,), marks=full)], ids=str)
 def test_kernels_hold_the_codes_of_a_single_process(mesh_shape):
-    """Addresses of absmaxes that are those of the whole weight, or of ``DTensor``s; sums over ranks that go into moments
-    of other channels; an empty shard's absmaxes, read from address 0."""
+    """Addresses of absmaxes that are those of the whole weight, or of ``DTensor``s; sums over ranks that go into
+    moments of other channels; an empty shard's absmaxes, read from address 0."""
     pytest.importorskip("triton")
     names = ("rows", "width", "few", "experts_rows", "ragged")
     arguments = {"backend": "triton", "names": names}

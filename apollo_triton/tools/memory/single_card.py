@@ -56,7 +56,7 @@ def count(
     do.
 
     >>> count("7B", batch=1, sequence=256).total  # doctest: +SKIP
-    8255340940
+    8266366988
     """
     traced = meta_model(model, dtype)
     targets = Targets(traced, DEFAULT_TARGETS)
