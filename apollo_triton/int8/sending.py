@@ -98,4 +98,6 @@ def _no_cat(*args: Any, **kwargs: Any) -> Any:
 
 
 FUNCTIONS.update(dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _no_cat))
-OPERATIONS.update({_aten.cat.default: _joined, _c10d.broadcast_.default: _broadcast, _c10d.scatter_.default: _scatter})
+OPERATIONS[_aten.cat.default] = _joined
+if torch.distributed.is_available():  # some builds of torch have none of it
+    OPERATIONS.update({_c10d.broadcast_.default: _broadcast, _c10d.scatter_.default: _scatter})
