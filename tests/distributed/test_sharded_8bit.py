@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import Weights, assert_close, assert_ranks_agree, assert_same_bits, local, needs_uneven_strides
 from distributed_harness import run
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -341,6 +341,7 @@ def changes(origin, destination):
 # --- the rule
 
 
+@example(length=37, elements=64, pieces=[5, 2])  # the last of five pieces is cut within a block
 @given(
     length=st.integers(1, 70), elements=st.sampled_from([1, 4, 12, 16, 24, 64, 100, 128, 256, 384, 512, 768]),
     pieces=st.lists(st.integers(1, 5), max_size=3),
