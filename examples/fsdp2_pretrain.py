@@ -72,7 +72,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
-    """The same LLaMA on every rank, sharded layer by layer."""
+    """The same LLaMA on every rank, sharded layer by layer. Int8 weights are made before."""
     torch.manual_seed(options.seed)
     config = LlamaConfig(
         vocab_size=256,
@@ -84,14 +84,14 @@ def sharded_model(options: argparse.Namespace, device: torch.device) -> LlamaFor
         max_position_embeddings=options.length,
     )
     model = LlamaForCausalLM(config).to(device)
-    if options.int8:  # before it is sharded: each rank then holds whole groups of codes with their scales
+    if options.int8:
         quantize_model(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # The optimizer sees weights and gradients in float32. Only forward and backward are in bfloat16.
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else MixedPrecisionPolicy()
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Embedding and head too: in the model's own unit they would stay whole from the forward pass to the backward pass.
+    for part in (model.model.embed_tokens, *model.model.layers, model.lm_head, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
 

@@ -108,12 +108,19 @@ def _chosen(model: nn.Module, targets: Mapping[str, Tensor], found: Mapping[str,
             chosen[there[0]] = targets[there[0]]
         elif key not in not_saved:
             missing.append(names[0])
-    for what, wrong in (("lacks", missing), ("has, beside the model's,", [*found.keys() - targets.keys()])):
-        if wrong:
-            hint = ""
-            if any(name.endswith(".weight_q") for name in wrong):
-                hint = "; it is a checkpoint of int8 weights, which model.load_state_dict loads"
-            raise ValueError(f"the checkpoint {what} {_listed(sorted(wrong))}{hint}")
+    left_over = sorted(found.keys() - targets.keys())
+    if any(name.endswith(".weight_q") for name in left_over):
+        raise ValueError(
+            f"the checkpoint holds int8 weights ({_listed(left_over)}), which model.load_state_dict(...) and "
+            "torch.distributed.checkpoint load"
+        )
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {_listed(sorted(missing))}; what to_empty has untied is to be tied again before, "
+            "such as by model.tie_weights()"
+        )
+    if left_over:
+        raise ValueError(f"the checkpoint has {_listed(left_over)}, which the model does not")
     return chosen
 
 

@@ -4,10 +4,10 @@ FSDP2 reduces the gradients of a module in one collective. Then it calls the hoo
 other, in the stream of the reduction. So all gradients of a module are there at once, as parts of one buffer.
 
 **Why an update there is seen, and nothing reads half of it.** A shard is read by its module's all-gathers alone. That
-of this backward is done: the gradients were computed from what it brought. The next one is in the next forward, whose
-all-gathers wait for the caller's stream. That stream waits at the end of backward for an event that FSDP2 records in
-the reduction's stream after the hooks. A module that would be gathered again in between runs twice in one forward, and
-is refused by the second arrival of its gradients.
+of this backward is done: the gradients were computed from what it brought. If a module has run twice, it is gathered
+twice, and autograd adds its gradients up before there is one to reduce. The next all-gather is in the next forward, and
+waits for the caller's stream. That stream waits at the end of backward for an event that FSDP2 records in the
+reduction's stream after the hooks.
 """
 
 from __future__ import annotations

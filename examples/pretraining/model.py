@@ -139,6 +139,6 @@ def _shard(model: nn.Module, device: torch.device) -> None:
     # Weights keep their dtype, float32 or bfloat16. Sums over the ranks are always in float32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Embedding and head too: in the model's own unit they would stay whole from the forward pass to the backward pass.
+    for part in (model.model.embed_tokens, *model.model.layers, model.lm_head, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)

@@ -50,49 +50,57 @@ def trained(row: str, column: str, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("row", "column"), table(HELD))
-def test_a_cell_that_says_yes(row: str, column: str) -> None:
+def test_a_cell_that_says_yes(row: str, column: str, request: pytest.FixtureRequest) -> None:
     """A gradient that is not the mean over all ranks, or is used before the sum; moments, groups or blocks of a shard
     that are not those of the whole weight; another projection; a weight that no hook moves, or two move."""
     saving = ROWS[row]
+    if saving.state_bits == 8:
+        request.getfixturevalue("bitsandbytes")  # skips without it
     results = run(trained, 4, row=row, column=column, steps=4)
     assert_ranks_agree([result["ours"] for result in results])
     for result in results:
         assert result["sharded"] == (column != "DDP"), "the cell shards nothing, or not all"
-        compare(result, saving.int8, saving.state_bits == 8, alone_makes_gradients=saving.gradients != "none")
+        compare(result, saving.int8 or saving.state_bits == 8, same_gradients=saving.gradients != "none")
         if saving.gradients != "kept":
             assert result["kept"] == 0, f"{result['kept']} gradients are left after backward"
 
 
-def compare(result: dict[str, Any], int8: bool, bits8: bool, alone_makes_gradients: bool) -> None:
+def compare(result: dict[str, Any], has_codes: bool, same_gradients: bool) -> None:
     """What the ranks hold against one process. Float32 sums in another order differ by some 1e-7, of gradients, whose
     terms cancel, by 1e-6. Where each makes a gradient of its own, they are what the weights differ by too.
 
-    A value that lies that near to the middle between two codes may get the other one: at most one code further, and at
-    most one value of a thousand. Weights then differ by a step of the grid there, and gradients and losses with them.
+    A value that lies that near to the middle between two codes may get the other one: at most the next, and at most one
+    value of a thousand. Weights then differ by a step of the grid there, and gradients and losses with them. Where each
+    makes a gradient of its own, a moment's flipped code moves a whole channel by some thousandths more or less, and
+    flips codes in it: what is apart then is less than a tenth of the way that was gone.
     """
-    ours, theirs = result["ours"], result["theirs"]
-    flipped = 0
+    ours, theirs, start = result["ours"], result["theirs"], result["start"]
+    tolerance, flipped = 1e-6 if same_gradients else 1e-5, 0
     assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
+            assert value.shape == theirs[name].shape, name
+            apart = (value.int() - theirs[name].int()).abs()
+            flips = int((apart > 0).sum())
+            if same_gradients:
+                assert apart.max() <= 1, f"{name} is {apart.max()} codes off"
+                assert flips <= 1 + value.numel() / 1000, f"{flips} codes of {name} are off"
+            elif name.endswith("weight_q"):
+                assert apart.double().norm() < 0.1 * (theirs[name].double() - start[name]).norm(), name
+            flipped += flips
+    assert has_codes or not flipped
+    if flipped:
+        tolerance = 1e-4 if same_gradients else 1e-2
     for name, value in ours.items():
         if not isinstance(value, torch.Tensor):
             assert value == theirs[name], name
-        elif value.dtype == torch.uint8:
-            assert value.shape == theirs[name].shape, name
-            apart = (value.int() - theirs[name].int()).abs()
-            assert apart.max() <= 1, f"{name} is {apart.max()} codes off"
-            flipped += int((apart > 0).sum())
-            assert (apart > 0).sum() <= 1 + value.numel() / 1000, f"{(apart > 0).sum()} codes of {name} are off"
-    tolerance = 1e-6 if alone_makes_gradients else 1e-5
-    assert not flipped or int8 or bits8
-    tolerance = 1e-3 if flipped else tolerance
-    for name, value in ours.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        elif value.is_floating_point():
             assert (error := difference(value, theirs[name])) <= tolerance, f"{name} is off by {error:.1e}"
     off, name = result["gradients"]
-    assert off <= (1e-2 if flipped else 1e-5), f"the gradient of {name} is off by {off:.1e}"
+    assert off <= (1e-3 if flipped else 1e-5), f"the gradient of {name} is off by {off:.1e}"
     for found, expected in result["losses"]:
-        assert found == pytest.approx(expected, rel=1e-4 if flipped else 1e-6), "another loss"
-    for name, before in result["start"].items():
+        assert found == pytest.approx(expected, rel=1e-5 if flipped else 1e-6), "another loss"
+    for name, before in start.items():
         if not name.endswith(("_scale", "_zero")):
             assert difference(ours[name], before) > 1e-3, f"{name} did not move"
 

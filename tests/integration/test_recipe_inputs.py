@@ -272,12 +272,8 @@ def test_a_path_that_is_not_there_is_named_by_its_option(run: Run, monkeypatch: 
 
 
 PARALLEL = {
-    "--gradients freed with --parallel ddp: weights would move before the ranks' gradients are averaged; use --parallel "
-    "fsdp --gradients freed": ["--parallel=ddp", "--gradients=freed"],
-    "--gradients none with --parallel fsdp: the sum over the ranks needs a gradient": [
-        "--parallel=fsdp",
-        "--gradients=none",
-    ],
+    "weights would move before the ranks' gradients are averaged; use --parallel fsdp": ("ddp", "freed"),
+    "the sum over the ranks needs a gradient; use --gradients freed": ("fsdp", "none"),
 }
 
 
@@ -287,8 +283,9 @@ def test_gradients_that_cannot_be_freed_on_several_ranks_are_refused(
 ) -> None:
     """Ranks that drift apart, or an error only once a model has been made."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    parallel, gradients = PARALLEL[message]
     with pytest.raises(SystemExit):
-        options_of(monkeypatch, "--config=60m", *PARALLEL[message])
+        options_of(monkeypatch, "--config=60m", f"--parallel={parallel}", f"--gradients={gradients}")
     assert message in capsys.readouterr().err
 
 

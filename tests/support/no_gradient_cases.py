@@ -65,23 +65,22 @@ def language_model(kind="llama", seed=0, **changes):
         "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
     }[kind]
     torch.manual_seed(seed)
-    made = config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=16,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+    options = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 16,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
         # From 0.2 on attention is sharp, and multiplies rounding errors by a thousand in 30 steps.
-        initializer_range=0.1,
-        **changes,
-    )
-    return model(made).train()
+        "initializer_range": 0.1,
+    }
+    return model(config(**(options | changes))).train()
 
 
 def optimizer_of(model, lr=LR, **group):

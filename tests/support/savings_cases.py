@@ -1,6 +1,6 @@
 """The table of docs/distributed.md: every saving of memory on every sharding, and a tiny LLaMA that is trained so.
 
-Beside the sharded model each rank keeps a whole one with the same savings, as a single process would train it. The whole
+Beside the sharded model each rank keeps a whole one with the same savings, as a single process would train it. That
 one computes the loss and the gradient of all ranks' batches, which those of the ranks have to be. Then both make a step
 from the *same* gradient, the gathered one of the sharded model. So what a comparison of the weights shows is the
 optimizer's alone, and not what a sum in another order does to a moment near 0 or to a value halfway between two codes.
@@ -8,6 +8,7 @@ optimizer's alone, and not what a sum in another order does to a moment near 0 o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +30,11 @@ from torch.nn.parallel import DistributedDataParallel
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 
 transformers = pytest.importorskip("transformers")
+with contextlib.suppress(ImportError):  # it updates 8-bit moments; before ranks are forked, each of which would wait
+    import bitsandbytes  # noqa: F401
 
-# On one to four ranks each shard has whole rows, whole groups of int8 weights and whole blocks of 256 moments, along rows
-# and along columns: every saving applies everywhere.
+# On one to four ranks each shard has whole rows, whole groups of int8 weights and whole blocks of 256 moments, along
+# rows and along columns: every saving applies everywhere.
 VOCABULARY, WIDTH, GROUP_SIZE, RANK = 96, 96, 8, 32
 ONE_PROCESS = "one process"  # the table's first column
 
@@ -172,8 +175,8 @@ class Cell:
             self.handle = attach_layerwise(self.model, self.optimizer, gradients=saving.gradients)
 
     def _record(self, name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.gradients[name] = parameter.grad.detach().clone()
+        if parameter.grad is not None:  # else the weight was updated without one
+            self.gradients[name] = parameter.grad.detach().clone()
 
     def backward(self, step: int) -> Tensor:
         """The mean loss over all ranks. With layer-wise updates the weights have moved."""

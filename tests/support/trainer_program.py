@@ -230,7 +230,7 @@ def sharded(folder: Path) -> None:
     for run in plain:
         run.train()
     refused = trainer(folder, trained={"callbacks": [LayerwiseCallback]})
-    with pytest.raises(ValueError, match="LayerwiseCallback works on one process or with FSDP2, and .* by MULTI_CPU"):
+    with pytest.raises(ValueError, match=r"LayerwiseCallback works on one process or with FSDP2, .* by MULTI_CPU"):
         refused.train()
     shard_on_cpus()
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}

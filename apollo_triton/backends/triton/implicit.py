@@ -23,7 +23,7 @@ from ...kernels import operand_sketch
 from ...kernels import operands as operands_kernels
 from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
-from . import projections
+from . import projections, verbs
 from .arguments import DTYPES, operand_constants, step_arguments
 from .matrices import Table
 from .projections import projection_kind
@@ -35,6 +35,9 @@ def sketch(table: Table, settings: Settings, scalars: StepScalars, gradient: Imp
     With ``limiter_norm="sketch"`` |R_c|^2 takes the place of |G_c|^2, its mean over projections: free, an estimate.
     """
     projections.refresh(table, settings, scalars)
+    if not math.prod(gradient.shape):  # the empty part of a weight that is cut into more parts than it has rows
+        channels = gradient.kept_and_contracted(table.keeps_rows)[0].shape[1]
+        return Sketch(table.scratch(channels, table.rank).zero_(), table.scratch(channels).zero_())
     R = _project(table, settings, scalars, gradient)
     if gradient.limiter_norm == "sketch":
         return Sketch(R, R.square().sum(1))
@@ -127,6 +130,9 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
     X, dY = gradient.inputs, gradient.output_gradient
     (tokens, rows), columns = dY.shape, X.shape[1]
     precision, weight = gpu.precision(X.dtype), table.members[0].weight
+    if not weight.numel():  # no tile, and u_prev moves with those of the other ranks
+        verbs.apply(table, settings, scalars, factors)
+        return
     if isinstance(weight, Int8Weight):
         kernel, stored = operands_kernels.apply_int8_operands_kernel, weight.q
         blocks = operands_kernels.int8_blocks(weight.group_size, *_tile_conditions(X, precision))
