@@ -66,7 +66,8 @@ class APOLLOAdamW(Optimizer):
             others; "triton" and "reference" insist on one. See ``backend_for``.
         state_dtype: torch.float32, or torch.bfloat16, which is stored with stochastic rounding; groups hold its name.
         state_bits: 8 for moments in bitsandbytes' blockwise 8-bit format, a byte each and a float32 for every 256;
-            else 32. bitsandbytes itself updates those of dense parameters.
+            else 32. bitsandbytes itself updates those of dense matrices. Ranks below 16, norms and biases, and shards
+            that are no whole blocks stay in ``state_dtype``.
         min_8bit_size: moments of fewer elements stay in ``state_dtype``.
         stochastic_rounding: round bfloat16 weights stochastically at the store.
         max_grad_norm: clip all gradients together, dense ones included, to this 2-norm; gradients are not written.
@@ -83,7 +84,8 @@ class APOLLOAdamW(Optimizer):
         decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
-    ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; a tensor of several experts
+    ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; 8-bit moments are ``exp_avg_q``,
+    ``exp_avg_absmax`` and the like; a tensor of several experts
     ``[experts, rows, columns]`` has them as leading dimension in each. Weights are float32, bfloat16 or
     float16; all arithmetic is float32. A gradient that is not finite moves nothing and is counted in
     ``skipped_updates``.
@@ -330,7 +332,7 @@ class APOLLOAdamW(Optimizer):
 
         Settings come from the checkpoint, with a warning where others were asked for. ``backend`` and ``capturable``
         stay as they are: they say where this run computes. Moments come to the group's ``state_dtype``, except if both
-        are bfloat16 or 8-bit already; everything else comes to float32.
+        are bfloat16 already, or to 8 bits where new ones would be; everything else comes to float32.
 
         Raises ValueError, and changes nothing, for another optimizer's state, other shapes, settings that are not
         allowed, and numbers from which training cannot continue.

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.messages import shown, warn
 from ..core.module_names import unwrapped
 from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
-from .blocks import SPANS_RANKS, obstacle_to_8bit
+from .blocks import obstacle_to_8bit
 from .member import Param
 from .state import is_8bit
 
@@ -96,9 +96,9 @@ def warn_of_forms(found: Sequence[tuple[Param, Settings, bool]]) -> None:
 def warn_of_blocks(found: Sequence[Param]) -> None:
     """Warn of sharded weights whose new moments stay floats because blocks of 8-bit ones would span ranks."""
     warn(
-        f"state_bits=8: the moments of {_listed(found)} stay in state_dtype, since their {SPANS_RANKS}. Nothing needs "
-        "to be done. They are 8-bit on a number of ranks whose shards are multiples of 256 elements, and a larger "
-        "min_8bit_size keeps them in state_dtype on any"
+        f"state_bits=8: the moments of {_listed(found)} stay in state_dtype, since their blocks of 256 elements would "
+        "span ranks. Nothing needs to be done. They are 8-bit on a number of ranks whose shards are multiples of 256 "
+        "elements, and a larger min_8bit_size keeps them in state_dtype on any"
     )
 
 
