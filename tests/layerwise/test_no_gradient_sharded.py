@@ -117,7 +117,7 @@ def cases_of(cuts, names=LAYERS):
 
 
 FEW = ("wide", "many tokens", "large", "signs", "small")
-ON_KERNELS = ("signs", "large, wide")
+ON_KERNELS = ("signs", "small")
 MANY_ON_KERNELS = ("tall", "wide", "many, wide", "large", "large, wide", "signs", "smaller")
 CUTS = {1: ["0", "1", "r"], 2: ["01", "10", "r0", "1r", "11", "00"]}
 

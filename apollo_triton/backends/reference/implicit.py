@@ -9,8 +9,6 @@ no tensor of the weight's size is ever made.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -37,8 +35,6 @@ def sketch(gradient: ImplicitGradient, keeps_rows: bool, P: Tensor, buffers: Scr
 def squared_norms(gradient: ImplicitGradient, keeps_rows: bool, buffers: Scratch) -> Tensor:
     """|G_c|^2 ``[channels]``, float32, by the way that takes fewer multiplications."""
     kept, contracted = gradient.kept_and_contracted(keeps_rows)
-    if not math.prod(gradient.shape):  # the empty part of a weight that is cut into more parts than it has rows
-        return kept.new_zeros(kept.shape[1], dtype=torch.float32)
     if gram_is_cheaper(len(kept), *gradient.shape):
         return gram_norms(kept, contracted, buffers)
     return tile_norms(gradient, keeps_rows, buffers)
