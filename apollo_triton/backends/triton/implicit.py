@@ -130,7 +130,7 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
     X, dY = gradient.inputs, gradient.output_gradient
     (tokens, rows), columns = dY.shape, X.shape[1]
     precision, weight = gpu.precision(X.dtype), table.members[0].weight
-    if not weight.numel():  # no tile, and u_prev moves with those of the other ranks
+    if not rows * columns:  # no tile, and u_prev moves with those of the other ranks
         verbs.apply(table, settings, scalars, factors)
         return
     if isinstance(weight, Int8Weight):
