@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .live_step import LiveStep, Result
+from .live_step import PARTS, LiveStep, Result
 
 FEW = 6, 7, 8  # a sharded layer prefetches its neighbour, so the outermost two of either end are special
 
@@ -51,8 +51,9 @@ def extended(few: Sequence[LiveStep], layers: int) -> Result | None:
             checked = max(checked, sum(c[at].values()))
     if any(each is None for each in counts) or checked != sum(third.result().parts.values()):
         return None
+    peak = max(candidates, key=lambda parts: sum(parts.values()))
     exchanges, received = counts
-    return Result(max(candidates, key=lambda parts: sum(parts.values())), exchanges or {}, received or {})
+    return Result({part: peak[part] for part in PARTS if part in peak}, exchanges or {}, received or {})
 
 
 def _extended(first: dict[str, int], second: dict[str, int], third: dict[str, int], layers: int) -> dict[str, int] | None:

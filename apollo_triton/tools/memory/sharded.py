@@ -68,7 +68,7 @@ def predicted(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool
     check_cards(model, setup.gpus, setup.shard)
     layers = like_layers(model)
     try:
-        if layers is not None and len(layers) > FEW[-1] + 1:
+        if layers is not None and len(layers) > sum(FEW):  # else it is no shorter
             few = [followed(_with_layers(model, count), setup, batch, sequence, on_cuda) for count in FEW]
             found = extended(few, len(layers))
             if found is not None:
