@@ -144,7 +144,7 @@ def test_few_layers_tell_of_many(on_cuda, monkeypatch):
     """What is extended from few layers is what a model of more holds: which moment is the peak may change."""
     monkeypatch.setattr(alike, "FEW", (3, 4, 5))
     model, setup = llama(layers=7), Setup(2, layerwise=True, checkpointing=True)
-    few = [sharded.followed(sharded._with_layers(model, count), setup, 1, TOKENS, on_cuda) for count in alike.FEW]
+    few = [sharded.followed(sharded._with_layers(model, count), setup, 1, TOKENS, on_cuda, True) for count in alike.FEW]
     whole = sharded.followed(copy.deepcopy(model), setup, 1, TOKENS, on_cuda).result()
     assert alike.extended(few, 7) == whole
 

@@ -119,21 +119,25 @@ class LiveStep(Storages):
         """What there was since ``begin``."""
         return Result(_shown(self.parts_at_peak()), dict(self.exchanges), dict(self.received))
 
-    def step(self, tokens: Tensor, forward: Any) -> None:
-        """One step of training. ``forward(tokens)`` returns the loss."""
+    def step(self, tokens: Tensor, forward: Any, moments: bool = False) -> None:
+        """One step of training. ``forward(tokens)`` returns the loss. ``moments``: keep what ``phases`` tells."""
         with self.making(SAVED):
-            self._phases["forward"] = self.keep_moments()
+            self._begin("forward", moments)
             self.mark([tokens], BUFFERS)
             loss = forward(tokens)
         with self.making(WORKING):
-            self._phases["backward"] = self.keep_moments()
+            self._begin("backward", moments)
             loss.backward()
             del loss
-            self._phases["update"] = self.keep_moments()
+            self._begin("update", moments)
             self._optimizer.step()
             self._optimizer.zero_grad()
         for state in self._optimizer.state.values():
             self._mark_state(state)
+
+    def _begin(self, phase: str, moments: bool) -> None:
+        if moments:
+            self._phases[phase] = self.keep_moments()
 
     def _followed(self, run: Any, engine: Engine, groups: Any, states: Any, arguments: Any, options: Any) -> None:
         """``Engine.run``, whose memory is an update's, and what it leaves in the state the state's."""
