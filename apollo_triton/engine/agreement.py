@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.implicit_gradient import ImplicitGradient
 from ..core.settings import PER_STEP, STRUCTURAL, Settings
+from ..int8.weight import int8_weight_of
 from ..params.fake import fake_mode_of
 from ..params.member import Param
 from ..params.sharding import LocalShard, MeshAxis
@@ -86,6 +87,9 @@ def _lasting(param: Param, settings: Settings) -> str:
     """A parameter and its settings, to be the same on all ranks at every step."""
     values = [f"{name}={getattr(settings, name)!r}" for name in STRUCTURAL]
     placements = getattr(param.tensor, "placements", "whole")
+    weight = int8_weight_of(param.tensor)
+    if weight is not None:
+        values = [f"group_size={weight.group_size}, stochastic_rounding={weight.stochastic_rounding}", *values]
     return f"{param} {param.tensor.dtype} {placements}: {', '.join(values)}"
 
 

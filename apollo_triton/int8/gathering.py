@@ -23,7 +23,7 @@ class GatheredByFSDP:
     ) -> tuple[tuple[Tensor, ...], Any]:
         """What each rank sends. Raises ValueError, on all ranks alike, unless the shards are whole rows of one size."""
         rows, columns = self.shape
-        if tuple(outer_size) != (rows * mesh.size(), columns):
+        if tuple(outer_size) not in ((rows * mesh.size(), columns), (rows, columns)):
             raise ValueError(
                 f"{self.title} is cut into pieces of shape {(rows, columns)} over {mesh.size()} ranks; FSDP2 gathers "
                 "int8 weights that are cut into equal numbers of whole rows: leave shard_placement_fn out, or the "
@@ -35,13 +35,17 @@ class GatheredByFSDP:
         self: Any, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """The whole weight, of whose memory FSDP2 needs to free nothing beside ``outputs``. With ``out``, which looks
-        at the same buffers, there is nothing to do."""
+        at the same buffers, there is nothing to do.
+
+        On a mesh of one rank FSDP2 copies the first part alone. Scales and zero points are then those of the shard.
+        """
+        if len(outputs) == 1:
+            outputs = (*outputs, self.scale.to(outputs[0].device), self.zero.to(outputs[0].device))
         if out is None:
-            q, scale, zero = outputs
-            parts = {id(self.q): q, id(self.scale): scale, id(self.zero): zero}
+            parts = dict(zip(map(id, (self.q, self.scale, self.zero)), outputs, strict=True))
             return self.with_parts(lambda part: parts[id(part)], param_dtype), ()
         whole: Any = local(out)
-        for part, gathered in zip((whole.q, whole.scale, whole.zero), outputs, strict=True):
-            if part.data_ptr() != gathered.data_ptr():
-                raise RuntimeError(f"{self.title}: FSDP2 has gathered it into other memory than it had at first")
+        if whole.q.data_ptr() != outputs[0].data_ptr():
+            raise RuntimeError(f"{self.title}: FSDP2 has gathered it into other memory than it had at first")
+        whole.q, whole.scale, whole.zero = outputs
         return None

@@ -348,5 +348,5 @@ def check_group_size(weight: Tensor, group_size: int, name: str = "weight") -> N
 def refusal(function: Any) -> NotImplementedError:
     return NotImplementedError(
         f"{function} is not defined for an int8 weight, since it would need a float copy of it; take "
-        "weight.dequantize() first"
+        "weight.dequantize() first, or of a DTensor weight.to_local().dequantize()"
     )

@@ -21,7 +21,7 @@ from distributed_harness import outcomes, run
 from savings_cases import ROWS, Cell, load, save
 from torch.distributed.tensor import DTensor
 
-pytestmark = [needs_fsdp_on_a_cpu, pytest.mark.slow]
+pytestmark = [needs_fsdp_on_a_cpu, pytest.mark.slow, pytest.mark.usefixtures("bitsandbytes")]
 SAVED, KILLED, END = 2, 4, 5
 IN_THE_MIDDLE = "model.layers.0.mlp.up_proj.weight"  # layer 1 has moved when its gradient comes
 

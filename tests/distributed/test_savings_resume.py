@@ -11,7 +11,7 @@ from distributed_cases import assert_ranks_agree, assert_same_bits, needs_fsdp_o
 from distributed_harness import run
 from savings_cases import ONE_PROCESS, ROWS, Cell, load, save
 
-pytestmark = needs_fsdp_on_a_cpu
+pytestmark = [needs_fsdp_on_a_cpu, pytest.mark.usefixtures("bitsandbytes")]
 SAVED, END = 2, 4
 full, slow = pytest.mark.full, pytest.mark.slow
 JOURNEYS = [

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from apollo_triton import APOLLOAdamW, dequantize_model, quantize_model
+from apollo_triton import APOLLOAdamW, attach_layerwise, dequantize_model, quantize_model
 from apollo_triton.core.dtensors import local_slices
 from apollo_triton.core.geometry import Geometry
 from apollo_triton.int8.weight import Int8Weight, int8_weight_of
@@ -116,6 +116,11 @@ def under_fsdp(steps=2):
         model = with_fsdp(copy.deepcopy(plain), mesh)
         results["bits", backend] = torch.equal(model(inputs(0)), plain(inputs(0)))
         results["apart", backend] = beside_a_plain_copy(model, plain, steps, backend, rank)
+    one = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replica", "shard"))
+    plain = net()
+    model = with_fsdp(copy.deepcopy(plain), one)
+    results["one shard"] = beside_a_plain_copy(model, plain, steps, "reference", rank) == {"up": 0, "down": 0}
+    results["forward of one shard"] = torch.equal(model(inputs(0)), plain(inputs(0)))
     half = net().to(torch.bfloat16)
     for again in (True, False):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -134,7 +139,8 @@ def under_fsdp(steps=2):
 @pytest.mark.slow
 def test_fsdp():
     """Floats that travel instead of codes; bits of rounding drawn as of a weight that begins at 0; an activation dtype
-    that changes the weights; buffers that a second forward does not find filled."""
+    that changes the weights; buffers that a second forward does not find filled; a mesh of one shard, of which FSDP2
+    copies the codes alone."""
     for results in run(under_fsdp, 2):
         # Codes, and 4 + 1 bytes of each of the 64 groups, of two weights; biases, and the head padded to 4 rows.
         assert results.pop("gathered") == (3, 2 * (512 + 64 * 5) + 4 * (32 + 16) + 4 * (4 * 16 + 4))
@@ -267,6 +273,13 @@ def refused():
             call()
         except ValueError as error:
             found[name] = str(error)
+    model = quantize_model(floats(), ["up", "down"], group_size=GROUP, stochastic_rounding=dist.get_rank() == 1)
+    with_fsdp(model, mesh)
+    model(inputs(0)).sum().backward()
+    try:
+        optimizer_of(model).step()
+    except ValueError as error:
+        found["ranks that differ"] = str(error)
     return found
 
 
@@ -281,4 +294,38 @@ def test_what_cannot_be_cut_is_refused_on_all_ranks_before_anything_is_sent():
     assert re.search(
         r"up\.weight of shape .* equal numbers of whole rows: leave shard_placement_fn out", found["placement"]
     )
+    assert re.search(
+        r"ranks 0 and 1 differ: .* stochastic_rounding=False.* on rank 0, .*=True", found["ranks that differ"]
+    )
     assert re.search(r"up is sharded, .* torch\.distributed\.checkpoint", found["floats"])
+
+
+def without_gradients(steps=2):
+    """Tensor parallel layers that are updated from their operands, on both backends and beside a plain copy."""
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    plans = {
+        "plain": {},
+        "rows": {"up": ColwiseParallel(output_layouts=Replicate())},
+        "both": {"up": ColwiseParallel(), "down": RowwiseParallel()},
+    }
+    for backend in ("reference", "triton"):
+        for kind, plan in plans.items():
+            model = net()
+            if plan:
+                parallelize_module(model, mesh, plan)
+            optimizer = optimizer_of(model, backend)
+            attach_layerwise(model, optimizer, gradients="none")
+            for step in range(steps):
+                model(inputs(step)).square().mean().backward()
+                optimizer.step()
+            found[backend, kind] = floats_of(model)
+    return found
+
+
+@pytest.mark.slow
+def test_steps_without_gradients_draw_the_same_bits():
+    """An index of rounding that counts from each shard's beginning, in the kernels that take X and dY."""
+    (found, _) = run(without_gradients, 2)
+    for backend in ("reference", "triton"):
+        assert max(apart(found[backend, "plain"], found[backend, "rows"]).values()) < 1e-6
+    assert max(apart(found["reference", "both"], found["triton", "both"]).values()) < 1e-6

@@ -49,7 +49,8 @@ def losses(output: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+) +loss ([\d.]+)$", output, re.MULTILINE)}
 
 
-ALL_SAVINGS = ("--layerwise", "--int8", "--state-bits=8", "--hidden=64")  # wide enough for groups of 128
+# Wide enough for groups of 128 codes, and a batch that four ranks can share.
+ALL_SAVINGS = ("--layerwise", "--int8", "--state-bits=8", "--hidden=64", "--batch=12")
 
 
 @needs_fsdp_on_a_cpu

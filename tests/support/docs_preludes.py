@@ -106,10 +106,13 @@ def int8(folder: Path) -> Names:
 
 
 def distributed(folder: Path) -> Names:
-    """The names of ``training``, an optimizer, and a folder for its checkpoint."""
+    """The names of ``training``, an optimizer, folders for its checkpoint and with float weights, and their config."""
     names = training(folder)
-    optimizer = APOLLOAdamW.mini(names["model"], lr=1e-2)
-    return names | {"folder": folder / "checkpoint", "optimizer": optimizer}
+    model = names["model"]
+    model.save_pretrained(folder / "weights")
+    files = {"folder": folder / "checkpoint", "weights": folder / "weights"}
+    more = {"config": model.config, "make_model": make_model, "optimizer": APOLLOAdamW.mini(model, lr=1e-2)}
+    return names | files | more
 
 
 def tools(folder: Path) -> Names:
