@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import Any
 
 from apollo_triton.tools.memory.many_cards import CARDS, count
 from apollo_triton.tools.memory.paper import GB

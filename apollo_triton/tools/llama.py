@@ -24,7 +24,14 @@ from .model_config import checked, read_config
 LARGER: dict[str, dict[str, int]] = {
     "33B": {"hidden": 6656, "intermediate": 17920, "layers": 60, "heads": 52, "key_value_heads": 52, "vocab": 32000},
     "70B": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "key_value_heads": 8, "vocab": 128256},
-    "405B": {"hidden": 16384, "intermediate": 53248, "layers": 126, "heads": 128, "key_value_heads": 8, "vocab": 128256},
+    "405B": {
+        "hidden": 16384,
+        "intermediate": 53248,
+        "layers": 126,
+        "heads": 128,
+        "key_value_heads": 8,
+        "vocab": 128256,
+    },
 }
 _MOST_ELEMENTS = 2**50  # of one weight; the bytes of more could overflow where torch counts them
 
@@ -61,8 +68,8 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model on the meta device: all shapes and names, and no memory for its weights.
 
     Args:
-        model: a size of ``named_sizes()`` or ``LARGER``; the path of a ``config.json`` or of the directory that holds one; or the id
-            of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
+        model: a size of ``named_sizes()`` or ``LARGER``; the path of a ``config.json`` or of the directory that holds
+            one; or the id of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
         dtype: the dtype of the weights.
 
     A named size is the paper's LLaMA, whose output head does not share the embedding's weight. A config is data: no
@@ -114,8 +121,8 @@ def _config_path(model: str) -> Path:
         return path
     if "/" not in model and not model.endswith(".json"):
         raise ValueError(
-            f"unknown model {model!r} (allowed: {', '.join([*named_sizes(), *LARGER])}, the path of a config.json or of "
-            "the directory that holds one, or a Hugging Face hub id 'owner/name')"
+            f"unknown model {model!r} (allowed: {', '.join([*named_sizes(), *LARGER])}, the path of a config.json or "
+            "of the directory that holds one, or a Hugging Face hub id 'owner/name')"
         )
     if model.endswith(".json") or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no {model!r}; give a config.json or the directory that holds one")

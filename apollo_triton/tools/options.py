@@ -59,7 +59,8 @@ def memory(parser: ArgumentParser) -> None:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"{', '.join(LLAMA_SIZES)} (the paper's LLaMA), {', '.join(LARGER_SIZES)}, a config.json, a directory that holds one, or a Hugging "
+        help=f"{', '.join(LLAMA_SIZES)} (the paper's LLaMA), {', '.join(LARGER_SIZES)}, "
+        "a config.json, a directory that holds one, or a Hugging "
         "Face hub id: exact bytes of each (default: the totals of the named sizes). The word --model may be left out.",
     )
     add("--paper", action="store_true", help="the paper's memory column beside exact counts")

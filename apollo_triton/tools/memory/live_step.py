@@ -88,7 +88,7 @@ class LiveStep(Storages):
         def followed(engine: Engine, groups: Any, states: Any, *arguments: Any, **options: Any) -> None:
             this._followed(run, engine, groups, states, arguments, options)
 
-        Engine.run = followed  # type: ignore[method-assign]
+        Engine.run = followed  # type: ignore[method-assign,assignment]
         self.mark(self._model.parameters(), WEIGHTS)
         self.mark(self._model.buffers(), BUFFERS)
         return self
@@ -111,9 +111,7 @@ class LiveStep(Storages):
     def phases(self) -> dict[str, list[dict[str, int]]]:
         """Of forward, backward and update: the bytes of each part whenever something was about to be freed."""
         self.keep_moments()  # the last moment of the last phase
-        return {
-            phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()
-        }
+        return {phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()}
 
     def result(self) -> Result:
         """What there was since ``begin``."""
@@ -214,5 +212,5 @@ def _ranks(arguments: Any) -> int:
         if isinstance(argument, torch.ScriptObject):
             with suppress(RuntimeError):  # for example a reduction operation
                 return torch.distributed.ProcessGroup.unbox(argument).size()
-    name = next(argument for argument in reversed(arguments) if isinstance(argument, str))
+    name: Any = next(argument for argument in reversed(arguments) if isinstance(argument, str))
     return torch.distributed.distributed_c10d._resolve_process_group(name).size()

@@ -30,8 +30,8 @@ from .sharding import check_cards, fake_of, shard
 class Setup:
     """How a model is trained on ``gpus`` cards.
 
-    ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``: PyTorch's
-    AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
+    ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``:
+    PyTorch's AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
 
     >>> Setup(8, "hsdp").mesh
     {'replicas': 2, 'shards': 4}
@@ -89,9 +89,7 @@ def _with_layers(model: Any, count: int) -> Any:
     return copied
 
 
-def followed(
-    model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool, moments: bool = False
-) -> LiveStep:
+def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool, moments: bool = False) -> LiveStep:
     """``train`` on fake tensors in place of those of ``model``."""
     for signed in (True, False):  # 2 kB that a process makes once are counted in no run, not in the first one alone
         dynamic_code(signed, torch.device("meta"))
@@ -100,7 +98,9 @@ def followed(
         return train(fake_of(model), setup, mesh, tokens, on_cuda, moments)
 
 
-def train(model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False, moments: bool = False) -> LiveStep:
+def train(
+    model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False, moments: bool = False
+) -> LiveStep:
     """Shard ``model``, train two steps, and return what was alive in the second one, for which the first has made
     whatever lasts. ``on_cuda`` needs fake tensors."""
     shard(model, setup.shard, mesh)
