@@ -18,12 +18,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_triton import APOLLOAdamW
 from apollo_triton.tools.llama import meta_model
+from apollo_triton.tools.memory.fake_world import fake_mesh
 
-from .fake_mesh import fake_mesh
 from .report_tables import table
 from .results_file import ROOT, Results, Row, write_whole
 
@@ -32,26 +31,12 @@ from distributed_cases import Collectives
 
 DOCUMENT = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!-- communication: python -m bench.communication --write -->", "<!-- end of communication -->"
-# The published shapes of Llama 3.1. 7B is the paper's.
-LARGER = {
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
-}
-SIZES = ("7B", *LARGER)
+SIZES = ("7B", "70B", "405B")
 # GPUs along the mesh dimension of FSDP2, and along that of tensor parallelism.
 MESHES = ((8, 1), (64, 1), (1024, 1), (128, 8))
 METHODS = {"APOLLO": {"rank": 256}, "APOLLO-Mini": {}}
 # FSDP2's own bytes per parameter and step: weights gathered in bfloat16 for each pass, gradients reduced in float32.
 FSDP_BYTES = 2 + 2 + 4
-
-
-def llama(size: str) -> nn.Module:
-    """A LLaMA of ``size`` on the meta device, in float32, the dtype in which the optimizer sees FSDP2's weights."""
-    if size not in LARGER:
-        return meta_model(size, torch.float32)
-    config = LlamaConfig(**LARGER[size], num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -91,7 +76,7 @@ def counted(size: str, gpus: tuple[int, int], method: str) -> Row:
         patch("apollo_triton.engine.agreement.Agreement.check"),
         patch("apollo_triton.engine.engine._no_autocast", lambda plan: contextlib.nullcontext()),
     ):
-        model = llama(size)
+        model = meta_model(size, torch.float32)  # the dtype in which the optimizer sees FSDP2's weights
         shard(model, mesh)
         give_gradients(model)
         make = APOLLOAdamW.apollo if method == "APOLLO" else APOLLOAdamW.mini

@@ -110,7 +110,9 @@ class Part(list[dict[str, Any]]):
     A group of which none is among them is left out.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], params: Sequence[Param]) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]], params: Sequence[Param]
+    ) -> None:
         self.params = params
         by_group: dict[int, list[Param]] = {}
         for param in params:

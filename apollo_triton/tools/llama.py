@@ -20,6 +20,19 @@ from ..core.messages import shown, warn
 from .bounds import TooLarge, bounded
 from .model_config import checked, read_config
 
+# Larger models than the paper's: LLaMA-33B, and the published shapes of Llama 3.1.
+LARGER: dict[str, dict[str, int]] = {
+    "33B": {"hidden": 6656, "intermediate": 17920, "layers": 60, "heads": 52, "key_value_heads": 52, "vocab": 32000},
+    "70B": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "key_value_heads": 8, "vocab": 128256},
+    "405B": {
+        "hidden": 16384,
+        "intermediate": 53248,
+        "layers": 126,
+        "heads": 128,
+        "key_value_heads": 8,
+        "vocab": 128256,
+    },
+}
 _MOST_ELEMENTS = 2**50  # of one weight; the bytes of more could overflow where torch counts them
 
 
@@ -55,8 +68,8 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model on the meta device: all shapes and names, and no memory for its weights.
 
     Args:
-        model: a size of ``named_sizes()``; the path of a ``config.json`` or of the directory that holds one; or the id
-            of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
+        model: a size of ``named_sizes()`` or ``LARGER``; the path of a ``config.json`` or of the directory that holds
+            one; or the id of a Hugging Face hub model, "owner/name". Of that only the config is fetched.
         dtype: the dtype of the weights.
 
     A named size is the paper's LLaMA, whose output head does not share the embedding's weight. A config is data: no
@@ -71,7 +84,7 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     58073600
     """
     transformers = require("transformers", "demo")
-    named = model.upper() in named_sizes()
+    named = model.upper() in (*named_sizes(), *LARGER)
     path = None if named else _config_path(model)
     # Import it here: under torch.device("meta") torch 2.6 cannot import what this imports.
     require("transformers.modeling_utils", "demo")
@@ -89,12 +102,13 @@ def meta_model(model: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def _llama_config(transformers: Any, size: str) -> Any:
-    shape = paper_figures()["llama"][size]
+    shape = LARGER.get(size) or paper_figures()["llama"][size]
     return transformers.LlamaConfig(
         hidden_size=shape["hidden"],
         intermediate_size=shape["intermediate"],
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
+        num_key_value_heads=shape.get("key_value_heads", shape["heads"]),
         vocab_size=shape["vocab"],
         tie_word_embeddings=False,
     )
@@ -107,8 +121,8 @@ def _config_path(model: str) -> Path:
         return path
     if "/" not in model and not model.endswith(".json"):
         raise ValueError(
-            f"unknown model {model!r} (allowed: {', '.join(named_sizes())}, the path of a config.json or of "
-            "the directory that holds one, or a Hugging Face hub id 'owner/name')"
+            f"unknown model {model!r} (allowed: {', '.join([*named_sizes(), *LARGER])}, the path of a config.json or "
+            "of the directory that holds one, or a Hugging Face hub id 'owner/name')"
         )
     if model.endswith(".json") or model.startswith((".", "/", "~")):
         raise FileNotFoundError(f"there is no {model!r}; give a config.json or the directory that holds one")

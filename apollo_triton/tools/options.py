@@ -12,6 +12,7 @@ from pathlib import Path
 STEPS, BATCH, SEQUENCE, LEARNING_RATE = 600, 8, 128, 3e-3
 # Names that modules which import torch define. A test compares them.
 LLAMA_SIZES = "60M", "130M", "350M", "1B", "7B", "13B"
+LARGER_SIZES = "33B", "70B", "405B"
 DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
 DEMO_METHODS = "adamw", "apollo", "mini"
 
@@ -58,7 +59,8 @@ def memory(parser: ArgumentParser) -> None:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help=f"{', '.join(LLAMA_SIZES)} (the paper's LLaMA), a config.json, a directory that holds one, or a Hugging "
+        help=f"{', '.join(LLAMA_SIZES)} (the paper's LLaMA), {', '.join(LARGER_SIZES)}, "
+        "a config.json, a directory that holds one, or a Hugging "
         "Face hub id: exact bytes of each (default: the totals of the named sizes). The word --model may be left out.",
     )
     add("--paper", action="store_true", help="the paper's memory column beside exact counts")

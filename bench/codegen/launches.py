@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Shard
 from apollo_triton import APOLLOAdamW
 from apollo_triton.core import gpu
 from apollo_triton.int8.weight import Int8Weight
+from apollo_triton.tools.memory.fake_world import fake_mesh
 
-from ..fake_mesh import fake_mesh
 from . import linear as int8_layers
 from . import operands as factors
 from .kernel import Kernel

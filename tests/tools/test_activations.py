@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from apollo_triton import quantize_model
-from apollo_triton.tools.memory.activations import Allocations, Peak, AsOnCuda, training_peak
+from apollo_triton.tools.memory.activations import Allocations, AsOnCuda, Peak, training_peak
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.modeling_utils")  # which torch 2.6 cannot import lazily, on the meta device

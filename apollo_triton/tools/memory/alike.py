@@ -1,19 +1,19 @@
 """A model of many layers that are alike, followed with few: what each further layer adds is the same.
 
-With layers that are alike, what is alive at a moment of a step grows by the same bytes with each layer, and from a layer
-to the next one. So the peak is near the first or the last layers of a phase. It is found there in models of 6 and of 7
+With layers that are alike, what is alive at a moment of a step grows by the same bytes with each layer, and from layer
+to layer. So the peak is near the first or the last layers of a phase. It is found there in models of 6 and of 7
 layers, moment by moment, and extended. A model of 8 layers checks that all of it holds, byte by byte. If it does not,
 there is no short cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from .live_step import LiveStep, Result
+from .live_step import PARTS, LiveStep, Result
 
 FEW = 6, 7, 8  # a sharded layer prefetches its neighbour, so the outermost two of either end are special
 
@@ -33,8 +33,9 @@ def like_layers(model: Any) -> nn.ModuleList | None:
 
 def extended(few: Sequence[LiveStep], layers: int) -> Result | None:
     """What a model of ``layers`` layers holds, by those of ``FEW``; None if it cannot be said."""
-    first, second, third = few
-    counts = [_extended(*(dict(getattr(live, name)) for live in few), layers) for name in ("exchanges", "received")]
+    first, _, third = few
+    exchanges = _extended([live.exchanges for live in few], layers)
+    received = _extended([live.received for live in few], layers)
     candidates: list[dict[str, int]] = []
     checked = 0
     for name in first.phases:
@@ -44,22 +45,22 @@ def extended(few: Sequence[LiveStep], layers: int) -> Result | None:
         half = len(a) // 2
         places = [*range(half), *range(half - len(a), 0)]
         for at in places:
-            parts = _extended(a[at], b[at], c[at], layers)
+            parts = _extended([a[at], b[at], c[at]], layers)
             if parts is None:
                 return None
             candidates.append(parts)
             checked = max(checked, sum(c[at].values()))
-    if any(each is None for each in counts) or checked != sum(third.result().parts.values()):
+    if exchanges is None or received is None or checked != sum(third.result().parts.values()):
         return None
-    exchanges, received = counts
-    return Result(max(candidates, key=lambda parts: sum(parts.values())), exchanges or {}, received or {})
+    peak = max(candidates, key=lambda parts: sum(parts.values()))
+    return Result({part: peak[part] for part in PARTS if part in peak}, exchanges, received)
 
 
-def _extended(first: dict[str, int], second: dict[str, int], third: dict[str, int], layers: int) -> dict[str, int] | None:
+def _extended(few: Sequence[Mapping[str, int]], layers: int) -> dict[str, int] | None:
     """Numbers of ``FEW`` layers for ``layers``; None if each layer does not add the same."""
     result = {}
-    for name in {*first, *second, *third}:
-        a, b, c = (each.get(name, 0) for each in (first, second, third))
+    for name in {name for numbers in few for name in numbers}:
+        a, b, c = (numbers.get(name, 0) for numbers in few)
         if c - b != b - a:
             return None
         result[name] = a + (b - a) * (layers - FEW[0])

@@ -91,7 +91,9 @@ def run(options: argparse.Namespace) -> int:
     if options.gpus is None:
         _refuse(options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs")
     if options.paper:
-        _refuse(options, "model", *COMPARISON_ONLY, "single_card", "gpus", reason="--paper has the paper's own settings")
+        _refuse(
+            options, "model", *COMPARISON_ONLY, "single_card", "gpus", reason="--paper has the paper's own settings"
+        )
         print(_paper_json() if options.json else _paper_text())
         return 0
     if options.single_card:

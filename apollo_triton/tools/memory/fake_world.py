@@ -25,7 +25,7 @@ def fake_mesh(**sizes: int) -> Iterator[Any]:
     1024
     """
     # Not public, and the only process groups that send nothing. The import registers collectives on the meta device.
-    import torch.distributed._tools.fake_collectives
+    import torch.distributed._tools.fake_collectives  # noqa: F401
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():

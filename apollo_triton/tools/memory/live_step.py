@@ -88,7 +88,7 @@ class LiveStep(Storages):
         def followed(engine: Engine, groups: Any, states: Any, *arguments: Any, **options: Any) -> None:
             this._followed(run, engine, groups, states, arguments, options)
 
-        Engine.run = followed  # type: ignore[method-assign]
+        Engine.run = followed  # type: ignore[method-assign,assignment]
         self.mark(self._model.parameters(), WEIGHTS)
         self.mark(self._model.buffers(), BUFFERS)
         return self
@@ -111,29 +111,31 @@ class LiveStep(Storages):
     def phases(self) -> dict[str, list[dict[str, int]]]:
         """Of forward, backward and update: the bytes of each part whenever something was about to be freed."""
         self.keep_moments()  # the last moment of the last phase
-        return {
-            phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()
-        }
+        return {phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()}
 
     def result(self) -> Result:
         """What there was since ``begin``."""
         return Result(_shown(self.parts_at_peak()), dict(self.exchanges), dict(self.received))
 
-    def step(self, tokens: Tensor, forward: Any) -> None:
-        """One step of training. ``forward(tokens)`` returns the loss."""
+    def step(self, tokens: Tensor, forward: Any, moments: bool = False) -> None:
+        """One step of training. ``forward(tokens)`` returns the loss. ``moments``: keep what ``phases`` tells."""
         with self.making(SAVED):
-            self._phases["forward"] = self.keep_moments()
+            self._begin("forward", moments)
             self.mark([tokens], BUFFERS)
             loss = forward(tokens)
         with self.making(WORKING):
-            self._phases["backward"] = self.keep_moments()
+            self._begin("backward", moments)
             loss.backward()
             del loss
-            self._phases["update"] = self.keep_moments()
+            self._begin("update", moments)
             self._optimizer.step()
             self._optimizer.zero_grad()
         for state in self._optimizer.state.values():
             self._mark_state(state)
+
+    def _begin(self, phase: str, moments: bool) -> None:
+        if moments:
+            self._phases[phase] = self.keep_moments()
 
     def _followed(self, run: Any, engine: Engine, groups: Any, states: Any, arguments: Any, options: Any) -> None:
         """``Engine.run``, whose memory is an update's, and what it leaves in the state the state's."""
@@ -210,5 +212,5 @@ def _ranks(arguments: Any) -> int:
         if isinstance(argument, torch.ScriptObject):
             with suppress(RuntimeError):  # for example a reduction operation
                 return torch.distributed.ProcessGroup.unbox(argument).size()
-    name = next(argument for argument in reversed(arguments) if isinstance(argument, str))
+    name: Any = next(argument for argument in reversed(arguments) if isinstance(argument, str))
     return torch.distributed.distributed_c10d._resolve_process_group(name).size()

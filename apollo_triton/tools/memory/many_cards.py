@@ -126,7 +126,10 @@ def text(counted: ManyCards) -> str:
 
 def as_dict(counted: ManyCards) -> dict[str, Any]:
     """What ``--json`` prints, all sizes in bytes."""
-    return asdict(counted) | {"total": counted.total, "fits": {str(card): counted.total <= CARDS[card] for card in CARDS}}
+    return asdict(counted) | {
+        "total": counted.total,
+        "fits": {str(card): counted.total <= CARDS[card] for card in CARDS},
+    }
 
 
 def _verdict(total: int, card: int) -> str:

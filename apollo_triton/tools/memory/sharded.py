@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core.moments_8bit import dynamic_code
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
 from .activations import AsOnCuda, check_model, set_checkpointing
@@ -29,8 +30,8 @@ from .sharding import check_cards, fake_of, shard
 class Setup:
     """How a model is trained on ``gpus`` cards.
 
-    ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``: PyTorch's
-    AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
+    ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``:
+    PyTorch's AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
 
     >>> Setup(8, "hsdp").mesh
     {'replicas': 2, 'shards': 4}
@@ -68,8 +69,8 @@ def predicted(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool
     check_cards(model, setup.gpus, setup.shard)
     layers = like_layers(model)
     try:
-        if layers is not None and len(layers) > FEW[-1] + 1:
-            few = [followed(_with_layers(model, count), setup, batch, sequence, on_cuda) for count in FEW]
+        if layers is not None and len(layers) > sum(FEW):  # else it is no shorter
+            few = [followed(_with_layers(model, count), setup, batch, sequence, on_cuda, True) for count in FEW]
             found = extended(few, len(layers))
             if found is not None:
                 return found
@@ -88,14 +89,18 @@ def _with_layers(model: Any, count: int) -> Any:
     return copied
 
 
-def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool) -> LiveStep:
+def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool, moments: bool = False) -> LiveStep:
     """``train`` on fake tensors in place of those of ``model``."""
+    for signed in (True, False):  # 2 kB that a process makes once are counted in no run, not in the first one alone
+        dynamic_code(signed, torch.device("meta"))
     with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
         tokens = torch.zeros(batch, sequence, dtype=torch.long)
-        return train(fake_of(model), setup, mesh, tokens, on_cuda)
+        return train(fake_of(model), setup, mesh, tokens, on_cuda, moments)
 
 
-def train(model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False) -> LiveStep:
+def train(
+    model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False, moments: bool = False
+) -> LiveStep:
     """Shard ``model``, train two steps, and return what was alive in the second one, for which the first has made
     whatever lasts. ``on_cuda`` needs fake tensors."""
     shard(model, setup.shard, mesh)
@@ -119,5 +124,5 @@ def train(model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = F
     with LiveStep(model, optimizer, on_cuda) as live:
         live.step(tokens, forward)
         live.begin()
-        live.step(tokens, forward)
+        live.step(tokens, forward, moments)
     return live

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +136,10 @@ class Storages(TorchDispatchMode):
         """Do not count these tensors' memory."""
         for storage in (storage for tensor in tensors for storage in storages_of(tensor)):
             address = storage._cdata  # another storage may have it, once this one is freed
-            self._ignored[address] = weakref.ref(storage, lambda _, address=address: self._ignored.pop(address))
+            self._ignored[address] = weakref.ref(storage, partial(self._forget, address))
+
+    def _forget(self, address: int, _: object) -> None:
+        del self._ignored[address]
 
     def mark(self, tensors: Iterable[Tensor], part: str) -> None:
         """These tensors' memory belongs to ``part``, whenever it was made."""
@@ -212,4 +216,5 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
 
 def _is_wrapper(kind: type) -> bool:
     """Whether tensors of a class hold other tensors, as ``DTensor`` does."""
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+    dispatch = getattr(kind, "__torch_dispatch__", None)
+    return dispatch is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
