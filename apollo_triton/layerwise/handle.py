@@ -46,10 +46,10 @@ def attach_layerwise(
     gradient and ends the step. A parameter that is added or unfrozen later is updated by ``step()`` once, and by its
     hook from then on. All but the last backward of a step go into ``with handle.accumulate():``. Learning rates are
     read during backward, so set them before it. ``clip_grad_norm_`` finds no gradients and does nothing. A warning says
-    so at the first ``step()`` if it is in sight.
+    so at the first ``step()`` if it is in sight. What ``fully_shard`` has sharded moves module by module, once reduced.
 
     Args:
-        model: the whole model that the optimizer trains.
+        model: the whole model that the optimizer trains, sharded already if it is to be.
         optimizer: an ``APOLLOAdamW``.
         gradients: "freed", or "none": low-rank weights of ``nn.Linear`` and ``Int8Linear`` are updated from the layer's
             input and the gradient of its output, and ``weight.grad`` is never made (docs/no-gradient.md); all other
@@ -269,11 +269,6 @@ class Layerwise:
                 steps.append(True)
                 warn(f"{_GONE}. No weight moves")
 
-        def update_what_is_left() -> None:
-            if (handle := this()) is not None:
-                handle._update_what_is_left()
-
-        self._at_end = update_what_is_left
         for param in new:
             self._hooks[param.tensor] = param.tensor.register_post_accumulate_grad_hook(update)
         self._regroup(params)
@@ -349,7 +344,7 @@ class Layerwise:
             if parameter in self._updated or self._units.is_waiting(parameter):
                 raise RuntimeError(twice(param, self.gradients))
             check_group(optimizer.param_groups[param.group], param.group, self.gradients)
-            self._move(self._units.arrive(parameter, self._at_end))
+            self._move(self._units.arrive(parameter, self._update_what_is_left))
 
     def _update_what_is_left(self) -> None:
         """At the end of a backward, for a module of which some parameters got no gradient in it."""

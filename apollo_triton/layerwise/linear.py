@@ -79,10 +79,10 @@ class LinearForward:
         """None once it is gone, and for a copy of the layer."""
         return None if self._updater is None else self._updater()
 
+    @torch._disable_dynamo  # a graph break: the backward has side effects. Within __call__ it would be two
     def __call__(self, input: Tensor) -> Tensor:
         return self._forward(input)
 
-    @torch._disable_dynamo  # a graph break: the backward has side effects
     def _forward(self, x: Tensor) -> Tensor:
         module, updater = self._module(), self.updater
         if module is None:

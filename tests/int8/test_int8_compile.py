@@ -154,6 +154,18 @@ def test_a_graph_launches_the_kernels(counters):
     assert torch.equal(*gradients)
 
 
+def test_the_compilers_cache_tells_weights_apart():
+    """A graph on disk that was compiled for another group size or dtype, or one for each value."""
+
+    def key(group_size=8, dtype=torch.float32, **options):
+        return Int8Weight.of(torch.randn(4, 8, dtype=dtype), group_size, **options)._stable_hash_for_caching()
+
+    weight = torch.nn.Parameter(Int8Weight.of(torch.randn(4, 8), 8))
+    keys = [key(), key(16), key(dtype=torch.bfloat16), weight._stable_hash_for_caching()]
+    assert len(set(keys)) == 4
+    assert key() == keys[0]
+
+
 def test_an_exported_model_has_the_operators():
     model = model_of(blocks=1)
     program = torch.export.export(model, (batch(0),))

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from apollo_triton import APOLLOAdamW, dequantize_model, quantize_model
+from apollo_triton import APOLLOAdamW, attach_layerwise, dequantize_model, quantize_model
 from apollo_triton.core.dtensors import local_slices
 from apollo_triton.core.geometry import Geometry
 from apollo_triton.int8.weight import Int8Weight, int8_weight_of
@@ -298,3 +298,34 @@ def test_what_cannot_be_cut_is_refused_on_all_ranks_before_anything_is_sent():
         r"ranks 0 and 1 differ: .* stochastic_rounding=False.* on rank 0, .*=True", found["ranks that differ"]
     )
     assert re.search(r"up is sharded, .* torch\.distributed\.checkpoint", found["floats"])
+
+
+def without_gradients(steps=2):
+    """Tensor parallel layers that are updated from their operands, on both backends and beside a plain copy."""
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    plans = {
+        "plain": {},
+        "rows": {"up": ColwiseParallel(output_layouts=Replicate())},
+        "both": {"up": ColwiseParallel(), "down": RowwiseParallel()},
+    }
+    for backend in ("reference", "triton"):
+        for kind, plan in plans.items():
+            model = net()
+            if plan:
+                parallelize_module(model, mesh, plan)
+            optimizer = optimizer_of(model, backend)
+            attach_layerwise(model, optimizer, gradients="none")
+            for step in range(steps):
+                model(inputs(step)).square().mean().backward()
+                optimizer.step()
+            found[backend, kind] = floats_of(model)
+    return found
+
+
+@pytest.mark.slow
+def test_steps_without_gradients_draw_the_same_bits():
+    """An index of rounding that counts from each shard's beginning, in the kernels that take X and dY."""
+    (found, _) = run(without_gradients, 2)
+    for backend in ("reference", "triton"):
+        assert max(apart(found[backend, "plain"], found[backend, "rows"]).values()) < 1e-6
+    assert max(apart(found["reference", "both"], found["triton", "both"]).values()) < 1e-6

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+import torch.distributed as dist
 from compile_cases import batch, bits, breaks, graphs, loss_of, model_of, optimizer_of, same, start_counting, train
+from distributed_cases import needs_fsdp_on_a_cpu
+from distributed_harness import run
 from no_gradient_cases import NewTensors
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from apollo_triton import attach_layerwise
 
@@ -105,5 +114,69 @@ def test_layers_without_a_gradient_break_the_graph(int8, counters):
         ends.append(bits(model))
     assert same(*ends)
     assert breaks(counters) == 2
-    with pytest.raises(Exception, match=r"LinearForward\._forward"):
+    with pytest.raises(Exception, match=r"LinearForward\.__call__"):
         torch.compile(model, backend="aot_eager", fullgraph=True)(batch(0))
+
+
+def distributed_runs(cases):
+    """Of each (how, int8, layerwise): the losses, this rank's bits, the graphs after each step, and the breaks."""
+    found = {}
+    for how, int8, layerwise in cases:
+        counters = start_counting()
+        model = model_of(int8, bias=False)
+        if how.startswith("blocks"):
+            compiled(model, "blocks", fullgraph=True)
+        forward = WAYS[how.split(", ")[-1]](model)
+        if how.startswith("after"):
+            compiled(model, "blocks", fullgraph=True)
+        elif how.startswith("whole"):
+            forward = compiled(model, "whole")
+        optimizer = optimizer_of(model)
+        if layerwise:
+            attach_layerwise(model, optimizer)
+        rank = 0 if how.endswith("tensor parallel") else dist.get_rank()
+        ends = [(train(forward, optimizer, 1, first=2 * step + rank), graphs(counters)) for step in range(3)]
+        losses, many = zip(*ends, strict=True)
+        assert not layerwise or all(p.grad is None for p in model.parameters())
+        found[how, int8, layerwise] = [losses, bits(model), many, breaks(counters)]
+    return found
+
+
+def under_fsdp2(model):
+    for block in model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def under_tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.layers:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+WAYS = {"FSDP2": under_fsdp2, "tensor parallel": under_tensor_parallel, "DDP": nn.parallel.DistributedDataParallel}
+FAST = ("blocks, FSDP2", True, True)
+HOW = ("blocks, FSDP2", "after, FSDP2", "whole, FSDP2", "after, tensor parallel")
+ALL = [
+    *itertools.product(HOW, (False, True), (False, True)),
+    *itertools.product(["blocks, DDP"], (False, True), [False]),
+]
+
+
+@needs_fsdp_on_a_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [[FAST], pytest.param(ALL, marks=pytest.mark.full)], ids=["one", "all"])
+def test_compiled_blocks_on_several_ranks(cases):
+    """Compiled before or after they are sharded, with int8 weights, with layer-wise updates, with both: the bits of
+    eager, and no graph for what is gathered anew in each step. A whole model under FSDP2 falls into the same graphs,
+    since its hooks are between the blocks."""
+    eager = {(f"eager, {how.split(', ')[1]}", *savings) for how, *savings in cases}
+    for found in run(distributed_runs, 2, timeout=300, cases=[*sorted(eager), *cases]):
+        for how, *savings in cases:
+            losses, parts, many, broken = found[(how, *savings)]
+            expected = found[(f"eager, {how.split(', ')[1]}", *savings)]
+            assert losses == expected[0], (how, savings)
+            assert same(parts, expected[1]), (how, savings)
+            assert many == (2, 2, 2), (how, savings)
+            assert broken == 0, (how, savings)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,16 +14,22 @@ import torch.distributed as dist
 from distributed_cases import Collectives, local, needs_fsdp_on_a_cpu, whole
 from distributed_harness import run
 from sharded_layerwise_cases import APOLLO, Model, groups_of, sharded, words_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_triton import APOLLOAdamW, attach_layerwise
+from apollo_triton.layerwise.fsdp2 import sharded_modules
 
 
 def without_what_is_unused(model):
+    """All that is not frozen gets a gradient; each block has a parameter that is."""
     model.spare.requires_grad_(False)
     for block in model.blocks:
         block.uses_spare = True
+        block.gate.bias.requires_grad_(False)
     return model
 
 
@@ -162,3 +169,28 @@ def lives():
 def test_nothing_outlives_its_optimizer_or_its_group():
     """A unit that keeps what has left it, or the optimizer, until the collector runs."""
     assert run(lives, 2) == [[], []]
+
+
+@needs_fsdp_on_a_cpu
+def test_a_sharded_module_has_what_no_other_one_manages(tmp_path):
+    """Modules that are sharded together, with a weight that two of them hold, or within another one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        embed, norm, head = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False)
+        head.weight = embed.weight
+        block, free, bare = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4), nn.ParameterList([torch.ones(4)])
+        model = nn.Sequential(OrderedDict(embed=embed, block=block, free=free, norm=norm, head=head, bare=bare))
+        fully_shard(block, mesh=mesh)
+        fully_shard([embed, norm, head], mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={*bare.parameters()})
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found = [sorted(names[each] for each in module.parameters) for module in sharded_modules(model)]
+    finally:
+        dist.destroy_process_group()
+    expected = [
+        ["block.0.bias", "block.0.weight"],
+        ["embed.weight", "norm.bias", "norm.weight"],
+        ["free.bias", "free.weight"],
+    ]
+    assert sorted(found) == expected

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from apollo_triton import APOLLOAdamW, quantize_model
+from apollo_triton.core.dtensors import local
 from apollo_triton.int8.weight import Int8Weight
 
 WIDTH = 32
@@ -58,10 +59,12 @@ def loss_of(forward: Any, x: torch.Tensor) -> torch.Tensor:
     return (forward(x) - x.flip(-1)).float().square().mean()
 
 
-def train(forward: Any, optimizer: APOLLOAdamW, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
-    """The loss of each step."""
+def train(
+    forward: Any, optimizer: APOLLOAdamW, steps: int, dtype: torch.dtype = torch.float32, first: int = 0
+) -> list[float]:
+    """The loss of each step, by the batches from ``first`` on."""
     losses = []
-    for step in range(steps):
+    for step in range(first, first + steps):
         loss = loss_of(forward, batch(step, dtype))
         loss.backward()
         optimizer.step()
@@ -71,8 +74,8 @@ def train(forward: Any, optimizer: APOLLOAdamW, steps: int, dtype: torch.dtype =
 
 
 def bits(model: nn.Module) -> list[torch.Tensor]:
-    """Copies of all parameters, of int8 ones of their parts."""
-    parameters = [p.detach() for p in model.parameters()]
+    """Copies of all parameters, of a sharded one of this rank's part, of an int8 one of its three parts."""
+    parameters = [local(p).detach() for p in model.parameters()]
     parts = [[p.q, p.scale, p.zero] if isinstance(p, Int8Weight) else [p] for p in parameters]
     return [part.clone() for each in parts for part in each]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +88,12 @@ def training_peak(
     >>> training_peak(meta_model("7B"), batch=1, sequence=256)  # doctest: +SKIP
     Peak(saved=75634176, working=18481664, gradients=262144000)
     """
-    _check(model, batch, sequence)
+    check_model(model, batch, sequence)
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            raise ValueError(f"{name} is a {type(parameter).__name__}: trace the model before quantize_model")
     model = copy.deepcopy(model).train()  # cheap: its tensors have no memory
-    set_checkpointing(model, checkpointing)
+    set_checkpointing(model, checkpointing, AsOnCuda)
     updater = _NoUpdates()  # kept here, because the layers do not keep it alive
     for name in without_gradient:
         layer: Any = model.get_submodule(name)
@@ -127,18 +130,19 @@ class _NoUpdates:
         return "a weight"
 
 
-def set_checkpointing(model: Any, on: bool, kernels: Any = None) -> None:
-    """Whether the decoder layers keep only their inputs. ``kernels()`` is the context of what is computed again."""
+def set_checkpointing(model: Any, on: bool, context: Callable[[], Any]) -> None:
+    """Whether the decoder layers keep only their inputs. ``context()`` is that of what is computed again."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.2x
     if not on:
         getattr(model, f"{kind}_checkpointing_disable")()
         return
     # The determinism check compares devices. AsOnCuda hides them from the model, but not from autograd.
-    options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), (kernels or AsOnCuda)())}
+    options = {"use_reentrant": False, "determinism_check": "none", "context_fn": lambda: (nullcontext(), context())}
     getattr(model, f"{kind}_checkpointing_enable")(options)
 
 
-def _check(model: nn.Module, batch: int, sequence: int) -> None:
+def check_model(model: nn.Module, batch: int, sequence: int) -> None:
+    """Raise ValueError unless ``model`` is without memory and can be trained with tokens of this shape."""
     for name, value in (("batch", batch), ("sequence", sequence)):
         if value < 1:
             raise ValueError(f"{name}={value} (allowed: 1 or more)")
@@ -147,8 +151,6 @@ def _check(model: nn.Module, batch: int, sequence: int) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             raise ValueError(f"{name} is on {parameter.device}: give a model on the meta device, as meta_model makes")
-        if type(parameter) is not nn.Parameter:
-            raise ValueError(f"{name} is a {type(parameter).__name__}: trace the model before quantize_model")
     takes = inspect.signature(model.forward).parameters.keys()
     if not (hasattr(model, "gradient_checkpointing_enable") and takes >= {"input_ids", "labels"}):
         raise ValueError(f"a {type(model).__name__} takes no input_ids and labels: give a language model with its head")

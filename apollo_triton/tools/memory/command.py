@@ -30,6 +30,7 @@ from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 STATE_BYTES = {"float32": 8, "bfloat16": 4}  # of the two moments of a dense weight
 MOST_NAMES = 6
 SMALLEST = 0.005  # a share below is a router or the like, which is not worth a sentence
+MANY_CARDS_ONLY = "shard", "layerwise", "int8", "group_size", "state_bits", "tokens", "checkpointing"
 COMPARISON_ONLY = "rank", "dtype", "state_dtype", "target_modules"  # options of the comparison of methods
 
 
@@ -87,13 +88,17 @@ def run(options: argparse.Namespace) -> int:
         _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"--rank {options.rank}: it must be an integer of 1 or more")
+    if options.gpus is None:
+        _refuse(options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs")
     if options.paper:
-        _refuse(options, "model", *COMPARISON_ONLY, "single_card", reason="--paper has the paper's own settings")
+        _refuse(options, "model", *COMPARISON_ONLY, "single_card", "gpus", reason="--paper has the paper's own settings")
         print(_paper_json() if options.json else _paper_text())
         return 0
     if options.single_card:
-        _refuse(options, *COMPARISON_ONLY, reason="--single-card has the recipe's own settings")
+        _refuse(options, *COMPARISON_ONLY, "gpus", reason="--single-card has the recipe's own settings")
         return _run_single_card(options)
+    if options.gpus is not None:
+        return _run_many_cards(options)
     with _notes():
         reports = [_report(model, options) for model in options.model or named_sizes()]
     if options.json:
@@ -115,6 +120,34 @@ def _run_single_card(options: argparse.Namespace) -> int:
         print(json.dumps([single_card.as_dict(card) for card in counted], indent=2))
     else:
         print("\n\n".join(single_card.text(card) for card in counted))
+    return 0
+
+
+def _run_many_cards(options: argparse.Namespace) -> int:
+    from . import many_cards
+    from .sharded import Setup
+
+    _refuse(options, "state_dtype", "target_modules", reason="--gpus has the default moments and matrices")
+    if options.group_size is not None and not options.int8:
+        raise ValueError("only int8 weights have groups: leave out --group-size, or add --int8")
+    setup = Setup(
+        options.gpus,
+        options.shard or "fsdp2",
+        options.layerwise,
+        options.state_bits or 32,
+        options.checkpointing,
+        options.rank,
+    )
+    tokens, group_size = (2048 if options.tokens is None else options.tokens), options.group_size or 128
+    dtype = getattr(torch, options.dtype or "bfloat16")
+    with _notes():
+        counted = [
+            many_cards.count(model, setup, tokens, options.int8, group_size, dtype) for model in options.model or ["7B"]
+        ]
+    if options.json:
+        print(json.dumps([many_cards.as_dict(cards) for cards in counted], indent=2))
+    else:
+        print("\n\n".join(many_cards.text(cards) for cards in counted))
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
 from ...engine.engine import Engine
-from ...optimizer import APOLLOAdamW
-from .storages import ALLOCATION, Storages
+from .storages import Moments, Storages, by_part
 from .twins import Twins
 
 # The parts, in the order in which they are shown.
@@ -51,6 +50,14 @@ _c10d, _fsdp = torch.ops.c10d, torch.ops.fsdp
 _COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
+class Result(NamedTuple):
+    """The bytes of each part at the peak, and what a step sends: by the "model" and by the "update"."""
+
+    parts: dict[str, int]
+    exchanges: dict[str, int]
+    received: dict[str, int]
+
+
 class LiveStep(Storages):
     """Follows the storages of one rank's training: of ``model``, which is sharded, and ``optimizer``.
 
@@ -60,11 +67,15 @@ class LiveStep(Storages):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: APOLLOAdamW, kernels: bool = False, rounding: int = ALLOCATION
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        kernels: bool = False,
     ) -> None:
-        super().__init__(SAVED, rounding)
+        super().__init__(SAVED, rounding=1)
         self._model, self._optimizer, self._kernels = model, optimizer, kernels
         self._updating = False
+        self._phases: dict[str, Moments] = {}
         self.exchanges: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
 
@@ -86,27 +97,43 @@ class LiveStep(Storages):
         Engine.run = self._run  # type: ignore[method-assign]
         super().__exit__(*exception)
 
+    def counts(self, storage: torch.UntypedStorage) -> bool:
+        """Fake tensors and those of the meta device. With kernels all others are tables on the host."""
+        return not self._kernels or storage.device.type == "meta"
+
     def begin(self) -> None:
         """From here on counts, with what is alive now."""
         self.forget_peak()
         self.exchanges.clear()
         self.received.clear()
 
-    def parts(self) -> dict[str, int]:
-        """The bytes of each of ``PARTS`` when there were most in all."""
-        sizes = self.parts_at_peak()
-        return {part: sizes.get(part, 0) for part in PARTS}
+    @property
+    def phases(self) -> dict[str, list[dict[str, int]]]:
+        """Of forward, backward and update: the bytes of each part whenever something was about to be freed."""
+        self.keep_moments()  # the last moment of the last phase
+        return {
+            phase: [_shown(by_part(moment)) for moment in moments] for phase, moments in self._phases.items()
+        }
+
+    def result(self) -> Result:
+        """What there was since ``begin``."""
+        return Result(_shown(self.parts_at_peak()), dict(self.exchanges), dict(self.received))
 
     def step(self, tokens: Tensor, forward: Any) -> None:
         """One step of training. ``forward(tokens)`` returns the loss."""
         with self.making(SAVED):
+            self._phases["forward"] = self.keep_moments()
             self.mark([tokens], BUFFERS)
             loss = forward(tokens)
         with self.making(WORKING):
+            self._phases["backward"] = self.keep_moments()
             loss.backward()
             del loss
+            self._phases["update"] = self.keep_moments()
             self._optimizer.step()
             self._optimizer.zero_grad()
+        for state in self._optimizer.state.values():
+            self._mark_state(state)
 
     def _followed(self, run: Any, engine: Engine, groups: Any, states: Any, arguments: Any, options: Any) -> None:
         """``Engine.run``, whose memory is an update's, and what it leaves in the state the state's."""
@@ -117,15 +144,18 @@ class LiveStep(Storages):
             with self.making(UPDATE):
                 if self._twins is None:
                     run(engine, groups, states, *arguments, **options)
-                    changed = states
+                    changed = [states[parameter] for group in groups for parameter in group["params"]]
                 else:
                     changed = self._twins.run(run, engine, groups, *arguments, **options)
         finally:
             self._updating = False
-        for parameter in list(changed):
-            for name, value in changed[parameter].items():
-                if isinstance(value, Tensor):
-                    self.mark([value], _HOST if name == "step" else STATE)
+        for state in changed:
+            self._mark_state(state)
+
+    def _mark_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                self.mark([value], _HOST if name == "step" else STATE)
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops._c10d_functional.wait_tensor.default and active_fake_mode() is not None:
@@ -155,6 +185,11 @@ class LiveStep(Storages):
         who = "update" if self._updating else "model"
         self.exchanges[who] += 1
         self.received[who] += received_by(func, args, result)
+
+
+def _shown(sizes: dict[str, int]) -> dict[str, int]:
+    """In the order of ``PARTS``, without what is on the host."""
+    return {part: sizes[part] for part in PARTS if part in sizes}
 
 
 def received_by(func: Any, args: Any, result: Any) -> int:

@@ -2,6 +2,7 @@
 
 There is no formula. One process plays the first rank of a process group that sends nothing. It shards the real model,
 makes the real optimizer and trains two steps, all on fake tensors, and every storage that is alive is followed.
+``train`` does the same with real tensors in a real process group: the tests compare both, byte by byte.
 """
 
 from __future__ import annotations
@@ -12,70 +13,111 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...int8.layers import quantize_model
-from ...int8.weight import Int8Weight
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
-from ..llama import meta_model
-from .activations import AsOnCuda, set_checkpointing
+from .activations import AsOnCuda, check_model, set_checkpointing
+from .alike import FEW, extended, like_layers
 from .fake_world import fake_mesh
-from .live_step import LiveStep
-from .sharding import fake_of, shard
-
-SHARDINGS = ("fsdp2", "hsdp", "tp")
+from .live_step import LiveStep, Result
+from .sharding import check_cards, fake_of, shard
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is trained on ``gpus`` cards. ``rank`` is APOLLO's, None for APOLLO-Mini."""
+    """How a model is trained on ``gpus`` cards.
+
+    ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``: PyTorch's
+    AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
+
+    >>> Setup(8, "hsdp").mesh
+    {'replicas': 2, 'shards': 4}
+    """
 
     gpus: int
     shard: str = "fsdp2"
     layerwise: bool = False
-    int8: bool = False
     state_bits: int = 32
     checkpointing: bool = False
     rank: int | None = None
+    adamw: bool = False
 
     @property
     def mesh(self) -> dict[str, int]:
-        """The dimensions of the device mesh. HSDP has two replicas."""
+        """The dimensions of the device mesh."""
         return {"replicas": 2, "shards": self.gpus // 2} if self.shard == "hsdp" else {"shards": self.gpus}
 
 
-def train(model: nn.Module, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool, **counting: Any) -> LiveStep:
-    """Shard ``model``, which is int8 already if it is to be, train two steps, and return what the second one held.
+def predicted(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool = True) -> Result:
+    """What the first rank holds in a step, which is most, and what the step sends.
 
-    ``on_cuda``: run attention and updates as a CUDA device does; the tensors must be fake.
+    Args:
+        model: a Hugging Face language model on the meta device, which ``quantize_model`` may have made int8. It is not
+            changed.
+        setup: how it is sharded and trained.
+        batch, sequence: the shape of a card's tokens. Under tensor parallelism all cards have the same.
+        on_cuda: count attention and updates as a CUDA device does them; otherwise as a CPU does.
+
+    A model of many layers that are alike is followed with few (alike.py), to the same bytes.
+
+    Raises ValueError for what cannot be sharded or trained so, and for a model whose computation depends on values.
     """
+    check_model(model, batch, sequence)
+    check_cards(model, setup.gpus, setup.shard)
+    layers = like_layers(model)
+    try:
+        if layers is not None and len(layers) > FEW[-1] + 1:
+            few = [followed(_with_layers(model, count), setup, batch, sequence, on_cuda) for count in FEW]
+            found = extended(few, len(layers))
+            if found is not None:
+                return found
+        return followed(copy.deepcopy(model), setup, batch, sequence, on_cuda).result()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"a {type(model).__name__} cannot be followed without its values: {reason}") from error
+
+
+def _with_layers(model: Any, count: int) -> Any:
+    """The model with its first ``count`` layers. Copies are cheap: tensors of the meta device have no memory."""
+    copied = copy.deepcopy(model)
+    layers = like_layers(copied)
+    assert layers is not None
+    del layers[count:]
+    return copied
+
+
+def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool) -> LiveStep:
+    """``train`` on fake tensors in place of those of ``model``."""
+    with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
+        tokens = torch.zeros(batch, sequence, dtype=torch.long)
+        return train(fake_of(model), setup, mesh, tokens, on_cuda)
+
+
+def train(model: Any, setup: Setup, mesh: Any, tokens: Tensor, on_cuda: bool = False) -> LiveStep:
+    """Shard ``model``, train two steps, and return what was alive in the second one, for which the first has made
+    whatever lasts. ``on_cuda`` needs fake tensors."""
     shard(model, setup.shard, mesh)
-    options: dict[str, Any] = {"state_bits": setup.state_bits}
-    if setup.rank is None:
-        optimizer = APOLLOAdamW.mini(model, **options)
+    optimizer: torch.optim.Optimizer
+    if setup.adamw:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # the other kinds need temporaries
+    elif setup.rank is None:
+        optimizer = APOLLOAdamW.mini(model, state_bits=setup.state_bits)
     else:
-        optimizer = APOLLOAdamW.apollo(model, setup.rank, **options)
+        optimizer = APOLLOAdamW.apollo(model, setup.rank, state_bits=setup.state_bits)
     if setup.layerwise:
+        assert isinstance(optimizer, APOLLOAdamW)
         attach_layerwise(model, optimizer)
-    kernels = AsOnCuda if on_cuda else nullcontext
-    set_checkpointing(model.train(), setup.checkpointing, kernels)
+    context = AsOnCuda if on_cuda else nullcontext
+    set_checkpointing(model.train(), setup.checkpointing, context)
 
     def forward(tokens: Tensor) -> Tensor:
-        with kernels():
+        with context():
             return model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
-    with LiveStep(model, optimizer, on_cuda, **counting) as live:
+    with LiveStep(model, optimizer, on_cuda) as live:
         live.step(tokens, forward)
         live.begin()
         live.step(tokens, forward)
     return live
-
-
-def predicted(model: nn.Module, setup: Setup, tokens: tuple[int, int], on_cuda: bool = True, **counting: Any) -> LiveStep:
-    """What the first rank's second step holds. ``model`` is on the meta device, and is not changed."""
-    copied = copy.deepcopy(model)  # cheap: its tensors have no memory
-    with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
-        faked = fake_of(copied)
-        return train(faked, setup, mesh, torch.zeros(tokens, dtype=torch.long), on_cuda, **counting)

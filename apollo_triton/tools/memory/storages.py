@@ -7,6 +7,7 @@ that allocates are counted by one piece of code.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,17 @@ class _Allocation(NamedTuple):
     label: _Label  # one object for the life of a storage, so that a late mark counts at the peak too
 
 
+Moments = list[list[_Allocation]]
+
+
+def by_part(allocations: Iterable[_Allocation]) -> dict[str, int]:
+    """The bytes of each part that has any."""
+    sizes: Counter[str] = Counter()
+    for allocation in allocations:
+        sizes[allocation.label.part] += allocation.size
+    return {part: size for part, size in sizes.items() if size}
+
+
 class Storages(TorchDispatchMode):
     """Follows every storage that is made, resized and freed while the mode is on.
 
@@ -60,6 +72,8 @@ class Storages(TorchDispatchMode):
         self._ignored: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._at_peak: list[_Allocation] = []
         self._size = self._peak_size = 0
+        self._moments: Moments | None = None
+        self._has_grown = False
         self._pauses = 0
         self._mode: Any = None
 
@@ -87,14 +101,17 @@ class Storages(TorchDispatchMode):
     def parts_at_peak(self) -> dict[str, int]:
         """The bytes of each part when there were most in all, without parts that had none."""
         self._note_peak()
-        sizes: dict[str, int] = {}
-        for allocation in self._at_peak:
-            sizes[allocation.label.part] = sizes.get(allocation.label.part, 0) + allocation.size
-        return {part: size for part, size in sizes.items() if size}
+        return by_part(self._at_peak)
 
     def forget_peak(self) -> None:
         """The peak is to be found among what comes now, with all that is alive."""
         self._peak_size, self._at_peak = 0, []
+
+    def keep_moments(self) -> Moments:
+        """From here on, keep what is alive whenever something is about to be freed, in the list that is returned."""
+        self._note_peak()
+        self._moments = []
+        return self._moments
 
     @contextmanager
     def making(self, part: str) -> Iterator[None]:
@@ -145,15 +162,20 @@ class Storages(TorchDispatchMode):
         """Run an operation. A subclass may run it elsewhere."""
         return func(*args, **kwargs)
 
+    def counts(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage is on the device that is followed. A subclass may leave others out."""
+        return True
+
     def seen(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An operation has run, whose results are not watched yet. A subclass may mark what it knows by it."""
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
-        if address in self._ignored or address in self._alive:
+        if address in self._ignored or address in self._alive or not self.counts(storage):
             return
         self._alive[address] = _Allocation(self._rounded(storage.nbytes()), _Label(self.part))
         self._size += self._alive[address].size
+        self._has_grown = True
         self._watched[address] = weakref.ref(storage, lambda _: self._freed(address))
 
     def _rounded(self, size: int) -> int:
@@ -161,6 +183,9 @@ class Storages(TorchDispatchMode):
 
     def _note_peak(self) -> None:
         """Called before anything gets smaller, since most are alive then."""
+        if self._has_grown and self._moments is not None:
+            self._moments.append(list(self._alive.values()))
+        self._has_grown = False
         if self._size > self._peak_size:
             self._peak_size, self._at_peak = self._size, list(self._alive.values())
 
@@ -174,6 +199,7 @@ class Storages(TorchDispatchMode):
         if allocation is not None:
             self._note_peak()
             self._size += self._rounded(size) - allocation.size
+            self._has_grown = True
             self._alive[storage._cdata] = _Allocation(self._rounded(size), allocation.label)
 
 

@@ -31,7 +31,7 @@ class Twins:
         self._of: dict[Tensor, Tensor] = {}
         self._states: dict[Tensor, dict[str, Any]] = defaultdict(dict)
 
-    def run(self, run: Any, engine: Any, groups: Any, *arguments: Any, **options: Any) -> dict[Tensor, dict[str, Any]]:
+    def run(self, run: Any, engine: Any, groups: Any, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
         """``run`` with twins instead of the groups' parameters. Returns their states."""
         with unset_fake_temporarily():
             with self._storages.paused():
@@ -43,7 +43,7 @@ class Twins:
                 for group in twins:
                     for parameter in group["params"]:
                         parameter.grad = None
-        return {parameter: self._states[parameter] for group in twins for parameter in group["params"]}
+        return [self._states[parameter] for group in twins for parameter in group["params"]]
 
     def _groups(self, groups: Any) -> Any:
         if not isinstance(groups, Part):
@@ -83,6 +83,5 @@ def twin(tensor: Tensor) -> Tensor:
             stride=sharded.stride(),
         )
     if isinstance(tensor, Int8Weight):
-        parts = (twin(part) for part in (tensor.q, tensor.scale, tensor.zero))
-        return Int8Weight(*parts, tensor.group_size, tensor.dtype, tensor.stochastic_rounding)
+        return tensor.with_parts(twin)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
