@@ -255,12 +255,14 @@ def sharded(folder: Path) -> None:
 def sharded_savings(folder: Path) -> None:
     """Layer-wise updates, int8 weights and 8-bit moments under FSDP2 on two ranks, as under DDP without the first.
 
-    Weights are rounded to the nearest, so that the runs can be compared. Resuming gives the same bits.
+    A step has two micro-batches. Weights are rounded to the nearest, so that the runs can be compared. Resuming gives
+    the same bits.
     """
+    parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 0.0}
 
     def made(name: str, callbacks: list[Any], **options: Any) -> Trainer:
         model = quantize_model(make_model(), group_size=8, stochastic_rounding=False)
-        run = trainer(folder / name, model, trained={"callbacks": callbacks}, max_grad_norm=0.0, **options)
+        run = trainer(folder / name, model, trained={"callbacks": callbacks}, **parts, **options)
         run.optimizer_cls_and_kwargs = optimizer_for_trainer(
             APOLLOAdamW.apollo, run.args, run.model, rank=16, state_bits=8, min_8bit_size=256
         )
