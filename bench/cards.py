@@ -75,8 +75,11 @@ def cell(rows: dict[str, Row], size: str, gpus: int, gigabytes: int) -> str:
     ]
     for saving, total in found:
         if total <= CARDS[gigabytes]:
-            savings = SAVINGS[1 : SAVINGS.index(saving) + 1] or ("plain",)
-            return f"{', '.join(savings)}: {total / GB:.1f}"
+            level = SAVINGS.index(saving)
+            beyond = [SAVINGS.index(each) for each, size_of in found if size_of > CARDS[gigabytes]]
+            known = max(beyond, default=-1) == level - 1
+            savings = ", ".join(SAVINGS[1 : level + 1] or ("plain",))
+            return f"{'' if known else 'at most '}{savings}: {total / GB:.1f}"
     return f"**no**: {found[-1][1] / GB:.1f}" if found else "not counted"
 
 

@@ -40,6 +40,7 @@ if HAS_TRITON:
 # Modules that may have test functions without a case in ``make test``, and why.
 FULL_ALONE: dict[str, str] = {
     "test_accelerate_fsdp": "foreign program",
+    "test_cards": "ten seconds a cell; test_memory_sharded has small models",
     "test_codegen_tritons": "other versions of Triton, which make test does not install",
     "test_configurations": "foreign programs; Hydra has a case, and the options of each file",
     "test_frameworks": "foreign program; the plain loop has cases",
