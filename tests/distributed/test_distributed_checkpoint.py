@@ -88,7 +88,7 @@ def size(mesh_shape):
 
 full, slow = pytest.mark.full, pytest.mark.slow
 JOURNEYS = [
-    pytest.param((2,), [(2,), ()], marks=slow),
+    pytest.param((2,), [(2,), ()], marks=full),  # in make test with all savings, test_savings_resume.py
     pytest.param((2, 2), [()], marks=[slow, needs_uneven_strides]),
     pytest.param((2,), [(3,)], marks=full),
     pytest.param((2,), [(2, 2)], marks=[full, needs_uneven_strides]),

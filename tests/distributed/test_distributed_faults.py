@@ -307,7 +307,7 @@ def undisturbed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["step", "save"])
+@pytest.mark.parametrize("where", [pytest.param("step", marks=pytest.mark.full), "save"])
 def test_a_killed_rank_costs_what_was_not_saved_and_no_more(where, tmp_path):
     """Survivors that hang in a collective, a checkpoint that needs the ranks that wrote it, a resumed run that differs
     from an undisturbed one."""
