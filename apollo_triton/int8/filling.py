@@ -153,7 +153,10 @@ def _fill(name: str, target: Tensor, file: Any) -> None:
             continue
         values = values.to(here.device, torch.float32)
         if not int8.is_finite(values):
-            raise ValueError(f"{name} has values that are NaN or infinite, which int8 weights cannot hold")
+            raise ValueError(
+                f"{name} has values that are NaN or infinite, which int8 weights cannot hold; other weights are filled "
+                "already, so load a whole checkpoint before the model is used"
+            )
         here.store(rows, values)
 
 
