@@ -39,8 +39,9 @@ def load_float_weights(model: nn.Module, files: str | Path | Iterable[str | Path
     names needs to be there under one of them. Buffers that no ``state_dict`` holds, such as those of rotary embeddings,
     are read where the files have them, and else left as they are: after ``to_empty`` make them again.
 
-    Raises ValueError, before anything changes: for a name that is missing or left over, another shape, no floats where
-    floats are needed, or a weight on the meta device. A value that is not finite is found when an int8 weight is read.
+    Raises ValueError, before anything changes: for a name that is missing, left over or in two files, another shape, no
+    floats where floats are needed, or a weight on the meta device. A value that is not finite is found when an int8
+    weight is read: the error then says that others are filled.
 
     >>> load_float_weights(model, "Llama-3.1-70B")  # doctest: +SKIP
     """
@@ -52,6 +53,8 @@ def load_float_weights(model: nn.Module, files: str | Path | Iterable[str | Path
         found: dict[str, Any] = {}
         for path in _paths(files):
             file = stack.enter_context(safe_open(str(path), framework="pt"))
+            if twice := sorted(found.keys() & file.keys()):
+                raise ValueError(f"{path} has {_listed(twice)} once more; name the files of one checkpoint")
             found.update(dict.fromkeys(file.keys(), file))
         chosen = _chosen(model, targets, found)
         faults = [fault for name, target in chosen.items() if (fault := _fault(name, target, found[name]))]
@@ -67,14 +70,16 @@ def _paths(files: str | Path | Iterable[str | Path]) -> Iterator[Path]:
     for each in [files] if isinstance(files, str | Path) else files:
         path = Path(each)
         if path.is_dir():
-            index = sorted(path.glob("*.safetensors.index.json"))
-            inside = index if len(index) == 1 else sorted(path.glob("*.safetensors"))
+            indices = sorted(path.glob("*.safetensors.index.json"))
+            inside = indices if len(indices) == 1 else sorted(path.glob("*.safetensors"))
             if not inside:
                 raise FileNotFoundError(f"there is no .safetensors file in {path}")
             yield from _paths(inside)
         elif path.suffix == ".json":
-            names = json.loads(path.read_text())["weight_map"].values()
-            yield from (path.parent / name for name in sorted(set(names)))
+            index = json.loads(path.read_text())
+            if not isinstance(index, dict) or "weight_map" not in index:
+                raise ValueError(f"{path} is no index of safetensors files, since it has no weight_map")
+            yield from (path.parent / name for name in sorted(set(index["weight_map"].values())))
         else:
             yield path
 
@@ -133,6 +138,8 @@ def _fault(name: str, target: Tensor, file: Any) -> str | None:
         return f"{name} is on the meta device; model.to_empty(device=...) gives it memory"
     if target.dtype in FLOATS and dtype not in _FLOATS:
         return f"{name} is {dtype}, and is to be one of {', '.join(sorted(_FLOATS))}"
+    if not target.dtype.is_floating_point and dtype in _FLOATS:
+        return f"{name} is {dtype}, and the model's {target.dtype}"
     return None
 
 
@@ -153,7 +160,10 @@ def _fill(name: str, target: Tensor, file: Any) -> None:
             continue
         values = values.to(here.device, torch.float32)
         if not int8.is_finite(values):
-            raise ValueError(f"{name} has values that are NaN or infinite, which int8 weights cannot hold")
+            raise ValueError(
+                f"{name} has values that are NaN or infinite, which int8 weights cannot hold; other weights are filled "
+                "already, so load a whole checkpoint before the model is used"
+            )
         here.store(rows, values)
 
 

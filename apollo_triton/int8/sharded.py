@@ -72,10 +72,14 @@ def _of_parts(weight: Int8Weight, q: Tensor, scale: Tensor, zero: Tensor) -> Int
     return weight.with_parts(lambda part: parts[id(part)])
 
 
-def _new_zeros(weight: Int8Weight, size: Sequence[int], **options: Any) -> Int8Weight:
-    """An int8 weight of zeros, which FSDP2 makes before it copies a piece into it."""
+def _new_zeros(weight: Int8Weight, size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """An int8 weight of zeros, which FSDP2 makes before it copies a piece into it. Zeros that are no matrix of whole
+    groups, or of another dtype, are no piece: they are what the caller asks for, as those of ``zeros_like``."""
     device = options.get("device") or weight.device
-    groups = math.prod(size) // weight.group_size
+    size, dtype = tuple(size), dtype or weight.dtype
+    groups, rest = divmod(math.prod(size), weight.group_size)
+    if len(size) != 2 or rest or dtype != weight.dtype:
+        return torch.zeros(size, dtype=dtype, device=device)
     return _of_parts(
         weight,
         torch.zeros(size, dtype=torch.uint8, device=device),

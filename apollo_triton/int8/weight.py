@@ -293,8 +293,7 @@ class Int8Weight(GatheredByFSDP, Tensor):
         return cls(inner["q"], inner["scale"], inner["zero"], *meta)
 
     def _stable_hash_for_caching(self) -> str:
-        """What the compiler's caches on disk know this weight by. PyTorch asks for it by this name, and warns
-        otherwise."""
+        """What the compiler's caches on disk know this weight by. Without it PyTorch warns."""
         parts = [(tuple(p.shape), p.stride(), p.dtype, str(p.device)) for p in (self.q, self.scale, self.zero)]
         return repr((self.__tensor_flatten__(), parts, self.requires_grad))
 

@@ -4,6 +4,7 @@ On a machine with a GPU the numbers are those of the compiled kernels."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -31,6 +32,7 @@ from apollo_triton.backends.interface import Factors, StepScalars
 from apollo_triton.backends.selection import backend_of
 from apollo_triton.backends.triton import implicit as fused_operands
 from apollo_triton.core import gpu
+from apollo_triton.core.geometry import Geometry
 from apollo_triton.core.implicit_gradient import ImplicitGradient
 from apollo_triton.core.settings import Settings
 from apollo_triton.engine.caches import Caches
@@ -464,6 +466,14 @@ def test_what_the_compiler_is_told_of_alignment_is_true(monkeypatch):
         layer, operands = layer_of(shape, torch.bfloat16, rank=1), operands_of(3, shape, torch.bfloat16)
         fused_operands.apply(layer.table, layer.settings, FIRST, Factors(None, torch.zeros(1, 3)), operands)
         assert (told["ROWS_BY_EIGHTS"], told["ALIGNED"]) == (shape[0] % 8 == 0, shape[1] % 8 == 0)
+    # The last 8 of 17 columns, of which 9 are on another rank: their bits for rounding begin at 27.
+    layer, operands = layer_of((3, 8), torch.bfloat16, rank=1), operands_of(3, (3, 8), torch.bfloat16)
+    (member,), whole = layer.table.members, Geometry(1, 3, 17, keeps_rows=False)
+    for first, by_eights in ((0, True), (9, False)):
+        shard = dataclasses.replace(member.shard, whole=whole, first_channel=first)
+        monkeypatch.setattr(layer.table, "members", [member._replace(shard=shard)])
+        fused_operands.apply(layer.table, layer.settings, FIRST, Factors(None, torch.zeros(1, 3)), operands)
+        assert told["ALIGNED"] == by_eights
     buffer = torch.zeros(32, 36, dtype=torch.bfloat16, device=DEVICE)
     of_32 = buffer.view(36, 32)
     weights = {of_32[:, 8:24]: True, of_32[:, 1:17]: False, of_32[:16].T: False, buffer[:, :16]: False}

@@ -164,6 +164,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
         ({"up.weight_q": torch.ones(2)}, r"holds int8 weights \('up\.weight_q'\), which model\.load"),
         ({"up.weight": torch.ones(16, 32)}, r"up\.weight has shape \(16, 32\), and the model's \(32, 16\)"),
         ({"norm.weight": torch.ones(16, dtype=torch.int64)}, r"norm\.weight is I64, and is to be one of"),
+        ({"count": torch.tensor(3.5)}, r"count is F32, and the model's torch\.int64"),
     ):
         state = {name: tensor for name, tensor in floats().state_dict().items() if name != "head.weight"} | spoil
         safetensors.save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
@@ -177,8 +178,16 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
         load_float_weights(on_meta(), path)
     state = floats().state_dict() | {"up.weight": torch.full((32, 16), float("nan"))}
     safetensors.save_file({name: tensor for name, tensor in state.items() if name != "head.weight"}, path)
-    with pytest.raises(ValueError, match=r"up\.weight has values that are NaN or infinite"):
+    with pytest.raises(
+        ValueError, match=r"up\.weight has values that are NaN or infinite.*other weights are filled already"
+    ):
         load_float_weights(quantize_model(Net(), ["up", "down"], group_size=8), path)
+    safetensors.save_file({"count": torch.tensor(3)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"b\.safetensors has 'count' once more; name the files of one checkpoint"):
+        load_float_weights(Net(), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json is no index of safetensors files"):
+        load_float_weights(Net(), tmp_path / "config.json")
     with pytest.raises(FileNotFoundError, match=r"no \.safetensors file"):
         load_float_weights(Net(), tmp_path / "..")
 

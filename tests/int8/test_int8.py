@@ -180,6 +180,17 @@ def test_group_sizes_that_do_not_divide_are_refused(size, text):
         Int8Weight.of(normal(4, 8), size)
 
 
+def test_zeros_that_are_no_piece_of_a_weight_are_what_was_asked_for():
+    """Codes without a group, or floats where integers were asked for: FSDP2 asks by ``new_zeros`` for its pieces."""
+    weight = Int8Weight.of(normal(4, 8).bfloat16(), 8)
+    assert isinstance(weight.new_zeros(2, 8), Int8Weight)
+    for size, options in (((), {}), ((3,), {}), ((3, 3), {}), ((4, 8), {"dtype": torch.int64})):
+        zeros = weight.new_zeros(size, **options)
+        assert type(zeros) is torch.Tensor
+        assert (zeros.shape, zeros.dtype) == (size, options.get("dtype", torch.bfloat16))
+        assert zeros.eq(0).all()
+
+
 def test_what_would_make_a_float_copy_is_refused():
     weight = Int8Weight.of(normal(4, 8), 8)
     for operation in (lambda: weight + 1, lambda: weight[0], lambda: weight.mean(), lambda: weight.mul_(2)):

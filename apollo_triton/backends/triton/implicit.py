@@ -25,6 +25,7 @@ from ...kernels import sketch as sketch_kernels
 from ..interface import Factors, Sketch, StepScalars
 from . import projections, verbs
 from .arguments import DTYPES, operand_constants, step_arguments
+from .layout import rounds_by_eights
 from .matrices import Table
 from .projections import projection_kind
 
@@ -158,7 +159,7 @@ def apply(table: Table, settings: Settings, scalars: StepScalars, factors: Facto
         *step_arguments(settings, scalars),
         KEEPS_ROWS=table.keeps_rows,
         PER_CHANNEL=factors.channel is not None,
-        ALIGNED=_is_aligned(stored),
+        ALIGNED=_is_aligned(stored) and rounds_by_eights(table.members[0]),
         ROWS_BY_EIGHTS=rows % 8 == 0,
         USE_LIMITER=not settings.disable_nl,
         PRECISION=precision,

@@ -70,6 +70,14 @@ def make_moments_contiguous(member: Member) -> None:
         member.state.update({name: member.state[name].contiguous() for name in MOMENTS})
 
 
+def rounds_by_eights(member: Member) -> bool:
+    """Whether the bits for rounding of a low-rank weight begin at a multiple of 8, so that eight neighbours share a
+    call for them. A shard beside uneven ones may begin elsewhere, whatever its own size."""
+    assert member.shard.geometry is not None
+    width = member.shard.geometry.width
+    return all(offset * width % 8 == 0 for offset in member.shard.rounding_offsets)
+
+
 def is_aligned(member: Member) -> bool:
     """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
     parameter, gradient = member.weight, member.gradient
@@ -89,7 +97,7 @@ def is_aligned(member: Member) -> bool:
     geometry = member.geometry
     if geometry.matrices > 1 and exp_avg[0].numel() * exp_avg.element_size() % _ALIGNMENT:
         return False
-    if any(offset * geometry.width % 8 for offset in member.shard.rounding_offsets):  # rounding bits come by eights
+    if not rounds_by_eights(member):
         return False
     if isinstance(parameter, Int8Weight):
         group = parameter.group_size  # a power of two that divides a row
