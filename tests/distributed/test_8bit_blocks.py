@@ -3,14 +3,18 @@ weight."""
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
-from distributed_cases import Weights, assert_same_bits
+from distributed_cases import Weights, assert_same_bits, needs_fsdp_on_a_cpu
 from distributed_harness import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from apollo_triton import APOLLOAdamW, attach_layerwise
 from apollo_triton.core.moments_8bit import BLOCK
 from apollo_triton.params.blocks import _cut_between_blocks
 
@@ -37,6 +41,30 @@ def test_dense_weights_are_rounded_as_a_single_process_rounds_them(bitsandbytes)
     assert expected["flat"].dtype == torch.bfloat16
     for result in run(steps_in_bfloat16, 2, mesh_shape=(2, 1)):
         assert_same_bits(result, expected, "2 ranks")
+
+
+def told_layer_by_layer():
+    """What is said of two modules, of which each makes a step of its own."""
+    model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Linear(40, 40))
+    for module in (*model, model):
+        fully_shard(module)
+    optimizer = APOLLOAdamW(
+        model.named_parameters(), rank=16, target_modules="all-linear", state_bits=8, min_8bit_size=1
+    )
+    attach_layerwise(model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(torch.ones(3, 20)).sum().backward()
+    return [str(each.message) for each in caught if "state_bits" in str(each.message)]
+
+
+@pytest.mark.slow
+@needs_fsdp_on_a_cpu
+def test_layer_wise_updates_name_all_that_stays_in_floats():
+    """Only the module whose gradient comes first is named, or each by itself."""
+    for told in run(told_layer_by_layer, 2):
+        assert len(told) == 1, told
+        assert "the moments of 0.weight, 1.weight stay in state_dtype" in told[0]
 
 
 @settings(max_examples=60, deadline=None)

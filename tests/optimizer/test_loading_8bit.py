@@ -160,9 +160,7 @@ def test_both_forms_at_once_are_refused(bitsandbytes):
 def test_state_bits_that_change_nothing_are_said(bitsandbytes):
     """Savings that a user counts on and does not have; a warning where some moments are 8-bit."""
     group = {"params": [("mini", nn.Parameter(torch.ones(600, 64)))], "rank": 1}
-    with pytest.warns(
-        UserWarning, match=r"changes nothing: .*\(mini: its rank is below 16\); leave it out"
-    ):
+    with pytest.warns(UserWarning, match=r"changes nothing: .*\(mini: its rank is below 16\); leave it out"):
         APOLLOAdamW([group], state_bits=8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
