@@ -28,6 +28,7 @@ from .params.advice import (
     advise_on_keys,
     advise_on_plain_adamw,
     advise_on_rounding,
+    advise_on_state_bits,
     check_is_no_model,
     loses_updates,
 )
@@ -182,6 +183,7 @@ class APOLLOAdamW(Optimizer):
         super().__init__(params, defaults)
         if not isinstance(params[0], dict):
             advise_on_plain_adamw(self.param_groups[0]["params"])
+        advise_on_state_bits(self.param_groups)
 
     @classmethod
     def apollo(cls, model: torch.nn.Module, rank: int = 256, **options: Any) -> APOLLOAdamW:

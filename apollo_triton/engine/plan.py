@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..params.blocks import SPANS_RANKS, obstacle_to_8bit
 from ..params.checks import check_gradient, check_parameter
 from ..params.differences import warn_of_blocks
 from ..params.fake import fake_mode_of, make_state_like, real_numbers
-from ..params.member import Member, Param, find_shard, gradient_of, group_indices, params_of
+from ..params.member import Member, Param, Part, find_shard, gradient_of, group_indices, params_of
 from ..params.sharding import LocalShard
 from ..params.state import check_count, check_memory, check_state, has_begun, lay_out
 from .agreement import Agreement
@@ -56,7 +56,8 @@ class Plan:
         self._given = dict(given)  # of the current step; ``updates`` empties it
         found = self._checked(groups, states, on_device)  # raises before anything changes
         agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
-        self._tell_of_blocks([param for param, _, _ in found if not has_begun(states.get(param.tensor))], caches)
+        new = [param for param, _, _ in found if not has_begun(states.get(param.tensor))]
+        self._tell_of_blocks(new, groups, caches)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
             None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)
@@ -93,17 +94,18 @@ class Plan:
         self.tables = make_tables(on_kernels, self._settings, self.counts, on_device, caches)
         self._places = None if self._is_fake else places_of(groups, states, given)
 
-    def _tell_of_blocks(self, new: list[Param], caches: Caches) -> None:
+    def _tell_of_blocks(self, new: list[Param], groups: Groups, caches: Caches) -> None:
         """Say once of an optimizer which moments are not 8-bit though ``state_bits`` asks for it, since no rank holds
         whole blocks. Before anything changes, since warnings may be errors."""
-        settings = self._settings
-        wanted = [param for param in new if is_dtensor(param.tensor) and settings[param.group].state_bits == 8]
-        if caches.has_told_of_blocks or not wanted:
+        spanning = [] if caches.has_told_of_blocks else _spanning(new, self._settings)
+        if not spanning:
             return
-        spanning = [param for param in wanted if obstacle_to_8bit(param.tensor, settings[param.group]) == SPANS_RANKS]
-        if spanning:
-            warn_of_blocks(spanning)
-            caches.has_told_of_blocks = True
+        if isinstance(groups, Part):  # the other parts will say nothing
+            settings = dict(zip(group_indices(groups.whole), map(Settings.of, groups.whole), strict=True))
+            trained = (param for param in params_of(groups.whole) if param.tensor.requires_grad)
+            spanning = _spanning(trained, settings)
+        warn_of_blocks(spanning)
+        caches.has_told_of_blocks = True
 
     def holds(
         self,
@@ -229,6 +231,12 @@ class Plan:
         check_memory(begun)
         check_separate(param for param, _, _ in found)
         return found
+
+
+def _spanning(params: Iterable[Param], settings: Mapping[int, Settings]) -> list[Param]:
+    """The parameters whose moments would be 8-bit if their blocks did not span ranks."""
+    wanted = [param for param in params if is_dtensor(param.tensor) and settings[param.group].state_bits == 8]
+    return [param for param in wanted if obstacle_to_8bit(param.tensor, settings[param.group]) == SPANS_RANKS]
 
 
 def _values(steps: list[Tensor]) -> list[float]:

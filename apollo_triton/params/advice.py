@@ -15,7 +15,8 @@ from ..core.scale import LEAST_CHANNEL_RANK, scale_of
 from ..core.settings import AUTO, Settings
 from ..core.spelling import unread_keys
 from ..int8.weight import int8_weight_of
-from .member import Param, geometry_of
+from .blocks import obstacle_anywhere
+from .member import Param, geometry_of, params_of
 
 # At lower rates bfloat16 weights lose more than 6 % of their way. In the measurement of docs/options.md, weights of a
 # size of 0.02 went with AdamW 16 % of it at 1e-5, 33 % at 3e-5, 94 % at 1e-4 and all at 2e-4. A low-rank update of k
@@ -124,6 +125,15 @@ def advise_on_plain_adamw(parameters: Sequence[Tensor]) -> None:
             "APOLLOAdamW.apollo(model, ...), APOLLOAdamW.mini(model, ...), or model.named_parameters() with a rank. "
             "If AdamW is meant, give the parameters as a group: [{'params': ...}]"
         )
+
+
+def advise_on_state_bits(groups: list[dict[str, Any]]) -> None:
+    """Warn of ``state_bits=8`` that no parameter's moments follow, on whatever number of ranks."""
+    settings = [Settings.of(group) for group in groups]
+    wanted = [param for param in params_of(groups) if settings[param.group].state_bits == 8]
+    obstacles = [obstacle_anywhere(param.tensor, settings[param.group]) for param in wanted]
+    if wanted and all(obstacles):
+        warn(f"state_bits=8 changes nothing: no moments can be 8-bit ({wanted[0].label}: {obstacles[0]}); leave it out")
 
 
 def _is_bfloat16_matrix(parameter: Tensor) -> bool:

@@ -34,13 +34,23 @@ def absmax_shape(parameter: Tensor, settings: Settings) -> tuple[int, ...]:
     if geometry is not None:
         blocks = absmax_count(geometry.channels * (settings.rank or 0))
         return (geometry.matrices, blocks) if geometry.matrices > 1 else (blocks,)
-    shape = tuple(parameter.shape)
+    return dense_absmax_shape(parameter.shape)
+
+
+def dense_absmax_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the absmaxes of dense 8-bit moments of ``shape``."""
     kept = _kept_dimensions(shape)
     return (*shape[:kept], absmax_count(prod(shape[kept:])))
 
 
 def obstacle_to_8bit(parameter: Tensor, settings: Settings) -> str:
-    """Why a parameter's moments cannot be 8-bit whatever ``state_bits`` says; "" if they can."""
+    """Why a parameter's moments cannot be 8-bit here, whatever ``state_bits`` says; "" if they can."""
+    obstacle = obstacle_anywhere(parameter, settings)
+    return obstacle or ("" if shards_are_whole_blocks(parameter, settings) else SPANS_RANKS)
+
+
+def obstacle_anywhere(parameter: Tensor, settings: Settings) -> str:
+    """Why a parameter's moments cannot be 8-bit however it is sharded; "" if they may be."""
     geometry = geometry_of(parameter, settings)
     if parameter.dim() < 2:
         return "it has one dimension"
@@ -51,7 +61,7 @@ def obstacle_to_8bit(parameter: Tensor, settings: Settings) -> str:
         elements = geometry.matrices * geometry.channels * (settings.rank or 0)
     if elements < max(1, settings.min_8bit_size):
         return f"its moments have fewer elements than min_8bit_size ({settings.min_8bit_size})"
-    return "" if shards_are_whole_blocks(parameter, settings) else SPANS_RANKS
+    return ""
 
 
 def shards_are_whole_blocks(parameter: Tensor, settings: Settings) -> bool:

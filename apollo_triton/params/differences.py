@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from ..core.messages import shown, warn
 from ..core.module_names import unwrapped
 from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
@@ -82,9 +84,12 @@ def warn_of_forms(found: Sequence[tuple[Param, Settings, bool]]) -> None:
     if lost:
         param, settings = lost[0]
         reason = obstacle_to_8bit(param.tensor, settings) or "its group has state_bits 32"
+        dtypes = {settings.state_dtype for _, settings in lost}
+        kept = "Their values are the same" if dtypes == {torch.float32} else "Those in bfloat16 are rounded to it"
         warn(
             f"load_state_dict: the 8-bit moments of {_listed([param for param, _ in lost])} become "
-            f"{str(settings.state_dtype).removeprefix('torch.')} ({param.label}: {reason}). Their values are the same"
+            f"{' or '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))} ({param.label}: {reason}). "
+            f"{kept}"
         )
     if gained:
         warn(

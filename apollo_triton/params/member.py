@@ -107,13 +107,14 @@ def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient
 class Part(list[dict[str, Any]]):
     """The groups of an optimizer, cut down to ``params``, which come in its order and keep their indices in it.
 
-    A group of which none is among them is left out.
+    A group of which none is among them is left out. ``whole``: all groups, if they were given as a list.
     """
 
     def __init__(
         self, groups: Sequence[dict[str, Any]] | Mapping[int, dict[str, Any]], params: Sequence[Param]
     ) -> None:
         self.params = params
+        self.whole: list[dict[str, Any]] = groups if isinstance(groups, list) else self
         by_group: dict[int, list[Param]] = {}
         for param in params:
             by_group.setdefault(param.group, []).append(param)

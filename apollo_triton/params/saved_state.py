@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from math import prod
 from numbers import Real
 from typing import Any
 
@@ -32,6 +31,7 @@ from .state import (
     check_seed,
     check_tensor,
     expected_tensors,
+    in_a_row_too,
     is_8bit,
     state_shapes,
     with_codes_named,
@@ -61,8 +61,9 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
         if expected.optional and name not in saved:
             continue
         dtypes = expected.dtypes if torch.uint8 in expected.dtypes else _FLOATS
-        shape = _flat_too(saved.get(name), expected.shape) if name in ABSMAXES else expected.shape
-        check_tensor(param, saved, name, Expected(shape, dtypes))
+        if name in ABSMAXES:
+            expected = in_a_row_too(saved.get(name), expected)
+        check_tensor(param, saved, name, Expected(expected.shape, dtypes))
         if saved[name].is_meta and not param.tensor.is_meta:
             raise ValueError(f"{param}: its state {name!r} is on the meta device, where it has no values")
     check_count(param, saved, _number(saved.get("step")))
@@ -105,11 +106,6 @@ def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, sha
 def was_8bit(saved: Mapping[str, Any]) -> bool:
     """Whether the moments of a checked state are 8-bit."""
     return CODES["exp_avg"] in with_codes_named(saved)
-
-
-def _flat_too(value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that absmaxes may have: ``shape`` or, as those of older versions, the same numbers in a row."""
-    return tuple(value.shape) if getattr(value, "shape", ()) == (prod(shape),) and not is_dtensor(value) else shape
 
 
 def _in_floats(saved: Mapping[str, Any], param: Param, settings: Settings) -> dict[str, Any]:
@@ -181,10 +177,16 @@ def check_values(param: Param, state: Mapping[str, Any]) -> None:
 
 
 def _are_codes(state: Mapping[str, Any]) -> bool:
-    """Whether float moments are what a cast makes of 8-bit ones. Each block of the second has an element of its absmax,
-    whose code is 255, so that hardly any other state is looked at twice."""
+    """Whether float moments are what a cast makes of 8-bit ones: whole numbers from 0 to 255.
+
+    Each block of the second has an element of its absmax, whose code is 255, so that hardly any other state is looked
+    at twice. Where all gradients were 0, its codes are 0, and those of the first are 127, which reads as 0.
+    """
     values = [local(state[name]) for name in ("exp_avg_sq", "exp_avg") if name in state]
-    if any(value.is_meta or not value.numel() for value in values) or not values or values[0].max() != 255:
+    if any(value.is_meta or not value.numel() for value in values) or len(values) < 2:
+        return False
+    second, first = (float(value.max()) for value in values)
+    if second != 255 and not (second == 0 and first >= 1):
         return False
     return all(bool(((value == value.round()) & (value >= 0) & (value <= 255)).all()) for value in values)
 

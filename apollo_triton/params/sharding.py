@@ -215,11 +215,14 @@ def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequenc
 
     cuts, mesh = moment_cuts(parameter, shard), parameter.device_mesh
     if shard.geometry is None:
-        local_shape, first = _cut(shape, cuts)
-        return StatePlacement(tuple(parameter.placements), tuple(first), tuple(local_shape))
+        # Absmaxes have no dimension for what an axis of one rank cuts within blocks.
+        kept = {index for dim, _, index in cuts if dim < len(shape)}
+        local_shape, first = _cut(shape, [cut for cut in cuts if cut[2] in kept])
+        placements = [each if index in kept else Replicate() for index, each in enumerate(parameter.placements)]
+        return StatePlacement(tuple(placements), tuple(first), tuple(local_shape))
     if not name.startswith("exp_avg"):
         cuts = [cut for cut in cuts if cut[1] not in shard.sum_axes]
-    placements: list[Any] = [Replicate()] * mesh.ndim
+    placements = [Replicate()] * mesh.ndim
     for position, (dim, axis, index) in enumerate(cuts):
         if axis.size == 1:
             continue

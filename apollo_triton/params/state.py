@@ -9,6 +9,7 @@ brings state back from a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ..core.philox import parameter_seed
 from ..core.settings import Settings
 from ..int8.weight import int8_weight_of
 from .aliasing import address, overlaps_itself
-from .blocks import SPANS_RANKS, absmax_shape, obstacle_to_8bit, shards_are_whole_blocks
+from .blocks import SPANS_RANKS, absmax_shape, dense_absmax_shape, obstacle_to_8bit, shards_are_whole_blocks
 from .member import CODES, Param, geometry_of
 from .sharding import LocalShard, local_shape, sharded_zeros, state_placement
 
@@ -146,6 +147,8 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shar
     for name, expected in expected_tensors(parameter, settings, state).items():
         if expected.optional and name not in state:
             continue
+        if name in ABSMAXES and geometry_of(parameter, settings) is None:
+            expected = in_a_row_too(state.get(name), expected)  # ``lay_out`` brings them into shape
         check_tensor(param, state, name, expected)
         _check_changeable(param, name, state[name])
         _check_device(param, name, state[name])
@@ -156,6 +159,13 @@ def check_state(param: Param, state: Mapping[str, Any], settings: Settings, shar
         _check_device(param, "step", state["step"])
     seed = state.get("seed")
     check_seed(param, state, None if isinstance(seed, bool) else seed)
+
+
+def in_a_row_too(value: Any, expected: Expected) -> Expected:
+    """What absmaxes may be: as expected or, as those of older versions, the same numbers in a row."""
+    if getattr(value, "shape", ()) != (prod(expected.shape),) or is_dtensor(value):
+        return expected
+    return expected._replace(shape=tuple(value.shape))
 
 
 def check_tensor(param: Param, state: Mapping[str, Any], name: str, expected: Expected) -> None:
@@ -269,7 +279,7 @@ def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None
 
     Scalars that are on the host (``ZeroRedundancyOptimizer`` moves them there) go to the parameter's device, and
     everything except dense moments becomes contiguous. Dense moments keep their layout, unless elements share memory.
-    8-bit moments get their names.
+    8-bit moments get their names, and absmaxes of dense ones their shape.
     """
     named = with_codes_named(state)
     if named is not state:
@@ -285,6 +295,8 @@ def lay_out(state: dict[str, Any], parameter: Tensor, is_low_rank: bool) -> None
             is_dense = not is_low_rank and name in MOMENTS
             if not is_dense or overlaps_itself(local(value)):
                 state[name] = value.contiguous()
+        if name in ABSMAXES and not is_low_rank and not is_dtensor(value):
+            state[name] = state[name].view(dense_absmax_shape(parameter.shape))
 
 
 def _is_plain(value: Tensor, parameter: Tensor) -> bool:

@@ -10,8 +10,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import Weights, assert_close, assert_ranks_agree, assert_same_bits, local, needs_uneven_strides
 from distributed_harness import run
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 from apollo_triton.backends.reference import dense_8bit
-from apollo_triton.core.moments_8bit import BLOCK, dequantize_blockwise
-from apollo_triton.params.blocks import _cut_between_blocks
+from apollo_triton.core.moments_8bit import dequantize_blockwise
 
 pytestmark = pytest.mark.skipif(
     dense_8bit.obstacle(torch.device("cpu")) is not None, reason="bitsandbytes cannot update 8-bit moments here"
@@ -349,38 +346,3 @@ def changes(origin, destination):
             name for name, (_, _, cuts) in CASES.items() if is_8bit(cuts[max(1, len(mesh_shape))][1], mesh_shape)
         }
     return forms[origin] - forms[destination], forms[destination] - forms[origin]
-
-
-# --- the rule
-
-
-@settings(max_examples=60, deadline=None)
-@example(length=37, elements=64, pieces=[5, 2])  # the last of five pieces is cut within a block
-@given(
-    length=st.integers(1, 70), elements=st.sampled_from([1, 4, 12, 16, 24, 64, 100, 128, 256, 384, 512, 768]),
-    pieces=st.lists(st.integers(1, 5), max_size=3),
-)  # fmt: skip
-def test_shards_are_whole_blocks_where_every_piece_is(length, elements, pieces):
-    """Against all pieces of all ranks, element by element: a rule that looks at one rank, at even pieces, or not at the
-    pieces into which absmaxes are cut."""
-    blocks = -(-length * elements // BLOCK)
-
-    def cut(values):
-        parts = [values]
-        for count in pieces:
-            parts = [chunk for part in parts for chunk in padded(part, count)]
-        return parts
-
-    def padded(part, count):
-        chunks = list(part.chunk(count)) if len(part) else []
-        return chunks + [part[:0]] * (count - len(chunks))
-
-    of_elements = [
-        [int(index) * elements + offset for index in part for offset in range(elements)]
-        for part in cut(torch.arange(length))
-    ]
-    of_blocks = [part.tolist() for part in cut(torch.arange(blocks))]
-    expected = all(
-        sorted({at // BLOCK for at in held}) == absmaxes for held, absmaxes in zip(of_elements, of_blocks, strict=True)
-    ) and sum(map(len, of_blocks)) == sum(len({at // BLOCK for at in held}) for held in of_elements)
-    assert _cut_between_blocks(length, blocks, elements, pieces) == expected

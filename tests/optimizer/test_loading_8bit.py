@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -76,12 +77,15 @@ def test_a_state_of_an_older_version_that_was_put_in_by_hand_steps_on(bitsandbyt
     state = other.state[copies["low"]]
     for name in MOMENTS:
         state[name] = state.pop(f"{name}_q")
+        of_dense = other.state[copies["dense"]]
+        of_dense[f"{name}_absmax"] = of_dense[f"{name}_absmax"].view(-1)
     for each in ((optimizer, named), (other, copies)):
         train(*each, 2, 2)
     for parameter, theirs in zip(copies.values(), named.values(), strict=True):
         assert torch.equal(parameter, theirs)
     assert "exp_avg" not in state
     assert state["exp_avg_q"].dtype == torch.uint8
+    assert of_dense["exp_avg_absmax"].shape == of_dense["exp_avg_sq_absmax"].shape == (40, 1)
 
 
 def test_floats_become_8_bit_where_new_moments_would_be(bitsandbytes):
@@ -109,9 +113,15 @@ def test_floats_become_8_bit_where_new_moments_would_be(bitsandbytes):
     train(other, copies, 2, 1)
 
 
-def test_codes_that_were_cast_to_floats_are_refused(bitsandbytes):
-    """torch.distributed.checkpoint copies what it finds under a name into what is there: codes into float32."""
-    optimizer, _ = make(steps=2)
+@pytest.mark.parametrize("gradients", ["drawn", "zero"])
+def test_codes_that_were_cast_to_floats_are_refused(gradients, bitsandbytes):
+    """torch.distributed.checkpoint copies what it finds under a name into what is there: codes into float32. The code
+    of 0 is 127, which over a second moment of 0 would be a step of 1e8."""
+    optimizer, named = make(steps=2 * (gradients == "drawn"))
+    if gradients == "zero":
+        for parameter in named.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
     saved, _ = of_an_older_version(optimizer)
     state = saved["state"][2]
     for name in MOMENTS:
@@ -121,6 +131,18 @@ def test_codes_that_were_cast_to_floats_are_refused(bitsandbytes):
     with pytest.raises(ValueError, match=r"parameter 2 \('mini'\).*codes of 8-bit moments.*dcp_to_torch_save"):
         other.load_state_dict(saved)
     assert not other.state
+
+
+def test_what_is_rounded_to_bfloat16_is_not_said_to_be_the_same(bitsandbytes):
+    """Values that are said to be exact, and are not."""
+    saved, floats = of_an_older_version(make(steps=1)[0])
+    for group in saved["param_groups"]:
+        group["state_dtype"] = "bfloat16"
+    other, copies = make(seed=1, state_dtype="bfloat16")
+    with pytest.warns(UserWarning, match=r"mini, vector become bfloat16 .*rounded to it") as told:
+        other.load_state_dict(saved)
+    assert not any("the same" in str(each.message) for each in told)
+    assert torch.equal(other.state[copies["mini"]]["exp_avg"], floats[2, "exp_avg"].bfloat16())
 
 
 def test_both_forms_at_once_are_refused(bitsandbytes):
@@ -133,3 +155,13 @@ def test_both_forms_at_once_are_refused(bitsandbytes):
     with pytest.raises(ValueError, match=r"\('low'\).*'exp_avg', moments in floats, and 'exp_avg_q'.*load_state_dict"):
         other.load_state_dict(saved)
     assert not other.state
+
+
+def test_state_bits_that_change_nothing_are_said(bitsandbytes):
+    """Savings that a user counts on and does not have; a warning where some moments are 8-bit."""
+    group = {"params": [("mini", nn.Parameter(torch.ones(600, 64)))], "rank": 1}
+    with pytest.warns(UserWarning, match=r"changes nothing: .*\(mini: its rank is below 16\); leave it out"):
+        APOLLOAdamW([group], state_bits=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        APOLLOAdamW([group, {"params": [("dense", nn.Parameter(torch.ones(40, 256)))]}], state_bits=8)
