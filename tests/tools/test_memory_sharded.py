@@ -16,6 +16,7 @@ import pytest
 import torch
 from distributed_cases import needs_fsdp_on_a_cpu
 from distributed_harness import run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 from apollo_triton import quantize_model
@@ -65,7 +66,7 @@ def real(setup, int8, vocabulary):
 @functools.cache
 def predicted(setup, int8=False, vocabulary=VOCABULARY):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # int8 parts are asked for their address
+        warnings.simplefilter("error")  # a user would see them
         return sharded.predicted(llama(int8=int8, vocabulary=vocabulary), setup, 1, TOKENS, on_cuda=False)
 
 
@@ -219,10 +220,19 @@ def test_the_reserve_is_what_the_page_says():
 
 def test_the_engine_is_given_back():
     """Whoever counts in a program that trains later must not leave his hook there."""
+    from apollo_triton.engine.agreement import Agreement
     from apollo_triton.engine.engine import Engine
 
-    before, resize = Engine.run, torch.UntypedStorage.resize_
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="stop"), LiveStep(model, torch.optim.SGD(model.parameters())):
-        raise RuntimeError("stop")
-    assert (Engine.run, torch.UntypedStorage.resize_) == (before, resize)
+    def patched():
+        return Engine.run, Agreement.check, torch.UntypedStorage.resize_
+
+    def stopped():
+        model = torch.nn.Linear(2, 2)
+        with FakeTensorMode(), LiveStep(model, torch.optim.SGD(model.parameters())):
+            assert not any(one is other for one, other in zip(patched(), before, strict=True))
+            raise RuntimeError("stop")
+
+    before = patched()
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
+    assert patched() == before
