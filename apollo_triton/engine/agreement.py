@@ -14,7 +14,7 @@ from ..core.settings import PER_STEP, STRUCTURAL, Settings
 from ..int8.weight import int8_weight_of
 from ..params.fake import fake_mode_of
 from ..params.member import Param
-from ..params.sharding import LocalShard, MeshAxis
+from ..params.sharding import LocalShard
 from .collectives import gathered, ordered_axes
 
 
@@ -39,18 +39,17 @@ class Agreement:
 
         ``settings`` are by the index of the group, ``given`` the gradients that are never formed. ``among``: parameters
         over whose axes to ask as well, because others may have found one of them. Raises ValueError also for shards
-        that have no values to send. In a process group that sends nothing, of which memory estimates play one rank,
-        there is nobody to compare with.
+        that have no values to send.
         """
         for param, shard in found:
             has_values = fake_mode_of(param.tensor) is None and not param.tensor.is_meta
-            if not has_values and any(axis.size > 1 and not _sends_nothing(axis) for axis in shard.mesh_axes):
+            if not has_values and any(axis.size > 1 for axis in shard.mesh_axes):
                 raise ValueError(
                     f"{param} is a DTensor without values, over which ranks cannot add up anything; step on whole fake "
                     "or meta tensors, or count bytes with apollo-triton memory"
                 )
         asked = [*among, *found]
-        axes = [axis for axis in ordered_axes([shard for _, shard in asked]) if not _sends_nothing(axis)]
+        axes = ordered_axes([shard for _, shard in asked])
         if not axes:
             return
         params = [param for param, _ in found]
@@ -77,10 +76,6 @@ class Agreement:
             torch.distributed.all_gather_object(received, lists, group=axis.group)
             lists = {rank: found for other in received for rank, found in other.items()}
         raise ValueError(_difference(lists))
-
-
-def _sends_nothing(axis: MeshAxis) -> bool:
-    return axis.group is not None and torch.distributed.get_backend(axis.group) == "fake"
 
 
 def _lasting(param: Param, settings: Settings) -> str:

@@ -45,7 +45,12 @@ class GatheredByFSDP:
             parts = dict(zip(map(id, (self.q, self.scale, self.zero)), outputs, strict=True))
             return self.with_parts(lambda part: parts[id(part)], param_dtype), ()
         whole: Any = local(out)
-        if whole.q.data_ptr() != outputs[0].data_ptr():
+        if _place(whole.q) != _place(outputs[0]):
             raise RuntimeError(f"{self.title}: FSDP2 has gathered it into other memory than it had at first")
         whole.q, whole.scale, whole.zero = outputs
         return None
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins. Memory estimates gather fake ones, which have no address."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()

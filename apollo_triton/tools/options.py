@@ -87,8 +87,10 @@ def memory(parser: ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="activations included, part by part, what each of N cards takes, and what a step sends (default model: "
-        "7B). The next options are for it. APOLLO-Mini, or APOLLO with --rank",
+        "7B). APOLLO-Mini, or APOLLO with --rank. Takes 10 to 30 seconds a model",
     )
+    add("--json", action="store_true", help="print JSON, all sizes in bytes")
+    add = parser.add_argument_group("options of --gpus").add_argument
     add("--shard", choices=["fsdp2", "hsdp", "tp"], help="how (default: fsdp2; hsdp has two replicas)")
     add("--layerwise", action="store_true", help="attach_layerwise: each module's gradients are used and freed")
     add("--int8", action="store_true", help="quantize_model: int8 weights")
@@ -96,9 +98,9 @@ def memory(parser: ArgumentParser) -> None:
     add("--state-bits", type=int, choices=[8, 32], help="of the moments (default: 32)")
     add("--tokens", type=int, metavar="N", help="of each card's sequence (default: 2048)")
     add("--checkpointing", action="store_true", help="activation checkpointing of the decoder layers")
-    add("--batch", type=int, help="sequences a step, with --single-card (default: 1)")
-    add("--sequence", type=int, help="tokens a sequence, with --single-card (default: 256)")
-    add("--json", action="store_true", help="print JSON, all sizes in bytes")
+    add = parser.add_argument_group("options of --single-card").add_argument
+    add("--batch", type=int, help="sequences a step (default: 1)")
+    add("--sequence", type=int, help="tokens a sequence (default: 256)")
 
 
 def validate(parser: ArgumentParser) -> None:

@@ -16,13 +16,17 @@ import pytest
 import torch
 from distributed_cases import needs_fsdp_on_a_cpu
 from distributed_harness import run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
-from apollo_triton import quantize_model
+from apollo_triton import APOLLOAdamW, quantize_model
 from apollo_triton.tools import options as options_of
 from apollo_triton.tools.memory import alike, command, many_cards, sharded
+from apollo_triton.tools.memory.fake_world import fake_mesh
 from apollo_triton.tools.memory.live_step import (
+    GATHERED,
     GRADIENTS,
+    REDUCING,
     SHARDED_GRADIENTS,
     STATE,
     UNSHARDED,
@@ -31,6 +35,7 @@ from apollo_triton.tools.memory.live_step import (
     LiveStep,
 )
 from apollo_triton.tools.memory.sharded import Setup
+from apollo_triton.tools.memory.sharding import fake_of, shard
 
 transformers = pytest.importorskip("transformers")
 pytestmark = needs_fsdp_on_a_cpu
@@ -39,7 +44,7 @@ HIDDEN, INNER, VOCABULARY, TOKENS, GROUP = 64, 96, 257, 32, 16  # 257 rows make 
 FULL = pytest.mark.full
 
 
-def llama(device="meta", layers=2, int8=False, vocabulary=VOCABULARY):
+def llama(device="meta", layers=2, int8=False, vocabulary=VOCABULARY, tied=False):
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INNER,
@@ -47,7 +52,7 @@ def llama(device="meta", layers=2, int8=False, vocabulary=VOCABULARY):
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocabulary,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         attn_implementation="eager",
     )
     with torch.device(device):
@@ -65,7 +70,7 @@ def real(setup, int8, vocabulary):
 @functools.cache
 def predicted(setup, int8=False, vocabulary=VOCABULARY):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # int8 parts are asked for their address
+        warnings.simplefilter("error")  # a user would see them
         return sharded.predicted(llama(int8=int8, vocabulary=vocabulary), setup, 1, TOKENS, on_cuda=False)
 
 
@@ -112,41 +117,53 @@ def test_the_parts_are_what_they_are_called():
     sizes = weights_of(llama())
     found = predicted(*CASES["FSDP2"])
     even = sum(size // 2 for name, size in sizes.items() if "embed" not in name and "head" not in name)
-    uneven = 2 * (VOCABULARY // 2 + 1) * HIDDEN  # embedding and head
-    assert found.parts[WEIGHTS] == 2 * (even + uneven)
+    piece = (VOCABULARY // 2 + 1) * HIDDEN  # of embedding and head
+    assert found.parts[WEIGHTS] == 2 * (even + 2 * piece)
     # FSDP2 gathers each weight for forward and backward, the embedding too, whose backward needs none. The root's norm
     # stays. Each brings half, and so does the reduction of gradients. Uneven pieces are padded.
     padded = sum(sizes.values()) + 2 * HIDDEN
     norm = sizes["model.norm.weight"]
     assert found.received["model"] == 2 * (3 * padded - norm) // 2
-    # At the peak, in the backward of the first of two layers, its gradients come and the second's are reduced.
-    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
-    assert 0 < found.parts[GRADIENTS] < 2 * layer
-    assert found.parts[UNSHARDED] == 2 * (layer + norm)
+    # Forward gathers five units, backward all except the root, and each reduces once.
+    assert found.exchanges["model"] == 5 + 4 + 5
+    # Moments are cut in two, those of uneven pieces after padding. Each low-rank weight has a norm on every rank.
+    summary = APOLLOAdamW.mini(llama()).summary()
+    moments = sum(row.moment_bytes for row in summary.rows) + 8 * 2 * HIDDEN
+    assert found.parts[STATE] == moments // 2 + 4 * len(summary.low_rank)
+    # The peak is in the backward of the last layer, whose attention comes next. The layer before is gathered, and the
+    # head is being reduced.
+    layer = {name: size for name, size in sizes.items() if name.startswith("model.layers.0.")}
+    assert found.parts[UNSHARDED] == 2 * (sum(layer.values()) + norm)
+    assert found.parts[GATHERED] == 2 * sum(layer.values())
+    done = sum(size for name, size in layer.items() if "mlp" in name or "post_attention" in name) + norm
+    assert found.parts[GRADIENTS] == 2 * done
+    assert found.parts[REDUCING] == 2 * 2 * piece
+    assert found.parts[SHARDED_GRADIENTS] == 2 * piece
     freed = predicted(*CASES["FSDP2, layer-wise, int8, checkpointed"])
     assert SHARDED_GRADIENTS not in freed.parts
     assert freed.parts[STATE] == found.parts[STATE]
 
 
 @pytest.mark.slow
-def test_int8_weights_are_gathered_as_codes():
+def test_int8_weights_are_kept_and_gathered_as_codes():
     matrices = sum(size for name, size in weights_of(llama()).items() if "proj" in name)
     plain = predicted(*CASES["FSDP2"])
     int8 = predicted(*CASES["FSDP2, layer-wise, int8, checkpointed"])
     scales = 5 * matrices // GROUP  # a float32 and a byte for each group
-    saved = 2 * (2 * matrices - (matrices + scales)) // 2  # two gathers, of which half comes from the other rank
-    assert plain.received["model"] - int8.received["model"] == saved
+    saved = 2 * matrices - (matrices + scales)
+    assert plain.parts[WEIGHTS] - int8.parts[WEIGHTS] == saved // 2
+    assert plain.received["model"] - int8.received["model"] == 2 * saved // 2  # two gathers, half from the other rank
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_cuda", [True, pytest.param(False, marks=FULL)])
 def test_few_layers_tell_of_many(on_cuda, monkeypatch):
     """What is extended from few layers is what a model of more holds: which moment is the peak may change."""
-    monkeypatch.setattr(alike, "FEW", (3, 4, 5))
-    model, setup = llama(layers=7), Setup(2, layerwise=True, checkpointing=True)
+    monkeypatch.setattr(alike, "FEW", (4, 5, 6))
+    model, setup = llama(layers=8), Setup(2, layerwise=True, checkpointing=True)
     few = [sharded.followed(sharded._with_layers(model, count), setup, 1, TOKENS, on_cuda, True) for count in alike.FEW]
     whole = sharded.followed(copy.deepcopy(model), setup, 1, TOKENS, on_cuda).result()
-    assert alike.extended(few, 7) == whole
+    assert alike.extended(few, 8) == whole
 
 
 def test_layers_that_differ_are_not_extended():
@@ -157,6 +174,17 @@ def test_layers_that_differ_are_not_extended():
     model.config.layer_types = None
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(HIDDEN, 2 * INNER, bias=False, device="meta")
     assert alike.like_layers(model) is None
+
+
+@pytest.mark.parametrize("how", ["tp", pytest.param("fsdp2", marks=FULL)])
+def test_a_tied_head_stays_the_embedding(how):
+    """Tensor parallelism cut it twice, and counted it twice."""
+    with fake_mesh(shards=2) as mesh, FakeTensorMode():
+        model = fake_of(llama(layers=1, tied=True))
+        shard(model, how, mesh)
+    weight = model.lm_head.weight
+    assert weight is model.model.embed_tokens.weight
+    assert weight.to_local().shape == (VOCABULARY // 2 + 1, HIDDEN)
 
 
 def config_of(folder, **changes):
@@ -197,7 +225,7 @@ def test_a_users_own_model(tmp_path, capsys, monkeypatch):
         (["--gpus", "2", "--batch", "2"], "leave out --batch"),
         (["--gpus", "2", "--group-size", "64"], "add --int8"),
         (["--gpus", "1"], r"1 GPUs with fsdp2 \(allowed: 2 or more\)"),
-        (["--gpus", "6", "--shard", "hsdp", "--tokens", "0"], "sequence=0"),
+        (["--gpus", "6", "--shard", "hsdp", "--tokens", "0"], "--tokens 0: it must be"),
         (["--gpus", "5", "--shard", "hsdp"], "5 GPUs with hsdp .*even number"),
         (["--gpus", "4", "--shard", "tp"], "num_key_value_heads=2 is no multiple of 4 GPUs"),
     ],
@@ -209,7 +237,7 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path, arguments, text)
 
 
 def test_a_process_that_has_a_process_group_is_told_so():
-    with sharded.fake_mesh(shards=2), pytest.raises(ValueError, match="has a process group"):
+    with fake_mesh(shards=2), pytest.raises(ValueError, match="has a process group"):
         sharded.predicted(llama(), Setup(2), 1, TOKENS)
 
 
@@ -219,10 +247,19 @@ def test_the_reserve_is_what_the_page_says():
 
 def test_the_engine_is_given_back():
     """Whoever counts in a program that trains later must not leave his hook there."""
+    from apollo_triton.engine.agreement import Agreement
     from apollo_triton.engine.engine import Engine
 
-    before, resize = Engine.run, torch.UntypedStorage.resize_
-    model = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="stop"), LiveStep(model, torch.optim.SGD(model.parameters())):
-        raise RuntimeError("stop")
-    assert (Engine.run, torch.UntypedStorage.resize_) == (before, resize)
+    def patched():
+        return Engine.run, Agreement.check, torch.UntypedStorage.resize_
+
+    def stopped():
+        model = torch.nn.Linear(2, 2)
+        with FakeTensorMode(), LiveStep(model, torch.optim.SGD(model.parameters())):
+            assert not any(one is other for one, other in zip(patched(), before, strict=True))
+            raise RuntimeError("stop")
+
+    before = patched()
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
+    assert patched() == before

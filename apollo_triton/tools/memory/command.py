@@ -132,6 +132,9 @@ def _run_many_cards(options: argparse.Namespace) -> int:
     _refuse(options, "state_dtype", "target_modules", reason="--gpus has the default moments and matrices")
     if options.group_size is not None and not options.int8:
         raise ValueError("only int8 weights have groups: leave out --group-size, or add --int8")
+    tokens, group_size = (2048 if options.tokens is None else options.tokens), options.group_size or 128
+    if tokens < 1:
+        raise ValueError(f"--tokens {tokens}: it must be an integer of 1 or more")
     setup = Setup(
         options.gpus,
         options.shard or "fsdp2",
@@ -140,7 +143,6 @@ def _run_many_cards(options: argparse.Namespace) -> int:
         options.checkpointing,
         options.rank,
     )
-    tokens, group_size = (2048 if options.tokens is None else options.tokens), options.group_size or 128
     dtype = getattr(torch, options.dtype or "bfloat16")
     with _notes():
         counted = [
@@ -157,7 +159,7 @@ def _run_many_cards(options: argparse.Namespace) -> int:
 def _notes() -> Iterator[None]:
     """Print warnings to standard error, each text once and without its line of code."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)  # not what libraries deprecate
         yield
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"note: {message}", file=sys.stderr)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.utils._pytree import tree_leaves
 
+from ...engine.agreement import Agreement
 from ...engine.engine import Engine
 from .storages import Moments, Storages, by_part
 from .twins import Twins
@@ -82,19 +83,22 @@ class LiveStep(Storages):
     def __enter__(self) -> LiveStep:
         super().__enter__()
         self._twins = None if active_fake_mode() is None else Twins(self, self._kernels)
-        self._run = run = Engine.run
+        run = self._run = Engine.run
+        self._check = Agreement.check
         this = self
 
         def followed(engine: Engine, groups: Any, states: Any, *arguments: Any, **options: Any) -> None:
             this._followed(run, engine, groups, states, arguments, options)
 
         Engine.run = followed  # type: ignore[method-assign,assignment]
+        if self._twins is not None:
+            Agreement.check = _nobody_to_ask  # type: ignore[method-assign,assignment]
         self.mark(self._model.parameters(), WEIGHTS)
         self.mark(self._model.buffers(), BUFFERS)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        Engine.run = self._run  # type: ignore[method-assign]
+        Engine.run, Agreement.check = self._run, self._check  # type: ignore[method-assign]
         super().__exit__(*exception)
 
     def counts(self, storage: torch.UntypedStorage) -> bool:
@@ -187,6 +191,10 @@ class LiveStep(Storages):
         who = "update" if self._updating else "model"
         self.exchanges[who] += 1
         self.received[who] += received_by(func, args, result)
+
+
+def _nobody_to_ask(*arguments: Any, **options: Any) -> None:
+    """``Agreement.check`` of the only rank that there is, whose parameters have no values."""
 
 
 def _shown(sizes: dict[str, int]) -> dict[str, int]:

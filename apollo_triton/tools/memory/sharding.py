@@ -37,7 +37,11 @@ def shard(model: Any, how: str, mesh: Any) -> None:
     if how == "tp":
         from torch.distributed.tensor.parallel import parallelize_module
 
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        are_tied = _are_tied(model)
         parallelize_module(model, mesh, _tensor_parallel_plan(model))
+        if are_tied and getattr(head.weight, "placements", 0) == getattr(embedding.weight, "placements", 1):
+            head.weight = embedding.weight  # they were cut one by one
         return
     from torch.distributed.fsdp import fully_shard
 
@@ -52,9 +56,15 @@ def units(model: Any) -> list[nn.Module]:
     kinds = {*(model._no_split_modules or ())}  # by which Accelerate finds the layers, too
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding is None or embedding.weight is head.weight:
+    if head is None or embedding is None or _are_tied(model):
         return layers
     return [embedding, *layers, head]
+
+
+def _are_tied(model: Any) -> bool:
+    """Whether embedding and head have one weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and embedding is not None and embedding.weight is head.weight
 
 
 def _tensor_parallel_plan(model: Any) -> dict[str, Any]:
