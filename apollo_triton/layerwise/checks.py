@@ -39,6 +39,11 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
                 "where fully_shard was called before the optimizer was made, a forward has left the root gathered: "
                 "call model.reshard() first"
             )
+        elif any(is_dtensor(parameter) for parameter in in_model):
+            advice = (
+                "fully_shard or parallelize_module has replaced them since the optimizer was made: make the optimizer "
+                "after it"
+            )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
 
 

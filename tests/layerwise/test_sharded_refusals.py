@@ -12,9 +12,10 @@ import torch.distributed as dist
 from distributed_cases import drawn, local, needs_fsdp_on_a_cpu
 from distributed_harness import run
 from layerwise_cases import loss_of, make_model, make_optimizer
-from sharded_layerwise_cases import APOLLO, groups_of, sharded, words_of
+from sharded_layerwise_cases import APOLLO, Model, groups_of, sharded, words_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from apollo_triton import APOLLOAdamW, attach_layerwise
@@ -82,6 +83,13 @@ def after_a_forward():
     return text
 
 
+def optimizer_before_sharding():
+    model = Model()
+    optimizer = APOLLOAdamW(groups_of(model, APOLLO), lr=1e-2)
+    fully_shard(model)
+    return error_of(partial(attach_layerwise, model, optimizer))
+
+
 def a_missing_gradient(missing):
     """Two sharded weights without FSDP2. Backward comes by ``first`` first. Rank 1 has no gradient of one of them."""
     mesh = init_device_mesh("cpu", (2,))
@@ -117,6 +125,7 @@ FAULTS = {
     without_gradients: r"(?s)'blocks.*gradients=\"none\" cannot update what fully_shard manages.*sum over ranks.*"
     r"use gradients=\"freed\".*gradients=\"auto\" cannot",
     after_a_forward: r"^ValueError: not in the model.*model\.reshard\(\)",
+    optimizer_before_sharding: r"^ValueError: not in the model.*fully_shard or .*: make the optimizer after it$",
     first_missing: r"^ValueError: ranks 0 and 1 differ.*'(first|last)'",
     last_missing: r"^ValueError: ranks 0 and 1 differ.*1 parameters with gradients|'last'",
 }

@@ -218,14 +218,14 @@ def test_a_users_own_model(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--shard", "tp"], "without --gpus nothing is sharded.*leave out --shard"),
+        (["--shard", "tp"], "without --gpus nothing is sharded.*add --gpus, or leave out --shard"),
         (["--tokens", "64"], "leave out --tokens"),
         (["--gpus", "2", "--single-card"], "leave out --gpus"),
         (["--gpus", "2", "--paper"], "leave out --gpus"),
         (["--gpus", "2", "--batch", "2"], "leave out --batch"),
         (["--gpus", "2", "--group-size", "64"], "add --int8"),
-        (["--gpus", "1"], r"1 GPUs with fsdp2 \(allowed: 2 or more\)"),
-        (["--gpus", "6", "--shard", "hsdp", "--tokens", "0"], "--tokens 0: it must be"),
+        (["--gpus", "1"], "--gpus 1: it must be 2 or more; leave it out for a single card"),
+        (["--gpus", "6", "--shard", "hsdp", "--tokens", "0"], "--tokens 0: it must be an integer of 1 or more"),
         (["--gpus", "5", "--shard", "hsdp"], "5 GPUs with hsdp .*even number"),
         (["--gpus", "4", "--shard", "tp"], "num_key_value_heads=2 is no multiple of 4 GPUs"),
     ],

@@ -89,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"--rank {options.rank}: it must be an integer of 1 or more")
     if options.gpus is None:
-        _refuse(options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs")
+        _refuse(
+            options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs", way_out="add --gpus"
+        )
     if options.paper:
         _refuse(
             options, "model", *COMPARISON_ONLY, "single_card", "gpus", reason="--paper has the paper's own settings"
@@ -130,6 +132,10 @@ def _run_many_cards(options: argparse.Namespace) -> int:
     from .sharded import Setup
 
     _refuse(options, "state_dtype", "target_modules", reason="--gpus has the default moments and matrices")
+    if options.tokens is not None and options.tokens < 1:
+        raise ValueError(f"--tokens {options.tokens}: it must be an integer of 1 or more")
+    if options.gpus < 2:
+        raise ValueError(f"--gpus {options.gpus}: it must be 2 or more; leave it out for a single card")
     if options.group_size is not None and not options.int8:
         raise ValueError("only int8 weights have groups: leave out --group-size, or add --int8")
     tokens, group_size = (2048 if options.tokens is None else options.tokens), options.group_size or 128
@@ -165,10 +171,11 @@ def _notes() -> Iterator[None]:
         print(f"note: {message}", file=sys.stderr)
 
 
-def _refuse(options: argparse.Namespace, *names: str, reason: str) -> None:
+def _refuse(options: argparse.Namespace, *names: str, reason: str, way_out: str = "") -> None:
     for name in names:
         if getattr(options, name) not in (None, False):
-            raise ValueError(f"{reason}: leave out --{name.replace('_', '-')}")
+            either = f"{way_out}, or " if way_out else ""
+            raise ValueError(f"{reason}: {either}leave out --{name.replace('_', '-')}")
 
 
 def _report(name: str, options: argparse.Namespace) -> Report:
