@@ -69,8 +69,8 @@ class Plan:
         self.on_device = on_device
         self.captured = False
         self._structure = structure(settings)
-        for member, new in zip(self.members, made, strict=True):
-            member.state.update(new or {})
+        for member, state in zip(self.members, made, strict=True):
+            member.state.update(state or {})
             lay_out(member.state, member.parameter, member.geometry is not None)
         self._is_fake = any(fake_mode_of(member.parameter) is not None for member in self.members)
         self.devices = {member.parameter.device for member in self.members}

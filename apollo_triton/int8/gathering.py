@@ -53,4 +53,4 @@ class GatheredByFSDP:
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor begins. Memory estimates gather fake ones, which have no address."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -132,8 +132,6 @@ def _run_many_cards(options: argparse.Namespace) -> int:
     from .sharded import Setup
 
     _refuse(options, "state_dtype", "target_modules", reason="--gpus has the default moments and matrices")
-    if options.tokens is not None and options.tokens < 1:
-        raise ValueError(f"--tokens {options.tokens}: it must be an integer of 1 or more")
     if options.gpus < 2:
         raise ValueError(f"--gpus {options.gpus}: it must be 2 or more; leave it out for a single card")
     if options.group_size is not None and not options.int8:

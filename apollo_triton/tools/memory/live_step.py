@@ -90,7 +90,7 @@ class LiveStep(Storages):
         def followed(engine: Engine, groups: Any, states: Any, *arguments: Any, **options: Any) -> None:
             this._followed(run, engine, groups, states, arguments, options)
 
-        Engine.run = followed  # type: ignore[method-assign,assignment]
+        Engine.run = followed  # type: ignore[method-assign]
         if self._twins is not None:
             Agreement.check = _nobody_to_ask  # type: ignore[method-assign,assignment]
         self.mark(self._model.parameters(), WEIGHTS)
