@@ -90,9 +90,9 @@ class LiveStep(Storages):
         def followed(engine: Engine, groups: Any, states: Any, *arguments: Any, **options: Any) -> None:
             this._followed(run, engine, groups, states, arguments, options)
 
-        Engine.run = followed  # type: ignore[method-assign]
+        Engine.run = followed  # type: ignore[method-assign,assignment]
         if self._twins is not None:
-            Agreement.check = _nobody_to_ask  # type: ignore[method-assign,assignment]
+            Agreement.check = _nobody_to_ask  # type: ignore[method-assign]
         self.mark(self._model.parameters(), WEIGHTS)
         self.mark(self._model.buffers(), BUFFERS)
         return self
