@@ -1,6 +1,7 @@
 """What the engines of one optimizer share: made again whenever it is missing, never state, never saved.
 
-Layer-wise updates run an engine for each parameter. They share one P a width: at 7B one each would take 450 MB.
+Layer-wise updates run an engine for each parameter or sharded module. They share one P a width: at 7B one each would
+take 450 MB.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from .linear import owners_of
 
 def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
     """Raise ValueError unless hooks on the model see whole, final gradients of all of the optimizer's parameters."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+    if any(isinstance(module, _kinds_of_ddp()) for module in model.modules()):
         raise ValueError(
             "layer-wise updates would use gradients before DistributedDataParallel has averaged them, and it keeps all "
             "of them in its buckets anyway; use fully_shard on a mesh of replicas instead, which frees them: "
@@ -45,6 +46,14 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
                 "after it"
             )
         raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
+
+
+def _kinds_of_ddp() -> tuple[type, ...]:
+    """The classes of modules whose gradients DistributedDataParallel averages. ``replicate`` of
+    ``torch.distributed._composable`` keeps it out of the model, and gives the module a class of its own."""
+    composable: Any = sys.modules.get("torch.distributed._composable.replicate")  # without it there is no such module
+    kind = getattr(composable, "DDP", None)
+    return (nn.parallel.DistributedDataParallel, *([kind] if isinstance(kind, type) else []))
 
 
 def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tensor, nn.Linear], gradients: str) -> None:
@@ -117,6 +126,23 @@ def check_group(group: dict[str, Any], index: int, gradients: str) -> None:
         raise ValueError(
             f"parameter group {index}: capturable=True captures a whole step, and layer-wise updates run inside "
             "backward; use capturable=False, or plain optimizer.step()"
+        )
+
+
+def check_operands(param: Param, gradients: str, was_updated: bool, ran_once: bool) -> None:
+    """Raise RuntimeError unless a weight may be updated from its layer's operands now."""
+    if param.tensor.grad is not None:
+        raise RuntimeError(
+            f"{param} has a gradient of an earlier backward, which this one would be added to, and with "
+            f'gradients="{gradients}" there is none to add; call optimizer.zero_grad() before backward()'
+        )
+    if was_updated:
+        raise RuntimeError(twice(param, gradients))
+    if not ran_once:
+        raise RuntimeError(
+            f"{param}: its layer ran forward more than once, and each backward would move it by a part of its "
+            'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
+            "still there, belongs into torch.no_grad()"
         )
 
 

@@ -14,6 +14,8 @@ from types import FrameType, FunctionType
 
 import torch
 
+from ..core.messages import warn
+
 # PyTorch's, and the methods of Accelerate, Fabric and Lightning.
 _CLIPPING = {"clip_grad_norm_", "clip_grads_with_norm_", "clip_gradients"}
 # Programs that clip elsewhere than in the functions that step: the option by which they do, and what turns it off.
@@ -23,6 +25,17 @@ _OPTIONS = {
     "pytorch_lightning": ("gradient_clip_val", "Trainer(gradient_clip_val={!r})", "gradient_clip_val=None"),
 }
 _NOT_THE_USERS = {*_OPTIONS, "accelerate", "torch", "apollo_triton"}
+
+
+def warn_of_useless_clipping() -> None:
+    """Warn if the functions that are running clip gradients."""
+    useless = useless_clipping()
+    if useless is not None:
+        warn(
+            f"{useless}. Layer-wise updates move each weight within backward() and free its gradient. The "
+            "norm-growth limiter still bounds updates. To clip, use plain optimizer.step() and "
+            "APOLLOAdamW(..., max_grad_norm=1.0)"
+        )
 
 
 @torch._disable_dynamo  # it would warn of sys._getframe

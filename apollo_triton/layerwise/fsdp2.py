@@ -59,22 +59,28 @@ class ShardedModule:
 
 
 def sharded_modules(model: nn.Module) -> list[ShardedModule]:
-    """Everything in ``model`` that ``fully_shard`` was called for. A module in it has the parameters that no sharded
-    module within it manages."""
+    """Everything in ``model`` that ``fully_shard``, or FSDP2's ``replicate``, was called for. A module in it has the
+    parameters that no sharded module within it manages."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # without it there is no such module
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is None:
         return []
-    state_of = getattr(fsdp.fully_shard, "state", lambda module: module)  # one for all modules of fully_shard([a, b])
     found: dict[int, ShardedModule] = {}
     taken: set[Tensor] = set()
     for module in reversed([*model.modules()]):  # from the bottom up, as they were sharded
         if isinstance(module, kind):
             own = [each for each in _parameters_of(module, kind) if each not in taken]
-            state = state_of(module)
+            state = _state_of(module)
             found.setdefault(id(state), ShardedModule(state)).add(own)
             taken.update(own)
     return [*found.values()]
+
+
+def _state_of(module: Any) -> Any:
+    """What FSDP2 keeps of a module: one for all modules of ``fully_shard([a, b])``. ``fully_shard.state`` does not know
+    that of ``replicate``, which is the same within. Without the private name each module is one by itself."""
+    find = getattr(module, "_get_fsdp_state", None)
+    return module if find is None else find()
 
 
 def _parameters_of(module: nn.Module, kind: type) -> Iterator[Tensor]:

@@ -23,8 +23,8 @@ from ..core.tensor_parallel import largest_part
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
 from .attached import attached, check_others
-from .checks import check_group, check_groups, check_layers, check_model, check_parameter, twice
-from .clipping import useless_clipping
+from .checks import check_group, check_groups, check_layers, check_model, check_operands, check_parameter, twice
+from .clipping import warn_of_useless_clipping
 from .fsdp2 import wait_for_offloaded
 from .linear import LinearForward, layers_of
 from .units import SameUpdates, Unit, Units
@@ -216,21 +216,13 @@ class Layerwise:
         check_groups(groups, self.gradients)
 
     def check_step(self) -> None:
-        """Raise ValueError if a group has what needs all gradients at once, or if ranks have moved other parameters.
-        Warn once if whoever steps clips them."""
-        groups, states = self._optimizer.param_groups, self._optimizer.state
-        check_groups(groups, self.gradients)
-        self._same_updates.check(self._updated, self._params.values(), groups, states)
+        """Raise ValueError for what needs all gradients at once, or if ranks have moved others. Warn once of clipping."""
+        check_groups(self._optimizer.param_groups, self.gradients)
+        self._same_updates.check(self._updated, self._params.values(), self._optimizer)
         self._steps[:] = [True]
         if self._updated and not self._looked_for_clipping:
             self._looked_for_clipping = True
-            useless = useless_clipping()
-            if useless is not None:
-                warn(
-                    f"{useless}. Layer-wise updates move each weight within backward() and free its gradient. The "
-                    "norm-growth limiter still bounds updates. To clip, use plain optimizer.step() and "
-                    "APOLLOAdamW(..., max_grad_norm=1.0)"
-                )
+            warn_of_useless_clipping()
 
     def refuse_grad_scaler(self) -> None:
         """Raise ValueError: the hooks have moved the weights by gradients that are still multiplied by the scale."""
@@ -313,24 +305,13 @@ class Layerwise:
     def check(self, weight: Tensor, ran_once: bool) -> None:
         """Raise RuntimeError or ValueError unless ``weight`` may be updated now: for ``LinearForward``."""
         param = self._params[weight]
-        if weight.grad is not None:
-            raise RuntimeError(
-                f"{param} has a gradient of an earlier backward, which this one would be added to, and with "
-                f'gradients="{self.gradients}" there is none to add; call optimizer.zero_grad() before backward()'
-            )
-        if weight in self._updated:
-            raise RuntimeError(twice(param, self.gradients))
-        if not ran_once:
-            raise RuntimeError(
-                f"{param}: its layer ran forward more than once, and each backward would move it by a part of its "
-                'gradient; use attach_layerwise(..., gradients="freed"). A forward without training, whose output is '
-                "still there, belongs into torch.no_grad()"
-            )
+        check_operands(param, self.gradients, weight in self._updated, ran_once)
         check_group(self._optimizer.param_groups[param.group], param.group, self.gradients)
 
     def update(self, weight: Tensor, gradient: ImplicitGradient) -> None:
         """One step of ``weight`` without its gradient: for ``LinearForward``."""
         with self._lock:
+            self._same_updates.begin(weight, self._params.values(), self._optimizer)
             self._step(self._units[weight], [weight], {weight: gradient._replace(limiter_norm=self._limiter_norm)})
 
     def _update_from_gradient(self, parameter: Tensor) -> None:
@@ -344,6 +325,7 @@ class Layerwise:
             if parameter in self._updated or self._units.is_waiting(parameter):
                 raise RuntimeError(twice(param, self.gradients))
             check_group(optimizer.param_groups[param.group], param.group, self.gradients)
+            self._same_updates.begin(parameter, self._params.values(), optimizer)
             self._move(self._units.arrive(parameter, self._update_what_is_left))
 
     def _update_what_is_left(self) -> None:

@@ -24,6 +24,7 @@ from ..core.settings import Settings
 from ..engine.agreement import Agreement
 from ..engine.caches import Caches
 from ..engine.engine import Engine
+from ..optimizer import APOLLOAdamW
 from ..params.member import Param, Part, find_shard
 from .fsdp2 import ShardedModule, sharded_modules
 
@@ -129,16 +130,17 @@ class Units:
         task = torch._C._current_graph_task_id()
         unit = self._units[parameter]
         is_complete = unit.arrive(parameter, task)
-        if is_complete:
-            self._open = None if unit is self._open else self._open
+        if unit.module is None:  # its gradient is all there is; others wait on, as it may come at any time
             yield unit, unit.take(task)
-        elif unit is not self._open:
-            before, self._open = self._open, unit
-            if self._queued != task:
-                self._queued = task
-                Variable._execution_engine.queue_callback(at_end)
-            if before is not None and (waiting := before.take(task)):
-                yield before, waiting
+            return
+        before, self._open = self._open, None if is_complete else unit
+        if not is_complete and self._queued != task:
+            self._queued = task
+            Variable._execution_engine.queue_callback(at_end)
+        if before is not None and before is not unit and (waiting := before.take(task)):
+            yield before, waiting
+        if is_complete:
+            yield unit, unit.take(task)
 
     def left(self) -> Iterator[tuple[Unit, list[Tensor]]]:
         """The unit that is open at the end of backward."""
@@ -155,7 +157,7 @@ class Units:
 
 
 class SameUpdates:
-    """Finds out at ``step()`` whether hooks have moved other parameters on other ranks.
+    """Finds out whether hooks move other parameters on other ranks.
 
     A rank on which one had no gradient would go on, while others wait for it in their backward for ever.
     """
@@ -163,23 +165,35 @@ class SameUpdates:
     def __init__(self) -> None:
         self._agreement = Agreement()
         self._known: list[int] | None = None
+        self._has_begun = False
 
-    def check(
-        self,
-        updated: Collection[Tensor],
-        params: Collection[Param],
-        groups: list[dict[str, Any]],
-        states: Mapping[Tensor, dict[str, Any]],
+    def begin(self, parameter: Tensor, params: Collection[Param], optimizer: APOLLOAdamW) -> None:
+        """Raise ValueError on every rank if ranks want gradients of other parameters. Asks once, when the first
+        gradient of a ``DTensor`` has come: at the next one the collectives of backward itself may not fit each other.
+        """
+        if not self._has_begun and is_dtensor(parameter):
+            wanted = {param.tensor for param in params if param.tensor.requires_grad}
+            self._compare(wanted, params, optimizer, Agreement())
+            self._has_begun = True
+
+    def check(self, updated: Collection[Tensor], params: Collection[Param], optimizer: APOLLOAdamW) -> None:
+        """Raise ValueError on every rank if they have moved others. Compares when these are not those of the step
+        before."""
+        indices = [param.index for param in params if param.tensor in updated and is_dtensor(param.tensor)]
+        if indices != self._known:
+            self._compare(updated, params, optimizer, self._agreement)
+            self._known = indices
+
+    @staticmethod
+    def _compare(
+        these: Collection[Tensor], params: Collection[Param], optimizer: APOLLOAdamW, agreement: Agreement
     ) -> None:
-        """Raise ValueError on every rank if they differ. Compares when others have moved than in the step before."""
         sharded = [param for param in params if is_dtensor(param.tensor)]
-        indices = [param.index for param in sharded if param.tensor in updated]
-        if indices == self._known or not sharded:
-            return
-        settings = {
-            index: Settings.of(groups[index], f"parameter group {index}") for index in {each.group for each in sharded}
-        }
-        shards = [(param, find_shard(param, settings[param.group])) for param in sharded]
-        moved = [(param, shard) for param, shard in shards if param.tensor in updated]
-        self._agreement.check(moved, settings, states, {}, among=shards)
-        self._known = indices
+        if sharded:
+            settings = {
+                index: Settings.of(optimizer.param_groups[index], f"parameter group {index}")
+                for index in {each.group for each in sharded}
+            }
+            shards = [(param, find_shard(param, settings[param.group])) for param in sharded]
+            found = [(param, shard) for param, shard in shards if param.tensor in these]
+            agreement.check(found, settings, optimizer.state, {}, among=shards)

@@ -129,6 +129,17 @@ def test_distributed_data_parallel_is_refused(gradients, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@LAYER_WISE
+def test_composable_distributed_data_parallel_is_refused(gradients):
+    """Each replica would move by its own gradients, and nobody would be told. No module of the model is that of DDP."""
+    composable = pytest.importorskip("torch.distributed._composable")
+    model = composable.replicate(nn.Linear(4, 4))
+    optimizer = APOLLOAdamW([{"params": list(model.parameters()), "rank": 2}])
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        attach_layerwise(nn.Sequential(model), optimizer, gradients=gradients)
+    assert not is_attached(model)
+
+
 @pytest.mark.slow
 @LAYER_WISE
 def test_another_optimizers_hooks_are_named_and_garbage_is_not(gradients):

@@ -194,3 +194,27 @@ def test_a_sharded_module_has_what_no_other_one_manages(tmp_path):
         ["free.bias", "free.weight"],
     ]
     assert sorted(found) == expected
+
+
+@needs_fsdp_on_a_cpu
+def test_what_fsdp2_replicates_moves_module_by_module(tmp_path):
+    """The state of a replicated module is not where ``fully_shard`` keeps its own."""
+    replicate = pytest.importorskip("torch.distributed._composable.replicate_with_fsdp").replicate
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("replicate",))
+        model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+        replicate(model[0], mesh=mesh)
+        replicate(model, mesh=mesh)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found = [sorted(names[each] for each in module.parameters) for module in sharded_modules(model)]
+        before = [whole(parameter) for parameter in model.parameters()]
+        optimizer = APOLLOAdamW(model.named_parameters(), lr=1e-2)
+        attach_layerwise(model, optimizer)
+        model(torch.ones(3, 6)).square().sum().backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        moved = [not torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True)]
+    finally:
+        dist.destroy_process_group()
+    assert sorted(found) == [["0.bias", "0.weight"], ["1.bias", "1.weight"]]
+    assert any(moved)

@@ -118,6 +118,25 @@ def last_missing():
     return a_missing_gradient("last")
 
 
+def frozen_on_one(kind):
+    """Of FSDP2 the reduction would be of other sizes on rank 1; under tensor parallelism rank 1 would go on to the next
+    activation's sum, while rank 0 exchanges what an update needs."""
+
+    def freeze(model):
+        model.blocks[1].up.weight.requires_grad_(dist.get_rank() == 0)
+
+    _, _, backward = attached(kind, freeze)
+    return error_of(backward)
+
+
+def frozen_on_one_under_fsdp():
+    return frozen_on_one("fsdp")
+
+
+def frozen_on_one_under_tensor_parallelism():
+    return frozen_on_one("tensor")
+
+
 FAULTS = {
     other_settings: r"^ValueError: ranks 0 and 1 differ.*lr=0.01.*lr=0.02.*on all ranks",
     two_backwards: r"^RuntimeError: parameter \d+ \('blocks.2.*second time.*handle.accumulate\(\)",
@@ -128,6 +147,8 @@ FAULTS = {
     optimizer_before_sharding: r"^ValueError: not in the model.*fully_shard or .*: make the optimizer after it$",
     first_missing: r"^ValueError: ranks 0 and 1 differ.*'(first|last)'",
     last_missing: r"^ValueError: ranks 0 and 1 differ.*1 parameters with gradients|'last'",
+    frozen_on_one_under_fsdp: r"^ValueError: ranks 0 and 1 differ.*'blocks.1.up.weight'.* on rank 0",
+    frozen_on_one_under_tensor_parallelism: r"^ValueError: ranks 0 and 1 differ.*'blocks.1.up.weight'.* on rank 0",
 }
 
 
