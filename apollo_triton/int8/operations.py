@@ -93,6 +93,7 @@ OPERATIONS.update(
         _aten.detach.default: lambda weight: weight.with_parts(lambda part: part.detach()),
         _aten.alias.default: lambda weight: weight.with_parts(lambda part: part),
         _aten.view.default: _view,
+        _aten.view_as.default: lambda weight, other: _view(weight, other.shape),  # in ``inference_mode``
         _aten.clone.default: _clone,
         _aten._to_copy.default: _to_copy,
         _aten.copy_.default: _copy,

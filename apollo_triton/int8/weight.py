@@ -9,6 +9,7 @@ the same bits in both.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -300,7 +301,10 @@ class Int8Weight(GatheredByFSDP, Tensor):
     def with_parts(self, change: Any, dtype: torch.dtype | None = None) -> Int8Weight:
         """An int8 weight of what ``change`` makes of each part."""
         q, scale, zero = (change(part) for part in (self.q, self.scale, self.zero))
-        result = Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
+        # PyTorch refuses an inference tensor as the view of a tensor that is none.
+        from_outside = torch.is_inference_mode_enabled() and not self.is_inference()
+        with torch.inference_mode(False) if from_outside else contextlib.nullcontext():
+            result = Int8Weight(q, scale, zero, self.group_size, dtype or self.dtype, self.stochastic_rounding)
         result.name = self.name
         return result
 

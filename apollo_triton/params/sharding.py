@@ -63,8 +63,8 @@ class LocalShard:
         """For each matrix, the index of the shard's first channel in the whole, unsharded parameter. Times the width,
         it is the index of the first element, from which the bits for stochastic rounding are drawn.
 
-        Shards of whole channels are thus rounded as the unsharded weight is. Shards of a part of the width get indices
-        behind all elements of the shards before them, so that no two shards share bits.
+        Shards of whole rows are thus rounded as the unsharded weight is. Shards of some columns draw other bits. Shards
+        of a part of the width get indices behind all elements of the shards before them, so that no two share bits.
         """
         if self.geometry is None:
             return [0]

@@ -191,6 +191,15 @@ def test_zeros_that_are_no_piece_of_a_weight_are_what_was_asked_for():
         assert zeros.eq(0).all()
 
 
+def test_views_in_inference_mode():
+    """FSDP2 and tensor parallel look at weights that were made outside of it."""
+    weight = Int8Weight.of(normal(4, 8), 8)
+    with torch.inference_mode():
+        for view in (weight.view(-1), weight.view_as(weight), weight.detach(), weight[:]):
+            assert not view.is_inference()
+            assert view.q.data_ptr() == weight.q.data_ptr()
+
+
 def test_what_would_make_a_float_copy_is_refused():
     weight = Int8Weight.of(normal(4, 8), 8)
     for operation in (lambda: weight + 1, lambda: weight[0], lambda: weight.mean(), lambda: weight.mul_(2)):

@@ -116,6 +116,10 @@ def under_fsdp(steps=2):
         model = with_fsdp(copy.deepcopy(plain), mesh)
         results["bits", backend] = torch.equal(model(inputs(0)), plain(inputs(0)))
         results["apart", backend] = beside_a_plain_copy(model, plain, steps, backend, rank)
+    plain = net()
+    model = with_fsdp(copy.deepcopy(plain), mesh)
+    with torch.inference_mode():
+        results["inference mode"] = torch.equal(model(inputs(0)), plain(inputs(0)))
     one = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replica", "shard"))
     plain = net()
     model = with_fsdp(copy.deepcopy(plain), one)
@@ -139,8 +143,8 @@ def under_fsdp(steps=2):
 @pytest.mark.slow
 def test_fsdp():
     """Floats that travel instead of codes; bits of rounding drawn as of a weight that begins at 0; an activation dtype
-    that changes the weights; buffers that a second forward does not find filled; a mesh of one shard, of which FSDP2
-    copies the codes alone."""
+    that changes the weights; a view that ``inference_mode`` refuses; buffers that a second forward does not find
+    filled; a mesh of one shard, of which FSDP2 copies the codes alone."""
     for results in run(under_fsdp, 2):
         # Codes, and 4 + 1 bytes of each of the 64 groups, of two weights; biases, and the head padded to 4 rows.
         assert results.pop("gathered") == (3, 2 * (512 + 64 * 5) + 4 * (32 + 16) + 4 * (4 * 16 + 4))
@@ -208,6 +212,9 @@ def on_four_ranks():
                 cut[source, "bits"] = all(
                     torch.equal(ours[name], expected[name]) for name in ours if "head" not in name
                 )
+    model, plain = parallelize_module(net(), mesh[2]["shard"], plan), net()
+    with torch.inference_mode():
+        cut["inference mode"] = torch.allclose(model(inputs(0)), plain(inputs(0)), atol=1e-6)
     model = with_fsdp(parallelize_module(net(), mesh[2]["shard"], plan), mesh[2]["replica"])
     cut["both"] = same(full_bits(model), bits(net()))
     return steps, hybrid, cut
