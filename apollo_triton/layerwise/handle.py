@@ -216,7 +216,7 @@ class Layerwise:
         check_groups(groups, self.gradients)
 
     def check_step(self) -> None:
-        """Raise ValueError for what needs all gradients at once, or if ranks have moved others. Warn once of clipping."""
+        """Raise ValueError for what needs all gradients at once, or if ranks moved others. Warn once of clipping."""
         check_groups(self._optimizer.param_groups, self.gradients)
         self._same_updates.check(self._updated, self._params.values(), self._optimizer)
         self._steps[:] = [True]
