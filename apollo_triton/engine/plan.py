@@ -56,8 +56,8 @@ class Plan:
         self._given = dict(given)  # of the current step; ``updates`` empties it
         found = self._checked(groups, states, on_device)  # raises before anything changes
         agreement.check([(param, shard) for param, shard, _ in found], self._settings, states, given)
-        new = [param for param, _, _ in found if not has_begun(states.get(param.tensor))]
-        self._tell_of_blocks(new, groups, caches)
+        without_state = [param for param, _, _ in found if not has_begun(states.get(param.tensor))]
+        self._tell_of_blocks(without_state, groups, caches)
         finish_gradients(param.tensor for param, _, _ in found)
         made = [
             None if has_begun(states.get(param.tensor)) else make_state_like(param, self._settings[param.group], shard)

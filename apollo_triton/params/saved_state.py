@@ -82,9 +82,11 @@ def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, sha
     saved = with_codes_named(saved)
     if was_8bit(saved) and not is_8bit(param.tensor, settings, {}):
         saved = _in_floats(saved, param, settings)
+    is_rounded = not was_8bit(saved) and is_8bit(param.tensor, settings, {})  # from float32, whatever ``state_dtype``
     kept = {saved[name].dtype for name in MOMENTS if name in saved} == {torch.bfloat16}
     wanted = dict.fromkeys(expected_tensors(param.tensor, settings, saved), torch.float32)
-    wanted |= {name: saved[name].dtype if kept else settings.state_dtype for name in MOMENTS if name in saved}
+    if not is_rounded:
+        wanted |= {name: saved[name].dtype if kept else settings.state_dtype for name in MOMENTS if name in saved}
     wanted |= {name: torch.uint8 for name in CODES.values() if name in saved}
     state: dict[str, Any] = {}
     for name, value in saved.items():
@@ -98,9 +100,7 @@ def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, sha
             state[name] = _placed(name, value, param.tensor, shard).to(wanted[name])
         else:
             state[name] = copied(value, f"{param}: its state {shown(name)}", param.tensor.device)
-    if not was_8bit(saved) and is_8bit(param.tensor, settings, {}):
-        return _in_8_bits(state, param, settings, shard)
-    return state
+    return _in_8_bits(state, param, settings, shard) if is_rounded else state
 
 
 def was_8bit(saved: Mapping[str, Any]) -> bool:

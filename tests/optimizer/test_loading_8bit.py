@@ -88,12 +88,14 @@ def test_a_state_of_an_older_version_that_was_put_in_by_hand_steps_on(bitsandbyt
     assert of_dense["exp_avg_absmax"].shape == of_dense["exp_avg_sq_absmax"].shape == (40, 1)
 
 
-def test_floats_become_8_bit_where_new_moments_would_be(bitsandbytes):
-    """Four times the memory that was asked for; moments of all experts in one row of blocks."""
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_floats_become_8_bit_where_new_moments_would_be(state_dtype, bitsandbytes):
+    """Four times the memory that was asked for; moments of all experts in one row of blocks; values that are rounded to
+    ``state_dtype`` first."""
     optimizer, _ = make(steps=2, state_bits=32)
     saved = copy.deepcopy(optimizer.state_dict())
     for group in saved["param_groups"]:
-        group["state_bits"] = 8
+        group |= {"state_bits": 8, "state_dtype": state_dtype}
     other, copies = make(seed=1)
     with pytest.warns(UserWarning, match="the moments of low, experts, dense were saved in floats, and are rounded"):
         other.load_state_dict(saved)
@@ -101,7 +103,7 @@ def test_floats_become_8_bit_where_new_moments_would_be(bitsandbytes):
         state, floats = other.state[parameter], optimizer.state_dict()["state"][[*copies].index(name)]
         for moment in MOMENTS:
             if name in ("mini", "vector"):
-                assert torch.equal(state[moment], floats[moment])
+                assert torch.equal(state[moment], floats[moment].to(getattr(torch, state_dtype)))
                 continue
             matrices = floats[moment] if name == "experts" else floats[moment][None]
             q, absmax = (
