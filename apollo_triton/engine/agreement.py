@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from ..params.fake import fake_mode_of
 from ..params.member import Param
 from ..params.sharding import LocalShard
 from .collectives import gathered, ordered_axes
+
+# Before each setting's name. Values have commas too, as betas=(0.9, 0.999), without a name and "=" after them.
+_SETTING = re.compile(r"(?:: |, )(?=[a-z_][\w ]*=)")
 
 
 class Agreement:
@@ -95,7 +99,7 @@ def _per_step(
     compare, but a change of it is no reason to compare."""
     values = {name: getattr(settings, name) for name in PER_STEP}
     if param.tensor in given:
-        values["limiter_norm, without a gradient"] = given[param.tensor].limiter_norm
+        values["limiter_norm without a gradient"] = given[param.tensor].limiter_norm
     else:
         values["placements of its gradient"] = getattr(param.tensor.grad, "placements", "whole")
     if "step" in state:
@@ -105,12 +109,18 @@ def _per_step(
 
 
 def _difference(lists: dict[int, list[str]]) -> str:
-    """The first difference between two ranks."""
+    """The first difference between two ranks: of two dozen settings of a parameter, those that differ."""
     first = min(lists)
     other = next((rank for rank in sorted(lists) if lists[rank] != lists[first]), first)
     end = "build the model and the optimizer alike on all ranks"
     for one, two in zip(lists[first], lists[other], strict=False):
-        if one != two:
-            return f"ranks {first} and {other} differ: {one!r} on rank {first}, {two!r} on rank {other}; {end}"
+        if one == two:
+            continue
+        (name, *ours), (other_name, *theirs) = _SETTING.split(one), _SETTING.split(two)
+        if name == other_name and len(ours) == len(theirs):
+            unlike = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+            one, two = (", ".join(side) for side in zip(*unlike, strict=True))
+            return f"ranks {first} and {other} differ: {name}: {one} on rank {first}, {two} on rank {other}; {end}"
+        return f"ranks {first} and {other} differ: {one!r} on rank {first}, {two!r} on rank {other}; {end}"
     counts = f"{len(lists[first])} and {len(lists[other])} parameters with gradients"
     return f"ranks {first} and {other} differ: {counts}; {end}"

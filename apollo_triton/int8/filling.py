@@ -59,7 +59,8 @@ def load_float_weights(model: nn.Module, files: str | Path | Iterable[str | Path
         chosen = _chosen(model, targets, found)
         faults = [fault for name, target in chosen.items() if (fault := _fault(name, target, found[name]))]
         if faults:
-            raise ValueError("the checkpoint does not fit the model: " + "; ".join(faults))
+            more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise ValueError("the checkpoint does not fit the model: " + "; ".join(faults[:3]) + more)
         with torch.no_grad():
             for name, target in chosen.items():
                 _fill(name, target, found[name])

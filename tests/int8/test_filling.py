@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
             load_float_weights(model, path)
         assert same(bits(model), before)
     saved(path)
-    with pytest.raises(ValueError, match=r"up\.weight is on the meta device; model\.to_empty"):
+    with pytest.raises(ValueError, match=r"embedding\.weight is on the meta device; model\.to_empty.*; and 4 more$"):
         load_float_weights(on_meta(), path)
     state = floats().state_dict() | {"up.weight": torch.full((32, 16), float("nan"))}
     safetensors.save_file({name: tensor for name, tensor in state.items() if name != "head.weight"}, path)

@@ -345,7 +345,7 @@ def refusals():
 @needs_fsdp_on_a_cpu
 def test_what_is_refused_says_why_and_what_to_do():
     words = {
-        "other norms": ["limiter_norm, without a gradient='sketch'", "limiter_norm, without a gradient='exact'"],
+        "other norms": ["limiter_norm without a gradient='sketch'", "limiter_norm without a gradient='exact'"],
         "tokens": ["('tall r')", "the sum over ranks needs a gradient", 'gradients="freed"'],
         "fully_shard": ["the sum over ranks needs a gradient", 'gradients="freed"', "tensor parallel alone"],
         "replicas": ["DistributedDataParallel", "fully_shard"],
