@@ -89,7 +89,7 @@ CASES = {
     "tensor parallel": (Setup(2, "tp"), False),
     "tensor parallel, layer-wise, int8": (Setup(2, "tp", layerwise=True, checkpointing=True), True),
 }
-DEFAULT = "FSDP2", "FSDP2, layer-wise, int8, checkpointed", "tensor parallel"
+DEFAULT = "FSDP2, layer-wise, int8, checkpointed", "tensor parallel"
 
 
 @pytest.mark.slow
@@ -156,7 +156,8 @@ def test_int8_weights_are_kept_and_gathered_as_codes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_cuda", [True, pytest.param(False, marks=FULL)])
+@pytest.mark.full  # 11 s
+@pytest.mark.parametrize("on_cuda", [True, False])
 def test_few_layers_tell_of_many(on_cuda, monkeypatch):
     """What is extended from few layers is what a model of more holds: which moment is the peak may change."""
     monkeypatch.setattr(alike, "FEW", (4, 5, 6))
