@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
+from ..core.messages import warn
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
@@ -54,6 +56,19 @@ def _kinds_of_ddp() -> tuple[type, ...]:
     composable: Any = sys.modules.get("torch.distributed._composable.replicate")  # without it there is no such module
     kind = getattr(composable, "DDP", None)
     return (nn.parallel.DistributedDataParallel, *([kind] if isinstance(kind, type) else []))
+
+
+def warn_of_replicas(optimizer: APOLLOAdamW) -> None:
+    """Warn where several ranks train and no weight is sharded. DistributedDataParallel around the model is not seen."""
+    distributed = torch.distributed
+    ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if ranks > 1 and not any(is_dtensor(param.tensor) for param in params_of(optimizer.param_groups)):
+        warn(
+            f"torch.distributed has {ranks} ranks, and none of this optimizer's weights is a DTensor: layer-wise "
+            "updates move each rank's weights by its own gradients, and a DistributedDataParallel around the model "
+            "would average what has been used already. Call fully_shard on the model before the optimizer is made; "
+            f'for replicas, on init_device_mesh("cuda", ({ranks}, 1), mesh_dim_names=("replicate", "shard"))'
+        )
 
 
 def check_layers(model: nn.Module, optimizer: APOLLOAdamW, layers: Mapping[Tensor, nn.Linear], gradients: str) -> None:

@@ -23,7 +23,16 @@ from ..core.tensor_parallel import largest_part
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
 from .attached import attached, check_others
-from .checks import check_group, check_groups, check_layers, check_model, check_operands, check_parameter, twice
+from .checks import (
+    check_group,
+    check_groups,
+    check_layers,
+    check_model,
+    check_operands,
+    check_parameter,
+    twice,
+    warn_of_replicas,
+)
 from .clipping import warn_of_useless_clipping
 from .fsdp2 import wait_for_offloaded
 from .linear import LinearForward, layers_of
@@ -93,6 +102,7 @@ def attach_layerwise(
     layers = {} if gradients == "freed" else layers_of(model)
     if gradients != "freed":
         check_layers(model, optimizer, layers, gradients)
+    warn_of_replicas(optimizer)
     handle = Layerwise(model, optimizer, gradients, limiter_norm, layers)
     handle.end_step()
     optimizer._layerwise = handle

@@ -140,6 +140,16 @@ def test_composable_distributed_data_parallel_is_refused(gradients):
     assert not is_attached(model)
 
 
+def test_ranks_without_shards_are_warned(monkeypatch):
+    """A model that DistributedDataParallel wraps before or after: each rank trains alone, and no error says so."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    model = nn.Linear(4, 4)
+    optimizer = APOLLOAdamW(group_of(model))
+    with pytest.warns(UserWarning, match=r"4 ranks, and none .* is a DTensor.*fully_shard.*\(4, 1\)"):
+        attach_layerwise(model, optimizer)
+
+
 @pytest.mark.slow
 @LAYER_WISE
 def test_another_optimizers_hooks_are_named_and_garbage_is_not(gradients):

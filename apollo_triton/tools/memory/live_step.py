@@ -6,7 +6,6 @@ Each part is known by the operation that makes or uses it: FSDP2's own operators
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -108,7 +107,6 @@ class LiveStep(Storages):
 
     def begin(self) -> None:
         """From here on counts, with what is alive now."""
-        gc.collect()  # an import in the first step may leave a traceback, whose frames hold that step's gradients
         self.forget_peak()
         self.exchanges.clear()
         self.received.clear()

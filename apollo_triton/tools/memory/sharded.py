@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...backends.reference.dense_8bit import bitsandbytes_update
 from ...core.moments_8bit import dynamic_code
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
@@ -93,6 +94,8 @@ def followed(model: Any, setup: Setup, batch: int, sequence: int, on_cuda: bool,
     """``train`` on fake tensors in place of those of ``model``."""
     for signed in (True, False):  # 2 kB that a process makes once are counted in no run, not in the first one alone
         dynamic_code(signed, torch.device("meta"))
+    if setup.state_bits == 8:
+        bitsandbytes_update()  # imported here: a log of what fails in it would keep a step's frames, and its gradients
     with fake_mesh(**setup.mesh) as mesh, FakeTensorMode():
         tokens = torch.zeros(batch, sequence, dtype=torch.long)
         return train(fake_of(model), setup, mesh, tokens, on_cuda, moments)
