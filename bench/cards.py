@@ -13,11 +13,13 @@ from apollo_triton.tools.memory.many_cards import CARDS, count
 from apollo_triton.tools.memory.paper import GB
 from apollo_triton.tools.memory.sharded import Setup
 
+from .marked_part import MarkedPart
 from .report_tables import table
-from .results_file import ROOT, Results, Row, write_whole
+from .results_file import ROOT, Results, Row
 
-DOCUMENT = ROOT / "docs" / "memory-sharded.md"
-BEGIN, END = "<!-- cards: python -m bench.cards --write -->", "<!-- end of cards -->"
+TABLE = MarkedPart(
+    ROOT / "docs" / "memory-sharded.md", "<!-- cards: python -m bench.cards --write -->", "<!-- end of cards -->"
+)
 TOKENS = 2048
 SIZES = ("70B", "33B", "13B", "7B")
 MACHINES = ((2, 24), (4, 24), (8, 24), (8, 80))  # cards, and GB of each
@@ -102,11 +104,6 @@ def _fit(row: Row | None, gigabytes: int) -> str:
     return f"{'yes' if row['total'] <= CARDS[gigabytes] else '**no**'}: {row['total'] / GB:.1f}"
 
 
-def in_document(text: str) -> str:
-    """The table between the marks of docs/memory-sharded.md."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/memory-sharded.md")
@@ -123,10 +120,7 @@ def main() -> None:
     text = document(results.rows)
     print(text)
     if options.write:
-        before, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-        if not begin:
-            raise SystemExit(f"{DOCUMENT} has no line {BEGIN}")
-        write_whole(DOCUMENT, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,18 @@ from apollo_triton import APOLLOAdamW
 from apollo_triton.tools.llama import meta_model
 from apollo_triton.tools.memory.fake_world import fake_mesh
 
+from .marked_part import MarkedPart
 from .report_tables import table
-from .results_file import ROOT, Results, Row, write_whole
+from .results_file import ROOT, Results, Row
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from distributed_cases import Collectives
 
-DOCUMENT = ROOT / "docs" / "distributed.md"
-BEGIN, END = "<!-- communication: python -m bench.communication --write -->", "<!-- end of communication -->"
+TABLE = MarkedPart(
+    ROOT / "docs" / "distributed.md",
+    "<!-- communication: python -m bench.communication --write -->",
+    "<!-- end of communication -->",
+)
 SIZES = ("7B", "70B", "405B")
 # GPUs along the mesh dimension of FSDP2, and along that of tensor parallelism.
 MESHES = ((8, 1), (64, 1), (1024, 1), (128, 8))
@@ -142,11 +146,6 @@ def _bytes(count: int) -> str:
     return str(count)
 
 
-def in_document(text: str) -> str:
-    """The table between the marks of docs/distributed.md."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/distributed.md")
@@ -162,10 +161,7 @@ def main() -> None:
     text = document(results.rows)
     print(text)
     if options.write:
-        before, begin, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-        if not begin:
-            raise SystemExit(f"{DOCUMENT} has no line {BEGIN}")
-        write_whole(DOCUMENT, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        TABLE.write(text)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def test_more_than_two_to_the_31_elements_from_factors(monkeypatch):
     own.addresses[0, fields.ROWS.value], own.addresses[0, fields.COLUMNS.value] = rows, columns
     own.addresses[0, fields.WEIGHT.value], own.addresses[0, fields.WEIGHT_ROW_STRIDE.value] = W_at, columns
     own.channel_blocks["BLOCK_CHANNELS"] = 1 << 30  # one partial sum to add up, not half a million
-    own.members = [SimpleNamespace(weight=Phantom(W_at, torch.bfloat16, rows, columns))]
+    shard = layer.table.members[0].shard
+    own.members = [SimpleNamespace(weight=Phantom(W_at, torch.bfloat16, rows, columns), shard=shard)]
     own.previous.fill_(1)
     given = ImplicitGradient(Phantom(X_at, torch.bfloat16, tokens, columns), drawn((tokens, rows), 1, torch.bfloat16))
     sizes = {X_at: 2 * tokens * columns, W_at: 2 * rows * columns, out_at: 4 * columns * rank}

@@ -21,7 +21,7 @@ def rows():
 
 
 def test_the_page_shows_the_figures_that_were_counted(rows):
-    assert cards.in_document(cards.DOCUMENT.read_text(encoding="utf-8")) == cards.document(rows)
+    assert cards.TABLE.read() == cards.document(rows)
 
 
 def test_a_cell_has_the_least_savings_that_do():

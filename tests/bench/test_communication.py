@@ -29,8 +29,7 @@ def every_case():
 
 
 def test_the_document_shows_the_figures_that_were_counted(rows):
-    text = communication.DOCUMENT.read_text(encoding="utf-8")
-    assert communication.in_document(text) == communication.document(rows)
+    assert communication.TABLE.read() == communication.document(rows)
 
 
 @pytest.mark.slow

@@ -12,12 +12,19 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import Collectives, assert_close, assert_ranks_agree, drawn, needs_fsdp_on_a_cpu, whole
+from distributed_cases import (
+    Collectives,
+    assert_close,
+    assert_ranks_agree,
+    drawn,
+    needs_fsdp_on_a_cpu,
+    tensor_parallel,
+    whole,
+)
 from distributed_harness import optimizer_class, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Shard
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,15 +75,7 @@ def with_fsdp(model, mesh):
 
 
 def with_tensor_parallel(model, mesh):
-    plan = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
-    }
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-        plan[f"model.layers.*.{name}"] = ColwiseParallel()
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        plan[f"model.layers.*.{name}"] = RowwiseParallel()
-    parallelize_module(model, mesh, plan)
+    tensor_parallel(model, mesh)
     model.lm_head.weight = model.model.embed_tokens.weight  # parallelize_module makes two parameters of it
     return model
 

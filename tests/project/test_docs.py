@@ -33,7 +33,7 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
 # Pages whose blocks make test-all runs: foreign programs, and what takes seconds.
-FULL = ("compile.md", "distributed.md", "frameworks.md", "int8.md", "tools.md")
+FULL = ("compile.md", "distributed.md", "frameworks.md", "int8.md", "tools.md", "troubleshooting.md")
 SHARDING_PAGES = ("README.md", "distributed.md", "layerwise.md")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -20,6 +20,7 @@ from distributed_harness import optimizer_class
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # What older versions of torch cannot do. Tried with 2.6 and 2.13.
@@ -62,6 +63,19 @@ def sharded(full: torch.Tensor, mesh: DeviceMesh | None, cut: str) -> torch.Tens
         shape=full.shape,
         stride=full.stride(),
     )
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """A LLaMA: attention and MLP along rows, then along columns; embedding and head along the vocabulary."""
+    plan: dict[str, Any] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        plan[f"model.layers.*.{name}"] = ColwiseParallel()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        plan[f"model.layers.*.{name}"] = RowwiseParallel()
+    return parallelize_module(model, mesh, plan)
 
 
 def whole(tensor: Any) -> Any:

@@ -179,8 +179,9 @@ def test_layers_that_differ_are_not_extended():
 @pytest.mark.parametrize("how", ["tp", pytest.param("fsdp2", marks=FULL)])
 def test_a_tied_head_stays_the_embedding(how):
     """Tensor parallelism cut it twice, and counted it twice."""
+    model = llama(layers=1, tied=True)
     with fake_mesh(shards=2) as mesh, FakeTensorMode():
-        model = fake_of(llama(layers=1, tied=True))
+        model = fake_of(model)
         shard(model, how, mesh)
     weight = model.lm_head.weight
     assert weight is model.model.embed_tokens.weight

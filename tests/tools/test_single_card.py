@@ -44,9 +44,12 @@ def test_the_parts_of_7b_counted_by_hand(seven):
     assert seven.parts["int8 weights"] == INT8
     assert seven.parts["their scales and zero points"] == INT8 // 128 * (4 + 1)
     assert seven.parts["other weights"] == 2 * OTHERS
-    # A byte a moment and a float32 for 256; a step and an update_norm in float32 a matrix, a step alone for the rest.
-    assert seven.parts["optimizer state of int8 weights"] == 2 * channels + 2 * 4 * channels // 256 + 8 * matrices
-    assert seven.parts["optimizer state of the others"] == 2 * OTHERS + 2 * 4 * OTHERS // 256 + 4 * tensors
+    # Moments of rank 1 and of norms in float32, the others in a byte and a float32 for 256; a step and an update_norm
+    # in float32 a matrix, a step alone for the rest.
+    norms = 65 * 4096
+    assert seven.parts["optimizer state of int8 weights"] == 2 * 4 * channels + 8 * matrices
+    in_8_bits = 2 * (OTHERS - norms) + 2 * 4 * (OTHERS - norms) // 256
+    assert seven.parts["optimizer state of the others"] == in_8_bits + 2 * 4 * norms + 4 * tensors
     assert seven.parts["gradients of weights at the peak"] == 2 * 32000 * 4096
     # Inputs of 32 checkpoints and of what comes after, [256, 4096] in bfloat16, some of them in float32.
     inputs = 33 * 2 * 256 * 4096
@@ -69,7 +72,7 @@ def test_activations_and_state_are_those_of_their_own_modules(seven):
 def test_an_update_takes_in_passing_what_is_said(seven):
     """Storages that live during the worst kind of update, of bfloat16 rounded stochastically, on real tensors."""
     pytest.importorskip("bitsandbytes")
-    weight = torch.nn.Parameter(torch.ones(2 * dense_8bit.CHUNK, dtype=torch.bfloat16))
+    weight = torch.nn.Parameter(torch.ones(2, dense_8bit.CHUNK, dtype=torch.bfloat16))
     weight.grad = torch.ones_like(weight)
     optimizer = APOLLOAdamW([weight], state_bits=8, stochastic_rounding=True)
     optimizer.step()
