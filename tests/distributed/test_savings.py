@@ -32,7 +32,7 @@ REFUSED = {
     },
 }
 HELD = [(row, column) for row in ROWS for column in COLUMNS if (row, column) not in REFUSED]
-# In ``make test``: all at once, on one kind of shards and on both. All else is a repetition of parts, or in other files.
+# In ``make test``: all at once, on one kind of shards and on both. All else repeats parts, or is in other files.
 IN_TEST = {("all, no gradients", "TP"), ("all of them", "FSDP2 x TP")}
 
 
