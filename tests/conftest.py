@@ -37,15 +37,19 @@ if HAS_TRITON:
     importlib.import_module("apollo_triton.backends.triton.verbs")
 
 
-# Modules that may have test functions without a case in ``make test``, and why.
+# Modules and functions that may have no case in ``make test``, and why.
 FULL_ALONE: dict[str, str] = {
     "test_accelerate_fsdp": "foreign program",
     "test_cards": "ten seconds a cell; test_memory_sharded has small models",
     "test_codegen_tritons": "other versions of Triton, which make test does not install",
     "test_configurations": "foreign programs; Hydra has a case, and the options of each file",
     "test_frameworks": "foreign program; the plain loop has cases",
+    "test_fsdp::test_fsdp_and_tensor_parallel": "test_savings has it with all savings",
+    "test_fsdp::test_hybrid_sharding": "test_sharding has its placements, and test_sharded_memory replicas",
+    "test_memory_sharded::test_few_layers_tell_of_many": "ten seconds; test_cards has whole models",
     "test_sanitizer": "the recorder's self-test; test_sanitizer_smoke has cases",
     "test_sanitizer_bytes": "the recorder's self-test; test_sanitizer_smoke has cases",
+    "test_savings_faults::test_a_killed_rank_costs_what_was_not_saved_and_no_more": "test_distributed_faults kills too",
     "test_site": "mkdocs, which make test does not install; test_docs looks at links",
     "test_tools": "foreign program",
     "test_trainer": "foreign program; one run of the Trainer has a case",
@@ -57,7 +61,12 @@ def pytest_collection_modifyitems(config, items):
     """Every test function keeps a case in ``make test``: repetitions are marked ``full``, never the bug class."""
     if config.args and any("::" in argument for argument in config.args):
         return
-    functions = [item for item in items if isinstance(item, pytest.Function) and item.path.stem not in FULL_ALONE]
+    functions = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function)
+        and FULL_ALONE.keys().isdisjoint((item.path.stem, f"{item.path.stem}::{item.originalname}"))
+    ]
     in_test = {(item.path, item.originalname) for item in functions if not item.get_closest_marker("full")}
     lost = {
         f"{item.path.name}::{item.originalname}" for item in functions if (item.path, item.originalname) not in in_test

@@ -184,11 +184,10 @@ def test_fully_shard_with_three_ranks_clips_by_the_norm_of_the_model():
 
 
 @needs_fsdp_on_a_cpu
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [4, pytest.param(8, marks=pytest.mark.full)])
-def test_hybrid_sharding(steps):
+@pytest.mark.full
+def test_hybrid_sharding():
     """Replicas of shards: [Replicate, Shard(0)]. Sums over the replicas as well would double every sketch."""
-    check(run(beside_a_plain_copy, 4, kind="hybrid", steps=steps, low_rank=APOLLO, options={}), 2)
+    check(run(beside_a_plain_copy, 4, kind="hybrid", steps=8, low_rank=APOLLO, options={}), 2)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +205,11 @@ def test_tensor_parallel(low_rank):
 
 
 @needs_fsdp_on_a_cpu
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [4, pytest.param(8, marks=pytest.mark.full)])
-def test_fsdp_and_tensor_parallel(steps):
+@pytest.mark.full
+def test_fsdp_and_tensor_parallel():
     """A 2-D mesh, where FSDP2 cuts the shards of tensor parallelism once more along the same dimension, and some
     parameters lie on one mesh dimension only."""
-    check(run(beside_a_plain_copy, 4, kind="both", steps=steps, low_rank=APOLLO, options={}), 2)
+    check(run(beside_a_plain_copy, 4, kind="both", steps=8, low_rank=APOLLO, options={}), 2)
 
 
 def whole_model_constructors(make):

@@ -67,7 +67,8 @@ def undisturbed() -> dict[str, Any]:
     return all_at_once().train(range(END)).held()
 
 
-@pytest.mark.parametrize("where", ["step", pytest.param("save", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("where", ["step", "save"])
 def test_a_killed_rank_costs_what_was_not_saved_and_no_more(where: str, tmp_path: Any) -> None:
     """Half a layer-wise step that comes back; survivors that hang; int8 weights or 8-bit moments that a checkpoint
     does not bring back to the bit."""

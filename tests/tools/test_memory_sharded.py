@@ -155,8 +155,8 @@ def test_int8_weights_are_kept_and_gathered_as_codes():
     assert plain.received["model"] - int8.received["model"] == 2 * saved // 2  # two gathers, half from the other rank
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("on_cuda", [True, pytest.param(False, marks=FULL)])
+@pytest.mark.full
+@pytest.mark.parametrize("on_cuda", [True, False])
 def test_few_layers_tell_of_many(on_cuda, monkeypatch):
     """What is extended from few layers is what a model of more holds: which moment is the peak may change."""
     monkeypatch.setattr(alike, "FEW", (4, 5, 6))
