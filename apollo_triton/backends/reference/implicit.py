@@ -35,6 +35,8 @@ def sketch(gradient: ImplicitGradient, keeps_rows: bool, P: Tensor, buffers: Scr
 def squared_norms(gradient: ImplicitGradient, keeps_rows: bool, buffers: Scratch) -> Tensor:
     """|G_c|^2 ``[channels]``, float32, by the way that takes fewer multiplications."""
     kept, contracted = gradient.kept_and_contracted(keeps_rows)
+    if 0 in gradient.shape:  # an empty shard of a weight that is cut into more shards than it has rows or columns
+        return torch.zeros(kept.shape[1], dtype=torch.float32, device=kept.device)
     if gram_is_cheaper(len(kept), *gradient.shape):
         return gram_norms(kept, contracted, buffers)
     return tile_norms(gradient, keeps_rows, buffers)
