@@ -9,6 +9,7 @@ from typing import Any
 from .coverage import Coverage, coverage_of, is_never_low_rank, narrowness
 from .geometry import FLATTENED, Geometry, is_flattened
 from .kinds import EMBEDDING, MATRIX, OTHER
+from .messages import listed
 from .module_names import without_indices
 from .targets import AUTO, Targets, meant_for_all
 
@@ -182,4 +183,4 @@ def abridged(names: Iterable[str], most: int = 4) -> str:
         short = without_indices(name)
         counts[short] = counts.get(short, 0) + 1
     shown = [f"{name}" + (f" ({count})" if count > 1 else "") for name, count in counts.items()]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return listed(shown, most)

@@ -3,6 +3,8 @@ importing ``torch.distributed``."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +54,21 @@ def chunk(length: int, pieces: int, piece: int) -> tuple[int, int]:
     return first, min(size, length - first)
 
 
+def cut(whole: Sequence[int], cuts: Iterable[tuple[int, int, int]]) -> tuple[list[int], list[int]]:
+    """The shape of a part of a tensor of shape ``whole``, and the index at which it begins in each dimension. Each cut
+    is a dimension, the number of its pieces, and the piece that is taken."""
+    shape, offset = list(whole), [0] * len(whole)
+    for dim, pieces, piece in cuts:
+        first, shape[dim] = chunk(shape[dim], pieces, piece)
+        offset[dim] += first
+    return shape, offset
+
+
 def place_of(tensor: Any) -> tuple[list[int], list[int]]:
     """The shape that this rank's part of a ``DTensor`` is to have, and the index at which it begins in each
     dimension."""
-    shape, offset = list(tensor.shape), [0] * tensor.dim()
-    for dim, index in cuts_of(tensor):
-        mesh = tensor.device_mesh
-        first, shape[dim] = chunk(shape[dim], mesh.size(index), mesh.get_local_rank(index))
-        offset[dim] += first
-    return shape, offset
+    mesh = tensor.device_mesh
+    return cut(tensor.shape, ((dim, mesh.size(index), mesh.get_local_rank(index)) for dim, index in cuts_of(tensor)))
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
@@ -69,12 +77,23 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(first, first + length) for first, length in zip(offset, shape, strict=True))
 
 
+def as_dtensor(
+    part: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int], strides: Sequence[int] | None = None
+) -> Tensor:
+    """The ``DTensor`` of ``shape`` of which ``part`` is this rank's part, row-major without ``strides``."""
+    from torch.distributed.tensor import DTensor
+
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))] if strides is None else strides
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
+
+
 def placed_as(tensor: Tensor, part: Tensor) -> Tensor:
     """``part`` as this rank's part of a tensor that is cut as ``tensor`` is, with its shape; itself if it is whole."""
     if not is_dtensor(tensor):
         return part
-    from torch.distributed.tensor import DTensor
+    return as_dtensor(part, tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    shape, strides = tensor.shape, tensor.stride()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides)
+
+def waited(tensor: Any) -> Any:
+    """The tensor once the collective that makes it has ended. Until then it has no memory of its own."""
+    return tensor.wait() if type(tensor).__name__ == "AsyncCollectiveTensor" else tensor  # of torch.distributed

@@ -12,14 +12,13 @@ product is one call, so that it may be that of an int8 weight, or one that needs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dtensors import is_dtensor
+from .dtensors import as_dtensor, is_dtensor, waited
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -45,8 +44,6 @@ def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, run: Product) -
 
     Raises RuntimeError, alike on all ranks, for what it does not know.
     """
-    from torch.distributed.tensor import DTensor
-
     _check(x, weight, bias)
     mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
     layout = _layout(x, weight)
@@ -62,9 +59,7 @@ def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, run: Product) -
             f"{tuple(x_here.shape)}: cut the input's features as the weight's columns are, as torch.chunk does"
         )
     y = _Arrived.apply(run(_Arrived.apply(x_here), weight_here, bias_here))
-    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
-    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(y, mesh, layout.y, run_check=False, shape=shape, stride=strides)
+    return as_dtensor(y, mesh, layout.y, (*x.shape[:-1], weight.shape[0]))
 
 
 def cuts_tokens(x: Tensor, weight: Tensor) -> bool:
@@ -154,14 +149,12 @@ class _Arrived(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return _waited(tensor)
+        return _alias(waited(tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _waited(gradient)
+        return _alias(waited(gradient))
 
 
-def _waited(tensor: Any) -> Tensor:
-    if type(tensor).__name__ == "AsyncCollectiveTensor":  # of torch.distributed
-        tensor = tensor.wait()
+def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from ..params.member import Param
 from ..params.sharding import LocalShard
 from .collectives import gathered, ordered_axes
 
-# Before each setting's name. Values have commas too, as betas=(0.9, 0.999), without a name and "=" after them.
-_SETTING = re.compile(r"(?:: |, )(?=[a-z_][\w ]*=)")
+# A parameter as ranks compare it: what it is, and its settings as "name=value".
+Described = list[str]
 
 
 class Agreement:
@@ -58,14 +57,14 @@ class Agreement:
             return
         params = [param for param, _ in found]
         lasting = [_lasting(param, settings[param.group]) for param in params]
-        known = hashlib.sha256("\n".join(lasting).encode()).hexdigest()
+        known = hashlib.sha256(repr(lasting).encode()).hexdigest()
         if known == self._known:
             return
-        texts = [
-            f"{text}, {_per_step(param, settings[param.group], states.get(param.tensor, {}), given)}"
-            for text, param in zip(lasting, params, strict=True)
+        described = [
+            each + _per_step(param, settings[param.group], states.get(param.tensor, {}), given)
+            for each, param in zip(lasting, params, strict=True)
         ]
-        digest = int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:7], "big")
+        digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "big")
         device = asked[0][0].tensor.device
         differs = torch.zeros((), dtype=torch.int64, device=device)
         for axis in axes:  # the flag travels along, so that every rank learns of it
@@ -74,7 +73,7 @@ class Agreement:
         if not differs.item():
             self._known = known
             return
-        lists: dict[int, list[str]] = {torch.distributed.get_rank(): texts}
+        lists: dict[int, list[Described]] = {torch.distributed.get_rank(): described}
         for axis in axes:
             received: list[Any] = [None] * axis.size
             torch.distributed.all_gather_object(received, lists, group=axis.group)
@@ -82,19 +81,19 @@ class Agreement:
         raise ValueError(_difference(lists))
 
 
-def _lasting(param: Param, settings: Settings) -> str:
+def _lasting(param: Param, settings: Settings) -> Described:
     """A parameter and its settings, to be the same on all ranks at every step."""
     values = [f"{name}={getattr(settings, name)!r}" for name in STRUCTURAL]
     placements = getattr(param.tensor, "placements", "whole")
     weight = int8_weight_of(param.tensor)
     if weight is not None:
-        values = [f"group_size={weight.group_size}, stochastic_rounding={weight.stochastic_rounding}", *values]
-    return f"{param} {param.tensor.dtype} {placements}: {', '.join(values)}"
+        values = [f"group_size={weight.group_size}", f"stochastic_rounding={weight.stochastic_rounding}", *values]
+    return [f"{param} {param.tensor.dtype} {placements}", *values]
 
 
 def _per_step(
     param: Param, settings: Settings, state: Mapping[str, Any], given: Mapping[Tensor, ImplicitGradient]
-) -> str:
+) -> Described:
     """What may change from step to step, and must then change on all ranks alike. It is compared whenever ranks
     compare, but a change of it is no reason to compare."""
     values = {name: getattr(settings, name) for name in PER_STEP}
@@ -105,10 +104,10 @@ def _per_step(
     if "step" in state:
         values |= {"step": state["step"], "seed of its state": state["seed"]}
     read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
-    return ", ".join(f"{name}={value!r}" for name, value in read.items())
+    return [f"{name}={value!r}" for name, value in read.items()]
 
 
-def _difference(lists: dict[int, list[str]]) -> str:
+def _difference(lists: dict[int, list[Described]]) -> str:
     """The first difference between two ranks: of two dozen settings of a parameter, those that differ."""
     first = min(lists)
     other = next((rank for rank in sorted(lists) if lists[rank] != lists[first]), first)
@@ -116,11 +115,12 @@ def _difference(lists: dict[int, list[str]]) -> str:
     for one, two in zip(lists[first], lists[other], strict=False):
         if one == two:
             continue
-        (name, *ours), (other_name, *theirs) = _SETTING.split(one), _SETTING.split(two)
+        (name, *ours), (other_name, *theirs) = one, two
         if name == other_name and len(ours) == len(theirs):
             unlike = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
-            one, two = (", ".join(side) for side in zip(*unlike, strict=True))
-            return f"ranks {first} and {other} differ: {name}: {one} on rank {first}, {two} on rank {other}; {end}"
-        return f"ranks {first} and {other} differ: {one!r} on rank {first}, {two!r} on rank {other}; {end}"
+            here, there = (", ".join(side) for side in zip(*unlike, strict=True))
+            return f"ranks {first} and {other} differ: {name}: {here} on rank {first}, {there} on rank {other}; {end}"
+        here, there = (f"{what}: {', '.join(values)}" for what, *values in (one, two))
+        return f"ranks {first} and {other} differ: {here!r} on rank {first}, {there!r} on rank {other}; {end}"
     counts = f"{len(lists[first])} and {len(lists[other])} parameters with gradients"
     return f"ranks {first} and {other} differ: {counts}; {end}"

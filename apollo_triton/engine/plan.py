@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.interface import ByMember, Update
 from ..backends.reference import updates as reference
 from ..backends.selection import step_backend, updater_of
-from ..core.dtensors import is_dtensor
+from ..core.dtensors import is_dtensor, waited
 from ..core.settings import Settings
 from ..params.aliasing import check_separate
 from ..params.blocks import SPANS_RANKS, obstacle_to_8bit
@@ -213,8 +213,8 @@ class Plan:
             gradient = gradient_of(parameter, self._given)
             if gradient is None:
                 continue
-            if type(gradient).__name__ == "AsyncCollectiveTensor":  # of torch.distributed: a result that is on its way
-                parameter.grad = gradient = gradient.wait()  # type: ignore[union-attr]
+            if (arrived := waited(gradient)) is not gradient:
+                parameter.grad = gradient = arrived
             check_parameter(param, settings)
             if isinstance(gradient, Tensor):
                 check_gradient(param, gradient)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.dtensors import local, local_slices
 from ..core.extras import require
-from ..core.messages import shown
+from ..core.messages import listed, shown
 from . import weight as int8
 from .weight import FLOATS, Int8Weight
 
@@ -178,5 +178,4 @@ def _blocks(here: Tensor) -> Iterator[slice]:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(shown(name) for name in names[:5]) + more
+    return listed([*map(shown, names)], 5)

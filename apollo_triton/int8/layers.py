@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.coverage import NARROWEST
-from ..core.dtensors import is_dtensor
+from ..core.dtensors import is_dtensor, placed_as
 from ..core.messages import warn
 from ..core.spelling import explaining_unknown_options
 from ..core.targets import DEFAULT_TARGETS, Targets
@@ -18,7 +18,7 @@ from ..core.tensor_parallel import local_linear
 from .convertible import check_convertible, check_targets
 from .coverage import float_note, idle_notes, no_match, targeted
 from .replaced import REPLACED_BY, mark_replaced
-from .saved import PARTS, as_dtensor, assembled, checked, entries, part_here
+from .saved import PARTS, assembled, checked, entries, part_here
 from .weight import Int8Weight, int8_weight_of
 
 
@@ -100,7 +100,7 @@ class Int8Linear(nn.Linear):
                 value = part_here(value, self.weight)
             if assign and not isinstance(value, Int8Weight):
                 value = Int8Weight.of(value, weight.group_size, weight.stochastic_rounding)
-            return self._as_sharded(value)
+            return placed_as(self.weight, value)
         again = self._read.keys() & found.keys()  # another checkpoint has begun
         self._read = found if again else {**self._read, **found}
         if self._read.keys() != PARTS.keys():
@@ -112,11 +112,7 @@ class Int8Linear(nn.Linear):
                 f"the checkpoint's int8 weights have groups of {value.group_size} and the model's {weight.group_size}, "
                 f"so they are rounded once more; quantize_model(group_size={value.group_size}) loads them as they are"
             )
-        return None if value is None else self._as_sharded(value)
-
-    def _as_sharded(self, here: Tensor) -> Tensor:
-        """This rank's part, as a ``DTensor`` if the weight is one."""
-        return as_dtensor(here, self.weight, self.weight.shape) if is_dtensor(self.weight) else here
+        return None if value is None else placed_as(self.weight, value)
 
     def extra_repr(self) -> str:
         weight = int8_weight_of(self.weight)

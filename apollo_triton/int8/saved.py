@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core.dtensors import is_dtensor, local, local_slices
+from ..core.dtensors import as_dtensor, is_dtensor, local, local_slices
 from ..core.messages import shown
 from .weight import FLOATS, SCALES, Int8Weight, int8_weight_of, is_finite, lies_within
 
@@ -46,19 +46,12 @@ def entries(parameter: Tensor) -> dict[str, Tensor]:
     parts = {"weight_q": weight.q, "weight_scale": weight.scale.view(shape), "weight_zero": weight.zero.view(shape)}
     if not is_dtensor(parameter):
         return parts
-    whole = parameter.shape
+    whole: Any = parameter.shape
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
     return {
-        key: as_dtensor(part, parameter, whole if key == "weight_q" else shape_of(whole)) for key, part in parts.items()
+        key: as_dtensor(part, mesh, placements, whole if key == "weight_q" else shape_of(whole))
+        for key, part in parts.items()
     }
-
-
-def as_dtensor(here: Tensor, like: Any, shape: Iterable[int]) -> Tensor:
-    """The ``DTensor`` of ``shape`` of which ``here`` is this rank's part, cut as ``like`` is."""
-    from torch.distributed.tensor import DTensor
-
-    whole = torch.empty(*shape, device="meta")
-    mesh, placements = like.device_mesh, like.placements
-    return DTensor.from_local(here, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def is_cut_as(value: Any, like: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.dtensors import is_dtensor
 from ..core.geometry import is_flattened
-from ..core.messages import warn
+from ..core.messages import listed, warn
 from ..int8.replaced import replaced_by
 from ..optimizer import APOLLOAdamW
 from ..params.member import Param, params_of
@@ -31,8 +31,6 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
     params = [*params_of(optimizer.param_groups)]
     foreign = [param for param in params if param.tensor not in in_model]
     if foreign:
-        names = ", ".join(str(param) for param in foreign[:3])
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         conversion = next(filter(None, (replaced_by(param.tensor) for param in foreign)), None)
         advice = "give attach_layerwise the whole model that the optimizer trains"
         if conversion is not None:
@@ -47,7 +45,8 @@ def check_model(model: nn.Module, optimizer: APOLLOAdamW) -> None:
                 "fully_shard or parallelize_module has replaced them since the optimizer was made: make the optimizer "
                 "after it"
             )
-        raise ValueError(f"not in the model: {names}{more} of the optimizer's {len(params)} parameters; {advice}")
+        names = listed([*map(str, foreign)], 3)
+        raise ValueError(f"not in the model: {names} of the optimizer's {len(params)} parameters; {advice}")
 
 
 def _kinds_of_ddp() -> tuple[type, ...]:

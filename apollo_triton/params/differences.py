@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..core.messages import shown, warn
+from ..core.messages import listed, shown, warn
 from ..core.module_names import unwrapped
 from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
 from .blocks import obstacle_to_8bit
@@ -108,8 +108,7 @@ def warn_of_blocks(found: Sequence[Param]) -> None:
 
 
 def _listed(params: Sequence[Param]) -> str:
-    names = ", ".join(param.label for param in params[:_NAMED])
-    return names + (f" and {len(params) - _NAMED} more" if len(params) > _NAMED else "")
+    return listed([param.label for param in params], _NAMED)
 
 
 def given_names(group: dict[str, Any]) -> list[str] | None:

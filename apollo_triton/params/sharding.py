@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.dtensors import chunk, cuts_of, is_dtensor, local, place_of
+from ..core.dtensors import as_dtensor, chunk, cut, cuts_of, is_dtensor, local, place_of
 from ..core.geometry import Geometry
 
 
@@ -160,11 +160,7 @@ def _axis(mesh: Any, index: int) -> MeshAxis:
 
 def _cut(whole: Sequence[int], cuts: Sequence[tuple[int, MeshAxis, int]]) -> tuple[list[int], list[int]]:
     """The shape of this rank's part of a tensor of shape ``whole``, and the index at which it begins."""
-    shape, offset = list(whole), [0] * len(whole)
-    for dim, axis, _ in cuts:
-        first, shape[dim] = chunk(shape[dim], axis.size, axis.rank)
-        offset[dim] += first
-    return shape, offset
+    return cut(whole, ((dim, axis.size, axis.rank) for dim, axis, _ in cuts))
 
 
 def _place(parameter: Any) -> tuple[list[int], list[int]]:
@@ -241,14 +237,16 @@ def local_shape(name: str, parameter: Tensor, shard: LocalShard, shape: Sequence
 def sharded_zeros(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros for the state tensor ``name`` of a ``DTensor`` weight."""
     placement = state_placement(name, parameter, shard, shape)
-    return _as_dtensor(torch.zeros(placement.shape, dtype=dtype, device=parameter.device), parameter, placement, shape)
+    zeros = torch.zeros(placement.shape, dtype=dtype, device=parameter.device)
+    return as_dtensor(zeros, parameter.device_mesh, placement.placements, shape)
 
 
 def as_sharded(name: str, local_value: Tensor, parameter: Tensor, shard: LocalShard, shape: Sequence[int]) -> Tensor:
     """What this rank has made of the state tensor ``name``, as the state of its parameter holds it."""
     if not is_dtensor(parameter):
         return local_value
-    return _as_dtensor(local_value, parameter, state_placement(name, parameter, shard, shape), shape)
+    placements = state_placement(name, parameter, shard, shape).placements
+    return as_dtensor(local_value, parameter.device_mesh, placements, shape)  # type: ignore[attr-defined]
 
 
 def resharded(name: str, value: Tensor, parameter: Tensor, shard: LocalShard) -> Tensor:
@@ -268,18 +266,4 @@ def resharded(name: str, value: Tensor, parameter: Tensor, shard: LocalShard) ->
     placement = state_placement(name, parameter, shard, value.shape)
     slices = tuple(slice(first, first + length) for first, length in zip(placement.first, placement.shape, strict=True))
     local_value = value[slices].to(parameter.device, copy=True, memory_format=torch.contiguous_format)
-    return _as_dtensor(local_value, parameter, placement, value.shape)
-
-
-def _as_dtensor(local_value: Tensor, parameter: Any, placement: StatePlacement, shape: Sequence[int]) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    return DTensor.from_local(
-        local_value,
-        parameter.device_mesh,
-        placement.placements,
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=strides,
-    )
+    return as_dtensor(local_value, parameter.device_mesh, placement.placements, value.shape)  # type: ignore[attr-defined]

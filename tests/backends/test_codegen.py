@@ -43,6 +43,7 @@ STAGES_AT_256 = 4
 # registers (304 and 1168 on sm_90). Written and read once per program: 116 KiB against 512 KiB of gradient at width
 # 4096, 500 KiB against 1 MiB.
 MOST_STACK_AT_128, MOST_STACK_AT_256 = 512, 1200
+MOST_STACK_OF_ODD_BLOCKS = 2400  # of 8-bit moments: 256 channels of 17, padded to 32, are a block
 # The two directions of an int8 linear layer.
 LINEAR = ("forward", "input_gradient")
 # A step from a layer's operands.
@@ -173,8 +174,9 @@ def test_nothing_spills_but_the_tile_from_rank_128_on(rows):
     fits = [row for row in of(rows, "sketch") if rank(row) < 128 or "split" in row["what"]]
     others = of(rows, "apply", "apply_int8", "dense", "squared_norm", "rescale", "rescale_blockwise")
     aligned = [row for row in fits + others if "unaligned" not in row["what"]]
-    # An odd rank has blocks of 256 channels, whose moments spill once, outside of any loop.
-    aligned = [row for row in aligned if row["kernel"] != "rescale_blockwise" or rank(row) % 2 == 0]
+    odd = [row for row in aligned if row["kernel"] == "rescale_blockwise" and rank(row) % 2]
+    check(odd, lambda row: row["stack"] <= MOST_STACK_OF_ODD_BLOCKS and row["spills_in_loop"] == 0)
+    aligned = [row for row in aligned if row not in odd]
     check([row for row in aligned if row["target"] != "sm_80"], lambda row: row["stack"] <= 8 and row["spilling"] <= 1)
     check(
         aligned, lambda row: row["stack"] <= 24 and row["spills_in_loop"] == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...core import gpu
-from ...core.dtensors import is_dtensor, local
+from ...core.dtensors import is_dtensor, local, placed_as
 from ...int8.weight import Int8Weight
 from ...params.member import Param, Part
 
@@ -71,17 +71,7 @@ def twin(tensor: Tensor) -> Tensor:
     """A tensor of the same kind, shape and strides on the meta device."""
     tensor = tensor.detach()
     if is_dtensor(tensor):
-        from torch.distributed.tensor import DTensor
-
-        sharded: Any = tensor
-        return DTensor.from_local(
-            twin(local(tensor)),
-            sharded.device_mesh,
-            sharded.placements,
-            run_check=False,
-            shape=sharded.shape,
-            stride=sharded.stride(),
-        )
+        return placed_as(tensor, twin(local(tensor)))
     if isinstance(tensor, Int8Weight):
         return tensor.with_parts(twin)
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
