@@ -15,7 +15,7 @@ from .paper import GB
 from .sharded import Setup, predicted
 
 GIB = 2**30
-# What PyTorch can have of a card: a 24 GB card (RTX 3090, 4090) reports 23.6 GiB, an H100 of 80 GB 79.1 GiB.
+# What PyTorch can have of a card. Taken, not measured: cards of one name differ by some tenths of a GiB.
 REPORTED = {24: int(23.5 * GIB), 80: 79 * GIB}
 # For what is not counted: the CUDA context, NCCL's buffers, cuBLAS' workspaces, gaps between allocations.
 RESERVE = int(1.5 * GIB)
