@@ -32,14 +32,8 @@ def load_tokens(source: Path | None, vocabulary: int, megabytes: float) -> Corpu
     train, held_out = split(texts)
     tokenizer = train_tokenizer(train[:TOKENIZER_BYTES], vocabulary)
 
-    def tokens(text: bytes) -> torch.Tensor:
-        lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
-        # Parts of a thousand lines: the tokenizer works on many at once, and only newlines span the end of a line.
-        parts = ["".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
-        return torch.tensor([token for part in tokenizer.encode_batch(parts) for token in part.ids], dtype=torch.int32)
-
     name = "the environment's Python sources" if source is None else str(source)
-    return Corpus(name, tokens(train), tokens(held_out), tokenizer.get_vocab_size())
+    return Corpus(name, tokens(tokenizer, train), tokens(tokenizer, held_out), tokenizer.get_vocab_size())
 
 
 def sample(texts: Iterable[bytes], size: float) -> Iterator[bytes]:
@@ -61,6 +55,14 @@ def train_tokenizer(text: bytes, vocabulary: int):  # type: ignore[no-untyped-de
     lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
     tokenizer.train_from_iterator(lines, vocab_size=max(vocabulary, 256), min_frequency=2, show_progress=False)
     return tokenizer
+
+
+def tokens(tokenizer, text: bytes) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """``text`` as int32 tokens, a vector."""
+    lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
+    # Parts of a thousand lines: the tokenizer works on many at once, and only newlines span the end of a line.
+    parts = ["".join(lines[start : start + 1000]) for start in range(0, len(lines), 1000)]
+    return torch.tensor([token for part in tokenizer.encode_batch(parts) for token in part.ids], dtype=torch.int32)
 
 
 def _texts(source: Path | None) -> Iterator[bytes]:

@@ -1,0 +1,107 @@
+"""Does it train as well? Every optimizer is tuned with the same effort, and then trains with three seeds.
+
+    python -m bench.quality                                # all stages on two cores: hours; it goes on where it was
+    python -m bench.quality --stages sweep full            # some of them
+    python -m bench.quality --row "Mini, rate 0.005, full run, vocabulary 2048, seed 0"    # one run again, compared
+    python -m bench.quality --model 60M --batch 512 --tokens-a-weight 2 --seconds 480      # on a GPU, in stages
+
+Each core trains one run at a time, with one thread. A run that is interrupted is lost as a whole; finished runs have
+rows in the results file and are not run again. docs/quality.md is made of them by ``python -m bench.quality.page``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import fields
+
+from apollo_triton.tools.demo.training import SIZES
+
+from ..pretrain import START_METHOD
+from ..results_file import Row, default_device
+from .plan import STAGES, jobs
+from .rows import Rows
+from .run import BATCH, SEQUENCE, SMALL, TOKENS_A_WEIGHT, Job, train
+
+
+def row_of(job: Job, device: str) -> Row:
+    """The row of a run in a process of a pool."""
+    return train(job, device)[0]
+
+
+def run_missing(stages: list[str], rows: Rows, template: Job, device: str, workers: int, seconds: float) -> None:
+    """Run what the stages lack, several at a time. No run starts after ``seconds``."""
+    ends = time.monotonic() + seconds
+    running: dict[Future[Row], Job] = {}
+    failed: set[Job] = set()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD)) as pool:
+        while True:
+            wanted = (job for stage in stages for job in jobs(stage, rows.all(), template) if job not in rows)
+            free = (job for job in wanted if job not in running.values() and job not in failed)
+            if time.monotonic() < ends:
+                for job in itertools.islice(free, workers - len(running)):
+                    running[pool.submit(row_of, job, device)] = job
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(done)
+                if error := done.exception():
+                    failed.add(job)
+                    print(f"{job.name}: failed, {type(error).__name__}: {error}", flush=True)
+                else:
+                    row = done.result()
+                    rows.add(job, row)
+                    print(f"{job.name}: {shown(row)}", flush=True)
+
+
+def shown(row: Row) -> str:
+    loss = row["held_out_loss"]
+    return f"{'diverged' if loss is None else f'{loss:.4f}'} in {row['seconds']:.0f} s"
+
+
+def run_again(name: str, rows: Rows, device: str) -> int:
+    """Run a row again and compare. Returns 0 if the loss is the same to the last digit."""
+    known = next((row for row in rows.all() if row["id"] == name), None)
+    if known is None:
+        close = [row["id"] for row in rows.all() if name.partition(",")[0] in row["id"]]
+        raise SystemExit(f"--row {name!r}: {rows.path} has no such row; it has, for example: {'; '.join(close[:5])}")
+    job = Job(**{field.name: known[field.name] for field in fields(Job)})
+    print(f"in the file: {shown(known)}, commit {known['commit']}, {known['versions']}", flush=True)
+    row = row_of(job, device)
+    print(f"now:         {shown(row)}, commit {row['commit']}, {row['versions']}")
+    same = row["held_out_loss"] == known["held_out_loss"]
+    print(
+        "The losses are the same." if same else f"The losses differ: {row['held_out_loss']}, {known['held_out_loss']}."
+    )
+    return 0 if same else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
+    parser.add_argument("--row", metavar="NAME", help="run this row again and compare")
+    parser.add_argument("--model", choices=SIZES, default=SMALL, help="a LLaMA's size (%(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of {SEQUENCE} tokens a step (%(default)s)")
+    parser.add_argument("--tokens-a-weight", type=float, default=TOKENS_A_WEIGHT, help="of a full run (%(default)s)")
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
+    options = parser.parse_args()
+    rows = Rows(options.device)
+    if options.row:
+        return run_again(options.row, rows, options.device)
+    workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
+    template = Job("", 0.0, model=options.model, batch=options.batch, tokens_a_weight=options.tokens_a_weight)
+    run_missing(options.stages, rows, template, options.device, workers, options.seconds)
+    print(f"written to {rows.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,206 @@
+"""The optimizers of the study. Each trains all weights with one learning rate, without weight decay or clipping.
+
+GaLore and Muon leave embeddings, head and norms to AdamW, as their authors do, and so does APOLLO. Peers come from the
+packages that people install. SinkGD and SCALE are missing: no package on the index has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apollo_triton import APOLLOAdamW, apollo_param_groups, quantize_model
+from apollo_triton.core.settings import AUTO
+
+from .experiments import CarriedMomentum, FlooredLimiter, RowMomentum
+
+Build = Callable[[nn.Module, float, int], Any]  # of a model, a learning rate and a seed: an optimizer
+
+FIRST_RATE = 5e-3  # where sweeps start that AdamW's rate suits
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer. ``first_rate`` is where its sweep starts."""
+
+    build: Build
+    first_rate: float = FIRST_RATE
+
+
+class Together:
+    """Several optimizers as one, for methods that leave a part of the weights to AdamW."""
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        return {weight: state for optimizer in self.optimizers for weight, state in optimizer.state.items()}
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def quarter(model: nn.Module) -> int:
+    """The paper's rank: a quarter of the width."""
+    return model.config.hidden_size // 4  # type: ignore[union-attr, operator, return-value]
+
+
+def parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices of the blocks, which are low-rank, and the dense rest."""
+    low_rank, *dense = apollo_param_groups(model, 1)
+    return low_rank["params"], [weight for group in dense for weight in group["params"]]
+
+
+def adamw(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+
+
+def _muon(model: nn.Module, rate: float, seed: int) -> Any:
+    matrices, rest = parts(model)
+    # Its updates are as large as AdamW's then, so that one learning rate suits both.
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return Together([muon, torch.optim.AdamW(rest, lr=rate, weight_decay=0.0, fused=True)])
+
+
+def _adafactor(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(model.parameters(), lr=rate, weight_decay=0.0)
+
+
+def _galore(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
+    matrices, rest = parts(model)
+    keys = {"rank": quarter(model), "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    galore = importlib.import_module("galore_torch").GaLoreAdamW
+    return galore([{"params": rest}, {"params": matrices, **keys}], lr=rate, no_deprecation_warning=True)
+
+
+def _official(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
+    """apollo-torch with its own defaults."""
+    matrices, rest = parts(model)
+    keys = {"rank": quarter(model), "proj": "random", "scale_type": "channel", "scale": 1.0}
+    keys |= {"update_proj_gap": 200, "proj_type": "std"}
+    official = importlib.import_module("apollo_torch").APOLLOAdamW
+    return official([{"params": rest}, {"params": matrices, **keys}], lr=rate)
+
+
+def apollo(rank: int | None = None, make: type[APOLLOAdamW] = APOLLOAdamW, **options: Any) -> Build:
+    """APOLLO at a rank, by default a quarter of the width."""
+    return lambda model, rate, seed: make.apollo(model, rank or quarter(model), lr=rate, seed=seed, **options)
+
+
+def mini(make: type[APOLLOAdamW] = APOLLOAdamW, **options: Any) -> Build:
+    """APOLLO-Mini."""
+    return lambda model, rate, seed: make.mini(model, lr=rate, seed=seed, **options)
+
+
+def _int8(build: Build) -> Build:
+    """Q-APOLLO: the same on int8 weights of the blocks."""
+    return lambda model, rate, seed: build(quantize_model(model), rate, seed)
+
+
+ADAMW, APOLLO, MINI = "AdamW", "APOLLO, rank width/4", "Mini"
+# Each has a sweep of its own, with the same number of runs.
+TUNED: dict[str, Method] = {
+    ADAMW: Method(adamw),
+    APOLLO: Method(apollo()),
+    MINI: Method(mini()),
+    "APOLLO, rank 8": Method(apollo(8)),
+    "APOLLO, rank 1": Method(apollo(1)),
+    "APOLLO, rank width/4, 8-bit moments": Method(apollo(state_bits=8)),
+    "Q-APOLLO, rank width/4": Method(_int8(apollo())),
+    "Q-Mini": Method(_int8(mini())),
+    "apollo-torch, rank width/4": Method(_official, 2e-2),
+    "GaLore, rank width/4": Method(_galore, 1e-2),
+    "Muon": Method(_muon),
+    "Adafactor": Method(_adafactor, 4e-2),
+}
+
+
+def _embeddings(**keys: Any) -> Build:
+    """Mini with group keys of their own for embeddings and head."""
+
+    def build(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
+        own, groups = _without_embeddings(model)
+        return APOLLOAdamW([*groups, {"params": own, **keys}], lr=rate, seed=seed)
+
+    return build
+
+
+def _momentum_head(share: float) -> Build:
+    """Mini with momentum alone for the head."""
+
+    def build(model: nn.Module, rate: float, seed: int) -> Any:
+        head = model.get_output_embeddings().weight  # type: ignore[operator]
+        own, groups = _without_embeddings(model)
+        rest = [weight for weight in own if weight is not head]
+        body = APOLLOAdamW([*groups, {"params": rest}], lr=rate, seed=seed)
+        return Together([body, RowMomentum([head], lr=rate, share=share)])  # type: ignore[list-item]
+
+    return build
+
+
+def _without_embeddings(model: nn.Module) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Embeddings and head, and Mini's groups of the others."""
+    own = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]  # type: ignore[operator]
+    groups = apollo_param_groups(model, 1, scale_type="tensor")
+    for group in groups:
+        kept = [
+            (name, weight)
+            for name, weight in zip(group["param_names"], group["params"], strict=True)
+            if not any(weight is each for each in own)
+        ]
+        group["param_names"], group["params"] = [name for name, _ in kept], [weight for _, weight in kept]
+    return own, [group for group in groups if group["params"]]
+
+
+# Those below take the best rate of what they vary. The dense rest: Mini with other state of embeddings and head.
+EMBEDDINGS: dict[str, Build] = {
+    f"{MINI}, embeddings {name}": build
+    for name, build in {
+        "bfloat16": _embeddings(state_dtype="bfloat16"),
+        "8-bit": _embeddings(state_bits=8),
+        "by row": _embeddings(second_moment="row"),
+        "by row, 8-bit": _embeddings(second_moment="row", state_bits=8),
+        **{f"rank {rank}": _embeddings(rank=rank, scale=AUTO) for rank in (8, 32, 64)},
+    }.items()
+}
+# A head with momentum alone, with updates of these sizes, in rates. AdamW's are 0.3.
+MOMENTUM_HEADS = {f"{MINI}, head momentum {share:g}": _momentum_head(share) for share in (0.1, 0.3, 1.0)}
+LIMITERS = {
+    f"{base}, {name}": build
+    for base, made in ((APOLLO, apollo), (MINI, mini))
+    for name, build in {"no limiter": made(disable_nl=True), "floored limiter": made(make=FlooredLimiter)}.items()
+}
+NEVER = 10**9  # steps between refreshes
+REFRESHES = {
+    f"{base}, {name}": build
+    for base, made in ((APOLLO, apollo), (MINI, mini))
+    for name, build in {
+        "refresh 50": made(update_proj_gap=50),
+        "refresh 1000": made(update_proj_gap=1000),
+        "never refreshed": made(update_proj_gap=NEVER),
+        "momentum carried": made(make=CarriedMomentum),
+    }.items()
+}
+BUILDS: dict[str, Build] = {name: method.build for name, method in TUNED.items()}
+BUILDS |= EMBEDDINGS | MOMENTUM_HEADS | LIMITERS | REFRESHES
+
+
+def varied(method: str) -> str:
+    """The tuned method that a variant varies, and whose best rate it takes; a tuned method itself.
+
+    >>> varied("Mini, embeddings by row"), varied("Muon")
+    ('Mini', 'Muon')
+    """
+    return method if method in TUNED else next(base for base in (APOLLO, MINI) if method.startswith(base))

@@ -1,0 +1,45 @@
+"""The study's results, ``results/<machine>/quality.json``: a row for each run that ended. A row is never dropped.
+
+Each row has the versions, the source and the commit that it was measured with: the study takes hours, in which the
+package may change, and most changes do not concern what a run trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..results_file import RESULTS, Row, describe, folder_name, write_whole
+from .run import Job
+
+
+class Rows:
+    """The rows of one machine, by the names of their jobs."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._machine = describe(device)
+        folder = Path(os.environ.get("APOLLO_RESULTS", RESULTS))
+        self.path = folder / folder_name(self._machine) / "quality.json"
+        self._rows = read(self.path) if self.path.exists() else {}
+
+    def __contains__(self, job: Job) -> bool:
+        return job.name in self._rows
+
+    def __getitem__(self, job: Job) -> Row:
+        return self._rows[job.name]
+
+    def all(self) -> Iterable[Row]:
+        return self._rows.values()
+
+    def add(self, job: Job, row: Row) -> None:
+        """Write a row, in place of one of the same job. The file is complete whenever the program ends."""
+        self._rows[job.name] = {"id": job.name, **row}
+        lines = ",\n".join(json.dumps(self._rows[name]) for name in sorted(self._rows))
+        write_whole(self.path, f'{{"machine": {json.dumps(self._machine)},\n "rows": [\n{lines}\n]}}\n')
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The rows of a results file by their names."""
+    return {row["id"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}

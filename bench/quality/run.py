@@ -1,0 +1,132 @@
+"""One run of the study: a LLaMA trained from random weights by one optimizer at one rate, and its row.
+
+Products are in bfloat16 (autocast), weights in float32. On a CPU a run has one thread, and the loss is compiled, which
+makes it twice as fast. Seed, batches and initial weights are the same for all methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apollo_triton.tools.demo.corpus import Corpus
+from apollo_triton.tools.demo.training import SIZES, Run, RunConfig, Size, make_model
+
+from ..contenders import state_bytes
+from ..results_file import Row, commit, source, version
+from .methods import BUILDS
+from .text import PYTHON, corpus, text_versions
+
+# The model that two cores can train to 20 tokens a weight: 0.305 million weights beside embeddings and head.
+SMALL = "0.3M"
+SIZES[SMALL] = Size(96, 224, 3, 3)
+SEQUENCE = 128
+BATCH = 16  # sequences of SEQUENCE tokens; the paper's sizes take the batch of the command line
+TOKENS_A_WEIGHT = 20
+PACKAGES = ("torch", "apollo-triton", "transformers", "apollo-torch", "galore-torch", "bitsandbytes")
+LENGTHS = {"full": 1.0, "half": 0.5, "fifth": 0.2}  # shares of TOKENS_A_WEIGHT
+
+
+@dataclass(frozen=True)
+class Job:
+    """What determines a run. ``length`` is a key of ``LENGTHS``."""
+
+    method: str
+    rate: float
+    length: str = "full"
+    seed: int = 0
+    vocabulary: int = 2048
+    model: str = SMALL
+    batch: int = BATCH
+    sequence: int = SEQUENCE
+    tokens_a_weight: float = TOKENS_A_WEIGHT
+
+    @property
+    def name(self) -> str:
+        """What ``--row`` takes."""
+        return f"{self.method}, rate {self.rate:.4g}, {self.length} run, vocabulary {self.vocabulary}, seed {self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Enough for ``tokens_a_weight`` of ``length`` for each weight beside embeddings and head."""
+        tokens = body_weights(self.model) * self.tokens_a_weight * LENGTHS[self.length]
+        return max(1, round(tokens / (self.batch * self.sequence)))
+
+
+@functools.cache
+def body_weights(model: str) -> int:
+    """The weights of a model beside embeddings and head."""
+    with torch.device("meta"):
+        made = make_model(model, SEQUENCE, 0)
+    return sum(weight.numel() for name, weight in made.named_parameters() if "embed" not in name and "head" not in name)
+
+
+class StudyRun(Run):
+    """The demo's run with products in bfloat16, and compiled on a CPU."""
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        device = windows.device.type
+        with torch.autocast(device, torch.bfloat16):
+            return (_compiled if device == "cpu" else _loss)(self.model, windows)
+
+    @property
+    def has_diverged(self) -> bool:
+        return not math.isfinite(self.history.training_loss[-1])
+
+
+def _loss(model: nn.Module, windows: Tensor) -> Tensor:
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+
+
+_compiled = torch.compile(_loss)
+
+
+@functools.cache
+def _corpus(vocabulary: int) -> Corpus:
+    return corpus(vocabulary)
+
+
+def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
+    """Train to the end. Returns the row, and the run with the trained model. A run that diverges has no loss."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    text = _corpus(job.vocabulary)
+    settings = (job.model, job.steps, job.batch, job.sequence, job.seed, device, text.fingerprint)
+    config = RunConfig(job.method, job.rate, None, *settings)
+    started = time.perf_counter()
+    run = StudyRun(config, text, lambda config, model: _prepared(job, model))
+    while not run.finished:
+        run.advance()
+        if run.has_diverged:
+            break
+        if run.evaluation_due:
+            run.evaluate()
+    losses = run.history.held_out_loss
+    row: Row = {
+        **asdict(job),
+        "steps": job.steps,
+        "tokens": job.steps * job.batch * job.sequence,
+        "held_out_loss": losses.get(job.steps),
+        "curve": {str(step): round(loss, 5) for step, loss in losses.items()},
+        "state_bytes": state_bytes(run.optimizer)[0],
+        "seconds": round(time.perf_counter() - started, 1),
+        "text": {"language": PYTHON, "fingerprint": text.fingerprint} | text_versions(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "source": source(),
+        "commit": commit(),
+    }
+    return row, run
+
+
+def _prepared(job: Job, model: nn.Module) -> Any:
+    # Plain products are 1.5 times as fast as PyTorch's fused attention for so short sequences on a CPU.
+    if not next(model.parameters()).is_cuda:
+        model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+    return BUILDS[job.method](model, job.rate, job.seed)
