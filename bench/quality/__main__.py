@@ -25,12 +25,7 @@ from ..pretrain import START_METHOD
 from ..results_file import Row, default_device
 from .plan import STAGES, jobs
 from .rows import Rows
-from .run import BATCH, SEQUENCE, SMALL, TOKENS_A_WEIGHT, Job, train
-
-
-def row_of(job: Job, device: str) -> Row:
-    """The row of a run in a process of a pool."""
-    return train(job, device)[0]
+from .run import BATCH, SEQUENCE, SMALL, TOKENS_A_WEIGHT, Job, row_of
 
 
 def run_missing(stages: list[str], rows: Rows, template: Job, device: str, workers: int, seconds: float) -> None:

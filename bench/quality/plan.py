@@ -67,11 +67,11 @@ def sweep_of(rows: Iterable[Row], method: str, model: str) -> dict[float, float]
     """The losses of a method's sweep. Divergence counts as worse than anything."""
     found = {}
     for row in rows:
-        if (row["method"], row["length"], row["seed"]) == (method, "fifth", 0) and row["model"] == model:
-            if row["vocabulary"] == VOCABULARY:
-                index = round(4 * math.log2(row["rate"] / TUNED[method].first_rate)) / 4
-                loss = row["held_out_loss"]
-                found[index] = math.inf if loss is None else loss
+        of_sweep = (method, "fifth", 0, model, VOCABULARY)
+        if tuple(row[key] for key in ("method", "length", "seed", "model", "vocabulary")) == of_sweep:
+            index = round(4 * math.log2(row["rate"] / TUNED[method].first_rate)) / 4
+            loss = row["held_out_loss"]
+            found[index] = math.inf if loss is None else loss
     return found
 
 

@@ -125,6 +125,11 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
     return row, run
 
 
+def row_of(job: Job, device: str) -> Row:
+    """The row of ``train``."""
+    return train(job, device)[0]
+
+
 def _prepared(job: Job, model: nn.Module) -> Any:
     # Plain products are 1.5 times as fast as PyTorch's fused attention for so short sequences on a CPU.
     if not next(model.parameters()).is_cuda:

@@ -1,4 +1,4 @@
-"""The study's two texts, which every environment with the pinned packages has: Python to pre-train on, and C++ after it.
+"""The study's two texts, which every environment with the pinned packages has: Python, and C++ to fine-tune on.
 
 Python is the source of packages that torch brings, C++ that of torch's headers. Tests, which repeat each other, and
 files of more than a megabyte, most of them generated, are left out. The BPE is trained on the Python alone.
