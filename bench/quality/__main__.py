@@ -3,7 +3,7 @@
     python -m bench.quality                                # all stages on two cores: hours; it goes on where it was
     python -m bench.quality --stages sweep full            # some of them
     python -m bench.quality --row "Mini, rate 0.005, full run, vocabulary 2048, seed 0"    # one run again, compared
-    python -m bench.quality --model 60M --batch 512 --tokens-a-weight 2 --seconds 480      # on a GPU, in stages
+    python -m bench.quality --model 60M --batch 512 --data FOLDER --tokens-a-weight 1 --seconds 300    # on a GPU
 
 Each core trains one run at a time, with one thread. A run that is interrupted is lost as a whole; finished runs have
 rows in the results file and are not run again. docs/quality.md is made of them by ``python -m bench.quality.page``.
@@ -84,6 +84,9 @@ def main() -> int:
     parser.add_argument("--model", choices=SIZES, default=SMALL, help="a LLaMA's size (%(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of {SEQUENCE} tokens a step (%(default)s)")
     parser.add_argument("--tokens-a-weight", type=float, default=TOKENS_A_WEIGHT, help="of a full run (%(default)s)")
+    parser.add_argument(
+        "--data", default="", help="a file or folder of text (default: Python of packages that torch brings)"
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
@@ -92,7 +95,8 @@ def main() -> int:
     if options.row:
         return run_again(options.row, rows, options.device)
     workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
-    template = Job("", 0.0, model=options.model, batch=options.batch, tokens_a_weight=options.tokens_a_weight)
+    given = {name: getattr(options, name) for name in ("model", "batch", "tokens_a_weight", "data")}
+    template = Job("", 0.0, **given)
     run_missing(options.stages, rows, template, options.device, workers, options.seconds)
     print(f"written to {rows.path}")
     return 0

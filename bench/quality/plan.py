@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+
+from apollo_triton.tools.demo.training import SIZES
 
 from ..results_file import Row
 from .methods import APOLLO, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
-from .run import Job
+from .run import SMALL, Job
 
 SEEDS = (0, 1, 2)
 VOCABULARY = 2048
@@ -58,28 +60,30 @@ def best_index(found: Found) -> float | None:
     return min(found, key=lambda index: found[index]) if found and next_index(found) is None else None
 
 
-def rate_at(method: str, index: float) -> float:
-    """The rate of a sweep's index, of three digits, so that names stay short."""
-    return float(f"{TUNED[method].first_rate * 2.0**index:.3g}")
+def rate_at(method: str, index: float, model: str) -> float:
+    """The rate of a sweep's index, of three digits, so that names stay short. The wider a model, the lower it is: in
+    bench/rates.py the best rate fell with the width from 128 on."""
+    first = TUNED[method].first_rate * SIZES[SMALL].hidden / SIZES[model].hidden
+    return float(f"{first * 2.0**index:.3g}")
 
 
-def sweep_of(rows: Iterable[Row], method: str, model: str) -> dict[float, float]:
+def sweep_of(rows: Iterable[Row], method: str, template: Job) -> dict[float, float]:
     """The losses of a method's sweep. Divergence counts as worse than anything."""
+    of_sweep = asdict(replace(template, method=method, length="fifth", seed=0, vocabulary=VOCABULARY))
+    del of_sweep["rate"]
     found = {}
     for row in rows:
-        of_sweep = (method, "fifth", 0, model, VOCABULARY)
-        if tuple(row[key] for key in ("method", "length", "seed", "model", "vocabulary")) == of_sweep:
-            index = round(4 * math.log2(row["rate"] / TUNED[method].first_rate)) / 4
-            loss = row["held_out_loss"]
-            found[index] = math.inf if loss is None else loss
+        if of_sweep.items() <= row.items():
+            index = round(4 * math.log2(row["rate"] / rate_at(method, 0, template.model))) / 4
+            found[index] = _loss(row)
     return found
 
 
-def best_rate(rows: Iterable[Row], method: str, model: str) -> float | None:
+def best_rate(rows: Iterable[Row], method: str, template: Job) -> float | None:
     """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
     base = varied(method)
-    index = best_index(sweep_of(rows, base, model))
-    return None if index is None else rate_at(base, index)
+    index = best_index(sweep_of(rows, base, template))
+    return None if index is None else rate_at(base, index, template.model)
 
 
 def jobs(stage: str, rows: Iterable[Row], template: Job) -> Iterator[Job]:
@@ -87,10 +91,10 @@ def jobs(stage: str, rows: Iterable[Row], template: Job) -> Iterator[Job]:
     rows = list(rows)
     for method, length, vocabularies, seeds in _runs(stage, rows, template):
         if stage == "sweep":
-            index = next_index(sweep_of(rows, method, template.model))
-            rate = None if index is None else rate_at(method, index)
+            index = next_index(sweep_of(rows, method, template))
+            rate = None if index is None else rate_at(method, index, template.model)
         else:
-            rate = best_rate(rows, method, template.model)
+            rate = best_rate(rows, method, template)
         if rate is not None:
             for seed in seeds:
                 for vocabulary in vocabularies:
@@ -118,13 +122,13 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
 
 def best_momentum_head(rows: Iterable[Row], template: Job) -> str | None:
     """The head with momentum whose size of updates is best with seed 0; None until all have run."""
+    wanted = asdict(replace(template, length="fifth", seed=0, vocabulary=VOCABULARY))
+    del wanted["rate"], wanted["method"]
     losses = {
-        row["method"]: math.inf if row["held_out_loss"] is None else row["held_out_loss"]
-        for row in rows
-        if row["method"] in MOMENTUM_HEADS
-        and row["seed"] == 0
-        and row["vocabulary"] == VOCABULARY
-        and row["model"] == template.model
-        and row["length"] == "fifth"
+        row["method"]: _loss(row) for row in rows if row["method"] in MOMENTUM_HEADS and wanted.items() <= row.items()
     }
     return min(losses, key=lambda name: losses[name]) if losses.keys() == MOMENTUM_HEADS.keys() else None
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row["held_out_loss"] is None else row["held_out_loss"]

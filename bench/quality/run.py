@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from apollo_triton.tools.demo.corpus import Corpus
 from apollo_triton.tools.demo.training import SIZES, Run, RunConfig, Size, make_model
 
 from ..contenders import state_bytes
+from ..pretrain_data import load_tokens
 from ..results_file import Row, commit, source, version
 from .methods import BUILDS
-from .text import PYTHON, corpus, text_versions
+from .text import corpus, text_versions
 
 # The model that two cores can train to 20 tokens a weight: 0.305 million weights beside embeddings and head.
 SMALL = "0.3M"
@@ -30,6 +32,7 @@ SEQUENCE = 128
 BATCH = 16  # sequences of SEQUENCE tokens; the paper's sizes take the batch of the command line
 TOKENS_A_WEIGHT = 20
 PACKAGES = ("torch", "apollo-triton", "transformers", "apollo-torch", "galore-torch", "bitsandbytes")
+LARGEST_DATA = 4000.0  # megabytes of ``--data`` that are read
 LENGTHS = {"full": 1.0, "half": 0.5, "fifth": 0.2}  # shares of TOKENS_A_WEIGHT
 
 
@@ -46,11 +49,15 @@ class Job:
     batch: int = BATCH
     sequence: int = SEQUENCE
     tokens_a_weight: float = TOKENS_A_WEIGHT
+    data: str = ""  # a file or folder of text, in place of ``text.py``'s
 
     @property
     def name(self) -> str:
-        """What ``--row`` takes."""
-        return f"{self.method}, rate {self.rate:.4g}, {self.length} run, vocabulary {self.vocabulary}, seed {self.seed}"
+        """What ``--row`` takes. It says what differs from the usual model and batches."""
+        name = f"{self.method}, rate {self.rate:.4g}, {self.length} run, vocabulary {self.vocabulary}, seed {self.seed}"
+        usual = {field.name: field.default for field in fields(Job)}
+        kept = ("model", "batch", "sequence", "tokens_a_weight", "data")
+        return name + "".join(f", {key} {value}" for key in kept if (value := getattr(self, key)) != usual[key])
 
     @property
     def steps(self) -> int:
@@ -89,15 +96,15 @@ _compiled = torch.compile(_loss)
 
 
 @functools.cache
-def _corpus(vocabulary: int) -> Corpus:
-    return corpus(vocabulary)
+def _corpus(vocabulary: int, data: str) -> Corpus:
+    return load_tokens(Path(data), vocabulary, LARGEST_DATA) if data else corpus(vocabulary)
 
 
 def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
     """Train to the end. Returns the row, and the run with the trained model. A run that diverges has no loss."""
     if device == "cpu":
         torch.set_num_threads(1)
-    text = _corpus(job.vocabulary)
+    text = _corpus(job.vocabulary, job.data)
     settings = (job.model, job.steps, job.batch, job.sequence, job.seed, device, text.fingerprint)
     config = RunConfig(job.method, job.rate, None, *settings)
     started = time.perf_counter()
@@ -117,7 +124,7 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
         "curve": {str(step): round(loss, 5) for step, loss in losses.items()},
         "state_bytes": state_bytes(run.optimizer)[0],
         "seconds": round(time.perf_counter() - started, 1),
-        "text": {"language": PYTHON, "fingerprint": text.fingerprint} | text_versions(),
+        "text": {"fingerprint": text.fingerprint, "tokens": len(text.train)} | ({} if job.data else text_versions()),
         "versions": {package: version(package) for package in PACKAGES},
         "source": source(),
         "commit": commit(),
