@@ -43,6 +43,12 @@ def _gpu(name: str, module: str, *arguments: str) -> Stage:
     return Stage(name, module, ("--name", file, *arguments), GPU_SECONDS)
 
 
+def _quality(model: str, tokens_a_weight: float) -> Stage:
+    """The study at a larger size. It goes on where it was; no run starts in a stage's last two minutes."""
+    arguments = ("--model", model, "--batch", "512", "--tokens-a-weight", f"{tokens_a_weight:g}", "--seconds", "360")
+    return Stage(f"quality, {model}", "quality", arguments, GPU_SECONDS, resumes=False)
+
+
 # The paper's learning rate for APOLLO, and a usual one for AdamW. 33 million tokens.
 PRETRAINING = (
     *("--model", "60M", "--sequence", "256", "--batch", "128", "--steps", "1000", "--dtype", "bfloat16"),
@@ -66,6 +72,7 @@ GPU = [
     _gpu("pre-training, AdamW and APOLLO", "pretrain", *PRETRAINING, "AdamW", "APOLLO"),
     _gpu("pre-training, Mini and apollo-torch", "pretrain", *PRETRAINING, "Mini", "apollo-torch"),
     _gpu("pre-training, variants", "pretrain", *PRETRAINING, "APOLLO, Rademacher", "Mini, a seed per matrix"),
+    *(_quality(model, tokens) for model, tokens in {"60M": 1.0, "130M": 0.25, "350M": 0.05}.items()),
 ]
 
 

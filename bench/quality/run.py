@@ -119,7 +119,8 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
     row: Row = {
         **asdict(job),
         "steps": job.steps,
-        "tokens": job.steps * job.batch * job.sequence,
+        "tokens": (tokens := job.steps * job.batch * job.sequence),
+        "epochs": round(tokens / len(text.train), 3),
         "held_out_loss": losses.get(job.steps),
         "curve": {str(step): round(loss, 5) for step, loss in losses.items()},
         "state_bytes": state_bytes(run.optimizer)[0],
