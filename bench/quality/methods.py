@@ -184,13 +184,12 @@ LIMITERS = {
 }
 NEVER = 10**9  # steps between refreshes
 REFRESHES = {
-    f"{base}, {name}": build
-    for base, made in ((APOLLO, apollo), (MINI, mini))
+    f"{APOLLO}, {name}": build
     for name, build in {
-        "refresh 50": made(update_proj_gap=50),
-        "refresh 1000": made(update_proj_gap=1000),
-        "never refreshed": made(update_proj_gap=NEVER),
-        "momentum carried": made(make=CarriedMomentum),
+        "refresh 50": apollo(update_proj_gap=50),
+        "refresh 1000": apollo(update_proj_gap=1000),
+        "never refreshed": apollo(update_proj_gap=NEVER),
+        "momentum carried": apollo(make=CarriedMomentum),
     }.items()
 }
 BUILDS: dict[str, Build] = {name: method.build for name, method in TUNED.items()}

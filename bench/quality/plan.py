@@ -1,13 +1,15 @@
 """Which runs the study needs next, stage by stage, from the rows that are there.
 
 1. "sweep": each tuned method on a fifth of the tokens, ``SWEEP_RUNS`` rates, seed 0.
-2. "full": each tuned method at its best rate on all tokens, three seeds.
-3. "embeddings": Mini with other state of embeddings and head, at three vocabularies, three seeds.
-4. "limiter" and 5. "refresh": what they change, three seeds.
+2. "embeddings": Mini with other state of embeddings and head, at three vocabularies, three seeds.
+3. "limiter": without it, and with a floor, three seeds.
+4. "full": each tuned method at its best rate on all tokens, three seeds.
+5. "refresh": APOLLO with other refreshes, on half of the tokens, so that there are several, three seeds.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,12 +22,12 @@ from .run import SMALL, Job
 
 SEEDS = (0, 1, 2)
 VOCABULARY = 2048
-VOCABULARIES = (256, 2048, 8192)
+# Vocabularies, and how long runs are there: at 8192 the head alone takes as long as all else at 2048, twice.
+VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
 SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apart, and two between
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
-STAGES = ("sweep", "full", "embeddings", "limiter", "refresh")
-# Variants that also run to the end, because a fifth of the tokens says little about what they are for.
-FULL_VARIANTS = (f"{MINI}, embeddings by row", f"{MINI}, embeddings by row, 8-bit", f"{MINI}, embeddings 8-bit")
+STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
+FULL_VARIANTS = (f"{MINI}, embeddings by row, 8-bit",)  # what ships, to the end
 
 Found = Mapping[float, float]  # losses by log2 of the rate over the first one
 
@@ -89,35 +91,31 @@ def best_rate(rows: Iterable[Row], method: str, template: Job) -> float | None:
 def jobs(stage: str, rows: Iterable[Row], template: Job) -> Iterator[Job]:
     """The runs of a stage that can be told from ``rows``, in their order. ``template`` has model and batch."""
     rows = list(rows)
-    for method, length, vocabularies, seeds in _runs(stage, rows, template):
+    for method, length, vocabulary, seed in _runs(stage, rows, template):
         if stage == "sweep":
             index = next_index(sweep_of(rows, method, template))
             rate = None if index is None else rate_at(method, index, template.model)
         else:
             rate = best_rate(rows, method, template)
         if rate is not None:
-            for seed in seeds:
-                for vocabulary in vocabularies:
-                    yield replace(template, method=method, rate=rate, length=length, seed=seed, vocabulary=vocabulary)
+            yield replace(template, method=method, rate=rate, length=length, seed=seed, vocabulary=vocabulary)
 
 
-def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-    """Method, length, vocabularies and seeds."""
-    usual = (VOCABULARY,)
+def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str, int, int]]:
+    """Method, length, vocabulary and seed."""
     if stage == "sweep":
-        yield from ((method, "fifth", usual, (0,)) for method in TUNED)
-    elif stage == "full":
-        yield from ((method, "full", usual, (seed,)) for seed in SEEDS for method in (*TUNED, *FULL_VARIANTS))
+        yield from ((method, "fifth", VOCABULARY, 0) for method in TUNED)
     elif stage == "embeddings":
-        yield from ((method, "fifth", usual, (0,)) for method in MOMENTUM_HEADS)
+        yield from ((method, "fifth", VOCABULARY, 0) for method in MOMENTUM_HEADS)
         heads = [best] if (best := best_momentum_head(rows, template)) else []
-        yield from (
-            (method, "fifth", VOCABULARIES, (seed,)) for seed in SEEDS for method in (MINI, *EMBEDDINGS, *heads)
-        )
+        for seed, (vocabulary, length) in itertools.product(SEEDS, VOCABULARIES.items()):
+            yield from ((method, length, vocabulary, seed) for method in (MINI, *EMBEDDINGS, *heads))
     elif stage == "limiter":
-        yield from ((method, "fifth", usual, SEEDS) for method in (APOLLO, MINI, *LIMITERS))
+        yield from ((method, "fifth", VOCABULARY, seed) for seed in SEEDS for method in (APOLLO, MINI, *LIMITERS))
     else:
-        yield from ((method, "half", usual, (seed,)) for seed in SEEDS for method in (APOLLO, MINI, *REFRESHES))
+        methods = (*TUNED, *FULL_VARIANTS) if stage == "full" else (APOLLO, *REFRESHES)
+        length = "full" if stage == "full" else "half"
+        yield from ((method, length, VOCABULARY, seed) for seed in SEEDS for method in methods)
 
 
 def best_momentum_head(rows: Iterable[Row], template: Job) -> str | None:

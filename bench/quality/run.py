@@ -33,7 +33,7 @@ BATCH = 16  # sequences of SEQUENCE tokens; the paper's sizes take the batch of 
 TOKENS_A_WEIGHT = 20
 PACKAGES = ("torch", "apollo-triton", "transformers", "apollo-torch", "galore-torch", "bitsandbytes")
 LARGEST_DATA = 4000.0  # megabytes of ``--data`` that are read
-LENGTHS = {"full": 1.0, "half": 0.5, "fifth": 0.2}  # shares of TOKENS_A_WEIGHT
+LENGTHS = {"full": 1.0, "half": 0.5, "fifth": 0.2, "tenth": 0.1}  # shares of TOKENS_A_WEIGHT
 
 
 @dataclass(frozen=True)
