@@ -64,7 +64,11 @@ def parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def adamw(model: nn.Module, rate: float, seed: int) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    kinds = ("embed", "head", "")  # as APOLLO's: embeddings and head in groups of their own
+    groups: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    for name, weight in model.named_parameters():
+        groups[next(kind for kind in kinds if kind in name)].append(weight)
+    return torch.optim.AdamW([{"params": own} for own in groups.values()], lr=rate, weight_decay=0.0, fused=True)
 
 
 def _muon(model: nn.Module, rate: float, seed: int) -> Any:
@@ -107,6 +111,23 @@ def mini(make: type[APOLLOAdamW] = APOLLOAdamW, **options: Any) -> Build:
 def _int8(build: Build) -> Build:
     """Q-APOLLO: the same on int8 weights of the blocks."""
     return lambda model, rate, seed: build(quantize_model(model), rate, seed)
+
+
+RATE_FACTOR = "rate_factor"  # a group's key: its learning rate over that of the run
+
+
+def _faster(build: Build, factor: float, of: Iterable[str] = ("embed", "head")) -> Build:
+    """The same optimizer with a rate of their own for the groups of weights that are called so."""
+
+    def built(model: nn.Module, rate: float, seed: int) -> Any:
+        chosen = {weight for name, weight in model.named_parameters() if any(part in name for part in of)}
+        optimizer = build(model, rate, seed)
+        for group in optimizer.param_groups:
+            if chosen.issuperset(group["params"]):
+                group[RATE_FACTOR] = factor
+        return optimizer
+
+    return built
 
 
 ADAMW, APOLLO, MINI = "AdamW", "APOLLO, rank width/4", "Mini"

@@ -22,7 +22,7 @@ from apollo_triton.tools.demo.training import SIZES, Run, RunConfig, Size, make_
 from ..contenders import state_bytes
 from ..pretrain_data import load_tokens
 from ..results_file import Row, commit, source, version
-from .methods import BUILDS
+from .methods import BUILDS, RATE_FACTOR
 from .text import corpus, text_versions
 
 # The model that two cores can train to 20 tokens a weight: 0.305 million weights beside embeddings and head.
@@ -75,7 +75,11 @@ def body_weights(model: str) -> int:
 
 
 class StudyRun(Run):
-    """The demo's run with products in bfloat16, and compiled on a CPU."""
+    """The demo's run with products in bfloat16, compiled on a CPU, and with groups whose rates are a factor apart."""
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
     def _loss(self, windows: Tensor) -> Tensor:
         device = windows.device.type

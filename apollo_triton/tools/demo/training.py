@@ -122,8 +122,7 @@ class Run:
         """One step of training."""
         config, started = self.config, time.perf_counter()
         windows = self.corpus.batch(config.seed, self.step, config.batch, config.sequence + 1).to(config.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.step + 1)
+        self._set_rate(config.learning_rate_at(self.step + 1))
         self.optimizer.zero_grad()
         loss = self._loss(windows)
         loss.backward()
@@ -172,6 +171,10 @@ class Run:
         except Exception as error:  # of any type, since the dictionaries may hold anything
             raise ValueError(f"{path} does not fit this run ({checkpoints.first_line(error)}); {REMEDY}") from error
         self.step, self.history = saved["step"], History(**saved["history"])
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def _loss(self, windows: Tensor) -> Tensor:
         logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
