@@ -17,8 +17,9 @@ from dataclasses import asdict, replace
 from apollo_triton.tools.demo.training import SIZES
 
 from ..results_file import Row
-from .methods import APOLLO, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
+from .methods import APOLLO, FAST_MINI, MINI, TUNED
 from .run import SMALL, Job
+from .variants import BY_ROW_8BIT, LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 SEEDS = (0, 1, 2)
 VOCABULARY = 2048
@@ -27,7 +28,7 @@ VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
 SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apart, and two between
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
 STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
-FULL_VARIANTS = (f"{MINI}, embeddings by row, 8-bit",)  # what ships, to the end
+FULL_VARIANTS = (f"{FAST_MINI}, {BY_ROW_8BIT}",)  # what ships, to the end
 
 Found = Mapping[float, float]  # losses by log2 of the rate over the first one
 
@@ -83,7 +84,7 @@ def sweep_of(rows: Iterable[Row], method: str, template: Job) -> dict[float, flo
 
 def best_rate(rows: Iterable[Row], method: str, template: Job) -> float | None:
     """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
-    base = varied(method)
+    base = VARIANTS[method].base
     index = best_index(sweep_of(rows, base, template))
     return None if index is None else rate_at(base, index, template.model)
 
@@ -106,10 +107,11 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
     if stage == "sweep":
         yield from ((method, "fifth", VOCABULARY, 0) for method in TUNED)
     elif stage == "embeddings":
-        yield from ((method, "fifth", VOCABULARY, 0) for method in MOMENTUM_HEADS)
-        heads = [best] if (best := best_momentum_head(rows, template)) else []
+        candidates = [method for options in OPTIONS.values() for method in options]
+        yield from ((method, "fifth", VOCABULARY, 0) for method in candidates)
+        options = [best for option in OPTIONS if (best := best_of(option, rows, template))]
         for seed, (vocabulary, length) in itertools.product(SEEDS, VOCABULARIES.items()):
-            yield from ((method, length, vocabulary, seed) for method in (MINI, *EMBEDDINGS, *heads))
+            yield from ((method, length, vocabulary, seed) for method in (FAST_MINI, *options))
     elif stage == "limiter":
         yield from ((method, "fifth", VOCABULARY, seed) for seed in SEEDS for method in (APOLLO, MINI, *LIMITERS))
     else:
@@ -118,14 +120,13 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
         yield from ((method, length, VOCABULARY, seed) for seed in SEEDS for method in methods)
 
 
-def best_momentum_head(rows: Iterable[Row], template: Job) -> str | None:
-    """The head with momentum whose size of updates is best with seed 0; None until all have run."""
+def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
+    """The variant that stands for an option of embeddings and head: the best with seed 0; None until all have run."""
     wanted = asdict(replace(template, length="fifth", seed=0, vocabulary=VOCABULARY))
     del wanted["rate"], wanted["method"]
-    losses = {
-        row["method"]: _loss(row) for row in rows if row["method"] in MOMENTUM_HEADS and wanted.items() <= row.items()
-    }
-    return min(losses, key=lambda name: losses[name]) if losses.keys() == MOMENTUM_HEADS.keys() else None
+    variants = OPTIONS[option]
+    losses = {row["method"]: _loss(row) for row in rows if row["method"] in variants and wanted.items() <= row.items()}
+    return min(losses, key=lambda name: losses[name]) if len(losses) == len(variants) else None
 
 
 def _loss(row: Row) -> float:

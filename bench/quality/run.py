@@ -22,8 +22,9 @@ from apollo_triton.tools.demo.training import SIZES, Run, RunConfig, Size, make_
 from ..contenders import state_bytes
 from ..pretrain_data import load_tokens
 from ..results_file import Row, commit, source, version
-from .methods import BUILDS, RATE_FACTOR
+from .methods import RATE_FACTOR
 from .text import corpus, text_versions
+from .variants import VARIANTS
 
 # The model that two cores can train to 20 tokens a weight: 0.305 million weights beside embeddings and head.
 SMALL = "0.3M"
@@ -146,4 +147,4 @@ def _prepared(job: Job, model: nn.Module) -> Any:
     # Plain products are 1.5 times as fast as PyTorch's fused attention for so short sequences on a CPU.
     if not next(model.parameters()).is_cuda:
         model.config._attn_implementation = "eager"  # type: ignore[union-attr]
-    return BUILDS[job.method](model, job.rate, job.seed)
+    return VARIANTS[job.method].build(model, job.rate, job.seed)
