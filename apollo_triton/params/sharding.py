@@ -211,8 +211,9 @@ def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequenc
 
     cuts, mesh = moment_cuts(parameter, shard), parameter.device_mesh
     if shard.geometry is None:
-        # Absmaxes have no dimension for what an axis of one rank cuts within blocks.
-        kept = {index for dim, _, index in cuts if dim < len(shape)}
+        # Absmaxes have no dimension for what an axis of one rank cuts within blocks, and rows are not cut along columns.
+        is_of_rows = name == "exp_avg_sq" and tuple(shape) != tuple(parameter.shape)
+        kept = {index for dim, _, index in cuts if dim < (1 if is_of_rows else len(shape))}
         local_shape, first = _cut(shape, [cut for cut in cuts if cut[2] in kept])
         placements = [each if index in kept else Replicate() for index, each in enumerate(parameter.placements)]
         return StatePlacement(tuple(placements), tuple(first), tuple(local_shape))
