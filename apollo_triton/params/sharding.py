@@ -211,7 +211,7 @@ def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequenc
 
     cuts, mesh = moment_cuts(parameter, shard), parameter.device_mesh
     if shard.geometry is None:
-        # Absmaxes have no dimension for what an axis of one rank cuts within blocks, and rows are not cut along columns.
+        # Absmaxes have no dimension for what an axis of one rank cuts within blocks. What cuts columns cuts no row.
         is_of_rows = name == "exp_avg_sq" and tuple(shape) != tuple(parameter.shape)
         kept = {index for dim, _, index in cuts if dim < (1 if is_of_rows else len(shape))}
         local_shape, first = _cut(shape, [cut for cut in cuts if cut[2] in kept])

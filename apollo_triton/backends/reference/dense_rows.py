@@ -21,6 +21,7 @@ from ...params.member import Member
 from ..interface import StepScalars
 from .rounding import shrink, store
 
+
 class _Move(NamedTuple):
     """What moves W and M of a part: ``factor`` is h / (sqrt(V) + eps), float32 in the shape of V."""
 
