@@ -1,4 +1,4 @@
-"""AdamW with one second moment a row, for the dense parameters of two dimensions or more, in one launch; and the sums of
+"""AdamW with one second moment a row, for dense parameters of two dimensions or more, in one launch; and the sums of
 squares that it needs, in one before it.
 
 A parameter is rows x columns here. No program may write a second moment that another has yet to read, so the first
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .blockwise import BLOCK as CODES
 from .blockwise import magnitudes, quantized
-from .dense import NORM_PROGRAMS, block_bits
+from .dense import block_bits
 from .philox import EXP_AVG as EXP_AVG_STREAM
 from .philox import WEIGHT as WEIGHT_STREAM
 from .philox import round_nearest, round_stochastic
@@ -125,8 +125,8 @@ def dense_rows_kernel(
     W <- W - lr wd W.
 
     One program updates one block of a parameter's elements, wherever its rows end. Reads G, and reads and writes W and
-    M. The program that has a row's first element writes its V. ``p_absmax`` int64 ``[matrices, 1]`` has the addresses of
-    the absmaxes of M, if its STATE is uint8, and ``p_code`` that of its table.
+    M. The program that has a row's first element writes its V. If STATE is uint8, ``p_absmax`` int64 ``[matrices, 1]``
+    has the addresses of the absmaxes of M, and ``p_code`` is the table of ``dynamic_code``.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)

@@ -114,13 +114,13 @@ def was_8bit(saved: Mapping[str, Any]) -> bool:
 
 def second_moment_of(saved: Mapping[str, Any], param: Param, settings: Settings) -> str:
     """Which ``second_moment`` a saved state has. Where a row has one element, both are the same floats."""
-    shape, value = tuple(param.tensor.shape), saved.get("exp_avg_sq")
     of_rows = replace(settings, second_moment="row")
     if not has_row_moments(param.tensor, of_rows):
         return settings.second_moment
-    if tuple(getattr(value, "shape", ())) != state_shapes(param.tensor, of_rows)["exp_avg_sq"]:
+    shape = tuple(getattr(saved.get("exp_avg_sq"), "shape", ()))
+    if shape != state_shapes(param.tensor, of_rows)["exp_avg_sq"]:
         return "element"
-    return "row" if tuple(value.shape) != shape or was_8bit(saved) else settings.second_moment
+    return "row" if shape != tuple(param.tensor.shape) or was_8bit(saved) else settings.second_moment
 
 
 def _in_form(saved: Mapping[str, Any], param: Param, settings: Settings) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def adamw(member: Member, settings: Settings, scalars: StepScalars, sums: Tensor
 def _moved_rows(member: Member, settings: Settings, scalars: StepScalars, sums: Tensor, finite: Tensor) -> Tensor:
     """Move V where ``finite``. Returns h / (sqrt(V) + eps), or 0 where nothing moves."""
     V, parameter = member.local_state("exp_avg_sq"), member.parameter
-    mean = sums * (len(parameter) / parameter.numel())
+    mean = sums[: V.numel()] * (len(parameter) / parameter.numel())  # none, if a cut leaves this rank no columns
     if scalars.gradient_scale is not None:
         mean = mean * scalars.gradient_scale * scalars.gradient_scale
     moves = finite.to(torch.float32)

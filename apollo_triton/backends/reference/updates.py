@@ -189,8 +189,11 @@ class DenseRowsUpdate(DenseUpdate):
         return {self._index: self._row_sums()[:1]}
 
     def sharded_results(self) -> tuple[ByMember, ByMember]:
-        return {}, {self._index: self._row_sums().view(1, -1)}
+        return {}, {self._index: self._row_sums()[None, : None if self._member.shard.row_axes else 1]}
 
     def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
-        found = sums[self._index].view(-1) if self.is_sum_sharded else self._row_sums()
+        found = self._row_sums()
+        if self.is_sum_sharded:
+            whole = sums[self._index].view(-1)
+            found = torch.cat((whole, found[len(whole) :]))
         return dense_rows.adamw(self._member, self._settings, self._scalars, found, self._scratch)

@@ -61,6 +61,14 @@ def row_sums(table: Table) -> RowSums:
     return result
 
 
+def rows_of(table: Table, sums: RowSums) -> list[Tensor]:
+    """The parts of |G_i|^2 of each matrix, ``[rows, segments]``."""
+    segments = [kernels.segments(geometry.columns) for geometry in table.geometries]
+    lengths = [geometry.rows * count for geometry, count in zip(table.geometries, segments, strict=True)]
+    found = zip(sums.row_parts.split(lengths), segments, strict=True)
+    return [part.view(-1, count) for part, count in found]
+
+
 def adamw(table: Table, settings: Settings, scalars: StepScalars, sums: RowSums) -> None:
     """One step of a table. ``sums`` are those of each whole gradient and of its whole rows."""
     is_8bit = table.absmaxes is not None

@@ -60,9 +60,10 @@ class Table(Channels):
     and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
     ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
     none of dense ones. ``by_rows``: whether dense ones have one second moment a row; then a row is a channel, and all
-    rows' sums have ``row_parts`` parts. ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs``
-    int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``:
-    how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit.
+    rows' sums have ``row_parts`` parts. ``tile_programs`` int32: the index of the matrix of each program of ``apply``.
+    ``norm_programs`` int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in
+    memory. ``split``: how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where
+    moments are 8-bit.
     ``skipped`` int32 ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table
     for ``rescale`` if sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``:
     which streams use all this, because a plan may be replaced while another stream's kernels read its tables.

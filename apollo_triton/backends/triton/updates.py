@@ -240,10 +240,23 @@ class DenseRowsUpdate(DenseUpdate):
     def _norm_parts(self) -> Tensor:
         return self._row_sums().parts
 
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        table, (factors, sums) = self._table, super().sharded_results()
+        rows = dense_rows.rows_of(table, self._row_sums())
+        for index, member, parts in zip(table.matrices_of, table.members, rows, strict=True):
+            if member.shard.row_axes:
+                sums[index] = torch.cat((sums[index], parts.sum(1)[None]), 1)
+        return factors, sums
+
     def apply(self, factors: ByMember, sums: ByMember) -> None:
-        found = self._row_sums()
-        dense_rows.adamw(self._table, self._settings, self._scalars, found)
-        self._table.scatter_strided()
+        table, found = self._table, self._row_sums()
+        if self.is_sum_sharded:
+            found.parts.zero_()[:, :1] = torch.cat([sums[index][:, :1] for index in table.matrices_of])
+            for index, parts in zip(table.matrices_of, dense_rows.rows_of(table, found), strict=True):
+                if sums[index].shape[1] > 1:
+                    parts.zero_()[:, 0] = sums[index][0, 1:]
+        dense_rows.adamw(table, self._settings, self._scalars, found)
+        table.scatter_strided()
 
 
 def _sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
