@@ -12,7 +12,7 @@ from ..core.dtensors import is_dtensor, local
 from ..core.settings import Settings
 from ..int8.weight import int8_weight_of
 from ..params.fake import fake_mode_of
-from ..params.member import Param, geometry_of, params_of
+from ..params.member import Param, geometry_of, has_row_moments, params_of
 from ..params.sharding import LocalShard
 from ..params.state import is_8bit
 from .reference import dense_8bit
@@ -25,7 +25,8 @@ def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], 
     the factors need int8 groups that fit a tile. Raises ValueError where the backend cannot be had.
     """
     backend = device_backend(parameter, settings.backend)
-    if geometry_of(parameter, settings) is None and is_8bit(parameter, settings, state):
+    is_bitsandbytes = geometry_of(parameter, settings) is None and not has_row_moments(parameter, settings)
+    if is_bitsandbytes and is_8bit(parameter, settings, state):
         obstacle = dense_8bit.obstacle(parameter.device)
         if obstacle is not None:
             raise ValueError(

@@ -29,6 +29,9 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "distribution": "gaussian",
     "rank_above_width": False,
 }
+# What a group without a rank may say, and mostly leaves out: it is filled in nowhere, so that checkpoints of older
+# versions, where it is missing, fit.
+DENSE_DEFAULTS: dict[str, Any] = {"second_moment": "element"}
 
 AUTO = "auto"  # as ``scale``: see core/scale.py
 _REALS = ("lr", "eps", "weight_decay", "scale", "max_grad_norm")  # the other numbers are integers
@@ -42,6 +45,7 @@ class Settings:
 
     ``lr`` is a float or a one-element tensor. ``rank`` is None for a dense group; its other low-rank fields then hold
     their defaults and are not used. ``scale`` may be "auto": ``core.scale.scale_of`` has the number for a matrix.
+    ``second_moment`` is that of a dense group: one for each "element", or one a "row".
     """
 
     lr: float | Tensor
@@ -68,6 +72,7 @@ class Settings:
     update_proj_gap: int = 200
     distribution: str = "gaussian"
     rank_above_width: bool = False
+    second_moment: str = "element"
 
     @classmethod
     def of(cls, group: dict[str, Any], where: str = "") -> Settings:
@@ -89,6 +94,8 @@ class Settings:
             values[name] = _plain(name, value)
         if values.get("rank") is not None and (values.get("scale"), values.get("proj")) == (AUTO, "svd"):
             raise ValueError(f"{f'{where}: ' if where else ''}{_NO_AUTO_SCALE}")
+        if values.get("rank") is not None and values.get("second_moment") == "row":
+            raise ValueError(f"{f'{where}: ' if where else ''}{_NO_LOW_RANK_ROWS.format(values['rank'])}")
         values["betas"] = tuple(map(float, values["betas"]))
         values["state_dtype"] = _DTYPES.get(values["state_dtype"], values["state_dtype"])
         if isinstance(values["lr"], Tensor):
@@ -260,6 +267,10 @@ _NO_AUTO_SCALE = (
     "scale='auto' has no value for proj='svd', whose updates are between sqrt(rank / width) and 1 times AdamW's, "
     "depending on the share of the gradient that its directions hold; give a number, or use proj='random'"
 )
+_NO_LOW_RANK_ROWS = (
+    "second_moment='row' is for dense groups, and this one has rank {}: its moments are [channels, rank] and stay one "
+    "an element; give the key to a group without 'rank', as that of the embeddings, or leave it out"
+)
 _FLAG = Check(lambda value: isinstance(value, bool), "True or False")
 _AT_LEAST_ZERO = "a finite number, 0 or more"
 
@@ -304,4 +315,5 @@ CHECKS: dict[str, Check] = {
     ),
     "distribution": _one_of("gaussian", "rademacher"),
     "rank_above_width": _FLAG,
+    "second_moment": _one_of("element", "row"),
 }

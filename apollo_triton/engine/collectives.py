@@ -61,7 +61,8 @@ class Collectives:
         """``factors`` and ``sums`` of all ranks together.
 
         ``factors`` ``[matrices, channels]`` of the channels whose moments are here become those of all channels of the
-        shard. ``sums`` ``[matrices, columns]`` are added up over the axes that split them.
+        shard. ``sums`` ``[matrices, columns]`` are added up over the axes that split them: those of a dense weight's
+        rows, from the second column on, over the axes that cut rows.
         """
         if not self.axes:
             return factors, sums
@@ -71,7 +72,8 @@ class Collectives:
             split = [i for i in sorted(sums) if axis in self._shards[i].sum_axes]
             if not cut and not split:
                 continue
-            parts = [sums[i].reshape(-1) for i in split]
+            counts = {i: self._split_columns(i, axis, sums[i]) for i in split}
+            parts = [sums[i][:, : counts[i]].reshape(-1) for i in split]
             for i in cut:
                 size = -(-self._channels_before(i, axis) // axis.size)
                 parts.append(_pad(factors[i], size - factors[i].shape[1]).reshape(-1))
@@ -79,12 +81,18 @@ class Collectives:
             received = gathered(torch.cat(parts), axis)
             count = sum(lengths[: len(split)])
             for i, total in zip(split, _added(received[:, :count]).split(lengths[: len(split)]), strict=True):
-                sums[i] = total.view_as(sums[i])
+                total = total.view(-1, counts[i])
+                sums[i] = total if total.shape == sums[i].shape else torch.cat((total, sums[i][:, counts[i] :]), 1)
             for i, part in zip(cut, received[:, count:].split(lengths[len(split) :], 1), strict=True):
                 matrices = factors[i].shape[0]
                 whole = part.reshape(axis.size, matrices, -1).transpose(0, 1).reshape(matrices, -1)
                 factors[i] = whole[:, : self._channels_before(i, axis)]
         return factors, sums
+
+    def _split_columns(self, index: int, axis: MeshAxis, sums: Tensor) -> int:
+        """How many of a member's sums are split over ``axis``: all, but for those of rows, which may be whole."""
+        shard = self._shards[index]
+        return 1 if shard.whole is None and axis not in shard.row_axes else sums.shape[1]
 
     def _channels_before(self, index: int, axis: MeshAxis) -> int:
         """How many channels of a member are left when ``axis`` deals them out."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..core.settings import Settings
-from ..params.member import Member
+from ..params.member import Member, has_row_moments
 from .caches import Caches
 from .fingerprint import identities
 
@@ -36,10 +36,12 @@ def make_tables(
     launch_groups = dict(zip(settings, identities([*settings.values()]), strict=True))
     launches: dict[tuple[Any, ...], dict[int, Member]] = {}
     for index, member in members.items():
-        make_moments_contiguous(member)
+        by_rows = has_row_moments(member.parameter, settings[member.param.group])
+        make_moments_contiguous(member, by_rows)
         geometry, shard, gradient = member.geometry, member.shard, member.gradient
         key = (
             geometry is None,
+            by_rows,
             geometry is not None and geometry.keeps_rows,
             bool(shard.sum_axes),
             bool(shard.width_axes),
@@ -51,7 +53,7 @@ def make_tables(
             None if isinstance(gradient, Tensor) else index,  # each by itself
             gradient.dtype,
             member.moment_dtype,
-            is_aligned(member),
+            is_aligned(member, by_rows),
         )
         launches.setdefault(key, {})[index] = member
     made = [

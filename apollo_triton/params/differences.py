@@ -13,7 +13,7 @@ import torch
 
 from ..core.messages import listed, shown, warn
 from ..core.module_names import unwrapped
-from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
+from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
 from .blocks import obstacle_to_8bit
 from .member import Param
 from .state import is_8bit
@@ -46,7 +46,7 @@ def warn_of_settings(saved: Sequence[dict[str, Any]], asked: Sequence[dict[str, 
         warn(
             "load_state_dict takes the checkpoint's settings instead of those that were asked for: "
             f"{listed}. To keep yours, set them in optimizer.param_groups after loading; "
-            "another rank, proj, proj_type or state_bits needs a fresh optimizer"
+            "another rank, proj, proj_type, state_bits or second_moment needs a fresh optimizer"
         )
 
 
@@ -98,6 +98,24 @@ def warn_of_forms(found: Sequence[tuple[Param, Settings, bool]]) -> None:
         )
 
 
+def warn_of_second_moments(found: Sequence[tuple[Param, Settings, str]]) -> None:
+    """Warn once of second moments that were one an element where they were saved and are one a row here, and once of
+    the reverse. The strings say how they were saved."""
+    changed = [(param, form) for param, settings, form in found if form != settings.second_moment]
+    gathered = [param for param, form in changed if form == "element"]
+    spread = [param for param, form in changed if form == "row"]
+    if gathered:
+        warn(
+            f"load_state_dict: the second moments of {_listed(gathered)} were saved one an element, and become one a "
+            "row, their mean, as second_moment='row' keeps them"
+        )
+    if spread:
+        warn(
+            f"load_state_dict: the second moments of {_listed(spread)} were saved one a row, and each element begins "
+            "with that of its row, since the group has second_moment='element'"
+        )
+
+
 def warn_of_blocks(found: Sequence[Param]) -> None:
     """Warn of sharded weights whose new moments stay floats because blocks of 8-bit ones would span ranks."""
     warn(
@@ -124,7 +142,7 @@ def _differing(saved: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[s
     if "base_momentum" in saved:  # OneCycleLR and CyclicLR move betas
         ignored.add("betas")
     for name in FIELD_NAMES:
-        theirs, ours = saved.get(name), asked.get(name)
+        theirs, ours = (group.get(name, DENSE_DEFAULTS.get(name)) for group in (saved, asked))
         if name == "betas":
             theirs, ours = tuple(theirs or ()), tuple(ours or ())
         if name not in ignored and theirs != ours:

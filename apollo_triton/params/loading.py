@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..core.messages import shown
-from ..core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
+from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
 from .checks import check_parameter
-from .differences import OF_THE_RUN, given_names, warn_of_forms, warn_of_names, warn_of_settings
+from .differences import OF_THE_RUN, given_names, warn_of_forms, warn_of_names, warn_of_second_moments, warn_of_settings
 from .member import Param, find_shard, params_of
-from .saved_state import check_saved_state, check_values, copied, loaded_state, was_8bit
+from .saved_state import check_saved_state, check_values, copied, loaded_state, second_moment_of, was_8bit
 
 _ADVICE = "give what optimizer.state_dict() returned"
 _SAME_GROUPS = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups"
@@ -79,6 +79,8 @@ def read_state_dict(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> L
         with _naming(param):
             check_values(param, state[param.tensor])
     warn_of_forms([(param, settings[param.group], was_8bit(saved)) for param, saved, _ in found])
+    forms = [(param, second_moment_of(saved, param, settings[param.group])) for param, saved, _ in found]
+    warn_of_second_moments([(param, settings[param.group], form) for param, form in forms])
     for key in set(state_dict["state"]) - set(keys):
         state[key] = copied(state_dict["state"][key], f"state_dict: its state {shown(key)}")
     warn_of_settings(new_groups, groups)
@@ -143,7 +145,7 @@ def _group(saved: Mapping[str, Any], own: Group, where: str) -> Group:
     group |= {name: own[name] for name in OF_THE_RUN}
     is_low_rank = group.get("rank") is not None
     for name in FIELD_NAMES:
-        if name in own and name != "rank" and (is_low_rank or name not in LOW_RANK_DEFAULTS):
+        if name in own and name != "rank" and name not in (DENSE_DEFAULTS if is_low_rank else LOW_RANK_DEFAULTS):
             group.setdefault(name, own[name])
     complete_group(group)
     if saved.get("capturable") is True and not own["capturable"] and not isinstance(own["lr"], Tensor):

@@ -96,7 +96,7 @@ class Member(NamedTuple):
 
     def moment(self, name: str) -> Tensor:
         """``exp_avg`` or ``exp_avg_sq``: floats, or the codes of 8-bit ones."""
-        return self.local_state(CODES[name] if self.is_8bit else name)
+        return self.local_state(CODES[name] if CODES[name] in self.state else name)
 
 
 def gradient_of(parameter: Tensor, given: Mapping[Tensor, Gradient]) -> Gradient | None:
@@ -156,6 +156,12 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
     if settings.rank is None or parameter.dim() < 2 or parameter.numel() == 0:
         return None
     return Geometry.of(parameter.shape, settings.proj_type)
+
+
+def has_row_moments(parameter: Tensor, settings: Settings) -> bool:
+    """Whether a parameter has one second moment a row: dense, of two dimensions or more, and with elements."""
+    is_dense = settings.rank is None and parameter.dim() > 1 and parameter.numel() > 0
+    return is_dense and settings.second_moment == "row"
 
 
 def find_shard(param: Param, settings: Settings) -> LocalShard:

@@ -1,14 +1,16 @@
 """The state of one parameter as a checkpoint has it: what may be loaded, and how it becomes the optimizer's own.
 
 A checkpoint may have been cast (``state_dict`` to bfloat16 for a smaller file), sharded otherwise, or broken. Moments
-may be 8-bit there and floats here, or the other way round, where ranks hold no whole blocks. All is looked at and
-converted aside, before the optimizer changes.
+may be 8-bit there and floats here, or the other way round, where ranks hold no whole blocks. Second moments may be one
+an element there and one a row here, or the other way round. All is looked at and converted aside, before the optimizer
+changes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -20,7 +22,7 @@ from ..core.messages import shown
 from ..core.moments_8bit import dequantize_blockwise, quantize_blockwise
 from ..core.settings import Settings
 from .blocks import absmax_shape
-from .member import CODES, Param, geometry_of
+from .member import CODES, Param, geometry_of, has_row_moments
 from .sharding import LocalShard, as_sharded, local_shape, resharded
 from .state import (
     ABSMAXES,
@@ -32,7 +34,6 @@ from .state import (
     check_tensor,
     expected_tensors,
     in_a_row_too,
-    is_8bit,
     state_shapes,
     with_codes_named,
 )
@@ -57,6 +58,7 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
             "where one is 8-bit and the other is not; give the dictionary to optimizer.load_state_dict(...) on every "
             "rank, which converts it"
         )
+    settings = replace(settings, second_moment=second_moment_of(saved, param, settings))
     for name, expected in expected_tensors(param.tensor, settings, saved).items():
         if expected.optional and name not in saved:
             continue
@@ -73,21 +75,23 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
 def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, shard: LocalShard) -> dict[str, Any]:
     """A copy of a checked state: on the parameter's device, sharded if the parameter is, in the dtypes of a step.
 
-    ``step`` becomes float32 on the host. Moments are 8-bit if those of a new state would be. Else they get the group's
-    ``state_dtype``, except if both are bfloat16 already. ``torch.optim`` would cast all to the parameter's dtype. Keys
-    that are not ours are copied.
+    ``step`` becomes float32 on the host. Moments are 8-bit if those of a new state would be, and second ones of rows
+    float32. Else they get the group's ``state_dtype``, except if all are bfloat16 already. ``torch.optim`` would cast
+    all to the parameter's dtype. Keys that are not ours are copied.
 
     Where a ``DTensor`` has other placements it is gathered, so every rank must call this for the same parameters.
     """
     saved = with_codes_named(saved)
-    if was_8bit(saved) and not is_8bit(param.tensor, settings, {}):
-        saved = _in_floats(saved, param, settings)
-    is_rounded = not was_8bit(saved) and is_8bit(param.tensor, settings, {})  # from float32, whatever ``state_dtype``
-    kept = {saved[name].dtype for name in MOMENTS if name in saved} == {torch.bfloat16}
+    was_row, is_row = (second_moment_of(saved, param, settings) == "row", has_row_moments(param.tensor, settings))
+    kept = {saved[name].dtype for name in MOMENTS[: 1 if was_row else 2] if name in saved} == {torch.bfloat16}
+    saved = _in_form(saved, param, settings)
+    new = expected_tensors(param.tensor, settings, {})
+    rounded = [name for name in MOMENTS if name in saved and name not in new]  # from float32, not ``state_dtype``
     wanted = dict.fromkeys(expected_tensors(param.tensor, settings, saved), torch.float32)
-    if not is_rounded:
-        wanted |= {name: saved[name].dtype if kept else settings.state_dtype for name in MOMENTS if name in saved}
     wanted |= {name: torch.uint8 for name in CODES.values() if name in saved}
+    for name in MOMENTS:
+        is_float32 = name in rounded or (is_row and name == "exp_avg_sq")
+        wanted[name] = torch.float32 if is_float32 else torch.bfloat16 if kept else settings.state_dtype
     state: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "step":
@@ -100,7 +104,7 @@ def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, sha
             state[name] = _placed(name, value, param.tensor, shard).to(wanted[name])
         else:
             state[name] = copied(value, f"{param}: its state {shown(name)}", param.tensor.device)
-    return _in_8_bits(state, param, settings, shard) if is_rounded else state
+    return _in_8_bits(state, rounded, param, settings, shard)
 
 
 def was_8bit(saved: Mapping[str, Any]) -> bool:
@@ -108,27 +112,57 @@ def was_8bit(saved: Mapping[str, Any]) -> bool:
     return CODES["exp_avg"] in with_codes_named(saved)
 
 
-def _in_floats(saved: Mapping[str, Any], param: Param, settings: Settings) -> dict[str, Any]:
-    """A saved state with the exact float32 values of its 8-bit moments, whole."""
-    result = {name: value for name, value in saved.items() if name not in (*CODES.values(), *ABSMAXES)}
+def second_moment_of(saved: Mapping[str, Any], param: Param, settings: Settings) -> str:
+    """Which ``second_moment`` a saved state has. Where a row has one element, both are the same floats."""
+    of_rows = replace(settings, second_moment="row")
+    if not has_row_moments(param.tensor, of_rows):
+        return settings.second_moment
+    shape = tuple(getattr(saved.get("exp_avg_sq"), "shape", ()))
+    if shape != state_shapes(param.tensor, of_rows)["exp_avg_sq"]:
+        return "element"
+    return "row" if shape != tuple(param.tensor.shape) or was_8bit(saved) else settings.second_moment
+
+
+def _in_form(saved: Mapping[str, Any], param: Param, settings: Settings) -> dict[str, Any]:
+    """A saved state with the exact float32 values, whole, of moments that are 8-bit and not to be so, and with the
+    second moments that ``settings`` asks for: of a row their mean, of its elements that of the row."""
+    result, parameter = dict(saved), param.tensor
+    shapes, new = state_shapes(parameter, settings), expected_tensors(parameter, settings, {})
     for name, code in CODES.items():
-        q, absmax = _whole(saved[code]), _whole(saved[f"{name}_absmax"]).to(torch.float32)
-        geometry = geometry_of(param.tensor, settings)
-        matrices = 1 if geometry is None else geometry.matrices
-        values = [
-            dequantize_blockwise(*matrix, signed=name == "exp_avg")
-            for matrix in zip(q.reshape(matrices, -1), absmax.reshape(matrices, -1), strict=True)
-        ]
-        result[name] = torch.stack(values).view(q.shape)
+        held = code if code in saved else name
+        is_unlike = tuple(saved[held].shape) != shapes[name]
+        if not is_unlike and (held == name or code in new):
+            continue
+        values = _whole(result.pop(held))
+        if held == code:
+            values = _floats(values, _whole(result.pop(f"{name}_absmax")), name, param, settings)
+        if is_unlike and has_row_moments(parameter, settings):
+            values = values.to(torch.float32).flatten(1).mean(1).view(shapes[name])
+        elif is_unlike:
+            values = values.expand(shapes[name])
+        result[name] = values
     return result
 
 
-def _in_8_bits(state: dict[str, Any], param: Param, settings: Settings, shard: LocalShard) -> dict[str, Any]:
-    """A loaded state whose float moments are rounded to 8 bits, as a step would store them."""
+def _floats(q: Tensor, absmax: Tensor, name: str, param: Param, settings: Settings) -> Tensor:
+    """The float32 values of a whole 8-bit moment."""
+    geometry = geometry_of(param.tensor, settings)
+    matrices = 1 if geometry is None else geometry.matrices
+    values = [
+        dequantize_blockwise(*matrix, signed=name == "exp_avg")
+        for matrix in zip(q.reshape(matrices, -1), absmax.to(torch.float32).reshape(matrices, -1), strict=True)
+    ]
+    return torch.stack(values).view(q.shape)
+
+
+def _in_8_bits(
+    state: dict[str, Any], names: Collection[str], param: Param, settings: Settings, shard: LocalShard
+) -> dict[str, Any]:
+    """A loaded state with the float moments of ``names`` rounded to 8 bits, as a step would store them."""
     geometry = shard.geometry
     matrices = 1 if geometry is None else geometry.matrices
-    for name, code in CODES.items():
-        values = local(state.pop(name))
+    for name in names:
+        code, values = CODES[name], local(state.pop(name))
         found = (
             [_quantized(matrix, signed=name == "exp_avg") for matrix in values.reshape(matrices, -1)]
             if values.numel()

@@ -40,7 +40,8 @@ class LocalShard:
 
     ``mesh_axes`` are all axes of the weight's mesh, and ``shard_axes`` those that shard the weight. ``sum_axes`` are
     those over which a matrix's sums are split: all shard axes except one that distributes experts. ``width_axes`` are
-    those that shard the projected dimension.
+    those that shard the projected dimension. ``row_axes`` are those that cut the rows of a dense weight, over which the
+    sums of its rows are split.
 
     This rank keeps the moments of ``moments`` channels, from ``first_moment`` on.
     """
@@ -54,6 +55,7 @@ class LocalShard:
     shard_axes: tuple[MeshAxis, ...] = ()
     sum_axes: tuple[MeshAxis, ...] = ()
     width_axes: tuple[MeshAxis, ...] = ()
+    row_axes: tuple[MeshAxis, ...] = ()
     mesh_axes: tuple[MeshAxis, ...] = ()
     first_moment: int = 0
     moments: int = 0
@@ -106,7 +108,13 @@ def local_shard(parameter: Tensor, geometry: Geometry | None) -> LocalShard:
     if geometry is None:
         first_element = -(-first_element // 8) * 8  # kernels draw the bits of eight elements in one call
         return LocalShard(
-            None, None, first_element=first_element, shard_axes=shard_axes, sum_axes=shard_axes, mesh_axes=mesh_axes
+            None,
+            None,
+            first_element=first_element,
+            shard_axes=shard_axes,
+            sum_axes=shard_axes,
+            row_axes=tuple(axis for dim, axis, _ in cuts if dim > 0),
+            mesh_axes=mesh_axes,
         )
     if any(dim >= 2 for dim, _, _ in cuts) and parameter.dim() != 3:
         raise ValueError(
@@ -203,16 +211,17 @@ def moment_cuts(parameter: Any, shard: LocalShard) -> list[tuple[int, MeshAxis, 
 def state_placement(name: str, parameter: Any, shard: LocalShard, shape: Sequence[int]) -> StatePlacement:
     """How the state tensor ``name`` of a ``DTensor`` weight is sharded; ``shape`` is that of the whole state tensor.
 
-    Moments are cut as ``moment_cuts`` says, and the absmaxes of 8-bit ones along the same dimensions. ``update_norm``
-    and svd's projection are sharded along the experts only.
+    Moments are cut as ``moment_cuts`` says, and the absmaxes of 8-bit ones along the same dimensions. Second moments of
+    rows are cut between rows only, ``update_norm`` and svd's projection between experts only.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
     cuts, mesh = moment_cuts(parameter, shard), parameter.device_mesh
     if shard.geometry is None:
-        # Absmaxes have no dimension for what an axis of one rank cuts within blocks.
-        kept = {index for dim, _, index in cuts if dim < len(shape)}
+        # Absmaxes have no dimension for what an axis of one rank cuts within blocks. What cuts columns cuts no row.
+        is_of_rows = name == "exp_avg_sq" and tuple(shape) != tuple(parameter.shape)
+        kept = {index for dim, _, index in cuts if dim < (1 if is_of_rows else len(shape))}
         local_shape, first = _cut(shape, [cut for cut in cuts if cut[2] in kept])
         placements = [each if index in kept else Replicate() for index, each in enumerate(parameter.placements)]
         return StatePlacement(tuple(placements), tuple(first), tuple(local_shape))

@@ -19,7 +19,7 @@ from ..core.coverage_notes import no_match, notes
 from ..core.kinds import EMBEDDING, MATRIX, weights_of
 from ..core.messages import shown, warn
 from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
-from ..core.settings import LOW_RANK_DEFAULTS, check_value
+from ..core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
 
@@ -83,7 +83,7 @@ class Split:
     def parts(self, group: Group, taken: Collection[str]) -> tuple[list[Group], dict[Tensor, str]]:
         """The groups that a given one becomes, and why its dense weights are dense. ``taken``: names of other groups.
 
-        A group keeps its own keys, except that those of low-rank groups are left out of dense ones.
+        A group keeps its own keys, except that those of low-rank groups are left out of dense ones, and the reverse.
         """
         group = _with_list(group)
         named = self._named(group)
@@ -92,10 +92,11 @@ class Split:
         found = self._coverage(group, named)
         shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
         of_dense = {key: value for key, value in shared.items() if key not in LOW_RANK_DEFAULTS}
+        of_low_rank = {key: value for key, value in shared.items() if key not in DENSE_DEFAULTS}
         made, names = [], {*taken}
         for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
-            part |= {"name": _unlike(name, names)} | (shared if "rank" in part else of_dense)
+            part |= {"name": _unlike(name, names)} | (of_low_rank if "rank" in part else of_dense)
             names.add(part["name"])
             if not _is_named(group):
                 del part["param_names"]

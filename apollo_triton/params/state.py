@@ -23,7 +23,7 @@ from ..core.settings import Settings
 from ..int8.weight import int8_weight_of
 from .aliasing import address, overlaps_itself
 from .blocks import SPANS_RANKS, absmax_shape, dense_absmax_shape, obstacle_to_8bit, shards_are_whole_blocks
-from .member import CODES, Param, geometry_of
+from .member import CODES, Param, geometry_of, has_row_moments
 from .sharding import LocalShard, local_shape, sharded_zeros, state_placement
 
 # The names of the state's tensors, except ``step``, a scalar on the host.
@@ -48,7 +48,9 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
     """The shape of each state tensor of a parameter, except ``step`` and the absmax of 8-bit moments."""
     geometry = geometry_of(parameter, settings)
     if geometry is None:
-        return {"exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+        shape = tuple(parameter.shape)
+        of_rows = (*shape[:1], *[1] * (len(shape) - 1))
+        return {"exp_avg": shape, "exp_avg_sq": of_rows if has_row_moments(parameter, settings) else shape}
     experts = (geometry.matrices,) if geometry.matrices > 1 else ()
     rank = settings.rank or 0
     shapes = {
@@ -83,7 +85,7 @@ def has_begun(state: Mapping[str, Any] | None) -> bool:
 def expected_tensors(parameter: Tensor, settings: Settings, state: Mapping[str, Any]) -> dict[str, Expected]:
     """What each tensor of a state that has moments is to be, except ``step``.
 
-    Both moments have one dtype: that of ``exp_avg``, if it is a possible one.
+    Both moments have one dtype: that of ``exp_avg``, if it is a possible one. Second moments of rows are float32.
     """
     found = getattr(state.get("exp_avg"), "dtype", None)
     tensors: dict[str, Expected] = {}
@@ -91,6 +93,8 @@ def expected_tensors(parameter: Tensor, settings: Settings, state: Mapping[str, 
         if name not in MOMENTS:
             # svd's projection is made where it is missing, since a group may change to svd at any time.
             tensors[name] = Expected(shape, (torch.float32,), optional=name == "projection")
+        elif name == "exp_avg_sq" and has_row_moments(parameter, settings):
+            tensors[name] = Expected(shape, (torch.float32,))
         elif is_8bit(parameter, settings, state):
             tensors[CODES[name]] = Expected(shape, (torch.uint8,))
             tensors[f"{name}_absmax"] = Expected(absmax_shape(parameter, settings), (torch.float32,))
@@ -113,7 +117,7 @@ def make_state(param: Param, settings: Settings, shard: LocalShard) -> dict[str,
     parameter = param.tensor
     for name, (shape, dtypes, _) in expected_tensors(parameter, settings, {}).items():
         dtype = settings.state_dtype if dtypes == MOMENT_DTYPES else dtypes[0]
-        if name in MOMENTS and geometry_of(parameter, settings) is None:
+        if name in MOMENTS and shape == tuple(parameter.shape) and geometry_of(parameter, settings) is None:
             state[name] = torch.zeros_like(parameter, dtype=dtype)
         elif name == "projection":
             continue
@@ -314,6 +318,6 @@ def _is_away(value: Tensor, device: torch.device) -> bool:
 
 def _complaint(param: Param, name: str, problem: str) -> str:
     return (
-        f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type or proj of the "
-        "group changed; use the groups that it was saved with, or begin with a fresh optimizer"
+        f"{param}: its state {name!r} {problem}. It belongs to another model, or rank, proj_type, proj or "
+        "second_moment of the group changed; use the groups that it was saved with, or begin with a fresh optimizer"
     )

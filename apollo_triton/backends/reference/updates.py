@@ -12,10 +12,10 @@ from ...core.projection import ProjectionCache
 from ...core.scale import scale_of
 from ...core.scratch import Scratch
 from ...core.settings import Settings
-from ...params.member import Member
+from ...params.member import Member, has_row_moments
 from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
-from . import dense, dense_8bit, verbs
+from . import dense, dense_8bit, dense_rows, verbs
 from .matrices import Batch, joined_factors
 
 
@@ -36,7 +36,8 @@ def updates_of(
     for index, member in members.items():
         group, step, geometry = settings[member.param.group], int(counts[index]), member.geometry
         if geometry is None:
-            updates.append(DenseUpdate(index, member, group, step, scratch))
+            dense_update = DenseRowsUpdate if has_row_moments(member.parameter, group) else DenseUpdate
+            updates.append(dense_update(index, member, group, step, scratch))
             continue
         if not geometry.matrices:
             continue
@@ -151,12 +152,12 @@ class DenseUpdate:
         self.device, self.is_sum_sharded = member.parameter.device, bool(member.shard.sum_axes)
         self._index, self._member, self._settings, self._scratch = index, member, settings, scratch
         self._scalars = StepScalars(step)
-        self._squared_norm: Tensor | None = None
+        self._sums: Tensor | None = None
 
     def squared_norms(self) -> ByMember:
-        if self._squared_norm is None:
-            self._squared_norm = dense.squared_norms([self._member.formed_gradient], self._scratch)
-        return {self._index: self._squared_norm}
+        if self._sums is None:
+            self._sums = dense.squared_norms([self._member.formed_gradient], self._scratch)
+        return {self._index: self._sums}
 
     def sketch(self) -> ByMember:
         return {}
@@ -172,3 +173,27 @@ class DenseUpdate:
         adamw = dense_8bit.adamw if member.is_8bit else dense.adamw
         squared_norm = (sums if self.is_sum_sharded else self.squared_norms())[self._index]
         return adamw(member, self._settings, self._scalars, squared_norm, self._scratch)
+
+
+class DenseRowsUpdate(DenseUpdate):
+    """The same with one second moment a row, which needs the squared norm of each row too."""
+
+    def _row_sums(self) -> Tensor:
+        """|G|^2 and each |G_i|^2 of what is here: ``[1 + rows]``."""
+        if self._sums is None:
+            of_rows = dense_rows.row_sums(self._member.formed_gradient, self._scratch)
+            self._sums = torch.cat((of_rows.sum(0, keepdim=True), of_rows))
+        return self._sums
+
+    def squared_norms(self) -> ByMember:
+        return {self._index: self._row_sums()[:1]}
+
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        return {}, {self._index: self._row_sums()[None, : None if self._member.shard.row_axes else 1]}
+
+    def apply(self, factors: ByMember, sums: ByMember) -> Tensor:
+        found = self._row_sums()
+        if self.is_sum_sharded:
+            whole = sums[self._index].view(-1)
+            found = torch.cat((whole, found[len(whole) :]))
+        return dense_rows.adamw(self._member, self._settings, self._scalars, found, self._scratch)

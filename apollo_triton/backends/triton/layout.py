@@ -51,23 +51,27 @@ def weight_strides(weight: Tensor, geometry: Geometry) -> MatrixStrides | None:
     return matrix_strides(weight, geometry)
 
 
-def flat_geometry(member: Member) -> Geometry:
-    """A dense parameter as one matrix: a row if it and its gradient are contiguous, else rows of its last dimension."""
+def flat_geometry(member: Member, by_rows: bool) -> Geometry:
+    """A dense parameter as one matrix: its rows if it is ``by_rows``, for one second moment each; else one row if it
+    and its gradient are contiguous, and rows of its last dimension if not."""
     parameter, gradient = member.weight, member.formed_gradient
+    if by_rows:
+        return Geometry(1, len(parameter), parameter.numel() // len(parameter), keeps_rows=True)
     if parameter.dim() < 2 or (parameter.is_contiguous() and gradient.is_contiguous()):
         return Geometry(1, 1, parameter.numel(), keeps_rows=True)
     return Geometry(1, parameter.numel() // parameter.shape[-1], parameter.shape[-1], keeps_rows=True)
 
 
-def make_moments_contiguous(member: Member) -> None:
+def make_moments_contiguous(member: Member, by_rows: bool) -> None:
     """Lay a dense parameter's moments out as the kernels read them, where a checkpoint has brought them in another
-    layout. Those of low rank are contiguous."""
-    if member.geometry is not None:
+    layout. Those of low rank are contiguous, and so are those of rows and codes."""
+    if member.geometry is not None or member.is_8bit:
         return
-    moments = [member.local_state(name) for name in MOMENTS]
-    strides = [matrix_strides(moment, flat_geometry(member)) for moment in moments]
-    if None in strides or moments[0].stride() != moments[1].stride():
-        member.state.update({name: member.state[name].contiguous() for name in MOMENTS})
+    of_elements = MOMENTS[:1] if by_rows else MOMENTS
+    moments = [member.local_state(name) for name in of_elements]
+    strides = [matrix_strides(moment, flat_geometry(member, by_rows)) for moment in moments]
+    if None in strides or moments[0].stride() != moments[-1].stride():
+        member.state.update({name: member.state[name].contiguous() for name in of_elements})
 
 
 def rounds_by_eights(member: Member) -> bool:
@@ -78,11 +82,11 @@ def rounds_by_eights(member: Member) -> bool:
     return all(offset * width % 8 == 0 for offset in member.shard.rounding_offsets)
 
 
-def is_aligned(member: Member) -> bool:
+def is_aligned(member: Member, by_rows: bool) -> bool:
     """Whether weight, gradient and moments of a parameter suit 16-byte loads and stores."""
     parameter, gradient = member.weight, member.gradient
     exp_avg, exp_avg_sq = (member.moment(name) for name in MOMENTS)
-    if (exp_avg.data_ptr() | exp_avg_sq.data_ptr()) % _ALIGNMENT:
+    if (exp_avg.data_ptr() | (0 if by_rows else exp_avg_sq.data_ptr())) % _ALIGNMENT:
         return False
     if not isinstance(gradient, Tensor):  # its kernels look at W, X and dY themselves
         return True
@@ -92,7 +96,7 @@ def is_aligned(member: Member) -> bool:
         return (
             all(tensor.is_contiguous() for tensor in tensors)
             and addresses % _ALIGNMENT == 0
-            and parameter.numel() % 8 == 0
+            and flat_geometry(member, by_rows).columns % 8 == 0
         )
     geometry = member.geometry
     if geometry.matrices > 1 and exp_avg[0].numel() * exp_avg.element_size() % _ALIGNMENT:

@@ -21,8 +21,8 @@ from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
 from ...int8.weight import int8_weight_of
-from ...kernels import apply, dense, int8, sketch, table
-from ...params.member import Member
+from ...kernels import apply, dense, dense_rows, int8, sketch, table
+from ...params.member import Member, has_row_moments
 from ...params.state import ABSMAXES
 from ..interface import WARM_UP
 from .channels import Channels, MomentTable, owners_of, programs_for
@@ -59,12 +59,14 @@ class Table(Channels):
     ``members``: whose matrices they are; ``matrices_of``: which of them are whose, by the member's index in the plan,
     and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
     ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
-    none of dense ones. ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs``
-    int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``:
-    how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit.
-    ``skipped`` int32 ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table
-    for ``rescale`` if sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``:
-    which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
+    none of dense ones. ``by_rows``: whether dense ones have one second moment a row; then a row is a channel, all rows'
+    sums have ``row_parts`` parts, and ``row_lengths`` float32 ``[matrices]`` are those of the whole, unsharded rows.
+    ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs`` int32 ``[programs,
+    2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of
+    ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32
+    ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if
+    sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all
+    this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -82,6 +84,7 @@ class Table(Channels):
         self.is_width_sharded = bool(first.shard.width_axes)
         self.aligned = aligned
         self.is_dense = first.geometry is None
+        self.by_rows = has_row_moments(first.parameter, settings)
         self.keeps_rows = first.geometry is None or first.geometry.keeps_rows
         self.rank = 0 if settings.rank is None or self.is_dense else settings.rank
         self.copies: list[StridedCopy] = []
@@ -89,11 +92,11 @@ class Table(Channels):
         self.constants: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.channel_blocks = {} if self.is_dense else sketch.blocks(self.rank)
         self.split = 1
-        if self.state_dtype == torch.uint8:
+        if self.state_dtype == torch.uint8 and not self.is_dense:
             block = self.channel_blocks["BLOCK_CHANNELS"]
             self.channel_blocks["BLOCK_CHANNELS"] = max(block, whole_blocks(self.rank))
             self.split = self.channel_blocks["BLOCK_CHANNELS"] // block
-        self.geometries = [member.geometry or flat_geometry(member) for member in self.members]
+        self.geometries = [member.geometry or flat_geometry(member, self.by_rows) for member in self.members]
         self.tile_blocks = {}
         if self.int8 is not None:
             self.tile_blocks = int8.blocks(self.int8.group_size)
@@ -159,6 +162,8 @@ class Table(Channels):
                     rows[-1][table.STATE_ROW_STRIDE.value] = moment.row_stride
                     rows[-1][table.STATE_COLUMN_STRIDE.value] = moment.column_stride
                     tile_programs.append(_blocks(geometry.rows * geometry.columns, dense.BLOCK))
+                    if self.by_rows:
+                        channel_program += geometry.rows * dense_rows.segments(geometry.columns)
                 else:
                     assert member.shard.whole is not None
                     root = math.sqrt(scale_of(settings, member.shard.whole))
@@ -166,11 +171,14 @@ class Table(Channels):
                     channel_programs.append(self._channel_programs(geometry.channels))
                     tile_programs.append(self._tiles(geometry))
                     channel_program += channel_programs[-1]
-                parts = programs_for(geometry.rows * geometry.columns, dense.BLOCK)
+                if self.by_rows:
+                    parts = dense_rows.tiles(geometry.rows, geometry.columns)
+                else:
+                    parts = programs_for(geometry.rows * geometry.columns, dense.BLOCK)
                 norm_programs.append(min(parts, dense.NORM_PROGRAMS))
                 tile_program += tile_programs[-1]
                 channel += geometry.channels
-        self.channels = channel
+        self.channels, self.row_parts = channel, channel_program
         self.projection_keys = [
             (member.state["seed"], member.shard.first_width, geometry.width)
             for member, geometry in zip(self.members, self.geometries, strict=True)
@@ -196,6 +204,9 @@ class Table(Channels):
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.root_scales = self._on_device(torch.tensor(root_scales, dtype=torch.float32, device="cpu"))
+        if self.by_rows:
+            lengths = [math.prod(member.parameter.shape[1:]) for member in self.members]
+            self.row_lengths = self._on_device(torch.tensor(lengths, dtype=torch.float32, device="cpu"))
         self.channel_programs = self._on_device(owners_of(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
         clips = settings.max_grad_norm is not None
@@ -212,11 +223,11 @@ class Table(Channels):
         return rows
 
     def _absmax_addresses(self) -> Tensor:
-        """Of each matrix's 8-bit M and V."""
+        """Of each matrix's 8-bit M and, except where it is one a row, V."""
         rows = []
         for member, geometry in zip(self.members, self.geometries, strict=True):
             for position in range(geometry.matrices):
-                absmaxes = (member.local_state(name) for name in ABSMAXES)
+                absmaxes = (member.local_state(name) for name in ABSMAXES if name in member.state)
                 rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 

@@ -12,7 +12,7 @@ from ...core.projection import ProjectionCache
 from ...core.settings import Settings
 from ..interface import ByMember, Factors, Sketch, StepScalars, Update, keeps_sketch
 from ..projection import projection_of
-from . import dense, implicit, projections, verbs
+from . import dense, dense_rows, implicit, projections, verbs
 from .arguments import step_scalars
 from .matrices import Table
 
@@ -40,7 +40,7 @@ def updates_of(
             shared[key] = step_scalars(group, step, step_tensor, table.device)
         scalars = shared[key]
         if table.is_dense:
-            updates.append(DenseUpdate(table, group, scalars))
+            updates.append((DenseRowsUpdate if table.by_rows else DenseUpdate)(table, group, scalars))
             continue
         if group.proj == "svd" or (table.is_width_sharded and not table.projections):
             table.set_projections(_projections(table, group, step, cache))
@@ -222,6 +222,40 @@ class DenseUpdate:
             parts = torch.zeros_like(parts)
             parts[:, :1] = torch.cat([sums[index] for index in table.matrices_of])
         dense.adamw(table, self._settings, self._scalars, parts)
+        table.scatter_strided()
+
+
+class DenseRowsUpdate(DenseUpdate):
+    """The same with one second moment a row, which needs the squared norm of each row too."""
+
+    def __init__(self, table: Table, settings: Settings, scalars: StepScalars) -> None:
+        super().__init__(table, settings, scalars)
+        self._sums: dense_rows.RowSums | None = None
+
+    def _row_sums(self) -> dense_rows.RowSums:
+        if self._sums is None:
+            self._sums = dense_rows.row_sums(self._table)
+        return self._sums
+
+    def _norm_parts(self) -> Tensor:
+        return self._row_sums().parts
+
+    def sharded_results(self) -> tuple[ByMember, ByMember]:
+        table, (factors, sums) = self._table, super().sharded_results()
+        rows = dense_rows.rows_of(table, self._row_sums())
+        for index, member, parts in zip(table.matrices_of, table.members, rows, strict=True):
+            if member.shard.row_axes:
+                sums[index] = torch.cat((sums[index], parts.sum(1)[None]), 1)
+        return factors, sums
+
+    def apply(self, factors: ByMember, sums: ByMember) -> None:
+        table, found = self._table, self._row_sums()
+        if self.is_sum_sharded:
+            found.parts.zero_()[:, :1] = torch.cat([sums[index][:, :1] for index in table.matrices_of])
+            for index, parts in zip(table.matrices_of, dense_rows.rows_of(table, found), strict=True):
+                if sums[index].shape[1] > 1:
+                    parts.zero_()[:, 0] = sums[index][0, 1:]
+        dense_rows.adamw(table, self._settings, self._scalars, found)
         table.scatter_strided()
 
 
