@@ -28,6 +28,7 @@ VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
 SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apart, and two between
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
 STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
+NOT_TO_THE_END = ("Q-Mini",)  # Q-APOLLO stands for int8 weights
 FULL_VARIANTS = (f"{FAST_MINI}, {BY_ROW_8BIT}",)  # what ships, to the end
 
 Found = Mapping[float, float]  # losses by log2 of the rate over the first one
@@ -115,7 +116,8 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
     elif stage == "limiter":
         yield from ((method, "fifth", VOCABULARY, seed) for seed in SEEDS for method in (APOLLO, MINI, *LIMITERS))
     else:
-        methods = (*TUNED, *FULL_VARIANTS) if stage == "full" else (APOLLO, *REFRESHES)
+        to_the_end = [method for method in TUNED if method not in NOT_TO_THE_END]
+        methods = [*to_the_end, *FULL_VARIANTS] if stage == "full" else [APOLLO, *REFRESHES]
         length = "full" if stage == "full" else "half"
         yield from ((method, length, VOCABULARY, seed) for seed in SEEDS for method in methods)
 

@@ -71,7 +71,7 @@ EMBEDDINGS: dict[str, dict[str, Build]] = {
         f"rank {rank}": {
             f"rank {rank} at x{factor:g}": _embeddings(factor, rank=rank, scale=AUTO) for factor in (1.0, FACTOR)
         }
-        for rank in (8, 32, 64)
+        for rank in (8, 32)
     },
     "momentum head": {f"momentum head of {share:g}": _momentum_head(share) for share in (0.3, 1.0, 3.0)},
 }
