@@ -16,13 +16,12 @@ from apollo_triton.tools.demo.training import SIZES
 
 from ..marked_part import MarkedPart
 from ..results_file import RESULTS, ROOT
-from .draw import draw
+from .draw import compared, draw
 from .run import SMALL
 from .study import Study
 from .tables import TABLES
 
 PAGE = ROOT / "docs" / "quality.md"
-PICTURE = PAGE.with_suffix(".png")
 
 
 def part(name: str, page: Path = PAGE) -> MarkedPart:
@@ -39,18 +38,20 @@ def folder() -> Path:
     return found[0] if found else results / "no machine yet"
 
 
-def pictured(is_drawn: bool) -> str:
-    """The line that shows the picture, if there is one."""
-    if not is_drawn:
+def pictured(study: Study) -> str:
+    """The line that shows the picture, if there is anything to draw."""
+    if not compared(study):
         return "Missing: the picture, which needs AdamW's runs on all tokens and another method's."
     return "![Difference to AdamW over the size of the state, and the sweeps of learning rates](quality.png)"
 
 
-def write(study: Study, page: Path = PAGE, picture: Path = PICTURE) -> None:
-    """Put every table and the picture into the page."""
+def write(study: Study, page: Path = PAGE) -> None:
+    """Put every table into the page, and the picture beside it."""
     for name, table in TABLES.items():
         part(name, page).write(table(study))
-    part("picture", page).write(pictured(draw(study, picture)))
+    part("picture", page).write(pictured(study))
+    if compared(study):
+        draw(study, page.with_suffix(".png"))
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Difference:
         return "no" if self.mean - self.margin > limit else "unclear"
 
 
-def difference(runs: BySeed, base: ByseedRows) -> Difference | None:
+def difference(runs: BySeed, base: BySeed) -> Difference | None:
     """Of the seeds that both have. None if there are none, or if one of these runs diverged: it has no loss.
 
     >>> def runs(*losses): return {seed: {"held_out_loss": loss} for seed, loss in enumerate(losses)}

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from ..report_tables import table
-from ..results_file import Row
-from .methods import ADAMW, APOLLO, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
+from ..results_file import Row, folder_name
+from .methods import ADAMW, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
 from .plan import FULL_VARIANTS, SEEDS, VOCABULARIES, VOCABULARY, best_momentum_head
 from .run import Job
 from .statistics import Difference, mean_and_margin, share_to_loss
@@ -29,7 +29,15 @@ def main(study: Study) -> str:
         cells = [_rate(study.rate(method)), _losses(runs), *_compared(against)]
         cells += ["" if method == ADAMW else _tokens(study, method), _bytes(runs), _time(study, method)]
         lines.append([method, *cells])
-    heads = ["best rate", "held-out loss", "against AdamW, %", "verdict", "tokens to AdamW's loss", "state, bytes", "step time"]
+    heads = [
+        "best rate",
+        "held-out loss",
+        "against AdamW, %",
+        "verdict",
+        "tokens to AdamW's loss",
+        "state, bytes",
+        "step time",
+    ]
     shown = _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in (*TUNED, *FULL_VARIANTS)])
     without = [f"{name}: {row['skipped']}" for name, row in study.times.items() if "skipped" in row]
     if not study.times:
@@ -122,7 +130,9 @@ def measured(study: Study) -> str:
         "Fingerprints of the package's source": {row["source"] for row in study.rows},
     }
     listed = [wrapped(f"- {name}: {', '.join(sorted(found))}.") for name, found in lines.items()]
-    return "\n".join([f"{len(study.rows):,} runs, {hours:.1f} hours of one core together, on {study.machine}.", *listed])
+    path = f"../bench/results/{folder_name({'name': study.machine})}/quality.json"
+    ran = f"{len(study.rows):,} runs ([rows]({path})), {hours:.1f} hours of one core together, on {study.machine}."
+    return "\n".join([wrapped(ran), "", *listed])
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
@@ -136,19 +146,18 @@ TABLES: dict[str, Callable[[Study], str]] = {
 
 
 def _with_missing(study: Study, heads: Sequence[str], lines: Sequence[Sequence[str]], wanted: Iterable[Runs]) -> str:
-    """The table, and below it the runs that it lacks."""
+    """The table, and below it whose runs it lacks, and how many of each."""
     unfinished: dict[str, None] = {}
-    lacking = []
+    lacking: dict[str, int] = {}
     for method, length, vocabulary in wanted:
         if study.rate(method) is None:
             unfinished[varied(method)] = None
-        else:
-            seeds = [seed for seed in SEEDS if seed not in study.runs(method, length, vocabulary)]
-            if seeds:
-                named = "all" if len(seeds) == len(SEEDS) else ", ".join(map(str, seeds))
-                lacking.append(f"{method}, {length} run at {vocabulary} (seeds: {named})")
+        elif missing := len(SEEDS) - len(study.runs(method, length, vocabulary)):
+            lacking[method] = lacking.get(method, 0) + missing
     notes = [f"Missing: the end of the sweep of {'; '.join(unfinished)}."] if unfinished else []
-    notes += [f"Missing: {'; '.join(lacking)}."] if lacking else []
+    if lacking:
+        listed = "; ".join(f"{method} ({count})" for method, count in lacking.items())
+        notes.append(f"Missing runs: {sum(lacking.values())}, of {listed}.")
     return "\n\n".join([table(["", *heads], lines), *map(wrapped, notes)])
 
 
