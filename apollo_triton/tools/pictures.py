@@ -12,7 +12,7 @@ from ..core.extras import require
 from ..core.files import replaced
 
 # A colour and a marker for each method, the same in every picture. The first eight colours are Okabe and Ito's, with
-# grey for their yellow. For colour-blind readers any two of the fifteen are at least 17 apart in Lab.
+# grey for their yellow. For colour-blind readers any two of the sixteen are at least 17 apart in Lab.
 METHODS = {
     "AdamW": ("#555555", "^"),
     "SGD": ("#000000", "D"),
@@ -29,6 +29,7 @@ METHODS = {
     "Muon": ("#440044", "p"),
     "flashoptim": ("#660000", "v"),
     "adafactor8bit": ("#AACCAA", "d"),
+    "Adafactor": ("#8866EE", "d"),
 }
 # How a method's name begins in the results; what follows is a variant. The longest that fits counts.
 _BEGINNINGS = {name: name for name in METHODS} | {

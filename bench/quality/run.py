@@ -120,7 +120,7 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Run]:
             break
         if run.evaluation_due:
             run.evaluate()
-    losses = run.history.held_out_loss
+    losses = {step: loss for step, loss in run.history.held_out_loss.items() if math.isfinite(loss)}
     row: Row = {
         **asdict(job),
         "steps": job.steps,

@@ -37,7 +37,7 @@ def check_picture(figure: Figure, names: set[str]) -> None:
     _check_texts(figure)
     for axes in figure.axes:
         for line in axes.lines:
-            is_rule = line.get_transform() == axes.get_xaxis_transform("grid")
+            is_rule = line.get_transform() in (axes.get_xaxis_transform("grid"), axes.get_yaxis_transform("grid"))
             points = len(line.get_xdata())
             assert is_rule or line.get_linestyle() == "None" or points >= 3, f"a line through {points} points"
             box = axes.get_legend() and axes.get_legend().get_window_extent()

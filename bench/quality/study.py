@@ -1,0 +1,75 @@
+"""The study's runs as its page compares them: by method, length and vocabulary, at the best rate of the sweep.
+
+Nothing is compared that differs in more than the method: a run at another rate does not count, and runs on other text
+are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..results_file import Row
+from .plan import MOST_SWEEP_RUNS, SEEDS, SWEEP_RUNS, VOCABULARY, best_index, best_rate, rate_at, sweep_of
+from .run import SMALL
+from .statistics import Difference, difference
+
+
+class Study:
+    """The rows of one model on one machine. ``times`` are the rows of ``step_time.py``, by method."""
+
+    def __init__(
+        self, rows: Iterable[Row], times: Mapping[str, Row] | None = None, model: str = SMALL, machine: str = ""
+    ) -> None:
+        self.rows = [row for row in rows if row["model"] == model]
+        self.times, self.model, self.machine = times or {}, model, machine
+        texts: dict[int, str] = {}
+        for row in self.rows:
+            fingerprint = row["text"]["fingerprint"]
+            if texts.setdefault(row["vocabulary"], fingerprint) != fingerprint:
+                raise SystemExit(
+                    f"rows of vocabulary {row['vocabulary']} have different texts, {texts[row['vocabulary']]} and "
+                    f"{fingerprint} ({row['id']}): their losses do not compare; keep those of one text"
+                )
+
+    @classmethod
+    def read(cls, folder: Path, model: str = SMALL) -> Study:
+        """The study in a machine's folder of results. Files that are not there yet have no rows."""
+        file, times = (_read(folder / f"{name}.json") for name in ("quality", "quality_step_time"))
+        return cls(file["rows"], {row["id"]: row for row in times["rows"]}, model, file["machine"]["name"])
+
+    def sweep(self, method: str) -> dict[float, float]:
+        """The losses of a method's sweep by rate, ascending; infinite where a run diverged."""
+        found = sweep_of(self.rows, method, self.model)
+        return {rate_at(method, index): found[index] for index in sorted(found)}
+
+    def sweep_end(self, method: str) -> str:
+        """How a sweep ended: "yes" if its best rate has a worse one on both sides, else why not."""
+        found = sweep_of(self.rows, method, self.model)
+        best = best_index(found)
+        if best is None:
+            return f"unfinished, {len(found)} of {SWEEP_RUNS} runs or more"
+        return "yes" if min(found) < best < max(found) else f"no, after {MOST_SWEEP_RUNS} runs"
+
+    def rate(self, method: str) -> float | None:
+        """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
+        return best_rate(self.rows, method, self.model)
+
+    def runs(self, method: str, length: str = "full", vocabulary: int = VOCABULARY) -> dict[int, Row]:
+        """The runs at the best rate by seed."""
+        wanted = (method, length, vocabulary, self.rate(method))
+        keys = ("method", "length", "vocabulary", "rate")
+        found = {row["seed"]: row for row in self.rows if tuple(row[key] for key in keys) == wanted}
+        return {seed: found[seed] for seed in SEEDS if seed in found}
+
+    def difference(
+        self, method: str, base: str, length: str = "full", vocabulary: int = VOCABULARY
+    ) -> Difference | None:
+        return difference(self.runs(method, length, vocabulary), self.runs(base, length, vocabulary))
+
+
+def _read(path: Path) -> Row:
+    if not path.exists():
+        return {"machine": {"name": ""}, "rows": []}
+    return json.loads(path.read_text(encoding="utf-8"))

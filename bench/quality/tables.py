@@ -1,0 +1,232 @@
+"""The tables of docs/quality.md. A figure whose runs are missing is an empty cell, and a line below says what is."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+
+from ..report_tables import table
+from ..results_file import Row, folder_name
+from .methods import ADAMW, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
+from .plan import FULL_VARIANTS, SEEDS, VOCABULARIES, VOCABULARY, best_momentum_head
+from .run import Job
+from .statistics import Difference, mean_and_margin, share_to_loss
+from .study import Study
+from .text import PACKAGES as TEXT
+
+LIMIT = 0.5  # percent of a loss: what an option for embeddings and head may cost
+
+Runs = tuple[str, str, int]  # method, length, vocabulary
+
+
+def main(study: Study) -> str:
+    """Every tuned method at its best rate on all tokens, and the variants that ran to the end too."""
+    lines = []
+    for method in (*TUNED, *FULL_VARIANTS):
+        runs = study.runs(method)
+        against = None if method == ADAMW else study.difference(method, ADAMW)
+        cells = [_rate(study.rate(method)), _losses(runs), *_compared(against)]
+        cells += ["" if method == ADAMW else _tokens(study, method), _bytes(runs), _time(study, method)]
+        lines.append([method, *cells])
+    heads = [
+        "best rate",
+        "held-out loss",
+        "against AdamW, %",
+        "verdict",
+        "tokens to AdamW's loss",
+        "state, bytes",
+        "step time",
+    ]
+    shown = _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in (*TUNED, *FULL_VARIANTS)])
+    without = [f"{name}: {row['skipped']}" for name, row in study.times.items() if "skipped" in row]
+    if not study.times:
+        without = ["`python -m bench.quality.step_time` measures them"]
+    return "\n\n".join([shown, *([wrapped(f"Missing step times: {'; '.join(without)}.")] if without else [])])
+
+
+def sweeps(study: Study) -> str:
+    """All losses of each sweep; the lowest is bold."""
+    lines = []
+    for method in TUNED:
+        found = study.sweep(method)
+        lowest = min(found.values(), default=math.inf)
+        shown = [
+            f"{rate:g}: {f'**{loss:.3f}**' if loss == lowest else f'{loss:.3f}' if math.isfinite(loss) else 'diverged'}"
+            for rate, loss in found.items()
+        ]
+        lines.append([method, str(len(found)), study.sweep_end(method), ", ".join(shown)])
+    return table(["", "runs", "a worse rate on both sides", "rate: held-out loss"], lines)
+
+
+def embeddings(study: Study) -> str:
+    """Mini with other state of embeddings and head against Mini with AdamW's, at each vocabulary."""
+    head = best_momentum_head(study.rows, Job("", 0.0, model=study.model))
+    options = [*EMBEDDINGS, *([head] if head else [])]
+    columns = [*(("fifth", vocabulary) for vocabulary in VOCABULARIES), ("full", VOCABULARY)]
+    lines = [[f"{MINI}: held-out loss", *(_losses(study.runs(MINI, *column)) for column in columns)]]
+    lines[0] += [_bytes(study.runs(MINI, "fifth", vocabulary)) for vocabulary in VOCABULARIES]
+    wanted = [(MINI, *column) for column in columns]
+    for option in options:
+        ran = [(option, *column) for column in columns if column[0] == "fifth" or option in FULL_VARIANTS]
+        wanted += ran
+        cells = [_within(study.difference(*each[:1], MINI, *each[1:])) for each in ran]
+        cells += [""] * (len(columns) - len(ran))
+        cells += [_bytes(study.runs(option, "fifth", vocabulary)) for vocabulary in VOCABULARIES]
+        lines.append([option.removeprefix(f"{MINI}, "), *cells])
+    heads = [f"vocabulary {vocabulary}" for vocabulary in VOCABULARIES] + [f"{VOCABULARY}, all tokens"]
+    heads += [f"state at {vocabulary}, bytes" for vocabulary in VOCABULARIES]
+    return _with_missing(study, heads, lines, wanted) + "\n\n" + _momentum_heads(study, head)
+
+
+def _momentum_heads(study: Study, best: str | None) -> str:
+    """How the size of the updates of a head with momentum was chosen."""
+    found = {}
+    for method in MOMENTUM_HEADS:
+        row = study.runs(method, "fifth").get(SEEDS[0])
+        found[method] = "missing" if row is None else _loss(row)
+    losses = ", ".join(f"{name.removeprefix(f'{MINI}, ')} {loss}" for name, loss in found.items())
+    chosen = f"{best.removeprefix(f'{MINI}, ')} is in the table" if best else "none is chosen yet"
+    return wrapped(f"Held-out losses of the heads with momentum, seed {SEEDS[0]}: {losses}; {chosen}.")
+
+
+def limiter(study: Study) -> str:
+    """Other limiters against the default one, a fifth of the tokens."""
+    return _variants(study, LIMITERS, "fifth")
+
+
+def refresh(study: Study) -> str:
+    """Other refreshes of the projection against one every 200 steps, half of the tokens."""
+    return _variants(study, REFRESHES, "half")
+
+
+def _variants(study: Study, variants: Iterable[str], length: str) -> str:
+    lines: list[list[str]] = []
+    wanted: list[Runs] = []
+    for variant in variants:
+        base = varied(variant)
+        if (base, length, VOCABULARY) not in wanted:
+            wanted.append((base, length, VOCABULARY))
+            lines.append([base, _losses(study.runs(base, length)), "", ""])
+        wanted.append((variant, length, VOCABULARY))
+        runs = study.runs(variant, length)
+        lines.append([variant, _losses(runs), *_compared(study.difference(variant, base, length))])
+    return _with_missing(study, ["held-out loss", "against the default, %", "verdict"], lines, wanted)
+
+
+def measured(study: Study) -> str:
+    """What the rows were measured with."""
+    if not study.rows:
+        return "No run has ended yet."
+    versions = {f"{name} {version}" for row in study.rows for name, version in row["versions"].items() if version}
+    texts = {f"{row['text']['fingerprint']} at {row['vocabulary']}" for row in study.rows}
+    packages = {f"{name} {row['text'][name]}" for row in study.rows for name in TEXT if row["text"][name]}
+    hours = sum(row["seconds"] for row in study.rows) / 3600
+    lines = {
+        "Versions": versions,
+        "Packages that are the text": packages,
+        "Fingerprints of the text, by vocabulary": texts,
+        "Commits": {row["commit"] for row in study.rows},
+        "Fingerprints of the package's source": {row["source"] for row in study.rows},
+    }
+    listed = [wrapped(f"- {name}: {', '.join(sorted(found))}.") for name, found in lines.items()]
+    path = f"../bench/results/{folder_name({'name': study.machine})}/quality.json"
+    ran = f"{len(study.rows):,} runs ([rows]({path})), {hours:.1f} hours of one core together, on {study.machine}."
+    return "\n".join([wrapped(ran), "", *listed])
+
+
+TABLES: dict[str, Callable[[Study], str]] = {
+    "main": main,
+    "sweeps": sweeps,
+    "embeddings": embeddings,
+    "limiter": limiter,
+    "refresh": refresh,
+    "measured": measured,
+}
+
+
+def _with_missing(study: Study, heads: Sequence[str], lines: Sequence[Sequence[str]], wanted: Iterable[Runs]) -> str:
+    """The table, and below it whose runs it lacks, and how many of each."""
+    unfinished: dict[str, None] = {}
+    lacking: dict[str, int] = {}
+    for method, length, vocabulary in wanted:
+        if study.rate(method) is None:
+            unfinished[varied(method)] = None
+        elif missing := len(SEEDS) - len(study.runs(method, length, vocabulary)):
+            lacking[method] = lacking.get(method, 0) + missing
+    notes = [f"Missing: the end of the sweep of {'; '.join(unfinished)}."] if unfinished else []
+    if lacking:
+        listed = "; ".join(f"{method} ({count})" for method, count in lacking.items())
+        notes.append(f"Missing runs: {sum(lacking.values())}, of {listed}.")
+    return "\n\n".join([table(["", *heads], lines), *map(wrapped, notes)])
+
+
+def wrapped(text: str) -> str:
+    """Lines as the page's others are, which are read as text too."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _loss(row: Row) -> str:
+    return "diverged" if row["held_out_loss"] is None else f"{row['held_out_loss']:.3f}"
+
+
+def _losses(runs: dict[int, Row]) -> str:
+    """The mean loss and the half-width of its interval."""
+    losses = [row["held_out_loss"] for row in runs.values()]
+    if not losses:
+        return ""
+    if diverged := [seed for seed, row in runs.items() if row["held_out_loss"] is None]:
+        return f"diverged with seed {', '.join(map(str, diverged))}"
+    mean, margin = mean_and_margin(losses)
+    return f"{mean:.3f}{'' if margin is None else f' ± {margin:.3f}'}{_of_seeds(len(losses))}"
+
+
+def _compared(found: Difference | None) -> tuple[str, str]:
+    """A difference and its verdict. One seed has no interval, and so no verdict."""
+    if found is None:
+        return "", ""
+    return _percent(found), "" if found.seeds == 1 else found.verdict
+
+
+def _within(found: Difference | None) -> str:
+    """A difference, and whether it is within the limit."""
+    if found is None:
+        return ""
+    return _percent(found) + ("" if found.seeds == 1 else f", {found.at_most(LIMIT)}")
+
+
+def _percent(found: Difference) -> str:
+    margin = "" if math.isinf(found.margin) else f" ± {found.margin:.2f}"
+    return f"{found.mean:+.2f}{margin}{_of_seeds(found.seeds)}"
+
+
+def _of_seeds(count: int) -> str:
+    return "" if count == len(SEEDS) else f" ({count} seed{'s' if count > 1 else ''})"
+
+
+def _tokens(study: Study, method: str) -> str:
+    """The share of its tokens after which a method had AdamW's last loss of the same seed, the mean over seeds."""
+    runs, targets = study.runs(method), study.runs(ADAMW)
+    seeds = [seed for seed in runs if seed in targets and targets[seed]["held_out_loss"] is not None]
+    shares = [share_to_loss(runs[seed], targets[seed]) for seed in seeds]
+    reached = [share for share in shares if share is not None]
+    if not seeds:
+        return ""
+    if len(reached) < len(seeds):
+        return f"not reached by {len(seeds) - len(reached)} of {len(seeds)} seeds"
+    return f"{100 * sum(reached) / len(reached):.0f} %{_of_seeds(len(seeds))}"
+
+
+def _bytes(runs: dict[int, Row]) -> str:
+    """The exact size of the state, which no seed changes."""
+    sizes = {row["state_bytes"] for row in runs.values()}
+    return " or ".join(f"{size:,}" for size in sorted(sizes))
+
+
+def _time(study: Study, method: str) -> str:
+    row = study.times.get(method, {})
+    return f"{row['times AdamW']:.2f}" if "times AdamW" in row else ""
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:g}"
