@@ -10,23 +10,31 @@ from typing import Any
 from apollo_triton.tools.pictures import log_ticks, move, picture, shifts, styles
 
 from .methods import ADAMW, TUNED
-from .plan import FULL_VARIANTS, SEEDS
+from .plan import SEEDS, TO_THE_END
 from .study import Study
 
-METHODS = (*TUNED, *FULL_VARIANTS)
 MOST_ABOVE = 8.0  # percent: the sweeps' panel ends there
 SIDE_BY_SIDE = 1.04  # marks whose states differ by less than this factor would hide each other
 DISTANCE = 7.0  # points between them
 
 
+def label(method: str) -> str:
+    """What the picture calls a method: without the rank that is the paper's.
+
+    >>> label("APOLLO, rank width/4, embeddings x4")
+    'APOLLO, embeddings x4'
+    """
+    return method.replace(", rank width/4", "")
+
+
 def compared(study: Study) -> list[str]:
     """The methods that have a difference to AdamW."""
-    return [method for method in METHODS if method != ADAMW and study.difference(method, ADAMW)]
+    return [method for method in TO_THE_END if method != ADAMW and study.difference(method, ADAMW)]
 
 
 def draw(study: Study, path: Path) -> None:
     """Draw AdamW and what is compared with it, of which there must be something."""
-    looks = styles(METHODS)
+    looks = styles(TO_THE_END)
     row = next(iter(study.runs(ADAMW).values()))
     about = (
         f"LLaMA of {row['tokens'] / row['tokens_a_weight'] / 1e6:.2f} M weights beside embeddings and head, vocabulary "
@@ -44,7 +52,7 @@ def draw(study: Study, path: Path) -> None:
         log_ticks(panel.xaxis)
         panel.set_xlabel("optimizer state, MB")
         panel.set_title("difference to AdamW, %")
-        for method in TUNED:
+        for method in [method for method in TO_THE_END if method in TUNED]:
             _draw_sweep(sweeps, study, method, looks[method])
         sweeps.set_ylim(-0.25, MOST_ABOVE)
         sweeps.set_xscale("log", base=2)
@@ -52,7 +60,7 @@ def draw(study: Study, path: Path) -> None:
         sweeps.set_xlabel("learning rate, times the best one")
         sweeps.set_title("sweeps: loss above the best, %")
         handles = dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
-        names = [name for name in METHODS if name in handles]
+        names = [name for name in map(label, TO_THE_END) if name in handles]
         figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=3)
 
 
@@ -76,7 +84,7 @@ def _draw_method(panel: Any, study: Study, name: str, shift: float, look: dict[s
     assert found is not None
     bar = [[found.margin]] * 2 if 0 < found.margin < math.inf else None  # AdamW itself and one seed have none
     look = look | {"linestyle": "none", "markersize": 7, "capsize": 3, "elinewidth": 1}
-    drawn = panel.errorbar([_megabytes(study, name)], [found.mean], bar, label=name, **look)
+    drawn = panel.errorbar([_megabytes(study, name)], [found.mean], bar, label=label(name), **look)
     for artist in drawn.get_children():
         move(artist, shift)
 

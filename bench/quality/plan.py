@@ -34,6 +34,13 @@ NOT_TO_THE_END = ("Q-Mini",)  # Q-APOLLO stands for int8 weights
 OUT_OF_REACH = 0.05
 FULL_VARIANTS = (f"{FAST_MINI}, {BY_ROW_8BIT}",)  # what ships, to the end
 
+TO_THE_END = [method for method in (*TUNED, *FULL_VARIANTS) if method not in NOT_TO_THE_END]
+_LATER_STAGES: Mapping[str, tuple[list[str], str]] = {
+    "limiter": ([APOLLO, MINI, *LIMITERS], "fifth"),
+    "full": (TO_THE_END, "full"),
+    "refresh": ([APOLLO, *REFRESHES], "half"),
+}
+
 Found = Mapping[float, float]  # losses by log2 of the rate over the first one
 
 
@@ -115,16 +122,12 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
         yield from ((method, "fifth", VOCABULARY, 0) for method in candidates)
         options = [best for option in OPTIONS if (best := best_of(option, rows, template))]
         for seed, (vocabulary, length) in itertools.product(SEEDS, VOCABULARIES.items()):
-            kept = [option for option in options if seed == 0 or _is_in_reach(option, FAST_MINI, rows, template)]
-            yield from ((method, length, vocabulary, seed) for method in (FAST_MINI, *kept))
-    elif stage == "limiter":
-        yield from ((method, "fifth", VOCABULARY, seed) for seed in SEEDS for method in (APOLLO, MINI, *LIMITERS))
+            kept = [method for method in (FAST_MINI, *options) if seed in seeds_of(method, rows, template)]
+            yield from ((method, length, vocabulary, seed) for method in kept)
     else:
-        to_the_end = [method for method in TUNED if method not in NOT_TO_THE_END]
-        methods = [*to_the_end, *FULL_VARIANTS] if stage == "full" else [APOLLO, *REFRESHES]
-        length = "full" if stage == "full" else "half"
+        methods, length = _LATER_STAGES[stage]
         for seed in SEEDS:
-            kept = [method for method in methods if seed == 0 or _is_in_reach(method, ADAMW, rows, template)]
+            kept = [method for method in methods if seed in seeds_of(method, rows, template)]
             yield from ((method, length, VOCABULARY, seed) for method in kept)
 
 
@@ -137,14 +140,16 @@ def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
     return min(losses, key=lambda name: losses[name]) if len(losses) == len(variants) else None
 
 
-def _is_in_reach(method: str, base: str, rows: list[Row], template: Job) -> bool:
-    """Whether a method's best loss with seed 0 on a fifth of the tokens is less than ``OUT_OF_REACH`` above a base's."""
-    losses = {}
-    for name in (method, base):
+def seeds_of(method: str, rows: Iterable[Row], template: Job) -> tuple[int, ...]:
+    """The seeds that a method runs with: one if its best loss on a fifth of the tokens is out of reach of AdamW's, or
+    of that of what it varies."""
+    losses = []
+    rows = list(rows)
+    for name in (method, ADAMW if method in TUNED else VARIANTS[method].base):
         wanted = asdict(replace(template, method=name, length="fifth", seed=0, vocabulary=VOCABULARY))
         del wanted["rate"]
-        losses[name] = min((_loss(row) for row in rows if wanted.items() <= row.items()), default=0.0)
-    return losses[method] <= (1 + OUT_OF_REACH) * losses[base]
+        losses.append(min((_loss(row) for row in rows if wanted.items() <= row.items()), default=0.0))
+    return SEEDS if losses[0] <= (1 + OUT_OF_REACH) * losses[1] else SEEDS[:1]
 
 
 def _loss(row: Row) -> float:

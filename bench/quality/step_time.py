@@ -20,9 +20,10 @@ from apollo_triton.tools.demo.training import SIZES, make_model
 from ..clock import Times, interleaved, median_ratio, quartiles, rounded
 from ..results_file import Results, Row, default_device
 from ..whole_step import reason
-from .methods import ADAMW, BUILDS, TUNED
-from .plan import VOCABULARY
+from .methods import ADAMW
+from .plan import TO_THE_END, VOCABULARY
 from .run import SEQUENCE, SMALL
+from .variants import VARIANTS
 
 RATE = 1e-5  # small, so that weights keep an ordinary size with the same gradients over many steps
 ROUNDS = 20
@@ -33,7 +34,7 @@ def stepper(method: str, model: str, device: str, gap: int | None = None) -> tup
     """An optimizer's ``step`` after two steps, and how many steps it makes with one projection; None if it has none.
     ``gap`` replaces that number."""
     made = make_model(model, SEQUENCE, 0, VOCABULARY).to(device)
-    optimizer = BUILDS[method](made, RATE, 0)
+    optimizer = VARIANTS[method].build(made, RATE, 0)
     groups = [group for group in optimizer.param_groups if group.get("update_proj_gap")]
     if gap is not None:
         for group in groups:
@@ -82,7 +83,7 @@ def main() -> None:
         torch.set_num_threads(1)
     settings = {"model": options.model, "rounds": options.rounds, "threads": torch.get_num_threads()}
     results = Results(NAME, options.device, fresh=True, settings=settings)
-    for method, row in measure(TUNED, options.model, options.device, options.rounds).items():
+    for method, row in measure(TO_THE_END, options.model, options.device, options.rounds).items():
         results.add(method, **row)
         print(f"{method}: {row}", flush=True)
     print(f"written to {results.path}")

@@ -11,8 +11,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..results_file import Row
-from .plan import MOST_SWEEP_RUNS, SEEDS, SWEEP_RUNS, VOCABULARY, best_index, best_rate, rate_at, sweep_of
-from .run import SMALL
+from .plan import (
+    MOST_SWEEP_RUNS,
+    SEEDS,
+    SWEEP_RUNS,
+    VOCABULARY,
+    best_index,
+    best_of,
+    best_rate,
+    rate_at,
+    seeds_of,
+    sweep_of,
+)
+from .run import SMALL, Job
 from .statistics import Difference, difference
 
 
@@ -23,7 +34,10 @@ class Study:
         self, rows: Iterable[Row], times: Mapping[str, Row] | None = None, model: str = SMALL, machine: str = ""
     ) -> None:
         self.rows = [row for row in rows if row["model"] == model]
-        self.times, self.model, self.machine = times or {}, model, machine
+        self.times, self.machine = times or {}, machine
+        first = self.rows[0] if self.rows else {}
+        shared = {name: first[name] for name in ("batch", "sequence", "tokens_a_weight", "data") if name in first}
+        self.template = Job("", 0.0, model=model, **shared)
         texts: dict[int, str] = {}
         for row in self.rows:
             fingerprint = row["text"]["fingerprint"]
@@ -41,12 +55,12 @@ class Study:
 
     def sweep(self, method: str) -> dict[float, float]:
         """The losses of a method's sweep by rate, ascending; infinite where a run diverged."""
-        found = sweep_of(self.rows, method, self.model)
-        return {rate_at(method, index): found[index] for index in sorted(found)}
+        found = sweep_of(self.rows, method, self.template)
+        return {rate_at(method, index, self.template.model): found[index] for index in sorted(found)}
 
     def sweep_end(self, method: str) -> str:
         """How a sweep ended: "yes" if its best rate has a worse one on both sides, else why not."""
-        found = sweep_of(self.rows, method, self.model)
+        found = sweep_of(self.rows, method, self.template)
         best = best_index(found)
         if best is None:
             return f"unfinished, {len(found)} of {SWEEP_RUNS} runs or more"
@@ -54,7 +68,11 @@ class Study:
 
     def rate(self, method: str) -> float | None:
         """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
-        return best_rate(self.rows, method, self.model)
+        return best_rate(self.rows, method, self.template)
+
+    def best_of(self, option: str) -> str | None:
+        """The variant that stands for an option of embeddings and head; None until all have run with seed 0."""
+        return best_of(option, self.rows, self.template)
 
     def runs(self, method: str, length: str = "full", vocabulary: int = VOCABULARY) -> dict[int, Row]:
         """The runs at the best rate by seed."""
@@ -62,6 +80,11 @@ class Study:
         keys = ("method", "length", "vocabulary", "rate")
         found = {row["seed"]: row for row in self.rows if tuple(row[key] for key in keys) == wanted}
         return {seed: found[seed] for seed in SEEDS if seed in found}
+
+    def missing(self, method: str, length: str, vocabulary: int) -> int:
+        """How many runs of a method are not there yet."""
+        seeds = seeds_of(method, self.rows, self.template)
+        return len(set(seeds) - set(self.runs(method, length, vocabulary)))
 
     def difference(
         self, method: str, base: str, length: str = "full", vocabulary: int = VOCABULARY

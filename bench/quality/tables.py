@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..report_tables import table
 from ..results_file import Row, folder_name
-from .methods import ADAMW, EMBEDDINGS, LIMITERS, MINI, MOMENTUM_HEADS, REFRESHES, TUNED, varied
-from .plan import FULL_VARIANTS, SEEDS, VOCABULARIES, VOCABULARY, best_momentum_head
-from .run import Job
+from .methods import ADAMW, FAST_ADAMW, FAST_MINI, TUNED
+from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss
 from .study import Study
 from .text import PACKAGES as TEXT
+from .variants import LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 LIMIT = 0.5  # percent of a loss: what an option for embeddings and head may cost
 
@@ -23,22 +23,15 @@ Runs = tuple[str, str, int]  # method, length, vocabulary
 def main(study: Study) -> str:
     """Every tuned method at its best rate on all tokens, and the variants that ran to the end too."""
     lines = []
-    for method in (*TUNED, *FULL_VARIANTS):
+    for method in TO_THE_END:
         runs = study.runs(method)
-        against = None if method == ADAMW else study.difference(method, ADAMW)
-        cells = [_rate(study.rate(method)), _losses(runs), *_compared(against)]
+        against = ["" if method == base else _compared(study.difference(method, base)) for base in (ADAMW, FAST_ADAMW)]
+        cells = [_rate(study.rate(method)), _losses(runs), *against]
         cells += ["" if method == ADAMW else _tokens(study, method), _bytes(runs), _time(study, method)]
         lines.append([method, *cells])
-    heads = [
-        "best rate",
-        "held-out loss",
-        "against AdamW, %",
-        "verdict",
-        "tokens to AdamW's loss",
-        "state, bytes",
-        "step time",
-    ]
-    shown = _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in (*TUNED, *FULL_VARIANTS)])
+    heads = ["best rate", "held-out loss", *(f"against {base}, %" for base in (ADAMW, FAST_ADAMW))]
+    heads += ["tokens to AdamW's loss", "state, bytes", "step time"]
+    shown = _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in TO_THE_END])
     without = [f"{name}: {row['skipped']}" for name, row in study.times.items() if "skipped" in row]
     if not study.times:
         without = ["`python -m bench.quality.step_time` measures them"]
@@ -61,33 +54,35 @@ def sweeps(study: Study) -> str:
 
 def embeddings(study: Study) -> str:
     """Mini with other state of embeddings and head against Mini with AdamW's, at each vocabulary."""
-    head = best_momentum_head(study.rows, Job("", 0.0, model=study.model))
-    options = [*EMBEDDINGS, *([head] if head else [])]
-    columns = [*(("fifth", vocabulary) for vocabulary in VOCABULARIES), ("full", VOCABULARY)]
-    lines = [[f"{MINI}: held-out loss", *(_losses(study.runs(MINI, *column)) for column in columns)]]
-    lines[0] += [_bytes(study.runs(MINI, "fifth", vocabulary)) for vocabulary in VOCABULARIES]
-    wanted = [(MINI, *column) for column in columns]
-    for option in options:
-        ran = [(option, *column) for column in columns if column[0] == "fifth" or option in FULL_VARIANTS]
-        wanted += ran
-        cells = [_within(study.difference(*each[:1], MINI, *each[1:])) for each in ran]
-        cells += [""] * (len(columns) - len(ran))
-        cells += [_bytes(study.runs(option, "fifth", vocabulary)) for vocabulary in VOCABULARIES]
-        lines.append([option.removeprefix(f"{MINI}, "), *cells])
-    heads = [f"vocabulary {vocabulary}" for vocabulary in VOCABULARIES] + [f"{VOCABULARY}, all tokens"]
+    columns = [(length, vocabulary) for vocabulary, length in VOCABULARIES.items()]
+    lines = [["AdamW's: held-out loss", *(_losses(study.runs(FAST_MINI, *column)) for column in columns)]]
+    lines[0] += [_bytes(study.runs(FAST_MINI, *column)) for column in columns]
+    wanted = [(FAST_MINI, *column) for column in columns]
+    for option in OPTIONS:
+        method = study.best_of(option)
+        found = [study.difference(method, FAST_MINI, *column) if method else None for column in columns]
+        cells = [_within(each) for each in found]
+        cells += [_bytes(study.runs(method, *column)) if method else "" for column in columns]
+        wanted += [(method, *column) for column in columns] if method else []
+        lines.append([option, *cells])
+    heads = [f"vocabulary {vocabulary}" for vocabulary in VOCABULARIES]
     heads += [f"state at {vocabulary}, bytes" for vocabulary in VOCABULARIES]
-    return _with_missing(study, heads, lines, wanted) + "\n\n" + _momentum_heads(study, head)
+    return _with_missing(study, heads, lines, wanted) + "\n\n" + _choices(study)
 
 
-def _momentum_heads(study: Study, best: str | None) -> str:
-    """How the size of the updates of a head with momentum was chosen."""
-    found = {}
-    for method in MOMENTUM_HEADS:
-        row = study.runs(method, "fifth").get(SEEDS[0])
-        found[method] = "missing" if row is None else _loss(row)
-    losses = ", ".join(f"{name.removeprefix(f'{MINI}, ')} {loss}" for name, loss in found.items())
-    chosen = f"{best.removeprefix(f'{MINI}, ')} is in the table" if best else "none is chosen yet"
-    return wrapped(f"Held-out losses of the heads with momentum, seed {SEEDS[0]}: {losses}; {chosen}.")
+def _choices(study: Study) -> str:
+    """How the variants were chosen that stand for an option."""
+    lines = []
+    for option, variants in OPTIONS.items():
+        if len(variants) > 1:
+            runs = {name: study.runs(name, "fifth").get(SEEDS[0]) for name in variants}
+            shown = [f"{_short(name)} {_loss(row) if row else 'missing'}" for name, row in runs.items()]
+            lines.append(wrapped(f"- {option}: {', '.join(shown)}."))
+    return "\n".join([f"Chosen by the held-out loss with seed {SEEDS[0]} at vocabulary {VOCABULARY}:", "", *lines])
+
+
+def _short(variant: str) -> str:
+    return variant.removeprefix(f"{FAST_MINI}, ")
 
 
 def limiter(study: Study) -> str:
@@ -104,14 +99,14 @@ def _variants(study: Study, variants: Iterable[str], length: str) -> str:
     lines: list[list[str]] = []
     wanted: list[Runs] = []
     for variant in variants:
-        base = varied(variant)
+        base = VARIANTS[variant].base
         if (base, length, VOCABULARY) not in wanted:
             wanted.append((base, length, VOCABULARY))
-            lines.append([base, _losses(study.runs(base, length)), "", ""])
+            lines.append([base, _losses(study.runs(base, length)), ""])
         wanted.append((variant, length, VOCABULARY))
         runs = study.runs(variant, length)
-        lines.append([variant, _losses(runs), *_compared(study.difference(variant, base, length))])
-    return _with_missing(study, ["held-out loss", "against the default, %", "verdict"], lines, wanted)
+        lines.append([variant, _losses(runs), _compared(study.difference(variant, base, length))])
+    return _with_missing(study, ["held-out loss", "against the default, %"], lines, wanted)
 
 
 def measured(study: Study) -> str:
@@ -120,7 +115,7 @@ def measured(study: Study) -> str:
         return "No run has ended yet."
     versions = {f"{name} {version}" for row in study.rows for name, version in row["versions"].items() if version}
     texts = {f"{row['text']['fingerprint']} at {row['vocabulary']}" for row in study.rows}
-    packages = {f"{name} {row['text'][name]}" for row in study.rows for name in TEXT if row["text"][name]}
+    packages = {f"{name} {row['text'][name]}" for row in study.rows for name in TEXT if row["text"].get(name)}
     hours = sum(row["seconds"] for row in study.rows) / 3600
     lines = {
         "Versions": versions,
@@ -151,8 +146,8 @@ def _with_missing(study: Study, heads: Sequence[str], lines: Sequence[Sequence[s
     lacking: dict[str, int] = {}
     for method, length, vocabulary in wanted:
         if study.rate(method) is None:
-            unfinished[varied(method)] = None
-        elif missing := len(SEEDS) - len(study.runs(method, length, vocabulary)):
+            unfinished[VARIANTS[method].base] = None
+        elif missing := study.missing(method, length, vocabulary):
             lacking[method] = lacking.get(method, 0) + missing
     notes = [f"Missing: the end of the sweep of {'; '.join(unfinished)}."] if unfinished else []
     if lacking:
@@ -181,11 +176,11 @@ def _losses(runs: dict[int, Row]) -> str:
     return f"{mean:.3f}{'' if margin is None else f' ± {margin:.3f}'}{_of_seeds(len(losses))}"
 
 
-def _compared(found: Difference | None) -> tuple[str, str]:
+def _compared(found: Difference | None) -> str:
     """A difference and its verdict. One seed has no interval, and so no verdict."""
     if found is None:
-        return "", ""
-    return _percent(found), "" if found.seeds == 1 else found.verdict
+        return ""
+    return _percent(found) + ("" if found.seeds == 1 else f", {found.verdict}")
 
 
 def _within(found: Difference | None) -> str:
