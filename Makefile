@@ -8,13 +8,15 @@ INSTALLED = $(VENV)/.installed-$(1)
 # Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
 TOOLS := $(patsubst tests/integration/programs/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/integration/programs/*.txt))
 
-.PHONY: demo test test-all quick lint types tests smoke docs bench bench-gpu gpu-check clean
+.PHONY: demo test test-all quick quick-tests lint types tests smoke docs bench bench-gpu gpu-check clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
 	$(RUN) -m apollo_triton demo $(ARGS)
 
-test: lint types tests
+# Mypy has one core for half a minute: the tests have the other.
+test: lint
+	$(MAKE) --jobs=2 types tests
 
 lint: $(call INSTALLED,test)
 	$(RUN) -m ruff check .
@@ -31,7 +33,10 @@ tests: $(call INSTALLED,test)
 	$(PYTEST) --doctest-modules -m "not full" $(ARGS)
 
 # Lint, types, and what takes less than a second a case: for every save.
-quick: lint types
+quick: lint
+	$(MAKE) --jobs=2 types quick-tests
+
+quick-tests: $(call INSTALLED,test)
 	$(PYTEST) -m "not full and not slow" $(ARGS)
 
 # Every repetition, all codegen targets, the site, foreign programs, two of them with stacks of their own, two Tritons.

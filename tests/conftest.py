@@ -47,6 +47,7 @@ FULL_ALONE: dict[str, str] = {
     "test_fsdp::test_fsdp_and_tensor_parallel": "test_savings has it with all savings",
     "test_fsdp::test_hybrid_sharding": "test_sharding has its placements, and test_sharded_memory replicas",
     "test_memory_sharded::test_few_layers_tell_of_many": "ten seconds; test_cards has whole models",
+    "test_recipe_inputs::test_a_program_without_a_network_ends_with_what_to_do": "the test before it, in this process",
     "test_sanitizer": "the recorder's self-test; test_sanitizer_smoke has cases",
     "test_sanitizer_bytes": "the recorder's self-test; test_sanitizer_smoke has cases",
     "test_savings_faults::test_a_killed_rank_costs_what_was_not_saved_and_no_more": "test_distributed_faults kills too",

@@ -7,6 +7,7 @@ GPU. What it cannot rehearse: graphs, events, and the compiler.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import traceback
@@ -67,4 +68,6 @@ def rehearsing(folder: Path) -> Iterator[None]:
             *(mock.patch.object(module, "START_METHOD", "fork") for module in (processes, pretrain, training)),
         ):
             stack.enter_context(patch)
+        gc.freeze()  # or the collection after each contender looks at all that was imported, for half a second
+        stack.callback(gc.unfreeze)
         yield

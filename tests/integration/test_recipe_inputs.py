@@ -329,18 +329,34 @@ def test_fsdp2_pretrain_refuses_what_it_would_ignore(
     assert message in capsys.readouterr().err
 
 
-NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # where nobody listens
+NOWHERE = "http://127.0.0.1:9"  # where nobody listens
 
 
-@pytest.mark.slow
-def test_without_a_network_it_says_what_to_do(texts: Path) -> None:
-    """A minute of attempts, and a traceback of a library's."""
+def test_without_a_network_it_says_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute of attempts, and an error of a library's."""
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **named: asked.append(arguments) or [])
+    monkeypatch.setattr(hub, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(data, "hub_answers", hub.hub_answers.__wrapped__)  # which asks again in each test
+    with pytest.raises(SystemExit) as error:
+        run("--config=60m")
+    first, second = str(error.value).splitlines()
+    assert first.startswith("--data allenai/c4: there is no such path here, and the Hugging Face hub has not given")
+    assert second.startswith("Without a network: --data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes")
+    assert len(asked) == 1
+
+
+@pytest.mark.full
+def test_a_program_without_a_network_ends_with_what_to_do(texts: Path) -> None:
+    """Warnings of a library's before it, or a traceback behind it."""
     example, home = str(ROOT / "examples" / "pretrain_c4.py"), str(texts.parent / "home")
-    found = run_program(example, "--config=60m", cwd=texts.parent, timeout=100, HF_HOME=home, **NO_NETWORK)
+    offline = {"HF_ENDPOINT": NOWHERE, "HF_HUB_OFFLINE": "0", "HF_HOME": home}
+    found = run_program(example, "--config=60m", cwd=texts.parent, timeout=100, **offline)
     assert found.returncode == 1
     lines = found.stderr.strip().splitlines()
-    assert lines[-2].startswith("--data allenai/c4: there is no such path here, and the Hugging Face hub has not given")
-    assert lines[-1].startswith("Without a network: --data FILE_OR_FOLDER and --tokenizer FOLDER, or --tokenizer bytes")
+    assert lines[-2].startswith("--data allenai/c4: ")
+    assert lines[-1].startswith("Without a network: ")
     assert "Traceback" not in found.stderr
     assert "Retrying" not in found.stderr
 

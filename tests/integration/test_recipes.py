@@ -159,7 +159,7 @@ COMMON = ["--config=60m", "--data=texts.jsonl", "--steps=6", *SMALL]
 # The ranks are forked, so that the libraries, which take most of the time, are imported once.
 RANKS = """
 import json, os, runpy, signal, sys
-import torch._dynamo, transformers.models.llama
+import bitsandbytes, torch._dynamo, transformers.models.llama.modeling_llama
 program, runs = sys.argv[1], json.loads(sys.argv[2])
 sys.path.insert(0, os.path.dirname(program))
 runpy.run_path(program)

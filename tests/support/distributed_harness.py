@@ -17,6 +17,7 @@ except APOLLO can be tested: what still fails then is in the harness or in PyTor
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import importlib.util
 import os
@@ -152,6 +153,8 @@ def _module(path: str) -> Any:
         except BaseException:
             del sys.modules[name]
             raise
+    if "transformers" in sys.modules:  # which imports a model when it is made: 1.4 seconds, in each rank
+        importlib.import_module("transformers.models.llama.modeling_llama")
     return sys.modules[name]
 
 
@@ -258,5 +261,11 @@ if __name__ == "__main__":
     import torch.distributed.optim
     import torch.distributed.tensor.debug
     import torch.distributed.tensor.parallel  # noqa: F401
+
+    # What is loaded when it is first used: here, and not in each rank.
+    from apollo_triton import *  # noqa: F403
+
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401
 
     distributed_harness._serve(Connection(int(sys.argv[1])))

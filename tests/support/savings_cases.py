@@ -8,7 +8,6 @@ optimizer's alone, and not what a sum in another order does to a moment near 0 o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 
 transformers = pytest.importorskip("transformers")
-with contextlib.suppress(ImportError):  # it updates 8-bit moments; before ranks are forked, each of which would wait
-    import bitsandbytes  # noqa: F401
 
 # On one to four ranks each shard has whole rows, whole groups of int8 weights and whole blocks of 256 moments, along
 # rows and along columns: every saving applies everywhere.

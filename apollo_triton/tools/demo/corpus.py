@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +65,13 @@ def load_corpus(source: Path | None, length: int) -> Corpus:
     if source is None:
         name = option = "the source of Python's standard library"
         folder = Path(sysconfig.get_paths()["stdlib"])
-        files = [p for p in _text_files(folder, frozenset({".py"})) if _is_written_by_people(p.relative_to(folder))]
+        files = _text_files(folder, frozenset({".py"}), STANDARD_LIBRARY_EXCLUDED)
+        files = [path for path in files if not path.name.startswith("_sysconfigdata")]
     else:
         name, option = str(source), f"--data {source}"
         if not source.exists():
             raise ValueError(f"--data {source}: there is no such file or folder")
-        files = list(_text_files(source, TEXT_SUFFIXES)) if source.is_dir() else [source]
+        files = _text_files(source, TEXT_SUFFIXES) if source.is_dir() else [source]
     train, held_out = split([_content(path) for path in files])
     if min(len(train), len(held_out)) < 2 * length:
         raise ValueError(
@@ -110,8 +111,14 @@ def split(texts: list[bytes]) -> tuple[bytes, bytes]:
     return b"".join(train), b"".join(held_out)
 
 
-def _text_files(folder: Path, suffixes: frozenset[str]) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes and path.is_file())
+def _text_files(folder: Path, suffixes: frozenset[str], excluded: frozenset[str] = frozenset()) -> list[Path]:
+    """Sorted. Folders with an ``excluded`` name are not entered: site-packages may have a hundred thousand files."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in excluded]
+        paths = (Path(parent, name) for name in names if os.path.splitext(name)[1].lower() in suffixes)
+        found += [path for path in paths if path.is_file()]
+    return sorted(found)
 
 
 def _content(path: Path) -> bytes:
@@ -122,10 +129,6 @@ def _content(path: Path) -> bytes:
         raise ValueError(f"{path}, to train on, cannot be read ({error.strerror}); give another --data") from error
     except ValueError as error:
         raise ValueError(f"--data: {error}") from error
-
-
-def _is_written_by_people(path: Path) -> bool:
-    return not STANDARD_LIBRARY_EXCLUDED.intersection(path.parts) and not path.name.startswith("_sysconfigdata")
 
 
 def _as_tensor(text: bytes) -> Tensor:
