@@ -47,7 +47,7 @@ _BEGINNINGS = {name: name for name in METHODS} | {
 }
 # Of a method's second name in a picture, its third, and so on.
 _VARIANT_LINES = ("--", ":", "-.")
-_VARIANT_MARKERS = "vdpH"
+_VARIANT_MARKERS = "vdpH*>"
 
 WIDTH = 9.0  # inches, 900 pixels: a README's width
 _STYLE = {
