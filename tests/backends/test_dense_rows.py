@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def floats_of(optimizer, parameter):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["floats", "bfloat16", "8-bit"])  # the norm for clipping is added up in another order
 def test_a_row_has_one_float32_and_vectors_keep_one_an_element(form):
     """Bytes that are not saved, a vector that is taken for a row, a summary that counts another state."""
     shapes = [(5, 600), (3, 2, 40), (7,), ()]
@@ -127,7 +128,7 @@ def test_8_bit_moments_follow_those_of_floats(form):
 # --- the kernels
 
 LAYOUTS = ("rows", "transposed", "gaps", "unaligned")
-FAST_LAYOUTS = [("rows", "rows"), ("transposed", "unaligned")]
+FAST_LAYOUTS = [("8-bit", "rows", "rows"), ("bfloat16", "transposed", "unaligned"), ("clipped", "gaps", "rows")]
 # Narrow, odd, several turns of 256 columns and several segments, more rows than a tile, four dimensions.
 WIDTHS = [(1, 1), (70, 1), (3, 7), (33, 40), (5, 256), (2, 700), (9, 2, 3, 5), (1, 5000)]
 
@@ -158,7 +159,7 @@ def run(shapes, dtype, layouts, form, backend, steps=2, seed=0):
     return weights, optimizer
 
 
-def compare(shapes, dtype, layouts, form, seed=0):
+def compare(shapes, dtype, layouts, form, seed):
     pytest.importorskip("triton")
     weights, optimizer = run(shapes, dtype, layouts, form, "triton", seed=seed)
     exact, other = run(shapes, dtype, layouts, form, "reference", seed=seed)
@@ -174,14 +175,13 @@ def compare(shapes, dtype, layouts, form, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("weight", "gradient"), tiers([(w, g) for w in LAYOUTS for g in LAYOUTS], lambda w, g: (w, g) in FAST_LAYOUTS)
+    ("form", "weight", "gradient"), tiers(product(FORMS, LAYOUTS, LAYOUTS), lambda *case: case in FAST_LAYOUTS)
 )
 def test_kernels_are_the_reference_at_any_width(form, weight, gradient):
     """An element that is given the moment of another row, a segment or a tile that is left out or counted twice, a
     stride of the weight's taken for the gradient's."""
-    compare(WIDTHS, torch.float32, (weight, gradient), form)
+    compare(WIDTHS, torch.float32, (weight, gradient), form, 0)
 
 
 @pytest.mark.slow
@@ -228,39 +228,43 @@ def recorder_of():
     return Recorder
 
 
-def small_segments(monkeypatch):
-    """Rows that are added up in segments of 256 columns, at most 4."""
+def small_sums(monkeypatch):
+    """Rows that are added up in segments of 256 columns, at most 4, by 4 programs."""
     from apollo_triton.backends.triton import dense_rows
 
-    for name, value in {"SEGMENT": 256, "SEGMENTS": 4}.items():
-        monkeypatch.setattr(dense_rows.kernels, name, value)
+    for module, name, value in (
+        (dense_rows.kernels, "SEGMENT", 256),
+        (dense_rows.kernels, "SEGMENTS", 4),
+        (dense_rows.dense_kernels, "NORM_PROGRAMS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
         monkeypatch.setitem(dense_rows._SUMS, name, value)
 
 
-MANY_ROWS = (4200, 1)  # more tiles than programs
-RUNS = [
-    (form, dtype, shapes)
+RUNS = {
+    f"{form}, {str(dtype)[6:]}, {name}": (form, dtype, shapes)
     for form in FORMS
     for dtype in (torch.float32, torch.bfloat16)
-    for shapes in ([(33, 40), (20, 260), (2, 1700)], [(33, 41), (3, 1501)], [MANY_ROWS])
-]
+    for name, shapes in {
+        "aligned": [(33, 40), (20, 264), (2, 1704)],
+        "odd": [(33, 41), (3, 1501)],
+        "narrow": [(100, 1)],  # more tiles than programs
+    }.items()
+}
+FAST_RUNS = ("8-bit, bfloat16, aligned", "floats, float32, odd", "clipped, bfloat16, narrow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "dtype", "shapes"), tiers(RUNS, lambda form, dtype, shapes: (dtype == torch.bfloat16) != (len(shapes) < 3))
-)
-def test_programs_in_any_order_leave_the_same_bits(form, dtype, shapes, recorder_of, monkeypatch):
+@pytest.mark.parametrize("name", tiers(RUNS, FAST_RUNS.__contains__))
+def test_programs_in_any_order_leave_the_same_bits(name, recorder_of, monkeypatch):
     """A second moment that is read where it may have been written, rows that two programs own, atomics."""
-    small_segments(monkeypatch)
-    ends = []
+    small_sums(monkeypatch)
+    (form, dtype, shapes), ends = RUNS[name], []
     for shuffle in (None, 1):
         with recorder_of(shuffle=shuffle) as recorder:
             weights, optimizer = train(parameters_of(shapes, dtype), constructor=FORMS[form], **ROW)
         recorder.assert_clean()
-        assert len(recorder.launches) == 2 * 2 * len(
-            {shape[1] % 8 == 0 for shape in shapes} if len(shapes) > 1 else [0]
-        )
+        assert [launch.kernel for launch in recorder.launches] == ["row_sums_kernel", "dense_rows_kernel"] * 2
         ends.append((weights, optimizer))
     assert_same_bits(ends[0][0], ends[1][0], (ends[0][1], ends[1][1]))
 
@@ -272,7 +276,7 @@ def test_scratch_is_written_before_it_is_read(form, monkeypatch):
     pytest.importorskip("triton")
     from apollo_triton.backends.triton.channels import Channels
 
-    small_segments(monkeypatch)
+    small_sums(monkeypatch)
     weights = parameters_of([(33, 40), (3, 1501), (2, 1700), (70, 3)])
     expected, optimizer = train(weights, constructor=FORMS[form], **ROW)
     scratch = Channels.scratch
