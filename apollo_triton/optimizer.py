@@ -48,7 +48,8 @@ class APOLLOAdamW(Optimizer):
     In a group with a ``rank`` the gradient of each weight matrix is projected to ``[channels, rank]``, Adam's moments
     live there, and their ratio to the projected gradient rescales the gradient per channel (``scale_type="channel"``,
     APOLLO) or per tensor (``"tensor"`` with rank 1, APOLLO-Mini). A group without ``rank``, and any weight with fewer
-    than two dimensions, is dense AdamW.
+    than two dimensions, is dense AdamW. Its key ``second_moment``, "element" or "row", says whether a matrix has one
+    second moment an element or, as in Adam-mini (arXiv 2406.16793), one a row.
 
     Args:
         params: named parameters, parameters or groups; ``apollo_param_groups(model)`` makes the groups. All that
@@ -89,10 +90,10 @@ class APOLLOAdamW(Optimizer):
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
     ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; 8-bit moments are ``exp_avg_q``,
-    ``exp_avg_absmax`` and the like; a tensor of several experts
-    ``[experts, rows, columns]`` has them as leading dimension in each. Weights are float32, bfloat16 or
-    float16; all arithmetic is float32. A gradient that is not finite moves nothing and is counted in
-    ``skipped_updates``.
+    ``exp_avg_absmax`` and the like; a tensor of several experts ``[experts, rows, columns]`` has them as leading
+    dimension in each. A dense parameter has moments of its own shape, or with ``second_moment="row"`` an ``exp_avg_sq``
+    ``[rows, 1, ...]``, always float32. Weights are float32, bfloat16 or float16; all arithmetic is float32. A gradient
+    that is not finite moves nothing and is counted in ``skipped_updates``.
 
     Raises:
         ValueError: a hyperparameter that is not allowed or has no effect, a rank above a width, which a group may

@@ -115,8 +115,8 @@ def row_sums_kernel(
 
 @triton.jit(do_not_specialize=["step"])
 def dense_rows_kernel(
-    p_table, p_gradients, p_programs, p_parts, p_row_parts, p_previous, p_absmax, p_code, p_skipped, p_gradient_scale,
-    step, step_size, decay, p_step, keep1, keep2, eps,
+    p_table, p_gradients, p_programs, p_row_lengths, p_parts, p_row_parts, p_previous, p_absmax, p_code, p_skipped,
+    p_gradient_scale, step, step_size, decay, p_step, keep1, keep2, eps,
     WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr, NORM_PROGRAMS: tl.constexpr,
@@ -125,8 +125,9 @@ def dense_rows_kernel(
     W <- W - lr wd W.
 
     One program updates one block of a parameter's elements, wherever its rows end. Reads G, and reads and writes W and
-    M. The program that has a row's first element writes its V. If STATE is uint8, ``p_absmax`` int64 ``[matrices, 1]``
-    has the addresses of the absmaxes of M, and ``p_code`` is the table of ``dynamic_code``.
+    M. The program that has a row's first element writes its V. ``p_row_lengths`` float32 ``[matrices]`` has the
+    elements of a whole row, of which a part may be here. If STATE is uint8, ``p_absmax`` int64 ``[matrices, 1]`` has
+    the addresses of the absmaxes of M, and ``p_code`` is the table of ``dynamic_code``.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
@@ -185,7 +186,7 @@ def dense_rows_kernel(
         tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     M += keep1 * (G - M)
-    V += keep2 * (squared_row / columns.to(tl.float32) - V)
+    V += keep2 * (squared_row / tl.load(p_row_lengths + matrix) - V)
     W -= h * (M * (1.0 / (tl.sqrt(V) + eps)))
     W -= decay * W
     is_finite = tl.broadcast_to(tl.abs(squared_norm), [BLOCK // CODES]) < float("inf")  # as a block: see apply_kernel

@@ -49,7 +49,7 @@ def state_shapes(parameter: Tensor, settings: Settings) -> dict[str, tuple[int, 
     geometry = geometry_of(parameter, settings)
     if geometry is None:
         shape = tuple(parameter.shape)
-        of_rows = (shape[0], *[1] * (len(shape) - 1))
+        of_rows = (*shape[:1], *[1] * (len(shape) - 1))
         return {"exp_avg": shape, "exp_avg_sq": of_rows if has_row_moments(parameter, settings) else shape}
     experts = (geometry.matrices,) if geometry.matrices > 1 else ()
     rank = settings.rank or 0

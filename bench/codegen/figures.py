@@ -13,6 +13,8 @@ from .listing import Instruction, Listing
 from .pipeline import Tile, tiles
 from .targets import TARGETS
 
+_WITH_LOOPS = ("sketch_kernel", "squared_norm_kernel", "row_sums_kernel")
+
 Row = dict[str, Any]
 
 
@@ -32,7 +34,7 @@ def measure(kernel: Kernel, target: str) -> Row:
         assembly = listing.assembly(compiled.asm["ptx"])  # unlike the machine code it has exact line numbers
     else:
         assembly = machine = listing.assembly(compiled.asm["amdgcn"].partition(".section\t.rodata")[0])
-    loop = _loop(machine) if kernel.name in ("sketch_kernel", "squared_norm_kernel") else []
+    loop = _loop(machine) if kernel.name in _WITH_LOOPS else []
     threads = compiled.metadata.num_warps * TARGETS[target].threads
     opcodes = " ".join(instruction.opcode for instruction in machine.code)
     stages, pipelined = compiled.metadata.num_stages, tiles(compiled.asm["ttgir"])

@@ -117,7 +117,7 @@ class Kernel:
         tile |= {"apply_int8_kernel": "GROUPS GROUP", "rescale_blockwise_kernel": "CHANNELS RANK"}
         tile |= dict.fromkeys(("forward_kernel", "input_gradient_kernel"), "KEPT SUMMED")
         tile |= {"project_kernel": "CHANNELS WIDTH", "collect_kernel": "CHANNELS TOKENS", "gram_kernel": "TOKENS WIDTH"}
-        tile |= {"gram_norms_kernel": "CHANNELS RANK"}
+        tile |= {"gram_norms_kernel": "CHANNELS RANK", "row_sums_kernel": "ROWS COLUMNS"}
         tile |= dict.fromkeys(
             ("apply_operands_kernel", "apply_int8_operands_kernel", "tile_norms_kernel"), "ROWS COLUMNS"
         )

@@ -19,6 +19,7 @@ _MINI, _COLUMNS = {"rank": 1, "scale_type": "tensor"}, {"proj_type": "left"}
 _LAYERS = [{"linear": variant} for variant in linear.VARIANTS]
 _FROM_OPERANDS = [{"operands": variant} for variant in operands.VARIANTS]
 _8BIT = {"state_bits": 8, "min_8bit_size": 0}
+_ROWS = {"second_moment": "row"}
 
 
 def sketches(target: str) -> Iterator[Variant]:
@@ -39,7 +40,7 @@ def essential(target: str) -> Iterator[Variant]:
     yield {"group": {"rank": 256}}
     yield {"group": {"rank": 256}, "dtype": _FLOAT32}  # three products with the largest tile
     yield {"group": {"rank": 128, "proj": "svd"}}  # float32 throughout
-    yield {}
+    yield from ({}, {"group": _ROWS})
     yield from sketches(target)
 
 
@@ -72,7 +73,9 @@ def every(target: str) -> Iterator[Variant]:
     # By strides, element by element.
     yield {"group": _MINI, "aligned": False}
     yield {"group": {"rank": 128}, "aligned": False, **rounding}
-    yield from ({"aligned": False}, {"dtype": _FLOAT32}, rounding | device)
+    for dense in ({}, {"group": _ROWS}):
+        yield from (dense | {"aligned": False}, dense | {"dtype": _FLOAT32}, dense | rounding | device)
+    yield from ({"group": _ROWS, **_8BIT}, {"group": _ROWS, "aligned": False, **_8BIT})
     # Sharded along the width over two ranks: sketch and rescale are two launches at any rank, and P is read.
     rows = {"proj_type": "right"}
     yield {"group": _MINI | rows, "sharded": True}
@@ -101,6 +104,7 @@ def few(target: str) -> Iterator[Variant]:
         yield {"group": {"rank": 16} | rows, "dtype": _FLOAT32, "sharded": True, "only": kernels}
         yield {"group": {"rank": 256} | _COLUMNS, **_8BIT, "only": ("rescale_blockwise_kernel",)}
         yield {"group": _MINI, "capturable": True, "only": ("step_kernel",)}
+        yield {"group": _ROWS, **_8BIT}
     elif target == "sm_100":
         yield _sketch(64, _FLOAT16)  # whose P is float16, too
         yield {"group": _MINI, "only": ("apply_kernel",)}

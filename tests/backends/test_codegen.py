@@ -32,7 +32,10 @@ CHOSEN = {
 # 44 are to be spent. int8 apply streams 4 bytes, and took 77 when it divided each element. gfx942 has twice the
 # threads, so each spreads the same set-up over half as many elements.
 MOST_PER_ELEMENT = {"sketch": 8.9, "apply": 24, "apply_int8": 58, "dense": 44, "squared_norm": 6}
-MOST_PER_ELEMENT_STOCHASTIC = {"dense": 80}
+# A program of rows divides 64-bit integers once, which dense's does not. 8-bit codes are found by eight comparisons.
+MOST_PER_ELEMENT |= {"row_sums": 6, "dense_rows": 56}
+MOST_PER_ELEMENT_STOCHASTIC = {"dense": 80, "dense_rows": 90}
+MOST_PER_ELEMENT_8BIT = {"dense_rows": 140}
 # Of 16-bit weights and gradients, rounded to nearest or stochastically.
 MOST_OF_APPLY = {"sm_100": (15, 27), "sm_90": (16, 28), "sm_89": (16, 28), "sm_80": (16, 28), "gfx942": (28, 44)}
 # The same of products with a half-precision gradient, by the highest rank. At rank 256 two halves share a tile of P:
@@ -115,6 +118,7 @@ def test_every_variant_compiles_for_every_target(rows, request):
     chosen = CHOSEN[request.node.callspec.params["rows"]]
     assert {row["target"] for row in rows} == {word for word in chosen if not word.startswith("--")}
     kernels = {"sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm", "projection"}
+    kernels |= {"row_sums", "dense_rows"}
     kernels |= {"rescale_blockwise", "project", "step", *LINEAR, *PRODUCTS}
     assert {row["kernel"] for row in rows if row["target"] == "sm_90"} == kernels
     check(rows, lambda row: "error" not in row)
@@ -128,6 +132,8 @@ def test_every_variant_compiles_for_every_target(rows, request):
         ("apply_int8", ["load G", "load q", "store q"]),
         ("dense", ["load G", "load W", "load M", "load V", "store W", "store M", "store V"]),
         ("squared_norm", ["load G"]),
+        ("row_sums", ["load G"]),
+        ("dense_rows", ["load G", "load W", "store W"]),
         ("rescale", ["load R", "load M", "load V", "store M", "store V"]),
     ],
 )
@@ -156,7 +162,8 @@ def test_a_projection_in_memory_is_loaded_at_least_8_bytes_at_a_time(rows):
 def test_only_the_projection_is_computed_in_float64(rows):
     """Once a refresh, so that its rounding falls as in PyTorch."""
     check(of(rows, "projection"), lambda row: row["float64"] == ("signs" not in row["what"]))
-    check(of(rows, "sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm"), lambda row: not row["float64"])
+    others = ("sketch", "rescale", "apply", "apply_int8", "dense", "squared_norm", "row_sums", "dense_rows")
+    check(of(rows, *others), lambda row: not row["float64"])
 
 
 def test_products_are_on_tensor_cores_from_rank_2_on(rows):
@@ -173,6 +180,7 @@ def test_nothing_is_rounded_to_tf32(rows):
 def test_nothing_spills_but_the_tile_from_rank_128_on(rows):
     fits = [row for row in of(rows, "sketch") if rank(row) < 128 or "split" in row["what"]]
     others = of(rows, "apply", "apply_int8", "dense", "squared_norm", "rescale", "rescale_blockwise")
+    others += of(rows, "row_sums", "dense_rows")
     aligned = [row for row in fits + others if "unaligned" not in row["what"]]
     odd = [row for row in aligned if row["kernel"] == "rescale_blockwise" and rank(row) % 2]
     check(odd, lambda row: row["stack"] <= MOST_STACK_OF_ODD_BLOCKS and row["spills_in_loop"] == 0)
@@ -217,9 +225,10 @@ def test_instructions_an_element_leave_the_memory_to_decide(rows):
         if re.search("G (bf|fp)16 W (bf|fp)16", row["what"]) and row["kernel"] == "apply":
             return row["per_element"] <= MOST_OF_APPLY[row["target"]]["stochastic" in row["what"]]
         bounds = MOST_PER_ELEMENT | (MOST_PER_ELEMENT_STOCHASTIC if "stochastic" in row["what"] else {})
+        bounds |= MOST_PER_ELEMENT_8BIT if "M uint8" in row["what"] else {}
         return row["per_element"] <= bounds[row["kernel"]] * (2 if row["target"] == "gfx942" else 1)
 
-    streaming = of(rows, "apply", "apply_int8", "dense", "squared_norm")
+    streaming = of(rows, "apply", "apply_int8", "dense", "squared_norm", "row_sums", "dense_rows")
     mini = [row for row in of(rows, "sketch") if rank(row) == 1]
     check([row for row in streaming + mini if "unaligned" not in row["what"]], holds)
 

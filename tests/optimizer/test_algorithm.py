@@ -146,24 +146,25 @@ def test_half_weights_are_the_float64_update_rounded_once(dtype, scale_type, wei
 
 
 @pytest.mark.parametrize(
-    ("dtype", "correct_bias", "shape"),
+    ("dtype", "correct_bias", "second_moment", "shape"),
     pairs(
         [torch.float32, torch.bfloat16],
         [True, False],
+        ["element", "row"],
         [(7,), (5, 3), (), (2, 3, 4), (0, 4), (5, 4, "gaps"), (5, 4, "transposed")],
     ),
 )
-def test_dense_rest_is_adamw_in_the_papers_convention(dtype, correct_bias, shape):
+def test_dense_rest_is_adamw_in_the_papers_convention(dtype, correct_bias, second_moment, shape):
     *shape, layout = shape if "gaps" in shape or "transposed" in shape else (*shape, "rows")
     start = normals(shape, 0).to(dtype)
     gradients = [g.to(dtype) for g in gradients_for(shape, 7, 2)]
     weight = torch.nn.Parameter(strided(start.clone(), layout))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.1, "correct_bias": correct_bias}
-    optimizer = APOLLOAdamW([weight], **options)
+    optimizer = APOLLOAdamW([{"params": [weight], "second_moment": second_moment}], **options)
     for gradient in gradients:
         weight.grad = gradient
         optimizer.step()
-    exact = oracle_adamw(start, gradients, **options)
+    exact = oracle_adamw(start, gradients, second_moment=second_moment, **options)
     # float32: rounding of w, twice a step. bfloat16: half an ulp (2**-8 of |w|) a step.
     allowed = 7 * (2**-8 if dtype == torch.bfloat16 else 2**-23)
     assert torch.all((weight.detach().double() - exact).abs() <= allowed * exact.abs().clamp(min=start.abs().double()))

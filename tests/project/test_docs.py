@@ -27,7 +27,7 @@ from distributed_cases import needs_fsdp_on_a_cpu
 from docs_preludes import PRELUDES, make_files
 
 from apollo_triton import APOLLOAdamW
-from apollo_triton.core.settings import LOW_RANK_DEFAULTS
+from apollo_triton.core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS
 
 pytest.importorskip("transformers")
 
@@ -267,7 +267,7 @@ def test_the_tables_of_options_have_every_option_and_its_default() -> None:
         values = re.split(r", (?![^(]*\))", defaults)  # not within a tuple
         shown |= dict(zip(re.findall(r"`(\w+)`", names), values, strict=True))
     arguments = inspect.signature(APOLLOAdamW.__init__).parameters.values()
-    options = {argument.name: argument.default for argument in arguments} | LOW_RANK_DEFAULTS
+    options = {argument.name: argument.default for argument in arguments} | LOW_RANK_DEFAULTS | DENSE_DEFAULTS
     for name in ("self", "params", "no_deprecation_warning", "rank"):
         del options[name]
     assert shown.pop("rank").startswith("none")

@@ -94,14 +94,18 @@ class OracleMatrix:
         self.weight -= o["lr"] * o["weight_decay"] * self.weight
 
 
-def oracle_adamw(weight, gradients, lr, betas, eps, weight_decay, correct_bias=True):
-    """AdamW for the dense parameters, with the same conventions and in float64."""
+def oracle_adamw(weight, gradients, lr, betas, eps, weight_decay, correct_bias=True, second_moment="element"):
+    """AdamW for the dense parameters, with the same conventions and in float64. With the second moments of rows, every
+    element of a row has that of their mean square (arXiv 2406.16793)."""
     W = weight.detach().double().clone()
     M, V = torch.zeros_like(W), torch.zeros_like(W)
     for t, gradient in enumerate(gradients, 1):
         G = gradient.double()
         M = betas[0] * M + (1 - betas[0]) * G
-        V = betas[1] * V + (1 - betas[1]) * G * G
+        squares = G * G
+        if second_moment == "row" and G.dim() > 1 and G.numel():
+            squares = torch.stack([torch.full_like(row, row.mean().item()) for row in squares])
+        V = betas[1] * V + (1 - betas[1]) * squares
         h = lr * (math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) if correct_bias else 1)
         W -= h * M / (V.sqrt() + eps)
         W -= lr * weight_decay * W

@@ -79,6 +79,7 @@ def adamw(table: Table, settings: Settings, scalars: StepScalars, sums: RowSums)
         table.addresses,
         table.gradients,
         table.tile_programs,
+        table.row_lengths,
         *sums,
         table.absmaxes,
         dynamic_code(True, table.device) if is_8bit else None,

@@ -59,14 +59,14 @@ class Table(Channels):
     ``members``: whose matrices they are; ``matrices_of``: which of them are whose, by the member's index in the plan,
     and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
     ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
-    none of dense ones. ``by_rows``: whether dense ones have one second moment a row; then a row is a channel, and all
-    rows' sums have ``row_parts`` parts. ``tile_programs`` int32: the index of the matrix of each program of ``apply``.
-    ``norm_programs`` int32 ``[programs, 2]``: matrix and part. ``projections``: the buffers that hold P, if P is in
-    memory. ``split``: how many programs of ``sketch`` share the channels of one program of ``rescale``, above 1 where
-    moments are 8-bit.
-    ``skipped`` int32 ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table
-    for ``rescale`` if sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``:
-    which streams use all this, because a plan may be replaced while another stream's kernels read its tables.
+    none of dense ones. ``by_rows``: whether dense ones have one second moment a row; then a row is a channel, all rows'
+    sums have ``row_parts`` parts, and ``row_lengths`` float32 ``[matrices]`` are those of the whole, unsharded rows.
+    ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs`` int32 ``[programs,
+    2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of
+    ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32
+    ``[matrices]``: how many updates gradients that are not finite have cost. ``moments``: the table for ``rescale`` if
+    sketches are summed. ``constants``: those of its sketch, which arguments.py keeps. ``uses``: which streams use all
+    this, because a plan may be replaced while another stream's kernels read its tables.
     """
 
     def __init__(self, members: Mapping[int, Member], settings: Settings, aligned: bool) -> None:
@@ -204,6 +204,9 @@ class Table(Channels):
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.root_scales = self._on_device(torch.tensor(root_scales, dtype=torch.float32, device="cpu"))
+        if self.by_rows:
+            lengths = [math.prod(member.parameter.shape[1:]) for member in self.members]
+            self.row_lengths = self._on_device(torch.tensor(lengths, dtype=torch.float32, device="cpu"))
         self.channel_programs = self._on_device(owners_of(channel_programs))
         self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
         clips = settings.max_grad_norm is not None
