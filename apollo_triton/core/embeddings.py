@@ -13,7 +13,7 @@ from .messages import shown
 from .settings import AUTO, CHECKS, check_value
 from .spelling import unknown_option
 
-Embeddings = str | int | Mapping[str, Any] | None
+Embeddings = int | str | Mapping[str, Any] | None  # in this order Lightning's command line makes a number of "16"
 
 # What each name adds to the groups of embeddings and head. Whatever a name leaves open is as for the other weights.
 CHOICES: dict[str, dict[str, Any]] = {
