@@ -134,6 +134,18 @@ def test_an_argument_without_effect_is_refused_or_warned_of():
     assert "'embeddings' does nothing in a group: it is an argument" in text
 
 
+def test_a_table_of_one_row_keeps_a_second_moment_for_each_element():
+    """One second moment for all positions of a vision transformer, which has them as [1, positions, width]."""
+    model = make_model()
+    model.register_parameter("position_embeddings", nn.Parameter(torch.ones(1, 5, 7)))
+    optimizer = APOLLOAdamW.mini(model, embeddings="rows")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert grouped(optimizer)["embeddings"] == [["position_embeddings", "wte.weight"]]
+    assert optimizer.state[model.position_embeddings]["exp_avg_sq"].shape == (1, 5, 7)
+
+
 def test_an_int8_head_needs_a_rank():
     """AdamW does not train int8 weights, whatever its moments are."""
     model = quantize_model(make_model(), target_modules=["lm_head"], group_size=WIDTH)
