@@ -19,7 +19,7 @@ _ELSEWHERE = {
     "maximize": "not here: negate the loss instead",
     "differentiable": "not here: autograd cannot go through a step",
     "learning_rate": "did you mean 'lr'?",
-    "second_moment": "it is a key of a dense parameter group, and no argument; embeddings='rows' gives it to embeddings",
+    "second_moment": "it is a key of a dense parameter group, and no argument; embeddings='rows' sets it",
 }
 # Keys that programs put into groups for themselves, and schedulers too, and that are spelled like ours.
 _OTHERS_KEYS = frozenset({"params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr"})
