@@ -26,7 +26,9 @@ class _Place(NamedTuple):
 
 def keeps_otherwise(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Whether the groups were made with another ``embeddings=``."""
-    return saved.get(MARK) != own.get(MARK)
+    marks = [group.get(MARK) for group in (saved, own)]
+    theirs, ours = (mark if isinstance(mark, (str, int)) else None for mark in marks)  # a file may hold anything
+    return theirs != ours
 
 
 def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[Mapping[str, Any]]:
@@ -83,7 +85,7 @@ def _rank(group: Mapping[str, Any]) -> Any:
 
 
 def _names(groups: Sequence[Any]) -> dict[str, _Place]:
-    """Where each name is. Empty if something is no group, or a parameter has no name, or not one of its own."""
+    """Where each name is. Empty if something is no group, or is empty, or a parameter has no name of its own."""
     found: dict[str, _Place] = {}
     count = 0
     for group in groups:
@@ -91,7 +93,7 @@ def _names(groups: Sequence[Any]) -> dict[str, _Place]:
         names, params = keys.get("param_names"), keys.get("params")
         if not isinstance(params, (list, tuple)) or not isinstance(names, (list, tuple)) or len(names) != len(params):
             return {}
-        if not all(isinstance(name, str) for name in names) or given_names({**keys}) is None:
+        if not names or not all(isinstance(name, str) for name in names) or given_names({**keys}) is None:
             return {}
         count += len(names)
         found |= {".".join(unwrapped(name)): _Place(keys, offset) for offset, name in enumerate(names)}
