@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .backends.selection import backend_of, may_leave_scaling
 from .core.device_backend import Backend
+from .core.embeddings import Embeddings
 from .core.messages import shown
 from .core.param_groups import DenseKeys, groups_of_model
 from .core.settings import FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
@@ -84,6 +85,8 @@ class APOLLOAdamW(Optimizer):
             here, and 1 in groups with a rank of their own. ``rank_above_width`` takes a rank that inflates the state.
         dense_lr, embedding_lr: learning rates of what ``rank`` leaves dense, and of embeddings. By default ``lr``.
         decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
+        embeddings: how the state of embeddings and head is kept: None, a name, a rank, or keys of a group, as in
+            ``apollo_param_groups``. It needs ``rank`` and names.
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,
     ``update_norm`` (float32, 0 before the first step), ``projection`` for svd alone; 8-bit moments are ``exp_avg_q``,
@@ -143,6 +146,7 @@ class APOLLOAdamW(Optimizer):
         dense_lr: float | Tensor | None = None,
         embedding_lr: float | Tensor | None = None,
         decay_vectors: bool = False,
+        embeddings: Embeddings = None,
     ) -> None:
         check_is_no_model(params, type(self).__name__)
         defaults = {
@@ -167,7 +171,7 @@ class APOLLOAdamW(Optimizer):
         self._split = Split.of(
             rank,
             target_modules,
-            DenseKeys(dense_lr, embedding_lr, decay_vectors),
+            DenseKeys(dense_lr, embedding_lr, decay_vectors, embeddings),
             scale_type=scale_type,
             scale=scale,
             proj=proj,

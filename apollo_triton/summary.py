@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends.selection import step_backend, updater_of
 from .core.device_backend import Backend
 from .core.dtensors import is_dtensor, local
+from .core.embeddings import MARK
 from .core.kinds import CONVOLUTION_1D, EMBEDDING, HEAD, MATRIX, OTHER, VECTOR, weights_of
 from .core.messages import readable_bytes
 from .core.module_names import without_indices
@@ -158,10 +159,13 @@ def summary_of(
             is_low_rank = shard.geometry is not None
             sizes = _sizes(state if has_begun(state) else state_without_memory(tensor, group, shard))
             gradient_bytes = row.elements * tensor.element_size()
+            reason = known or (VECTOR if kind == VECTOR else UNRANKED)
+            if MARK in groups[param.group]:
+                reason += f", {MARK}={groups[param.group][MARK]!r}"
             row = replace(
                 row,
                 rank=group.rank if is_low_rank else None,
-                reason="" if is_low_rank else known or (VECTOR if kind == VECTOR else UNRANKED),
+                reason="" if is_low_rank else reason,
                 state_bytes=sum(sizes.values()),
                 moment_bytes=sum(sizes.get(name, 0) for name in (*MOMENTS, *CODES.values())),
                 adamw_bytes=2 * gradient_bytes + _STEP_BYTES,

@@ -1,8 +1,8 @@
-"""``apollo_param_groups``: a model's parameters as groups: low-rank, dense, embeddings, norms and biases."""
+"""``apollo_param_groups``: a model's parameters as groups: low-rank, dense, head, embeddings, norms and biases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from .coverage import Coverage, coverage
 from .coverage_notes import no_match, notes
-from .kinds import EMBEDDING, VECTOR
-from .messages import warn
+from .embeddings import Embeddings, checked_embeddings, embedding_keys
+from .kinds import EMBEDDING, HEAD, VECTOR
+from .messages import listed, shown, warn
 from .settings import AUTO, CHECKS, LOW_RANK_DEFAULTS, check_value
 from .spelling import SPLIT_KEYS, unknown_option
 from .targets import DEFAULT_TARGETS, Targets
 
-# The names of groups, in their order.
-LOW_RANK, DENSE, EMBEDDINGS, VECTORS = "low-rank", "dense", "embeddings", "norms and biases"
+# The names of groups, in their order. Without ``embeddings=`` the head is in the dense one. Its own group stands where
+# that one would, so that the parameters of most models keep their order, by which ``torch.optim`` keeps state.
+LOW_RANK, DENSE, HEADS, EMBEDDINGS, VECTORS = "low-rank", "dense", "head", "embeddings", "norms and biases"
 
 
 def chosen_scale(proj: str) -> float | str:
@@ -28,14 +30,16 @@ def chosen_scale(proj: str) -> float | str:
 
 @dataclass(frozen=True)
 class DenseKeys:
-    """What groups of dense weights have of their own: learning rates, and no decay of norms and biases.
+    """What groups of dense weights have of their own: learning rates, no decay of norms and biases, and how the state
+    of embeddings and head is kept.
 
-    Raises ValueError for a learning rate that is not allowed.
+    Raises ValueError for a value that is not allowed, and TypeError for an unknown key in ``embeddings``.
     """
 
     dense_lr: float | Tensor | None = None
     embedding_lr: float | Tensor | None = None
     decay_vectors: bool = False
+    embeddings: Embeddings = None
 
     def __post_init__(self) -> None:
         for name in ("dense_lr", "embedding_lr"):
@@ -43,14 +47,44 @@ class DenseKeys:
                 check_value("lr", getattr(self, name), name)
         if not isinstance(self.decay_vectors, bool):
             raise ValueError(f"Invalid decay_vectors: {self.decay_vectors!r} (allowed: True or False)")
+        object.__setattr__(self, "embeddings", checked_embeddings(self.embeddings))
+        if isinstance(self.embeddings, dict) and "lr" in self.embeddings and self.embedding_lr is not None:
+            raise ValueError(
+                f"embedding_lr={shown(self.embedding_lr)} and embeddings={shown(self.embeddings)} both give a learning "
+                "rate; leave one out"
+            )
 
     def of(self, group: str) -> dict[str, Any]:
         """The keys of the group of this name."""
         lr = self.dense_lr
         if group == EMBEDDINGS and self.embedding_lr is not None:
             lr = self.embedding_lr
-        keys = {} if lr is None else {"lr": lr}
+        keys: dict[str, Any] = {} if lr is None else {"lr": lr}
+        if group in (HEADS, EMBEDDINGS):
+            keys |= embedding_keys(self.embeddings)
+            if "rank" in keys:
+                keys.setdefault("scale", chosen_scale(keys.get("proj", LOW_RANK_DEFAULTS["proj"])))
         return keys | ({"weight_decay": 0.0} if group == VECTORS and not self.decay_vectors else {})
+
+    def notes(self, found: Coverage, of_names: bool) -> Iterator[str]:
+        """What to say of arguments about embeddings and head that do less than they say. ``of_names``: names are all
+        that is known."""
+        weights = found.weights
+        dense = {weights[key].kind for key, reason in found.reasons.items() if reason}
+        elsewhere = [name for key, name in found.low_rank.items() if weights[key].kind in (EMBEDDING, HEAD)]
+        if self.embedding_lr is not None and EMBEDDING not in dense:
+            nothing = "no parameter has an embedding's name" if of_names else "no weight of the model is an embedding"
+            yield f"embedding_lr={self.embedding_lr!r} has no effect: {nothing}"
+        if self.embeddings is None:
+            return
+        if not elsewhere and dense.isdisjoint((EMBEDDING, HEAD)):
+            nothing = "no parameter has the name" if of_names else "no weight of the model is that"
+            yield f"embeddings={shown(self.embeddings)} has no effect: {nothing} of an embedding or a head"
+        if elsewhere:
+            yield (
+                f"embeddings={shown(self.embeddings)} has no effect on {listed(elsewhere, 3)}, which target_modules "
+                "makes low-rank with the matrices; leave it out there, or give embeddings a rank"
+            )
 
 
 def apollo_param_groups(
@@ -61,9 +95,10 @@ def apollo_param_groups(
     dense_lr: float | Tensor | None = None,
     embedding_lr: float | Tensor | None = None,
     decay_vectors: bool = False,
+    embeddings: Embeddings = None,
     **group_keys: Any,
 ) -> list[dict[str, Any]]:
-    """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to three dense ones of the others.
+    """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to four more of the others.
 
     Args:
         model: any module.
@@ -76,11 +111,16 @@ def apollo_param_groups(
         dense_lr: the learning rate of all dense groups, if it is not the optimizer's.
         embedding_lr: the learning rate of the embeddings, if it is not ``dense_lr``.
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
+        embeddings: how the state of embeddings and head is kept. None: as that of all that is dense. "8bit": both
+            moments in 8 bits. "rows": one second moment for each row, a token's. "rows-8bit": that, and the first
+            moment in 8 bits. An integer is a rank, with which they are low-rank with a factor for each row. A mapping
+            has keys of a group, e.g. ``{"second_moment": "row", "state_dtype": "bfloat16"}``.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``. ``scale`` is "auto" unless given,
             or 1 for ``proj="svd"``.
 
     Returns groups under the names, in ``group["name"]``, "low-rank", "dense" (the head, what is too narrow, what is not
-    targeted), "embeddings", and "norms and biases". One without parameters is left out.
+    targeted), "embeddings", and "norms and biases". With ``embeddings`` the head is in a group "head", before that of
+    the embeddings, and ``group["embeddings"]`` of both has the argument. A group without parameters is left out.
 
     The low-rank weights of a module that is named are its own parameters of two or more dimensions, including expert
     tensors ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and
@@ -98,8 +138,11 @@ def apollo_param_groups(
     ...     print(group["name"], group["param_names"], group.get("lr"))
     low-rank ['mlp.weight'] None
     norms and biases ['mlp.bias', 'norm.weight', 'norm.bias'] 0.001
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(100, 64), "mlp": nn.Linear(64, 64, bias=False)})
+    >>> [group["name"] for group in apollo_param_groups(model, rank=8, embeddings="rows")]
+    ['low-rank', 'embeddings']
     """
-    dense = DenseKeys(dense_lr, embedding_lr, decay_vectors)
+    dense = DenseKeys(dense_lr, embedding_lr, decay_vectors, embeddings)
     return groups_of_model(model, rank, target_modules, dense, group_keys)[0]
 
 
@@ -125,35 +168,35 @@ def groups_of_model(
     found = coverage(model, targets, rank, group_keys)
     if not found.low_rank:
         raise ValueError(no_match(targets, rank, group_keys, found))
-    for note in notes(targets, found):
+    for note in (*notes(targets, found), *dense.notes(found, of_names=False)):
         warn(note)
     groups = split_by_kind(list(model.named_parameters()), found, {"rank": rank} | group_keys, dense)
-    if dense.embedding_lr is not None and not any(group["name"] == EMBEDDINGS for group in groups):
-        warn(f"embedding_lr={dense.embedding_lr!r} has no effect: no weight of the model is an embedding")
     return groups, dense_reasons(found)
 
 
 def split_by_kind(
     named: Sequence[tuple[str, Tensor]], found: Coverage, low_rank_keys: dict[str, Any], dense: DenseKeys
 ) -> list[dict[str, Any]]:
-    """Named parameters as groups: low-rank, dense, embeddings, norms and biases, in this order."""
+    """Named parameters as groups: low-rank, dense, head, embeddings, norms and biases, in this order."""
     groups: dict[str, dict[str, Any]] = {
         name: {"params": [], "param_names": [], "name": name} | (low_rank_keys if name == LOW_RANK else dense.of(name))
-        for name in (LOW_RANK, DENSE, EMBEDDINGS, VECTORS)
+        for name in (LOW_RANK, DENSE, HEADS, EMBEDDINGS, VECTORS)
     }
     for name, parameter in named:
-        group = groups[_group_of(parameter, found)]
+        group = groups[_group_of(parameter, found, dense)]
         group["params"].append(parameter)
         group["param_names"].append(name)
     return [group for group in groups.values() if group["params"]]
 
 
-def _group_of(parameter: Tensor, found: Coverage) -> str:
+def _group_of(parameter: Tensor, found: Coverage, dense: DenseKeys) -> str:
     weight = found.weights[id(parameter)]
     if not found.reasons[id(parameter)]:
         return LOW_RANK
     if weight.kind == EMBEDDING:
         return EMBEDDINGS
+    if weight.kind == HEAD and dense.embeddings is not None:
+        return HEADS
     return VECTORS if weight.kind == VECTOR else DENSE
 
 

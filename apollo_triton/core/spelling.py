@@ -19,14 +19,14 @@ _ELSEWHERE = {
     "maximize": "not here: negate the loss instead",
     "differentiable": "not here: autograd cannot go through a step",
     "learning_rate": "did you mean 'lr'?",
-    "second_moment": "it is a key of a dense parameter group, and no argument",
+    "second_moment": "it is a key of a dense parameter group, and no argument; embeddings='rows' sets it",
 }
 # Keys that programs put into groups for themselves, and schedulers too, and that are spelled like ours.
 _OTHERS_KEYS = frozenset({"params", "param_names", "name", "names", "initial_lr", "max_lr", "min_lr", "base_lr"})
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 # What decides how parameters are split into groups, and is no key of one.
-SPLIT_KEYS = ("target_modules", "dense_lr", "embedding_lr", "decay_vectors")
+SPLIT_KEYS = ("target_modules", "dense_lr", "embedding_lr", "decay_vectors", "embeddings")
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
@@ -52,6 +52,8 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
         near = _nearest(key, FIELD_NAMES)
         if (key in ("amsgrad", "maximize", "differentiable") and value) or key == "learning_rate":
             notes.append(f"{key!r} does nothing ({_ELSEWHERE[key]})")
+        elif key == SPLIT_KEYS[-1] and "name" in group:
+            pass  # of a group that ``embeddings=`` has made
         elif key in SPLIT_KEYS:
             notes.append(
                 f"{key!r} does nothing in a group: it is an argument of APOLLOAdamW(..., rank=...) and "

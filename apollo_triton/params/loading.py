@@ -18,10 +18,13 @@ from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Sett
 from .checks import check_parameter
 from .differences import OF_THE_RUN, given_names, warn_of_forms, warn_of_names, warn_of_second_moments, warn_of_settings
 from .member import Param, find_shard, params_of
+from .regrouping import regrouped, with_own_form
 from .saved_state import check_saved_state, check_values, copied, loaded_state, second_moment_of, was_8bit
 
 _ADVICE = "give what optimizer.state_dict() returned"
-_SAME_GROUPS = "build the groups as they were saved: the same model, target_modules, rank, and order of the groups"
+_SAME_GROUPS = (
+    "build the groups as they were saved: the same model, target_modules, rank, embeddings, and order of the groups"
+)
 # ``torch.optim`` writes its own default into every group that it copies or loads, though our step knows no such thing.
 FOREIGN_KEY = "differentiable"
 # Keys of torch.optim's optimizers: Adam and its relatives, SGD and RMSprop, Adagrad, Adadelta, Adafactor, Rprop, ASGD;
@@ -100,6 +103,7 @@ def _saved_groups(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> lis
         raise ValueError(f"state_dict: 'param_groups' is {shown(saved_groups)}, not a list; {_ADVICE}")
     for index, saved in enumerate(saved_groups):
         _check_algorithm(saved, f"state_dict, parameter group {index}")
+    saved_groups = regrouped(saved_groups, groups)
     if len(saved_groups) != len(groups):
         names = shown([group["name"] for group in groups if "name" in group])
         raise ValueError(
@@ -143,6 +147,7 @@ def _group(saved: Mapping[str, Any], own: Group, where: str) -> Group:
         if key not in ("params", "param_names", FOREIGN_KEY)
     }
     group |= {name: own[name] for name in OF_THE_RUN}
+    with_own_form(saved, group, own)
     is_low_rank = group.get("rank") is not None
     for name in FIELD_NAMES:
         if name in own and name != "rank" and name not in (DENSE_DEFAULTS if is_low_rank else LOW_RANK_DEFAULTS):

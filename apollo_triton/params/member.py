@@ -159,9 +159,10 @@ def geometry_of(parameter: Tensor, settings: Settings) -> Geometry | None:
 
 
 def has_row_moments(parameter: Tensor, settings: Settings) -> bool:
-    """Whether a parameter has one second moment a row: dense, of two dimensions or more, and with elements."""
+    """Whether a parameter has one second moment a row: dense, of two dimensions or more, of two rows or more, and with
+    elements. A table of positions ``[1, positions, width]`` would have one in all."""
     is_dense = settings.rank is None and parameter.dim() > 1 and parameter.numel() > 0
-    return is_dense and settings.second_moment == "row"
+    return is_dense and settings.second_moment == "row" and parameter.shape[0] > 1
 
 
 def find_shard(param: Param, settings: Settings) -> LocalShard:

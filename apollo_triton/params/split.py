@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..core.coverage import Coverage, coverage_of
 from ..core.coverage_notes import no_match, notes
-from ..core.kinds import EMBEDDING, MATRIX, weights_of
+from ..core.embeddings import MARK
+from ..core.kinds import MATRIX, weights_of
 from ..core.messages import shown, warn
-from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
+from ..core.param_groups import LOW_RANK, DenseKeys, chosen_scale, dense_reasons, split_by_kind
 from ..core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
@@ -90,13 +91,14 @@ class Split:
         if not named:
             return [{**self.keys, **group} if group.get("rank") is not None else group], {}
         found = self._coverage(group, named)
-        shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
-        of_dense = {key: value for key, value in shared.items() if key not in LOW_RANK_DEFAULTS}
-        of_low_rank = {key: value for key, value in shared.items() if key not in DENSE_DEFAULTS}
+        shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name", MARK)}
         made, names = [], {*taken}
         for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
-            part |= {"name": _unlike(name, names)} | (of_low_rank if "rank" in part else of_dense)
+            foreign = [*DENSE_DEFAULTS] if "rank" in part else []
+            if part["name"] != LOW_RANK:  # embeddings of a rank have keys of their own
+                foreign += LOW_RANK_DEFAULTS
+            part |= {"name": _unlike(name, names)} | {key: value for key, value in shared.items() if key not in foreign}
             names.add(part["name"])
             if not _is_named(group):
                 del part["param_names"]
@@ -130,15 +132,21 @@ class Split:
             check_value(name, value)
         if _is_named(group):
             weights = weights_of(named)
-        elif self.target_modules != DEFAULT_TARGETS:
+        elif by_name := self._by_name():
             raise ValueError(
-                f"target_modules={shown(self.target_modules)} goes by names, and there are parameters without names; "
-                "pass model.named_parameters(), or use APOLLOAdamW.apollo(model, ...)"
+                f"{by_name} goes by names, and there are parameters without names; pass model.named_parameters(), or "
+                "use APOLLOAdamW.apollo(model, ...)"
             )
         else:  # as if each were the weight of a module that is called by its number
             weights = weights_of([(f"{name}.weight", tensor) for name, tensor in named])
             weights = [weight._replace(name=weight.module_name, module_name="") for weight in weights]
         return coverage_of(weights, Targets(None, self.target_modules), keys.pop("rank"), keys)
+
+    def _by_name(self) -> str:
+        """The argument that needs names to mean anything; "" if none was given."""
+        if self.target_modules != DEFAULT_TARGETS:
+            return f"target_modules={shown(self.target_modules)}"
+        return "" if self.dense.embeddings is None else f"{MARK}={shown(self.dense.embeddings)}"
 
     def _check_effect(self, has_rank: bool) -> None:
         """Raise ValueError for arguments that have no effect without ``rank``; ``has_rank``: a group has its own."""
@@ -156,7 +164,7 @@ class Split:
             )
 
     def _advise(self, groups: Sequence[Group], found: Coverage, nameless: int) -> None:
-        for note in notes(Targets(None, self.target_modules), found):
+        for note in (*notes(Targets(None, self.target_modules), found), *self.dense.notes(found, of_names=True)):
             warn(note)
         if nameless:
             warn(
@@ -164,8 +172,6 @@ class Split:
                 "head too, which APOLLO keeps dense; pass model.named_parameters(), or use "
                 "APOLLOAdamW.apollo(model, ...)"
             )
-        if self.dense.embedding_lr is not None and not _has(found, EMBEDDING):
-            warn(f"embedding_lr={self.dense.embedding_lr!r} has no effect: no parameter has an embedding's name")
         for name in ("dense_lr", "embedding_lr"):
             if (lr := getattr(self.dense, name)) is not None and all("lr" in group for group in groups):
                 warn(f"{name}={lr!r} has no effect: every parameter group has an 'lr' of its own")

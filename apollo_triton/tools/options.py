@@ -78,6 +78,12 @@ def memory(parser: ArgumentParser) -> None:
         help="which modules are low-rank: substrings or regular expressions, all-linear, or auto (the default)",
     )
     add(
+        "--embeddings",
+        type=_name_or_rank,
+        metavar="HOW",
+        help="how APOLLO keeps the state of embeddings and head: a name or a rank, as in APOLLOAdamW(embeddings=...)",
+    )
+    add(
         "--single-card",
         action="store_true",
         help="activations included, part by part, what the recipe 7b_one_card takes (default model: 7B)",
@@ -101,6 +107,10 @@ def memory(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("options of --single-card").add_argument
     add("--batch", type=int, help="sequences a step (default: 1)")
     add("--sequence", type=int, help="tokens a sequence (default: 256)")
+
+
+def _name_or_rank(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 def validate(parser: ArgumentParser) -> None:

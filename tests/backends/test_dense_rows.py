@@ -130,7 +130,7 @@ def test_8_bit_moments_follow_those_of_floats(form):
 LAYOUTS = ("rows", "transposed", "gaps", "unaligned")
 FAST_LAYOUTS = [("8-bit", "rows", "rows"), ("bfloat16", "transposed", "unaligned"), ("clipped", "gaps", "rows")]
 # Narrow, odd, several turns of 256 columns and several segments, more rows than a tile, four dimensions.
-WIDTHS = [(1, 1), (70, 1), (3, 7), (33, 40), (5, 256), (2, 700), (9, 2, 3, 5), (1, 5000)]
+WIDTHS = [(2, 1), (70, 1), (3, 7), (33, 40), (5, 256), (2, 700), (9, 2, 3, 5), (2, 5000)]
 
 
 def laid_out(values, layout):

@@ -37,11 +37,12 @@ ONE_PROCESS = "one process"  # the table's first column
 
 @dataclass(frozen=True)
 class Saving:
-    """``gradients``: "kept", or those of ``attach_layerwise``."""
+    """``gradients``: "kept", or those of ``attach_layerwise``. ``embeddings``: that of ``APOLLOAdamW``."""
 
     gradients: str = "kept"
     int8: bool = False
     state_bits: int = 32
+    embeddings: str | int | None = None
 
 
 ROWS = {
@@ -128,7 +129,7 @@ def tiny_llama(saving: Saving) -> nn.Module:
 def make_optimizer(model: nn.Module, saving: Saving) -> APOLLOAdamW:
     """Steps across a refresh of the projection, which move int8 weights by several of their codes."""
     options = {"update_proj_gap": 3, "weight_decay": 0.05, "state_bits": saving.state_bits, "min_8bit_size": 256}
-    return APOLLOAdamW.apollo(model, rank=RANK, lr=1e-2, **options)
+    return APOLLOAdamW.apollo(model, rank=RANK, lr=1e-2, embeddings=saving.embeddings, **options)
 
 
 def batch_of(step: int, reader: int = 0, readers: int = 1) -> Tensor:

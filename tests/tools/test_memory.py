@@ -166,6 +166,28 @@ def test_json_is_exact_and_takes_every_option(capsys, config_file):
     assert len(json.loads(capsys.readouterr().out)) == 23
 
 
+def state_of(capsys, *arguments):
+    """The bytes of Mini's state for LLaMA-60M."""
+    assert main(["memory", "60M", "--json", *arguments]) == 0
+    mini = json.loads(capsys.readouterr().out)[0]["methods"]["APOLLO-Mini"]
+    return mini["moments"] + mini["other"]
+
+
+def test_embeddings_are_counted_as_they_are_kept(capsys):
+    """An option that is read and not passed on. Embedding and head have 32000 rows of 512 elements each: in 8 bits a
+    byte an element and 4 for every 256, and 4 a row; at rank 16 128 bytes a row, and an update norm."""
+    elements = 32000 * 512
+    of_rest = state_of(capsys) - 2 * 8 * elements
+    assert state_of(capsys, "--embeddings", "rows-8bit") == of_rest + 2 * (elements + elements // 64 + 4 * 32000)
+    assert state_of(capsys, "--embeddings", "16") == of_rest + 2 * (128 * 32000 + 4)
+    assert main(["memory", "60M", "--embeddings", "rows"]) == 0
+    assert "Embeddings and head with embeddings='rows'." in " ".join(capsys.readouterr().out.split())
+    assert main(["memory", "60M", "--embeddings", "row"]) == 2
+    assert "--embeddings row: Invalid embeddings: 'row' (allowed: None, '8bit', " in capsys.readouterr().err
+    assert main(["memory", "--paper", "--embeddings", "rows"]) == 2
+    assert "--paper has the paper's own settings: leave out --embeddings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [["60M"], ["60m", "--json"], ["--json", "60M"]])
 def test_the_model_may_be_given_without_its_option(given, capsys):
     """``memory 7B``, the first that a user types: "unrecognized arguments"."""

@@ -82,6 +82,7 @@ CASES = {
     "FSDP2, 8-bit moments": (Setup(2, state_bits=8), False),
     "FSDP2, everything": (Setup(2, layerwise=True, state_bits=8, checkpointing=True), True),
     "FSDP2, rank 8": (Setup(2, rank=8), False),
+    "FSDP2, rows of embeddings": (Setup(2, embeddings="rows"), False),
     "FSDP2 of 4": (Setup(4), False),
     "AdamW": (Setup(2, adamw=True), False),
     "HSDP": (Setup(4, "hsdp"), False),

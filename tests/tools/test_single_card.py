@@ -88,6 +88,9 @@ def test_options_and_shapes_go_through():
     wide = single_card.count("60M", state_dtype=torch.float32)
     others = "optimizer state of the others"
     assert 3.9 < wide.parts[others] / plain.parts[others] < 4
+    rows = single_card.count("60M", state_bits=8, embeddings="rows")  # a table [32000, 512]: docs/options.md
+    assert rows.parts[others] == 2 * (512 * 32000 * 65 // 64 + 4 * 32000 + 4) + 17 * (8 * 512 + 4)
+    assert "checkpointed layers, embeddings='rows'" in " ".join(single_card.text(rows).split())
     longer = single_card.count("60M", batch=2, sequence=512, dtype=torch.float32)
     assert longer.parts["other weights"] == 2 * plain.parts["other weights"]
     assert longer.parts["int8 weights"] == plain.parts["int8 weights"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.embeddings import checked_embeddings
 from ...core.kinds import EMBEDDING, HEAD, MATRIX, OTHER
 from ...core.module_names import without_indices
 from ...optimizer import APOLLOAdamW
@@ -27,7 +28,6 @@ from ..text import fill, table
 from .count import Memory, adamw, adamw_8bit, apollo_mini, of_summary
 from .paper import GB, GIB, Cell, pretraining_cells, state_cells
 
-STATE_BYTES = {"float32": 8, "bfloat16": 4}  # of the two moments of a dense weight
 MOST_NAMES = 6
 SMALLEST = 0.005  # a share below is a router or the like, which is not worth a sentence
 MANY_CARDS_ONLY = "shard", "layerwise", "int8", "group_size", "state_bits", "tokens", "checkpointing"
@@ -36,11 +36,12 @@ COMPARISON_ONLY = "rank", "dtype", "state_dtype", "target_modules"  # options of
 
 @dataclass(frozen=True)
 class Coverage:
-    """What of a model is dense, in weights. ``share`` is of the matrices that are neither embeddings nor the head, and
-    ``names`` has those of them that stay dense, the largest first and with ``*`` for the layers' indices. It is empty
-    where the share is negligible."""
+    """What of a model is dense, in weights, and the bytes of its state. ``share`` is of the matrices that are neither
+    embeddings nor the head, and ``names`` has those of them that stay dense, the largest first and with ``*`` for the
+    layers' indices. It is empty where the share is negligible."""
 
     dense: int
+    state: int
     share: float
     names: tuple[str, ...]
     kinds: str
@@ -55,10 +56,11 @@ class Coverage:
         matrices = sizes.total() + sum(row.elements for row in summary.low_rank)
         share = sizes.total() / max(1, matrices)
         names = [name for name, _ in sizes.most_common()] if share >= SMALLEST else []
-        found = {row.kind for row in summary.rows}
+        found = {row.kind for row in summary.dense}
         kinds = {"embeddings": EMBEDDING in found, "head": HEAD in found, "other matrices": bool(names)}
         held = ", ".join(name for name, is_held in kinds.items() if is_held)
-        return cls(sum(row.elements for row in summary.dense), share, tuple(names), held or "norms and biases")
+        dense, state = (sum(getattr(row, part) for row in summary.dense) for part in ("elements", "state_bytes"))
+        return cls(dense, state, share, tuple(names), held or "norms and biases")
 
     @property
     def examples(self) -> str:
@@ -70,7 +72,7 @@ class Coverage:
 @dataclass(frozen=True)
 class Report:
     """One model's memory with the four methods. ``kind`` is the model's class, ``state_dtype`` APOLLO's moments'
-    dtype."""
+    dtype, ``embeddings`` how it keeps the state of embeddings and head."""
 
     model: str
     kind: str
@@ -80,6 +82,12 @@ class Report:
     rank: int
     coverage: Coverage
     methods: dict[str, Memory]
+    embeddings: str | int | None = None
+
+    @property
+    def how(self) -> str:
+        """A sentence of ``embeddings``, if it was given."""
+        return "" if self.embeddings is None else f" Embeddings and head with embeddings={self.embeddings!r}."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,13 +96,23 @@ def run(options: argparse.Namespace) -> int:
         _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"--rank {options.rank}: it must be an integer of 1 or more")
+    try:
+        checked_embeddings(options.embeddings)
+    except ValueError as error:
+        raise ValueError(f"--embeddings {options.embeddings}: {error}") from None
     if options.gpus is None:
         _refuse(
             options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs", way_out="add --gpus"
         )
     if options.paper:
         _refuse(
-            options, "model", *COMPARISON_ONLY, "single_card", "gpus", reason="--paper has the paper's own settings"
+            options,
+            "model",
+            *COMPARISON_ONLY,
+            "embeddings",
+            "single_card",
+            "gpus",
+            reason="--paper has the paper's own settings",
         )
         print(_paper_json() if options.json else _paper_text())
         return 0
@@ -118,6 +136,8 @@ def _run_single_card(options: argparse.Namespace) -> int:
     from . import single_card
 
     shape = {name: getattr(options, name) for name in ("batch", "sequence") if getattr(options, name) is not None}
+    if options.embeddings is not None:
+        shape |= single_card.OPTIONS | {"embeddings": options.embeddings}
     with _notes():
         counted = [single_card.count(model, **shape) for model in options.model or ["7B"]]
     if options.json:
@@ -146,6 +166,7 @@ def _run_many_cards(options: argparse.Namespace) -> int:
         options.state_bits or 32,
         options.checkpointing,
         options.rank,
+        embeddings=options.embeddings,
     )
     dtype = getattr(torch, options.dtype or "bfloat16")
     with _notes():
@@ -178,7 +199,10 @@ def _refuse(options: argparse.Namespace, *names: str, reason: str, way_out: str 
 
 def _report(name: str, options: argparse.Namespace) -> Report:
     dtype, state_dtype = options.dtype or "bfloat16", options.state_dtype or "float32"
-    apollo_options: dict[str, Any] = {"state_dtype": getattr(torch, state_dtype)}
+    apollo_options: dict[str, Any] = {
+        "state_dtype": getattr(torch, state_dtype),
+        "embeddings": options.embeddings,
+    }
     if options.target_modules:
         targets = options.target_modules
         apollo_options["target_modules"] = targets[0] if targets == ["all-linear"] else targets
@@ -195,7 +219,8 @@ def _report(name: str, options: argparse.Namespace) -> Report:
     except ValueError as error:
         raise ValueError(f"{name}: {error} (the options are --target-modules, and --rank, here {rank})") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Report(name, type(model).__name__, parameters, dtype, state_dtype, rank, Coverage.of(summary), methods)
+    kind, coverage = type(model).__name__, Coverage.of(summary)
+    return Report(name, kind, parameters, dtype, state_dtype, rank, coverage, methods, options.embeddings)
 
 
 def _width(model: nn.Module) -> int:
@@ -217,13 +242,13 @@ def _details(report: Report) -> str:
         rows.append([part, *(f"{getattr(memory, part):,}" for memory in memories)])
     rows.append(["total, GB", *(f"{memory.total / GB:.3f}" for memory in memories)])
     coverage = report.coverage
-    dense_state = coverage.dense * STATE_BYTES[report.state_dtype]
-    share = dense_state / memories[-1].state if memories[-1].state else 0.0
+    share = coverage.state / memories[-1].state if memories[-1].state else 0.0
     sentence = (
         f"GB = 1e9 bytes. State alone: {memories[0].state / GB:.3f} GB with AdamW, whose moments are {report.dtype} "
         f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, "
         f"{'nearly all' if share > 0.9 else f'{share:.0%}'} of it for what is not projected ({coverage.kinds})."
     )
+    sentence += report.how
     if report.dtype == "bfloat16" and report.state_dtype == "float32" and memories[-1].state > memories[0].state:
         sentence += " That is more: --state-dtype bfloat16 halves APOLLO's."
     if coverage.names:
@@ -243,7 +268,8 @@ def _summary(reports: Sequence[Report]) -> str:
         rows.append([report.model, f"{report.methods['AdamW'].weights / GB:.2f}", str(report.rank), *totals])
     sentence = (
         f"Weights, gradients and optimizer state in GB (1e9 bytes): weights and AdamW's moments in {reports[0].dtype}, "
-        f"APOLLO's moments in {reports[0].state_dtype}. Activations come on top. Exact bytes: --model 7B; the paper's "
+        f"APOLLO's moments in {reports[0].state_dtype}.{reports[0].how} Activations come on top. Exact bytes: --model "
+        "7B; the paper's "
         "figures: --paper."
     )
     return "\n".join([table(rows), "", fill(sentence)])

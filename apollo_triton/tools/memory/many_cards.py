@@ -94,6 +94,7 @@ def method(counted: ManyCards) -> str:
         "int8 weights": counted.int8,
         "8-bit moments": setup.state_bits == 8,
         "checkpointed layers": setup.checkpointing,
+        f"embeddings={setup.embeddings!r}": setup.embeddings is not None,
     }
     return ", ".join([name, *(saving for saving, is_on in savings.items() if is_on)])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...backends.reference.dense_8bit import bitsandbytes_update
+from ...core.embeddings import Embeddings
 from ...core.moments_8bit import dynamic_code
 from ...layerwise.handle import attach_layerwise
 from ...optimizer import APOLLOAdamW
@@ -33,6 +34,7 @@ class Setup:
 
     ``shard`` is "fsdp2", "hsdp" (two replicas) or "tp". ``rank`` is APOLLO's, None for APOLLO-Mini. ``adamw``:
     PyTorch's AdamW instead, with moments in the weights' dtype. Int8 weights are those of the model that is given.
+    ``embeddings`` is that of ``APOLLOAdamW``.
 
     >>> Setup(8, "hsdp").mesh
     {'replicas': 2, 'shards': 4}
@@ -45,6 +47,7 @@ class Setup:
     checkpointing: bool = False
     rank: int | None = None
     adamw: bool = False
+    embeddings: Embeddings = None
 
     @property
     def mesh(self) -> dict[str, int]:
@@ -110,10 +113,12 @@ def train(
     optimizer: torch.optim.Optimizer
     if setup.adamw:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)  # the other kinds need temporaries
-    elif setup.rank is None:
-        optimizer = APOLLOAdamW.mini(model, state_bits=setup.state_bits)
     else:
-        optimizer = APOLLOAdamW.apollo(model, setup.rank, state_bits=setup.state_bits)
+        options: dict[str, Any] = {"state_bits": setup.state_bits, "embeddings": setup.embeddings}
+        if setup.rank is None:
+            optimizer = APOLLOAdamW.mini(model, **options)
+        else:
+            optimizer = APOLLOAdamW.apollo(model, setup.rank, **options)
     if setup.layerwise:
         assert isinstance(optimizer, APOLLOAdamW)
         attach_layerwise(model, optimizer)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...backends.reference import dense_8bit
+from ...core.embeddings import Embeddings
 from ...core.targets import DEFAULT_TARGETS, Targets
 from ...int8.layers import quantize_model
 from ...int8.weight import Int8Weight
@@ -27,13 +28,15 @@ CARDS = 11, 12  # GB of the small cards that the recipe is for
 
 @dataclass(frozen=True)
 class SingleCard:
-    """Bytes at the peak of a step, for tokens of shape ``[batch, sequence]``. Each byte is in one of ``parts``."""
+    """Bytes at the peak of a step, for tokens of shape ``[batch, sequence]``. Each byte is in one of ``parts``.
+    ``embeddings`` is that of ``APOLLOAdamW.mini``, if it is not the recipe's."""
 
     model: str
     batch: int
     sequence: int
     dtype: str
     parts: dict[str, int]
+    embeddings: Embeddings = None
 
     @property
     def total(self) -> int:
@@ -81,7 +84,7 @@ def count(
         "activations of the backward": peak.working,
         "in passing, by an update": dense_8bit.PASSING,
     }
-    return SingleCard(model, batch, sequence, str(dtype).removeprefix("torch."), parts)
+    return SingleCard(model, batch, sequence, str(dtype).removeprefix("torch."), parts, options.get("embeddings"))
 
 
 def rows(counted: SingleCard) -> list[list[str]]:
@@ -95,6 +98,7 @@ def text(counted: SingleCard) -> str:
     title = (
         f"{counted.model}: a step of {counted.batch} x {counted.sequence} tokens in {counted.dtype}, int8 weights "
         "without gradients, APOLLO-Mini, layer-wise updates, checkpointed layers"
+        f"{'' if counted.embeddings is None else f', embeddings={counted.embeddings!r}'}"
     )
     verdicts = [_verdict(counted.total, card) for card in CARDS]
     sentence = (
@@ -108,6 +112,8 @@ def text(counted: SingleCard) -> str:
 def as_dict(counted: SingleCard) -> dict[str, Any]:
     """What ``--json`` prints, all sizes in bytes."""
     shape = {"model": counted.model, "batch": counted.batch, "sequence": counted.sequence, "dtype": counted.dtype}
+    if counted.embeddings is not None:
+        shape["embeddings"] = counted.embeddings
     return shape | {"parts": counted.parts, "total": counted.total}
 
 

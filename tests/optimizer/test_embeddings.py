@@ -1,0 +1,253 @@
+"""``embeddings=``: groups of their own for embeddings and head, what they hold, and what may be asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from embedding_models import VOCABULARY, WIDTH, make_model, train
+from torch import nn
+from warned import warnings_of
+
+from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model
+from apollo_triton.core import gpu
+from apollo_triton.core.embeddings import CHOICES
+from apollo_triton.tools.llama import meta_model
+
+MAKERS = {
+    "mini": APOLLOAdamW.mini,
+    "constructor": lambda model, **options: APOLLOAdamW(
+        model.named_parameters(), rank=1, scale_type="tensor", **options
+    ),
+    "groups": lambda model, **options: APOLLOAdamW(apollo_param_groups(model, 1, scale_type="tensor", **options)),
+}
+MADE = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def grouped(optimizer, *keys):
+    return {group["name"]: [group["param_names"], *map(group.get, keys)] for group in optimizer.param_groups}
+
+
+@MADE
+def test_embeddings_and_head_get_groups_of_their_own(make):
+    """Keys that go to the router or the norms, a head that stays with them, or one that gets the embeddings' rate."""
+    optimizer = make(make_model(), embeddings="rows-8bit", dense_lr=0.5, embedding_lr=0.25)
+    keys = "lr", "second_moment", "state_bits", "embeddings"
+    own = ["row", 8, "rows-8bit"]
+    found = grouped(optimizer, *keys)
+    assert [*found] == ["low-rank", "dense", "head", "embeddings", "norms and biases"]
+    assert found["dense"] == [["router.weight"], 0.5, None, 32, None]
+    assert found["head"] == [["lm_head.weight"], 0.5, *own]
+    assert found["embeddings"] == [["wte.weight"], 0.25, *own]
+    assert found["low-rank"][2:] == found["norms and biases"][2:] == [None, 32, None]
+
+
+@MADE
+def test_without_it_the_groups_are_as_they_were(make):
+    """A head that is taken out of the dense group in every run, so that no older checkpoint fits."""
+    groups = make(make_model()).param_groups
+    assert [group["name"] for group in groups] == ["low-rank", "dense", "embeddings", "norms and biases"]
+    assert groups[1]["param_names"] == ["router.weight", "lm_head.weight"]
+    assert not any({"embeddings", "second_moment"} & group.keys() for group in groups)
+
+
+@MADE
+def test_a_tied_head_is_an_embedding(make):
+    found = grouped(make(make_model(tied=True), embeddings="rows"), "second_moment")
+    assert "head" not in found
+    assert found["embeddings"] == [["wte.weight"], "row"]
+
+
+@pytest.mark.parametrize("value", [4, {"rank": 4, "scale_type": "channel", "proj_type": "right"}])
+def test_a_rank_keeps_a_factor_for_each_row(value):
+    """The rank of the matrices, or Mini's one factor for a tensor, or for a table with fewer rows than columns a factor
+    for each column."""
+    model = make_model()
+    model["types"] = nn.Embedding(2, WIDTH)
+    optimizer = APOLLOAdamW.mini(model, embeddings=value)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        if group["name"] in ("head", "embeddings"):
+            assert (group["rank"], group["scale_type"], group["scale"]) == (4, "channel", "auto")
+    shapes = [tuple(optimizer.state[model[name].weight]["exp_avg"].shape) for name in ("wte", "lm_head", "types", "up")]
+    assert shapes == [(VOCABULARY, 4), (VOCABULARY, 4), (2, 4), (32, 1)]
+    assert optimizer.summary().rows[0].rank == 1
+
+
+@MADE
+def test_a_mapping_has_keys_of_a_group(make):
+    """Keys that are dropped, and a dtype by its name, as command lines and YAML have it."""
+    given = {"second_moment": "row", "state_dtype": "bfloat16", "weight_decay": 0.125}
+    optimizer = make(make_model(), embeddings=given)
+    for group in optimizer.param_groups:
+        is_own = group["name"] in ("head", "embeddings")
+        assert (group.get("second_moment") == "row") == (group["state_dtype"] == "bfloat16") == is_own
+        assert (group["weight_decay"] == 0.125) == is_own
+    assert given == {"second_moment": "row", "state_dtype": "bfloat16", "weight_decay": 0.125}
+
+
+@MADE
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("row", r"Invalid embeddings: 'row' \(allowed: None, '8bit', 'rows', 'rows-8bit', an integer of 1 or more"),
+        ("16", r"Invalid embeddings: '16' .* it is a string: convert it"),
+        (True, "Invalid embeddings: True"),
+        (0, "Invalid embeddings: 0"),
+        (4.0, "Invalid embeddings: 4.0"),
+        ({}, r"Invalid embeddings: \{\}"),
+        ({"second_moment": "rows"}, r"embeddings=\{'second_moment': 'rows'\}: Invalid second_moment: 'rows' \(allowed"),
+        ({"rank": 4, "second_moment": "row"}, "second_moment='row' is for dense groups"),
+        (64, "rank 64 is above its projected width 16"),
+    ],
+)
+def test_values_that_are_not_allowed(make, value, message):
+    with pytest.raises(ValueError, match=message):
+        make(make_model(), embeddings=value)
+
+
+def test_unknown_keys_and_two_rates():
+    with pytest.raises(TypeError, match=r"unknown option 'second_momnt' \(did you mean 'second_moment'\?\)"):
+        APOLLOAdamW.mini(make_model(), embeddings={"second_momnt": "row"})
+    with pytest.raises(ValueError, match="both give a learning rate; leave one out"):
+        APOLLOAdamW.mini(make_model(), embeddings={"lr": 1e-3}, embedding_lr=1e-3)
+
+
+def test_an_argument_without_effect_is_refused_or_warned_of():
+    """An argument that silently does nothing: without names, without a rank, without embeddings, and beside targets
+    that take the head."""
+    model = make_model()
+    with pytest.raises(ValueError, match="embeddings='rows' goes by names, and there are parameters without names"):
+        APOLLOAdamW(model.parameters(), rank=1, embeddings="rows")
+    with pytest.raises(ValueError, match="embeddings='rows' has no effect without a rank"):
+        APOLLOAdamW(model.named_parameters(), embeddings="rows")
+    encoder = nn.ModuleDict({"up": nn.Linear(WIDTH, 32)})
+    for make, of in ((APOLLOAdamW.apollo, lambda model: model), (APOLLOAdamW, nn.Module.named_parameters)):
+        (text,) = warnings_of(make, of(encoder), rank=4, embeddings="rows")
+        assert "embeddings='rows' has no effect: no" in text
+        (text,) = warnings_of(make, of(model), rank=4, embeddings="rows", target_modules=["auto", "lm_head"])
+        assert "embeddings='rows' has no effect on lm_head.weight, which target_modules makes low-rank" in text
+        assert not warnings_of(make, of(model), rank=4, embeddings="rows")
+    assert not warnings_of(APOLLOAdamW, apollo_param_groups(model, 4, embeddings="rows"))
+    (text,) = warnings_of(APOLLOAdamW, [{"params": [model["up"].weight], "rank": 4, "embeddings": "rows"}])
+    assert "'embeddings' does nothing in a group: it is an argument" in text
+
+
+def test_a_table_of_one_row_keeps_a_second_moment_for_each_element():
+    """One second moment for all positions of a vision transformer, which has them as [1, positions, width]."""
+    model = make_model()
+    model.register_parameter("position_embeddings", nn.Parameter(torch.ones(1, 5, 7)))
+    optimizer = APOLLOAdamW.mini(model, embeddings="rows")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert grouped(optimizer)["embeddings"] == [["position_embeddings", "wte.weight"]]
+    assert optimizer.state[model.position_embeddings]["exp_avg_sq"].shape == (1, 5, 7)
+
+
+def test_an_int8_head_needs_a_rank():
+    """AdamW does not train int8 weights, whatever its moments are."""
+    model = quantize_model(make_model(), target_modules=["lm_head"], group_size=WIDTH)
+    with pytest.raises(ValueError, match=r"lm_head.weight.* is int8 and its group has no 'rank'"):
+        APOLLOAdamW.mini(model, embeddings="rows")
+    assert grouped(APOLLOAdamW.mini(model, embeddings=4), "rank")["head"] == [["lm_head.weight"], 4]
+
+
+def test_other_ways_to_the_constructor():
+    """A subclass or a group of one's own that loses the argument, and groups that are added later."""
+    optimizer = QAPOLLOAdamW(make_model().named_parameters(), rank=4, embeddings="rows")
+    assert grouped(optimizer, "second_moment")["head"] == [["lm_head.weight"], "row"]
+    decayed = [{"params": [*make_model().named_parameters()], "weight_decay": 0.5, "scale_type": "tensor"}]
+    found = grouped(APOLLOAdamW(decayed, rank=4, embeddings=8), "weight_decay", "scale_type", "rank")
+    assert found["head"] == [["lm_head.weight"], 0.5, "channel", 8]
+    optimizer = APOLLOAdamW.mini(nn.ModuleDict({"up": nn.Linear(WIDTH, 32), "wte": nn.Embedding(8, 8)}), embeddings=4)
+    optimizer.add_param_group({"params": [("lm_head.weight", nn.Parameter(torch.ones(32, 16)))]})
+    assert grouped(optimizer, "rank")["head"] == [["lm_head.weight"], 4]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_it_trains_as_groups_by_hand(name):
+    """Keys that stand in a group, and the step reads others."""
+    models = [make_model(), make_model()]
+    groups = apollo_param_groups(models[1], 1, scale_type="tensor")
+    head = {"params": [groups[1]["params"].pop()], "param_names": [groups[1]["param_names"].pop()]} | CHOICES[name]
+    groups[2] |= CHOICES[name]
+    optimizers = [APOLLOAdamW.mini(models[0], embeddings=name), APOLLOAdamW([*groups, head])]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("value", "gradients"), [("rows", "freed"), (4, "none")])
+def test_layer_wise_updates_take_it_too(value, gradients):
+    """Hooks that read another group's settings: the same weights as by step()."""
+    models = [make_model() for _ in range(2)]
+    optimizers = [APOLLOAdamW.mini(model, embeddings=value) for model in models]
+    handle = attach_layerwise(models[1], optimizers[1], gradients=gradients)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer)
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(first, second, rtol=0 if gradients == "freed" else 1e-5, atol=1e-7)
+    handle.remove()
+
+
+# LLaMA of a width w, an intermediate width i, l layers and v tokens with Mini. A matrix has two moments of 4 bytes for
+# each of its channels, which are the longer side: w four times, i three times. l * 2 + 1 norms have 8 bytes an element.
+# Each parameter has a step count, and each matrix an update norm, of 4 bytes.
+LLAMAS = {"60M": (512, 1376, 8, 32000), "7B": (4096, 11008, 32, 32000)}
+
+
+@pytest.mark.parametrize("size", LLAMAS)
+def test_state_of_llama_counted_by_hand(size):
+    """State that is counted otherwise than it is kept, or tables that keep a second moment for each element."""
+    width, inner, layers, tokens = LLAMAS[size]
+    table = width * tokens
+    rest = layers * 8 * (4 * width + 3 * inner) + (2 * layers + 1) * 8 * width
+    rest += 4 * (2 + layers * 9 + 1) + 4 * layers * 7
+    of_table = {
+        None: 8 * table,
+        "8bit": 2 * (table + 4 * table // 256),
+        "rows": 4 * table + 4 * tokens,
+        "rows-8bit": table + 4 * table // 256 + 4 * tokens,
+        16: 4 * 2 * 16 * tokens + 4,  # moments of 16 numbers a row, and an update norm
+    }
+    model = meta_model(size)
+    for embeddings, expected in of_table.items():
+        summary = APOLLOAdamW.mini(model, lr=1e-3, embeddings=embeddings).summary()
+        assert summary.state_bytes == 2 * expected + rest, embeddings
+        of_both = [row.state_bytes for row in summary.rows if row.kind in ("embedding", "head")]
+        assert of_both == [expected + 4] * 2  # a step count each
+    eighth_bits = 2 * of_table["rows-8bit"] + rest
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert eighth_bits < 8 * parameters / 10
+    assert size != "7B" or eighth_bits < 0.3e9
+
+
+def test_the_summary_says_how_the_state_is_kept():
+    """A user who cannot see that the argument has arrived. A table has 4096 codes, 16 scales, 256 second moments and a
+    step count: 4096 + 4 * (16 + 256 + 1) = 5188 bytes."""
+    text = " ".join(str(APOLLOAdamW.mini(make_model(), embeddings="rows-8bit").summary()).split())
+    assert "- wte.weight, 5.2 kB: embedding, embeddings='rows-8bit'" in text
+    assert "- lm_head.weight, 5.2 kB: head, embeddings='rows-8bit'" in text
+
+
+@pytest.mark.parametrize("backend", [pytest.param("interpreter", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize(
+    "embeddings",
+    ["rows", pytest.param({"weight_decay": 0.5}, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)],
+)
+def test_embeddings_and_head_share_launches(backend, embeddings, monkeypatch):
+    """Launches for each of the two groups. Four are for the matrices of two orientations, two for all other dense
+    weights, and two for embeddings and head together, which have one orientation if they are low-rank."""
+    launched = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
+    model = make_model()
+    optimizer = APOLLOAdamW.mini(model, embeddings=embeddings)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    launched.clear()
+    optimizer.step()
+    assert len(launched) == 4 + 2 + 2
