@@ -59,19 +59,37 @@ def best_index(found: Found) -> float | None:
 
 
 def rate_at(method: str, index: float) -> float:
-    """The rate of a sweep's index, of three digits, so that names stay short."""
-    return float(f"{TUNED[method].first_rate * 2.0**index:.3g}")
+    """The rate of a sweep's index."""
+    return rate_of(TUNED[method].first_rate, index)
+
+
+def rate_of(first_rate: float, index: float) -> float:
+    """The rate of an index, of three digits, so that names stay short."""
+    return float(f"{first_rate * 2.0**index:.3g}")
+
+
+def index_of(first_rate: float, rate: float) -> float:
+    """The index of a rate that ``rate_of`` gave, in quarters.
+
+    >>> index_of(5e-3, rate_of(5e-3, -1.25))
+    -1.25
+    """
+    return round(4 * math.log2(rate / first_rate)) / 4
+
+
+def loss_of(row: Row) -> float:
+    """A run's loss. Divergence counts as worse than anything."""
+    loss = row["held_out_loss"]
+    return math.inf if loss is None else loss
 
 
 def sweep_of(rows: Iterable[Row], method: str, model: str) -> dict[float, float]:
-    """The losses of a method's sweep. Divergence counts as worse than anything."""
+    """The losses of a method's sweep."""
     found = {}
     for row in rows:
         of_sweep = (method, "fifth", 0, model, VOCABULARY)
         if tuple(row[key] for key in ("method", "length", "seed", "model", "vocabulary")) == of_sweep:
-            index = round(4 * math.log2(row["rate"] / TUNED[method].first_rate)) / 4
-            loss = row["held_out_loss"]
-            found[index] = math.inf if loss is None else loss
+            found[index_of(TUNED[method].first_rate, row["rate"])] = loss_of(row)
     return found
 
 
@@ -119,7 +137,7 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
 def best_momentum_head(rows: Iterable[Row], template: Job) -> str | None:
     """The head with momentum whose size of updates is best with seed 0; None until all have run."""
     losses = {
-        row["method"]: math.inf if row["held_out_loss"] is None else row["held_out_loss"]
+        row["method"]: loss_of(row)
         for row in rows
         if row["method"] in MOMENTUM_HEADS
         and row["seed"] == 0

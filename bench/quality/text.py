@@ -44,7 +44,12 @@ def text_versions() -> dict[str, str | None]:
 
 def held_out_bytes(language: str = PYTHON) -> int:
     """The size of the text that is held out."""
-    return len(_split(language)[1])
+    return len(held_out_text(language))
+
+
+def held_out_text(language: str) -> bytes:
+    """The text that is held out."""
+    return _split(language)[1]
 
 
 @functools.cache
