@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -161,16 +162,18 @@ def fine_tuned(job: Tuning, start: Start) -> Row:
         run.advance()
         if run.has_diverged:
             break
-    if ended := not run.has_diverged:
+    if not run.has_diverged:
         run.evaluate()
+    loss = run.history.held_out_loss.get(job.steps, math.nan)  # NaN too if the last step diverged
+    has_loss = math.isfinite(loss)
     return {
         **asdict(job),
         "model": start.model,
         "checkpoint": start.fingerprint,
         "held_out_loss_before": run.history.held_out_loss[0],
-        "held_out_loss": run.history.held_out_loss[job.steps] if ended else None,
+        "held_out_loss": loss if has_loss else None,
         "known_loss_before": known_before,
-        "known_loss": run.mean_loss(known) if ended else None,
+        "known_loss": run.mean_loss(known) if has_loss else None,
         "trained_weights": sum(weight.numel() for weight in _trained(run.model)),
         "weight_bytes": sum(weight.nbytes for weight in run.model.parameters()),
         "gradient_bytes": sum(weight.grad.nbytes for weight in run.model.parameters() if weight.grad is not None),
