@@ -139,7 +139,7 @@ def read_checkpoint(folder: Path) -> Start:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].numpy().tobytes())
-    known, new = (corpus(row["vocabulary"], language) for language in (PYTHON, CPP))
+    known, new = corpus(row["vocabulary"]), corpus(row["vocabulary"], CPP)
     return Start(row["model"], weights, digest.hexdigest()[:12], known, new)
 
 

@@ -24,6 +24,7 @@ PYTHON, CPP = "Python", "C++"
 BYTES = 256  # a vocabulary of this size: each byte is a token
 
 
+@functools.cache
 def corpus(vocabulary: int, language: str = PYTHON) -> Corpus:
     """A language's text as tokens of the Python text's BPE."""
     train, held_out = _split(language)
