@@ -75,22 +75,37 @@ def best_index(found: Found) -> float | None:
 
 
 def rate_at(method: str, index: float, model: str) -> float:
-    """The rate of a sweep's index, of three digits, so that names stay short. The wider a model, the lower it is: in
-    bench/rates.py the best rate fell with the width from 128 on."""
-    first = TUNED[method].first_rate * SIZES[SMALL].hidden / SIZES[model].hidden
-    return float(f"{first * 2.0**index:.3g}")
+    """The rate of a sweep's index. The wider a model, the lower it is: in bench/rates.py the best rate fell with the
+    width from 128 on."""
+    return rate_of(TUNED[method].first_rate * SIZES[SMALL].hidden / SIZES[model].hidden, index)
+
+
+def rate_of(first_rate: float, index: float) -> float:
+    """The rate of an index, of three digits, so that names stay short."""
+    return float(f"{first_rate * 2.0**index:.3g}")
+
+
+def index_of(first_rate: float, rate: float) -> float:
+    """The index of a rate that ``rate_of`` gave, in quarters.
+
+    >>> index_of(5e-3, rate_of(5e-3, -1.25))
+    -1.25
+    """
+    return round(4 * math.log2(rate / first_rate)) / 4
+
+
+def loss_of(row: Row) -> float:
+    """A run's loss. Divergence counts as worse than anything."""
+    loss = row["held_out_loss"]
+    return math.inf if loss is None else loss
 
 
 def sweep_of(rows: Iterable[Row], method: str, template: Job) -> dict[float, float]:
-    """The losses of a method's sweep. Divergence counts as worse than anything."""
+    """The losses of a method's sweep."""
     of_sweep = asdict(replace(template, method=method, length="fifth", seed=0, vocabulary=VOCABULARY))
     del of_sweep["rate"]
-    found = {}
-    for row in rows:
-        if of_sweep.items() <= row.items():
-            index = round(4 * math.log2(row["rate"] / rate_at(method, 0, template.model))) / 4
-            found[index] = _loss(row)
-    return found
+    first = rate_at(method, 0, template.model)
+    return {index_of(first, row["rate"]): loss_of(row) for row in rows if of_sweep.items() <= row.items()}
 
 
 def best_rate(rows: Iterable[Row], method: str, template: Job) -> float | None:
@@ -136,7 +151,9 @@ def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
     wanted = asdict(replace(template, length="fifth", seed=0, vocabulary=VOCABULARY))
     del wanted["rate"], wanted["method"]
     variants = OPTIONS[option]
-    losses = {row["method"]: _loss(row) for row in rows if row["method"] in variants and wanted.items() <= row.items()}
+    losses = {
+        row["method"]: loss_of(row) for row in rows if row["method"] in variants and wanted.items() <= row.items()
+    }
     return min(losses, key=lambda name: losses[name]) if len(losses) == len(variants) else None
 
 
@@ -148,9 +165,5 @@ def seeds_of(method: str, rows: Iterable[Row], template: Job) -> tuple[int, ...]
     for name in (method, ADAMW if method in TUNED else VARIANTS[method].base):
         wanted = asdict(replace(template, method=name, length="fifth", seed=0, vocabulary=VOCABULARY))
         del wanted["rate"]
-        losses.append(min((_loss(row) for row in rows if wanted.items() <= row.items()), default=0.0))
+        losses.append(min((loss_of(row) for row in rows if wanted.items() <= row.items()), default=0.0))
     return SEEDS if losses[0] <= (1 + OUT_OF_REACH) * losses[1] else SEEDS[:1]
-
-
-def _loss(row: Row) -> float:
-    return math.inf if row["held_out_loss"] is None else row["held_out_loss"]

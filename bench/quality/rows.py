@@ -1,4 +1,4 @@
-"""The study's results, ``results/<machine>/quality.json``: a row for each run that ended. A row is never dropped.
+"""The study's results, ``results/<machine>/quality*.json``: a row for each run that ended. A row is never dropped.
 
 Each row has the versions, the source and the commit that it was measured with: the study takes hours, in which the
 package may change, and most changes do not concern what a run trains.
@@ -10,30 +10,37 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from ..results_file import RESULTS, Row, describe, folder_name, write_whole
-from .run import Job
+
+
+class Named(Protocol):
+    """What determines a run, and has a name of its own for each."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class Rows:
-    """The rows of one machine, by the names of their jobs."""
+    """The rows of one machine in ``file``, by the names of their jobs."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", file: str = "quality") -> None:
         self._machine = describe(device)
         folder = Path(os.environ.get("APOLLO_RESULTS", RESULTS))
-        self.path = folder / folder_name(self._machine) / "quality.json"
+        self.path = folder / folder_name(self._machine) / f"{file}.json"
         self._rows = read(self.path) if self.path.exists() else {}
 
-    def __contains__(self, job: Job) -> bool:
+    def __contains__(self, job: Named) -> bool:
         return job.name in self._rows
 
-    def __getitem__(self, job: Job) -> Row:
+    def __getitem__(self, job: Named) -> Row:
         return self._rows[job.name]
 
     def all(self) -> Iterable[Row]:
         return self._rows.values()
 
-    def add(self, job: Job, row: Row) -> None:
+    def add(self, job: Named, row: Row) -> None:
         """Write a row, in place of one of the same job. The file is complete whenever the program ends."""
         self._rows[job.name] = {"id": job.name, **row}
         lines = ",\n".join(json.dumps(self._rows[name]) for name in sorted(self._rows))

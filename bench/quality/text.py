@@ -24,6 +24,7 @@ PYTHON, CPP = "Python", "C++"
 BYTES = 256  # a vocabulary of this size: each byte is a token
 
 
+@functools.cache
 def corpus(vocabulary: int, language: str = PYTHON) -> Corpus:
     """A language's text as tokens of the Python text's BPE."""
     train, held_out = _split(language)
@@ -44,7 +45,12 @@ def text_versions() -> dict[str, str | None]:
 
 def held_out_bytes(language: str = PYTHON) -> int:
     """The size of the text that is held out."""
-    return len(_split(language)[1])
+    return len(held_out_text(language))
+
+
+def held_out_text(language: str) -> bytes:
+    """The text that is held out."""
+    return _split(language)[1]
 
 
 @functools.cache

@@ -6,6 +6,8 @@ import ast
 import json
 import math
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,92 @@ def test_fine_tuning(
     again = transformers.AutoModelForCausalLM.from_pretrained("parts").state_dict()
     assert_same_bits(again, after)
     assert trainers[2].batches < trainers[0].batches == trainers[1].batches
+
+
+PIECES = {"first.txt": "ab", "second.txt": "wxyz"}  # repeated: each 256 tokens of a file are the same
+ATTENTION, MLP = 64 * 64, 64 * 128  # weights of a matrix of the fixture's model: 3 and 2 of them are trained
+
+
+def loss_on(folder: Path | str, text: str) -> float:
+    """The loss of a folder's model on 256 bytes, whose tokens are places in the sorted names of bytes."""
+    import transformers
+    from tokenizers import pre_tokenizers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = torch.tensor([[names.index(letter) for letter in text * (256 // len(text))]])
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]).item()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "trained", "state"),
+    [
+        # Adapters of rank 32 have 32 columns and 32 rows. AdamW: two moments of each, and a step of each tensor.
+        ("lora", 32 * (3 * 128 + 2 * 192), 8 * 32 * (3 * 128 + 2 * 192) + 10 * 4),
+        pytest.param("adamw", 3 * ATTENTION + 2 * MLP, 8 * (3 * ATTENTION + 2 * MLP) + 5 * 4, marks=pytest.mark.full),
+        # Two moments of [rank, longer side], and a few numbers of each matrix.
+        pytest.param("apollo", 3 * ATTENTION + 2 * MLP, 8 * 32 * (3 * 64 + 2 * 128), marks=pytest.mark.full),
+        pytest.param("mini", 3 * ATTENTION + 2 * MLP, 8 * (3 * 64 + 2 * 128), marks=pytest.mark.full),
+    ],
+)
+def test_a_second_text(method: str, trained: int, state: int, tiny_model: Path, run: Run, monkeypatch: Any) -> None:
+    """Forgetting that is measured on the second text, or not from the model as it was; bytes that leave something out;
+    a run that goes on with fresh adapters; a folder that does not load."""
+    import transformers
+
+    arguments = transformers.TrainingArguments
+    often = lambda *given, **named: arguments(*given, **named | {"save_steps": 1})  # noqa: E731
+    monkeypatch.setattr(transformers, "TrainingArguments", often)
+    for name, text in PIECES.items():
+        Path(name).write_text(text * (3000 // len(text)))
+    command = [
+        f"--model={tiny_model}",
+        "--data=second.txt",
+        "--first-text=first.txt",
+        f"--method={method}",
+        "--lr=3e-3",
+    ]
+    found = run(*command, "--folder=tuned", name="finetune_sft")
+    losses = re.findall(r"--[a-z-]+ (\w+.txt): held-out loss ([\d.]+) -> ([\d.]+)\n", found)
+    assert [name for name, *_ in losses] == ["second.txt", "first.txt"]
+    for name, before, after in losses:
+        assert float(before) == pytest.approx(loss_on(tiny_model, PIECES[name]), abs=1e-4)  # of four digits
+        assert float(after) == pytest.approx(loss_on("tuned", PIECES[name]), abs=1e-4)
+    assert float(losses[0][1]) - float(losses[0][2]) > 0.01
+    assert f"trained: {trained:,} parameters of " in found
+    weights = 2 * 257 * 64 + 4 * ATTENTION + 3 * MLP + 3 * 64 + (trained if method == "lora" else 0)
+    sizes = re.search(r"weights ([\d,]+) bytes, gradients ([\d,]+) bytes, optimizer state ([\d,]+) bytes\n", found)
+    assert sizes
+    shown = [int(size.replace(",", "")) for size in sizes.groups()]
+    assert shown[:2] == [4 * weights, 4 * trained]
+    assert state <= shown[2] <= state + (0 if method in ("adamw", "lora") else 5 * 32)
+
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    ended = (Path("tuned") / name).read_bytes()
+    for path in Path("tuned/checkpoint-3").iterdir():
+        path.unlink()
+    Path("tuned/checkpoint-3").rmdir()
+    again = run(*command, "--folder=tuned", "--resume", name="finetune_sft")
+    assert f"begins after {Path('tuned/checkpoint-2')}" in again
+    assert again.splitlines()[-3:] == found.splitlines()[-3:]
+    assert (Path("tuned") / name).read_bytes() == ended
+
+
+def test_what_a_method_lacks_is_named(
+    tiny_model: Path, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = [f"--model={tiny_model}", "--data=second.txt"]
+    with pytest.raises(SystemExit):
+        run(*same, "--method=sgd", name="finetune_sft")
+    error = capsys.readouterr().err
+    assert all(name in error for name in ("sgd", "adamw", "apollo", "lora", "mini"))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"--method lora needs peft: pip install 'apollo-triton\[recipes\]'"):
+        run(*same, "--method=lora", name="finetune_sft")
 
 
 BAD_DATA = {

@@ -136,11 +136,15 @@ class Run:
         self.history.step_seconds.append(now - started)
         self.step += 1
 
-    @torch.no_grad()
     def evaluate(self) -> None:
         """Add the mean loss on the held-out text, in nats a token, to the history."""
-        losses = [self._loss(windows).item() for windows in self._held_out.split(32)]
-        self.history.held_out_loss[self.step] = sum(losses) / len(losses)
+        self.history.held_out_loss[self.step] = self.mean_loss(self._held_out)
+
+    @torch.no_grad()
+    def mean_loss(self, windows: Tensor) -> float:
+        """The mean loss on ``windows [count, length]`` of a text, in nats a token."""
+        losses = [self._loss(part).item() for part in windows.split(32)]
+        return sum(losses) / len(losses)
 
     def state_bytes(self) -> int:
         """Bytes of all tensors in the optimizer's state."""
