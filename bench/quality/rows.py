@@ -47,6 +47,14 @@ class Rows:
         write_whole(self.path, f'{{"machine": {json.dumps(self._machine)},\n "rows": [\n{lines}\n]}}\n')
 
 
+def of_every_machine(file: str = "quality") -> dict[str, Row]:
+    """The rows of all results folders by their names; of equal names those of the first folder."""
+    found: dict[str, Row] = {}
+    for path in sorted(Path(os.environ.get("APOLLO_RESULTS", RESULTS)).glob(f"*/{file}.json")):
+        found = read(path) | found
+    return found
+
+
 def read(path: Path) -> dict[str, Row]:
     """The rows of a results file by their names."""
     return {row["id"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}

@@ -7,7 +7,7 @@ common, such as a seed whose weights begin well, cancels. The interval is Studen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..report_data import mean_and_margin
@@ -19,12 +19,24 @@ BETTER, WORSE, UNSEEN = "better", "worse", "no difference seen"
 
 @dataclass(frozen=True)
 class Difference:
-    """How far losses lie above others of the same seeds, in percent of these: the mean over ``seeds`` seeds and the
-    half-width of its 95 % interval, which is infinite for one seed."""
+    """How far losses lie above others of the same seeds, in percent of these: the mean over ``seeds`` runs, the
+    half-width of its 95 % interval, which is infinite for one run, and each run's."""
 
     mean: float
     margin: float
     seeds: int
+    percents: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, percents: Iterable[float]) -> Difference:
+        """The difference of one or more runs.
+
+        >>> Difference.of([1.0, 2.0, 3.0])
+        Difference(mean=2.0, margin=2.484338..., seeds=3, percents=(1.0, 2.0, 3.0))
+        """
+        values = [*percents]
+        mean, margin = mean_and_margin(values)
+        return cls(mean, math.inf if margin is None else margin, len(values), tuple(values))
 
     @property
     def verdict(self) -> str:
@@ -52,15 +64,22 @@ def difference(runs: BySeed, base: BySeed) -> Difference | None:
     """Of the seeds that both have. None if there are none, or if one of these runs diverged: it has no loss.
 
     >>> def runs(*losses): return {seed: {"held_out_loss": loss} for seed, loss in enumerate(losses)}
-    >>> difference(runs(2.02, 3.06), runs(2.0, 3.0)).mean, difference(runs(2.02, None), runs(2.0, 3.0))
-    (1.5, None)
+    >>> difference(runs(2.5, 3.75), runs(2.0, 3.0)).mean, difference(runs(2.5, None), runs(2.0, 3.0))
+    (25.0, None)
     """
     shared = sorted(runs.keys() & base.keys())
     pairs = [(runs[seed]["held_out_loss"], base[seed]["held_out_loss"]) for seed in shared]
     if not pairs or any(loss is None for pair in pairs for loss in pair):
         return None
-    mean, margin = mean_and_margin([100 * (loss / other - 1) for loss, other in pairs])
-    return Difference(mean, math.inf if margin is None else margin, len(pairs))
+    return Difference.of(100 * (loss / other - 1) for loss, other in pairs)
+
+
+def together(found: Iterable[Difference | None]) -> Difference | None:
+    """All runs of several differences as one; None if one of them is missing."""
+    differences = list(found)
+    if not all(differences):
+        return None
+    return Difference.of(percent for each in differences if each for percent in each.percents)
 
 
 def share_to_loss(row: Row, target: Row) -> float | None:

@@ -10,7 +10,7 @@ from ..report_tables import table
 from ..results_file import Row, folder_name
 from .methods import ADAMW, FAST_ADAMW, FAST_MINI, TUNED
 from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
-from .statistics import Difference, mean_and_margin, share_to_loss
+from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
 from .text import PACKAGES as TEXT
 from .variants import LIMITERS, OPTIONS, REFRESHES, VARIANTS
@@ -56,16 +56,16 @@ def embeddings(study: Study) -> str:
     """Mini with other state of embeddings and head against Mini with AdamW's, at each vocabulary."""
     columns = [(length, vocabulary) for vocabulary, length in VOCABULARIES.items()]
     lines = [["AdamW's: held-out loss", *(_losses(study.runs(FAST_MINI, *column)) for column in columns)]]
-    lines[0] += [_bytes(study.runs(FAST_MINI, *column)) for column in columns]
+    lines[0] += ["", *(_bytes(study.runs(FAST_MINI, *column)) for column in columns)]
     wanted = [(FAST_MINI, *column) for column in columns]
     for option in OPTIONS:
         method = study.best_of(option)
         found = [study.difference(method, FAST_MINI, *column) if method else None for column in columns]
-        cells = [_within(each) for each in found]
+        cells = [_within(each) for each in (*found, together(found))]
         cells += [_bytes(study.runs(method, *column)) if method else "" for column in columns]
         wanted += [(method, *column) for column in columns] if method else []
         lines.append([option, *cells])
-    heads = [f"vocabulary {vocabulary}" for vocabulary in VOCABULARIES]
+    heads = [*(f"vocabulary {vocabulary}" for vocabulary in VOCABULARIES), "all together"]
     heads += [f"state at {vocabulary}, bytes" for vocabulary in VOCABULARIES]
     return _with_missing(study, heads, lines, wanted) + "\n\n" + _choices(study)
 

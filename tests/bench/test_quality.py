@@ -23,7 +23,7 @@ from bench.quality.methods import ADAMW, APOLLO, FAST_ADAMW, FAST_MINI, MINI, TU
 from bench.quality.plan import MOST_SWEEP_RUNS, SEEDS, SWEEP_RUNS, TO_THE_END, best_index, next_index
 from bench.quality.rows import Rows, read
 from bench.quality.run import Job
-from bench.quality.statistics import Difference, difference, share_to_loss
+from bench.quality.statistics import Difference, difference, share_to_loss, together
 from bench.quality.study import Study
 from bench.quality.tables import TABLES
 from bench.quality.variants import LIMITERS, OPTIONS, REFRESHES, VARIANTS
@@ -259,7 +259,20 @@ def test_options_of_embeddings_are_compared_at_their_vocabulary(rows):
                 row["held_out_loss"] = base[row["seed"]]["held_out_loss"] * factor
     shown = cells(TABLES["embeddings"](Study(rows)), "by row")
     assert (shown[0], shown[2]) == ("+0.60 ± 0.00, no", "+0.40 ± 0.00, yes")
-    assert shown[3:] == [f"{size:,}"] * 3
+    assert shown[4:] == [f"{size:,}"] * 3
+    fewer = [row for row in rows if (row["method"], row["vocabulary"]) != (option, 256)]
+    assert cells(TABLES["embeddings"](Study(fewer)), "by row")[3] == ""
+
+
+def test_differences_together_are_those_of_all_runs():
+    """A mean of means, whose interval has three numbers in place of six; one that is missing left out.
+
+    Six numbers of mean 2 whose squared deviations add up to 10 have a standard deviation of sqrt(2), and t is 2.571.
+    """
+    found = together([Difference.of([0.0, 1.0, 2.0]), Difference.of([2.0, 3.0, 4.0])])
+    assert (found.mean, found.seeds) == (2.0, 6)
+    assert found.margin == pytest.approx(2.571 * math.sqrt(2) / math.sqrt(6))
+    assert together([found, None]) is None
 
 
 def test_losses_of_other_text_are_refused(rows):
@@ -340,19 +353,26 @@ def test_an_interrupted_write_leaves_the_rows_as_they_were(results, monkeypatch)
 def test_a_row_that_is_not_there_is_answered_with_others(results):
     job = Job(MUON, 0.5)
     results.add(job, row_of(job, 2.0))
-    with pytest.raises(SystemExit, match=f"--row 'Muon, rate 9': .* has no such row; it has, for example: {job.name}"):
+    with pytest.raises(
+        SystemExit, match=f"--row 'Muon, rate 9': there is no such row; there are, for example: {job.name}"
+    ):
         program.run_again("Muon, rate 9", results, "cpu")
 
 
 def test_a_row_is_run_again_as_it_was_and_compared(results, monkeypatch, capsys):
-    """A run of another model or batch than the row's; losses that are called the same because they look so."""
+    """Another batch, seed or model than the row's; a difference that is not told; rows of other machines not found."""
     job = Job(MUON, 0.5, "half", 2, 256, "60M", 512, 64, 2.0)
-    results.add(job, row_of(job, 2.0))
-    asked, losses = [], iter((2.0, math.nextafter(2.0, 3.0)))
-    monkeypatch.setattr(program, "row_of", lambda job, device: asked.append(job) or row_of(job, next(losses)))
-    assert [program.run_again(job.name, results, "cpu") for _ in range(2)] == [0, 1]
-    assert asked == [job, job]
-    assert "The losses differ: 2.0000000000000004, 2.0." in capsys.readouterr().out
+    folder = results.path.parent.with_name("another machine")
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps({"rows": [row_of(job, 2.0)]}))
+    answers = {2.0: 0, math.nextafter(2.0, 3.0): 0, 2.2: 1, None: 1}
+    for loss, code in answers.items():
+        monkeypatch.setattr(program, "row_of", lambda again, device, loss=loss: row_of(again, loss))
+        assert program.run_again(job.name, results, "cpu") == code
+    printed = capsys.readouterr().out
+    assert "same to the last digit" in printed
+    assert "The losses differ by +10.00 %: 2.2, 2.0." in printed
+    assert "One of them diverged." in printed
 
 
 @pytest.fixture
