@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 from dataclasses import replace
@@ -17,7 +18,8 @@ from quality_rows import TEMPLATE, loss_of, row_of, whole_study
 from apollo_triton.tools.demo.corpus import Corpus
 from bench.clock import Times
 from bench.quality import __main__ as program
-from bench.quality import page, run, step_time
+from bench.quality import draw as draw_module
+from bench.quality import page, plan, run, statistics, step_time
 from bench.quality.draw import compared, draw, label
 from bench.quality.methods import ADAMW, APOLLO, FAST_ADAMW, FAST_MINI, MINI, TUNED
 from bench.quality.plan import MOST_SWEEP_RUNS, SEEDS, SWEEP_RUNS, TO_THE_END, best_index, next_index
@@ -41,6 +43,13 @@ def cells(table: str, name: str) -> list[str]:
     """The cells of a table's row, without its name."""
     line = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+@pytest.mark.parametrize("module", [draw_module, plan, statistics], ids=lambda module: module.__name__)
+def test_the_examples_of_the_docstrings_hold(module):
+    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
 
 
 # The sweep's rule
