@@ -408,6 +408,16 @@ def test_a_row_has_what_determines_it_and_what_it_took(tiny):
     assert run.train(tiny)[0]["curve"] == row["curve"]
 
 
+@pytest.mark.parametrize("method", [FAST_ADAMW, FAST_MINI, OPTIONS["by row"][0]])
+def test_embeddings_and_head_have_four_times_the_rate_at_every_step(tiny, method):
+    """A factor that the schedule overwrites, that reaches the blocks or norms too, or that no group takes."""
+    _, trained = run.train(replace(tiny, method=method))
+    rates = {weight: group["lr"] for group in trained.optimizer.param_groups for weight in group["params"]}
+    last = trained.config.learning_rate_at(3)
+    for name, weight in trained.model.named_parameters():
+        assert rates[weight] == (4 * last if "embed" in name or "head" in name else last), name
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_that_diverges_has_no_loss_and_a_row_that_is_json(tiny, steps):
     """NaN in a results file, which other readers refuse, and as a loss, which no comparison finds worse: also where
