@@ -43,11 +43,6 @@ def text_versions() -> dict[str, str | None]:
     return {package: version(package) for package in PACKAGES}
 
 
-def held_out_bytes(language: str = PYTHON) -> int:
-    """The size of the text that is held out."""
-    return len(held_out_text(language))
-
-
 def held_out_text(language: str) -> bytes:
     """The text that is held out."""
     return _split(language)[1]
