@@ -50,6 +50,7 @@ def _rank(rank: int, **keys: Any) -> dict[str, Any]:
 
 HALF = (torch.bfloat16, torch.float16)
 LARGER, LARGEST = ((200, 150), (150, 200)), ((300, 270), (270, 300))
+_ROWS = {"second_moment": "row"}
 _stochastic = {"stochastic_rounding": True, "state_dtype": torch.bfloat16}
 SHAPES = (
     *(Shape(f"rank {rank}, float32", _rank(rank)) for rank in (16, 32, 20)),
@@ -70,6 +71,10 @@ SHAPES = (
     Shape("dense", {}, ((33, 71), (5,))),
     Shape("step count on the device", MINI, options={"capturable": True}),
     Shape("dense, clipped", {}, ((33, 71), (5,)), options={"max_grad_norm": 0.05}),
+    Shape("rows", _ROWS, ((33, 71), (130, 72), (5,))),
+    Shape("rows, bfloat16", _ROWS, ((33, 71), (130, 72)), torch.bfloat16, options=_stochastic),
+    Shape("rows, 8-bit", _ROWS, ((130, 72), (33, 71)), options={"state_bits": 8, "min_8bit_size": 0}),
+    Shape("rows, clipped", _ROWS, ((33, 71), (3, 20000)), options={"max_grad_norm": 0.05}),
     Shape("int8, Mini", MINI, ((128, 72), (72, 128)), int8=32),
     Shape("int8, rank 16", _rank(16), ((130, 70), (70, 130)), int8=35),
     Shape("a layer from operands, Mini", MINI, ((130, 72),), tokens=200),
