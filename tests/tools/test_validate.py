@@ -28,6 +28,7 @@ VERBS = Case("verbs", "verbs", ((40, 24),), "fp32", {"rank": 4, "weight_decay": 
 WHOLE = Case("steps", "whole", ((24, 40),), "fp32", {"rank": 4, "weight_decay": 0.1})
 TENSOR = Case("steps", "tensor", ((40, 24), (24, 40)), "bf16", MINI | {"stochastic_rounding": True}, steps=4)
 DENSE = Case("steps", "dense", ((40, 24), (7,)), "fp16", {"weight_decay": 0.1}, steps=4)
+ROWS = Case("steps", "rows", ((20, 24), (3, 300), (7,)), "fp32", {"weight_decay": 0.1, "second_moment": "row"}, steps=4)
 MADE = Case("projection", "made", ((24, 24),), "fp32", {"rank": 4, "proj_type": "right"})
 IN_MEMORY = Case("projection", "in memory", ((24, 24),), "fp32", {"rank": 20, "proj_type": "left"})
 
@@ -146,6 +147,20 @@ def wrong_decay(fused, monkeypatch):
     monkeypatch.setattr(fused, "apply", planted)
 
 
+def wrong_mean(fused, monkeypatch):
+    """One row's sum of squares is off by a share of 1e-4: a 33rd of one of 300 equal columns."""
+    from apollo_triton.backends.triton import dense_rows
+
+    sums = dense_rows.row_sums
+
+    def planted(table):
+        found = sums(table)
+        found.row_parts[-1] *= 1 + 1e-4
+        return found
+
+    monkeypatch.setattr(dense_rows, "row_sums", planted)
+
+
 def late_refresh(fused, monkeypatch):
     from apollo_triton.backends.triton import projections
 
@@ -166,6 +181,7 @@ def late_refresh(fused, monkeypatch):
         pytest.param(off_by(1e-5), WHOLE, {"W", "W at end"}, marks=pytest.mark.full),
         pytest.param(wrong_decay, VERBS, {"W"}, marks=pytest.mark.full),
         (wrong_decay, WHOLE, {"W", "W at end"}),
+        (wrong_mean, ROWS, {"V", "W", "W at end"}),
         (late_refresh, dataclasses.replace(WHOLE, options={"rank": 16}), {"W", "W at end", "M", "V", "u_prev"}),
     ],
 )
@@ -296,13 +312,16 @@ def test_the_float64_algorithm_is_the_oracles(shape, options, scale_type):
         assert oracle.update_norm is None or float(mine.previous) == pytest.approx(oracle.update_norm, rel=1e-12)
 
 
-def test_the_float64_adamw_is_the_oracles():
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_the_float64_adamw_is_the_oracles(second_moment):
+    """A mean over the wrong dimension, or a sum in its place, which would miss what is right and pass what is not."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(5, 3, generator=generator) for _ in range(6))
     settings = settings_of(weight_decay=0.1, betas=(0.8, 0.95))
     zeros = torch.zeros(5, 3, dtype=torch.float64)
-    mine = Matrix(start.double(), zeros, zeros, torch.zeros(()))
+    squares = zeros[:, :1] if second_moment == "row" else zeros
+    mine = Matrix(start.double(), zeros, squares, torch.zeros(()))
     for t, gradient in enumerate(gradients, 1):
         mine = dense_step(mine, gradient.double(), t, settings).after
-    exact = oracle_adamw(start, gradients, 1e-3, (0.8, 0.95), 1e-6, 0.1)
+    exact = oracle_adamw(start, gradients, 1e-3, (0.8, 0.95), 1e-6, 0.1, second_moment=second_moment)
     torch.testing.assert_close(mine.W, exact, rtol=1e-12, atol=0)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...core.geometry import Geometry
 from ...core.philox import Stream, round_stochastic
 from ...core.projection import projection_matrix
-from ...core.settings import LOW_RANK_DEFAULTS, Settings
+from ...core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS, Settings
 from ...optimizer import APOLLOAdamW
+from ...params.member import has_row_moments
 from .cases import DTYPES, GAP, Case
 from .float64 import STRADDLING, STRAGGLERS, Matrix
 
@@ -83,7 +84,9 @@ class BackendRun:
         if options.get("capturable"):  # only for the kernels; the learning rate is then a tensor
             options |= {"lr": torch.tensor(LEARNING_RATE, device=device), "capturable": name == "kernels"}
         low_rank_options = {key: options.pop(key) for key in ("rank", *LOW_RANK_DEFAULTS) if key in options}
-        group = {"params": self.parameters, **({"update_proj_gap": GAP} | low_rank_options if low_rank_options else {})}
+        dense_options = {key: options.pop(key) for key in DENSE_DEFAULTS if key in options}
+        keys = {"update_proj_gap": GAP} | low_rank_options if low_rank_options else dense_options
+        group = {"params": self.parameters, **keys}
         with warnings.catch_warnings():  # the shapes that are tried are meant to be odd
             warnings.simplefilter("ignore", UserWarning)
             self.optimizer = APOLLOAdamW([group], backend=BACKENDS[name], seed=seed, **options)
@@ -133,8 +136,10 @@ class BackendRun:
             weights = self.matrices(index, parameter.detach())
             for position, weight in enumerate(weights):
                 shape = (len(weight), self.settings.rank or 0) if self.is_low_rank(index) else tuple(weight.shape)
+                by_row = has_row_moments(parameter, self.settings)
+                squares = (len(weight), *[1] * (weight.dim() - 1)) if by_row else shape
                 values = []
-                for name, size in (("exp_avg", shape), ("exp_avg_sq", shape), ("update_norm", ())):
+                for name, size in (("exp_avg", shape), ("exp_avg_sq", squares), ("update_norm", ())):
                     value = state.get(name, torch.zeros(len(weights), *size, device=self.device))
                     values.append(value.reshape(len(weights), *size)[position].double().clone())
                 found.append(Matrix(weight.double().clone(), *values))

@@ -125,6 +125,8 @@ def default_cases(on_gpu: bool) -> list[Case]:
         _steps("dense, clipped, gaps", tall, wide, max_grad_norm=0.1, layout="gaps"),
         _steps("dense, an infinity", tall, (40, 24), spike=True),
         _steps("dense, capturable", tall, dtypes=bf16, capturable=True),
+        _steps("rows", (72, 40), (2, 300), (3, 17, 5), (64,), weight_decay=0.1, second_moment="row"),
+        _steps("rows, stochastic", (33, 71), dtypes=bf16, second_moment="row", stochastic_rounding=True),
     ]
     cases += [
         _implicit("Mini", (200, 130), **MINI),
@@ -139,6 +141,7 @@ def default_cases(on_gpu: bool) -> list[Case]:
                 cases.append(_steps("rank 256", shape, dtypes=dtypes, rank=256, steps=4))
             cases.append(_implicit("rank 256", shape, rank=256))
         cases.append(_steps("dense", (32000, 1024), dtypes=bf16, steps=4))
+        cases.append(_steps("rows", (32000, 1024), (16, 50000), dtypes=bf16, second_moment="row", steps=4))
     return cases
 
 

@@ -170,12 +170,16 @@ def low_rank_step(before: Matrix, G: Tensor, P: Tensor, t: int, settings: Settin
 
 
 def dense_step(before: Matrix, G: Tensor, t: int, settings: Settings) -> Step:
-    """A step of AdamW in APOLLO's convention. A gradient that is not finite changes neither weight nor state."""
+    """A step of AdamW in APOLLO's convention. A gradient that is not finite changes neither weight nor state.
+
+    V has one element a row if ``second_moment`` is "row": the mean of the row's.
+    """
     W, M, V, previous = before
     if not G.isfinite().all():
         return Step(before, torch.zeros_like(W), torch.zeros_like(W))
     b1, b2 = settings.betas
-    M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * G * G
+    squares = G * G if V.shape == G.shape else (G * G).flatten(1).mean(1).reshape(V.shape)
+    M, V = b1 * M + (1 - b1) * G, b2 * V + (1 - b2) * squares
     update = step_size(t, settings) * M / (V.sqrt() + settings.eps)
     W = W - update
     return Step(

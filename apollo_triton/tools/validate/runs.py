@@ -188,16 +188,19 @@ def _moment_errors(
             projected(G.shape[1]),
         )
     limit += _clip_error(run)
-    scales = keep1 * dR + exact.after.M.abs(), keep2 * (2 * R.abs() + limit * dR) * dR + exact.after.V
-    for name, key, found, true, scale, stream in (
-        ("M", "exp_avg", got.M, exact.after.M, scales[0], Stream.EXP_AVG),
-        ("V", "exp_avg_sq", got.V, exact.after.V, scales[1], Stream.EXP_AVG_SQ),
+    squares, limit_of_V = keep2 * (2 * R.abs() + limit * dR) * dR, limit
+    if P is None and exact.after.V.shape != G.shape:  # a mean of each row's
+        squares, limit_of_V = squares.flatten(1).mean(1).reshape(exact.after.V.shape), limit + SQUARES
+    scales = keep1 * dR + exact.after.M.abs(), squares + exact.after.V
+    for name, key, found, true, scale, limit_of_it, stream in (
+        ("M", "exp_avg", got.M, exact.after.M, scales[0], limit, Stream.EXP_AVG),
+        ("V", "exp_avg_sq", got.V, exact.after.V, scales[1], limit_of_V, Stream.EXP_AVG_SQ),
     ):
         if state[key].dtype == torch.float32:
-            errors.add(run.name, name, _largest(found - true, scale), limit)
+            errors.add(run.name, name, _largest(found - true, scale), limit_of_it)
         else:
             expected = run.rounded(true, torch.bfloat16, stream, position, transposed=False)
-            errors.add_rounded(run.name, name, found.to(torch.bfloat16), expected, limit * scale)
+            errors.add_rounded(run.name, name, found.to(torch.bfloat16), expected, limit_of_it * scale)
 
 
 def _svd_errors(run: BackendRun, errors: Errors, G: Tensor, P: Tensor) -> None:
