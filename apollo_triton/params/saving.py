@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.coverage import narrowness
 from ..core.coverage_notes import abridged
+from ..core.embeddings import CHOICES
 from ..core.geometry import Geometry
 from ..core.kinds import EMBEDDING, HEAD, MATRIX
 from ..core.messages import readable_bytes
@@ -18,6 +19,7 @@ from ..core.settings import Settings
 from .member import Param, find_shard
 from .state import state_without_memory
 
+SMALLEST = "rows-8bit"  # of what ``embeddings=`` takes without a rank
 LEAST_SHARE = 0.1  # of the state: what saves less is not worth a sentence
 MOST_RANK = 256  # the default of APOLLOAdamW.apollo
 
@@ -56,7 +58,7 @@ def advice_on_state(weights: Sequence[Counted], settings: Mapping[int, Settings]
         savings = [_more_targets(matrices, settings, ranked[0]), _lower_rank(weights, matrices, settings, ranked[0])]
     else:
         savings = [_any_rank(matrices, settings)]
-    for saving in (max(savings), _half_the_moments(weights, settings)):
+    for saving in (max(savings), max(_half_the_moments(weights, settings), _rows_of_tables(weights, settings))):
         if saving.bytes > LEAST_SHARE * total:
             return saving.advice
     return ""
@@ -112,17 +114,34 @@ def _any_rank(matrices: Sequence[Counted], settings: Mapping[int, Settings]) -> 
 
 def _half_the_moments(weights: Sequence[Counted], settings: Mapping[int, Settings]) -> Saving:
     """To keep moments in bfloat16."""
-    of_tables = sum(weight.state_bytes for weight in weights if weight.kind in (EMBEDDING, HEAD))
-    total = sum(weight.state_bytes for weight in weights)
     saved = 0
     for weight in weights:
         group = settings[weight.param.group]
         if group.state_dtype == torch.float32:
             saved += max(0, weight.state_bytes - state_bytes(weight.param, replace(group, state_dtype=torch.bfloat16)))
-    held = f"embeddings and heads hold {of_tables / max(1, total):.0%} of the state: " if 2 * of_tables > total else ""
     return Saving(
-        saved, f"{held}state_dtype=torch.bfloat16 halves float32 moments, which saves {readable_bytes(saved)}"
+        saved,
+        f"{_held(weights)}state_dtype=torch.bfloat16 halves float32 moments, which saves {readable_bytes(saved)}",
     )
+
+
+def _rows_of_tables(weights: Sequence[Counted], settings: Mapping[int, Settings]) -> Saving:
+    """To keep the moments of embeddings and heads by row and in 8 bits."""
+    saved = 0
+    for weight in weights:
+        if weight.kind in (EMBEDDING, HEAD) and not weight.is_low_rank:
+            smaller = replace(settings[weight.param.group], **CHOICES[SMALLEST])
+            saved += max(0, weight.state_bytes - state_bytes(weight.param, smaller))
+    return Saving(
+        saved, f"{_held(weights)}embeddings={SMALLEST!r} keeps a byte an element, which saves {readable_bytes(saved)}"
+    )
+
+
+def _held(weights: Sequence[Counted]) -> str:
+    """What embeddings and heads hold, if it is most of the state."""
+    of_tables = sum(weight.state_bytes for weight in weights if weight.kind in (EMBEDDING, HEAD))
+    total = sum(weight.state_bytes for weight in weights)
+    return f"embeddings and heads hold {of_tables / max(1, total):.0%} of the state: " if 2 * of_tables > total else ""
 
 
 def _saved(weights: Sequence[Counted], settings: Mapping[int, Settings], ranked: Settings) -> int:

@@ -376,6 +376,12 @@ ADVICE = {
         {"rank": 4, "state_dtype": torch.bfloat16},
         "embeddings and heads hold 65% of the state: state_dtype=torch.bfloat16 halves float32 moments",
     ),
+    "tables with enough elements for 8 bits": (
+        lambda **options: APOLLOAdamW.apollo(transformer(embed_tokens=nn.Embedding(512, WIDTH)), **options),
+        {"rank": 4},
+        {"rank": 4, "embeddings": "rows-8bit"},
+        "embeddings='rows-8bit' keeps a byte an element",
+    ),
 }
 
 
@@ -385,7 +391,7 @@ def test_who_takes_the_advice_saves_what_it_says(name):
     """A saving that is not there, or is another one."""
     make, options, better, advice = ADVICE[name]
     before, after = make(**options).summary(), make(**better).summary()
-    assert before.advice.startswith(advice)
+    assert advice in before.advice
     saved = before.state_bytes - after.state_bytes
     assert f"saves {readable_bytes(saved)}" in before.advice
 
