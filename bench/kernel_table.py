@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -30,14 +31,25 @@ METHODS: dict[str, dict[str, object]] = {
     "APOLLO, rank 64": {"rank": 64},
 }
 LAYERS = 4
+# Parts of LLaMA-60M's embedding and of LLaMA-7B's. Whole, they have 32,000 rows, each of which moves as much. The parts
+# of a norm and the table of 8-bit codes, which are read once a parameter, add 0.01 bytes here, and less there.
+EMBEDDINGS = [(512, 512), (64, 4096)]
+_ROWS: dict[str, object] = {"second_moment": "row"}
+DENSE: dict[str, dict[str, object]] = {
+    "Dense AdamW": {},
+    "Dense, V by row": _ROWS,
+    "Dense, V by row, M bfloat16": {**_ROWS, "state_dtype": torch.bfloat16},
+    "Dense, V by row, M 8-bit": {**_ROWS, "state_bits": 8},
+}
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernel table: python -m bench.kernel_table --write -->", "<!-- end of the kernel table -->"
 
 
-def recorded(method: dict[str, object]) -> tuple[list[Launch], dict[str, list[torch.Tensor]], int]:
+def recorded(
+    method: dict[str, object], shapes: Sequence[tuple[int, int]]
+) -> tuple[list[Launch], dict[str, list[torch.Tensor]], int]:
     """The launches of a second step, the tensors that they read and write by name, and the count of parameters."""
     torch.manual_seed(0)
-    shapes = [(512, 384), (384, 512)] * LAYERS
     weights = [torch.nn.Parameter(torch.randn(shape).to(torch.bfloat16)) for shape in shapes]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -53,17 +65,23 @@ def recorded(method: dict[str, object]) -> tuple[list[Launch], dict[str, list[to
     tensors = {
         "gradient": [weight.grad for weight in weights],
         "weight": list(weights),
-        "moments": [optimizer.state[weight][name] for weight in weights for name in ("exp_avg", "exp_avg_sq")],
+        "moments": [
+            value for weight in weights for name, value in optimizer.state[weight].items() if name.startswith("exp_avg")
+        ],
         "projection": [*{id(P): P.buffer for table in plan.tables for P in table.projections}.values()],
     }
     return recorder.launches, tensors, sum(weight.numel() for weight in weights)
 
 
 def measured() -> list[Row]:
-    """A row for each kernel and one for the step: launches, and distinct bytes per low-rank parameter by tensor."""
+    """A row for each kernel and one for the step: launches, and distinct bytes per parameter by tensor."""
     rows = []
-    for method, group in METHODS.items():
-        all_launches, tensors, parameters = recorded(group)
+    low_rank = [(512, 384), (384, 512)] * LAYERS
+    for method, group, shapes in [
+        *((*method, low_rank) for method in METHODS.items()),
+        *((*method, EMBEDDINGS) for method in DENSE.items()),
+    ]:
+        all_launches, tensors, parameters = recorded(group, shapes)
         for kernel in [*dict.fromkeys(launch.kernel for launch in all_launches), "a step"]:
             launches_of_kernel = [launch for launch in all_launches if kernel in (launch.kernel, "a step")]
             counts: Counter[str] = Counter()
