@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from apollo_triton.tools.demo.training import SIZES
 
 from ..results_file import Row
-from .methods import ADAMW, APOLLO, FAST_MINI, MINI, TUNED
+from .methods import ADAMW, APOLLO, FAST_ADAMW, FAST_APOLLO, FAST_MINI, MINI, TUNED
 from .run import SMALL, Job
 from .variants import BY_ROW_8BIT, LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
@@ -28,13 +28,12 @@ VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
 SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apart, and two between
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
 STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
-NOT_TO_THE_END = ("Q-Mini",)  # Q-APOLLO stands for int8 weights
 # What is so far behind after seed 0 on a fifth of the tokens, as a share of the loss, runs no other seed: three would
 # not change what is said of it.
 OUT_OF_REACH = 0.05
-FULL_VARIANTS = (f"{FAST_MINI}, {BY_ROW_8BIT}",)  # what ships, to the end
-
-TO_THE_END = [method for method in (*TUNED, *FULL_VARIANTS) if method not in NOT_TO_THE_END]
+# What trains on all tokens, what matters most first. Q-APOLLO stands for int8 weights, one variant for the dense rest.
+TO_THE_END = [ADAMW, FAST_ADAMW, APOLLO, FAST_APOLLO, MINI, FAST_MINI, f"{FAST_MINI}, {BY_ROW_8BIT}"]
+TO_THE_END += [method for method in TUNED if method not in (*TO_THE_END, "Q-Mini")]
 _LATER_STAGES: Mapping[str, tuple[list[str], str]] = {
     "limiter": ([APOLLO, MINI, *LIMITERS], "fifth"),
     "full": (TO_THE_END, "full"),
