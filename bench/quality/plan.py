@@ -158,7 +158,9 @@ def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
 
 def seeds_of(method: str, rows: Iterable[Row], template: Job) -> tuple[int, ...]:
     """The seeds that a method runs with: one if its best loss on a fifth of the tokens is out of reach of AdamW's, or
-    of that of what it varies."""
+    an option's of that of what it varies."""
+    if method in LIMITERS or method in REFRESHES:
+        return SEEDS
     losses = []
     rows = list(rows)
     for name in (method, ADAMW if method in TUNED else VARIANTS[method].base):

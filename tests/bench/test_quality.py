@@ -282,6 +282,7 @@ def test_differences_together_are_those_of_all_runs():
     assert (found.mean, found.seeds) == (2.0, 6)
     assert found.margin == pytest.approx(2.571 * math.sqrt(2) / math.sqrt(6))
     assert together([found, None]) is None
+    assert together([found, Difference.of([1.0])]) is None
 
 
 def test_losses_of_other_text_are_refused(rows):
