@@ -127,6 +127,20 @@ def test_8_bit_moments_follow_those_of_floats(form):
 
 # --- the kernels
 
+
+def small_sums(monkeypatch):
+    """Rows that are added up in segments of 256 columns, at most 4, by 4 programs."""
+    from apollo_triton.backends.triton import dense_rows
+
+    for module, name, value in (
+        (dense_rows.kernels, "SEGMENT", 256),
+        (dense_rows.kernels, "SEGMENTS", 4),
+        (dense_rows.dense_kernels, "NORM_PROGRAMS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
+        monkeypatch.setitem(dense_rows._SUMS, name, value)
+
+
 LAYOUTS = ("rows", "transposed", "gaps", "unaligned")
 FAST_LAYOUTS = [("8-bit", "rows", "rows"), ("bfloat16", "transposed", "unaligned"), ("clipped", "gaps", "rows")]
 # Narrow, odd, several turns of 256 columns and several segments, more rows than a tile, four dimensions.
@@ -178,9 +192,11 @@ def compare(shapes, dtype, layouts, form, seed):
 @pytest.mark.parametrize(
     ("form", "weight", "gradient"), tiers(product(FORMS, LAYOUTS, LAYOUTS), lambda *case: case in FAST_LAYOUTS)
 )
-def test_kernels_are_the_reference_at_any_width(form, weight, gradient):
+def test_kernels_are_the_reference_at_any_width(form, weight, gradient, monkeypatch):
     """An element that is given the moment of another row, a segment or a tile that is left out or counted twice, a
     stride of the weight's taken for the gradient's."""
+    pytest.importorskip("triton")
+    small_sums(monkeypatch)
     compare(WIDTHS, torch.float32, (weight, gradient), form, 0)
 
 
@@ -226,19 +242,6 @@ def recorder_of():
     from sanitizer import Recorder
 
     return Recorder
-
-
-def small_sums(monkeypatch):
-    """Rows that are added up in segments of 256 columns, at most 4, by 4 programs."""
-    from apollo_triton.backends.triton import dense_rows
-
-    for module, name, value in (
-        (dense_rows.kernels, "SEGMENT", 256),
-        (dense_rows.kernels, "SEGMENTS", 4),
-        (dense_rows.dense_kernels, "NORM_PROGRAMS", 4),
-    ):
-        monkeypatch.setattr(module, name, value)
-        monkeypatch.setitem(dense_rows._SUMS, name, value)
 
 
 RUNS = {
