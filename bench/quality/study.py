@@ -28,13 +28,19 @@ from .statistics import Difference, difference
 
 
 class Study:
-    """The rows of one model on one machine. ``times`` are the rows of ``step_time.py``, by method."""
+    """The rows of one model on one machine. ``times`` are those of ``step_time.py`` by method, ``tunings`` those of
+    ``fine_tuning.py``."""
 
     def __init__(
-        self, rows: Iterable[Row], times: Mapping[str, Row] | None = None, model: str = SMALL, machine: str = ""
+        self,
+        rows: Iterable[Row],
+        times: Mapping[str, Row] | None = None,
+        model: str = SMALL,
+        machine: str = "",
+        tunings: Iterable[Row] = (),
     ) -> None:
         self.rows = [row for row in rows if row["model"] == model]
-        self.times, self.machine = times or {}, machine
+        self.times, self.machine, self.tunings = times or {}, machine, list(tunings)
         first = self.rows[0] if self.rows else {}
         shared = {name: first[name] for name in ("batch", "sequence", "tokens_a_weight", "data") if name in first}
         self.template = Job("", 0.0, model=model, **shared)
@@ -50,8 +56,9 @@ class Study:
     @classmethod
     def read(cls, folder: Path, model: str = SMALL) -> Study:
         """The study in a machine's folder of results. Files that are not there yet have no rows."""
-        file, times = (_read(folder / f"{name}.json") for name in ("quality", "quality_step_time"))
-        return cls(file["rows"], {row["id"]: row for row in times["rows"]}, model, file["machine"]["name"])
+        file, times, tunings = (_read(folder / f"quality{name}.json") for name in ("", "_step_time", "_fine_tuning"))
+        by_method = {row["id"]: row for row in times["rows"]}
+        return cls(file["rows"], by_method, model, file["machine"]["name"], tunings["rows"])
 
     def sweep(self, method: str, length: str = "fifth") -> dict[float, float]:
         """The losses of a method's sweep by rate, ascending; infinite where a run diverged."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..report_tables import table
 from ..results_file import Row, folder_name
+from .fine_tuning import table as tuned
 from .methods import ADAMW, FAST_MINI, TUNED
 from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
@@ -117,6 +118,12 @@ def _variants(study: Study, variants: Iterable[str], length: str) -> str:
     return _with_missing(study, ["held-out loss", "against the default, %"], lines, wanted)
 
 
+def fine_tuning(study: Study) -> str:
+    """Fine-tuning of the study's model on C++."""
+    rows = [row for row in study.tunings if row["model"] == study.template.model]
+    return tuned(rows) if rows else "Missing: `python -m bench.quality.fine_tuning` measures it."
+
+
 def measured(study: Study) -> str:
     """What the rows were measured with."""
     if not study.rows:
@@ -144,6 +151,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "embeddings": embeddings,
     "limiter": limiter,
     "refresh": refresh,
+    "fine-tuning": fine_tuning,
     "measured": measured,
 }
 
