@@ -39,8 +39,8 @@ def draw(study: Study, path: Path) -> None:
     about = (
         f"LLaMA of {row['tokens'] / row['tokens_a_weight'] / 1e6:.2f} M weights beside embeddings and head, vocabulary "
         f"{row['vocabulary']}, {row['tokens'] / 1e6:.1f} M tokens of Python; bars: 95 % intervals of the difference to "
-        f"AdamW with the same seed, {len(SEEDS)} seeds; marks of about equal state side by side; sweeps: a fifth of "
-        f"the tokens, one seed; {study.machine}"
+        f"AdamW with the same seed, {len(SEEDS)} seeds; marks of about equal state side by side; sweeps: one "
+        f"seed, faint on a fifth of the tokens; {study.machine}"
     )
     title = "Held-out loss against AdamW, each method at its own best rate"
     with picture(path, title, about, 5.2, ncols=2, width_ratios=[3, 2]) as (figure, (panel, sweeps)):
@@ -57,7 +57,7 @@ def draw(study: Study, path: Path) -> None:
         sweeps.set_ylim(-0.25, MOST_ABOVE)
         sweeps.set_xscale("log", base=2)
         sweeps.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        sweeps.set_xlabel("learning rate, times the best one")
+        sweeps.set_xlabel("learning rate, times the best of short runs")
         sweeps.set_title("sweeps: loss above the best, %")
         handles = dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
         names = [name for name in map(label, TO_THE_END) if name in handles]
@@ -90,8 +90,13 @@ def _draw_method(panel: Any, study: Study, name: str, shift: float, look: dict[s
 
 
 def _draw_sweep(panel: Any, study: Study, method: str, look: dict[str, Any]) -> None:
-    found = {rate: loss for rate, loss in study.sweep(method).items() if math.isfinite(loss)}
-    best = study.rate(method)
-    if best in found:
-        rates, above = [rate / best for rate in found], [100 * (loss / found[best] - 1) for loss in found.values()]
-        panel.plot(rates, above, **look | {"markersize": 4, "linewidth": 1, "alpha": 0.8})
+    """The short sweep, faint, and the one on all tokens, both over the best rate of the short one."""
+    best = study.rate(method, "fifth")
+    if best is None:
+        return
+    for length, style in (("fifth", {"alpha": 0.3}), ("full", {})):
+        found = {rate: loss for rate, loss in study.sweep(method, length).items() if math.isfinite(loss)}
+        lowest = min(found.values(), default=0.0)
+        rates, above = [rate / best for rate in found], [100 * (loss / lowest - 1) for loss in found.values()]
+        if len(found) > 2:
+            panel.plot(rates, above, **look | {"markersize": 4, "linewidth": 1, "linestyle": "-", **style})

@@ -107,7 +107,7 @@ def mini(make: type[APOLLOAdamW] = APOLLOAdamW, **options: Any) -> Build:
     return lambda model, rate, seed: make.mini(model, lr=rate, seed=seed, **options)
 
 
-def _int8(build: Build) -> Build:
+def int8(build: Build) -> Build:
     """Q-APOLLO: the same on int8 weights of the blocks."""
     return lambda model, rate, seed: build(quantize_model(model), rate, seed)
 
@@ -132,21 +132,24 @@ FACTOR = 4.0
 FAST = f"embeddings x{FACTOR:g}"
 ADAMW, APOLLO, MINI = "AdamW", "APOLLO, rank width/4", "Mini"
 FAST_ADAMW, FAST_APOLLO, FAST_MINI = (f"{name}, {FAST}" for name in (ADAMW, APOLLO, MINI))
+MUON, ADAFACTOR = "Muon", "Adafactor"
+OFFICIAL, GALORE = "apollo-torch, rank width/4", "GaLore, rank width/4"
+RANK_8, RANK_1 = "APOLLO, rank 8", "APOLLO, rank 1"
 # Each has a sweep of its own, with the same number of runs.
 TUNED: dict[str, Method] = {
     ADAMW: Method(adamw),
-    APOLLO: Method(apollo()),
-    MINI: Method(mini()),
     FAST_ADAMW: Method(faster(adamw, FACTOR)),
+    APOLLO: Method(apollo()),
     FAST_APOLLO: Method(faster(apollo(), FACTOR)),
+    MINI: Method(mini()),
     FAST_MINI: Method(faster(mini(), FACTOR)),
-    "APOLLO, rank 8": Method(apollo(8)),
-    "APOLLO, rank 1": Method(apollo(1)),
+    MUON: Method(_muon),
+    OFFICIAL: Method(_official, 2e-2),
+    GALORE: Method(_galore, 1e-2),
+    ADAFACTOR: Method(_adafactor, 4e-2),
+    RANK_8: Method(apollo(8)),
+    RANK_1: Method(apollo(1)),
     "APOLLO, rank width/4, 8-bit moments": Method(apollo(state_bits=8)),
-    "Q-APOLLO, rank width/4": Method(_int8(apollo())),
-    "Q-Mini": Method(_int8(mini())),
-    "apollo-torch, rank width/4": Method(_official, 2e-2),
-    "GaLore, rank width/4": Method(_galore, 1e-2),
-    "Muon": Method(_muon),
-    "Adafactor": Method(_adafactor, 4e-2),
+    "Q-APOLLO, rank width/4": Method(int8(apollo())),
+    "Q-Mini": Method(int8(mini())),
 }

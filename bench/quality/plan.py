@@ -3,7 +3,8 @@
 1. "sweep": each tuned method on a fifth of the tokens, ``SWEEP_RUNS`` rates, seed 0.
 2. "embeddings": Mini with other state of embeddings and head, at three vocabularies, three seeds.
 3. "limiter": without it, and with a floor, three seeds.
-4. "full": each tuned method at its best rate on all tokens, three seeds.
+4. "full": each method on all tokens, from half of its best rate on, ``FULL_RUNS`` rates with seed 0; then the other
+   seeds at the best. Longer runs have lower best rates, and not each method's fell alike.
 5. "refresh": APOLLO with other refreshes, on half of the tokens, so that there are several, three seeds.
 """
 
@@ -17,34 +18,34 @@ from dataclasses import asdict, replace
 from apollo_triton.tools.demo.training import SIZES
 
 from ..results_file import Row
-from .methods import ADAMW, APOLLO, FAST_MINI, MINI, TUNED
+from .methods import ADAFACTOR, ADAMW, APOLLO, FAST_MINI, GALORE, MINI, MUON, OFFICIAL, RANK_1, RANK_8, TUNED
 from .run import SMALL, Job
-from .variants import BY_ROW_8BIT, LIMITERS, OPTIONS, REFRESHES, VARIANTS
+from .variants import FULL_VARIANTS, LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 SEEDS = (0, 1, 2)
 VOCABULARY = 2048
 # Vocabularies, and how long runs are there: at 8192 the head alone takes as long as all else at 2048, twice.
 VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
 SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apart, and two between
+FULL_RUNS = 3  # on all tokens: the best rate and one on each side, a factor of 2 apart
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
 STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
-NOT_TO_THE_END = ("Q-Mini",)  # Q-APOLLO stands for int8 weights
 # What is so far behind after seed 0 on a fifth of the tokens, as a share of the loss, runs no other seed: three would
 # not change what is said of it.
 OUT_OF_REACH = 0.05
-FULL_VARIANTS = (f"{FAST_MINI}, {BY_ROW_8BIT}",)  # what ships, to the end
-
-TO_THE_END = [method for method in (*TUNED, *FULL_VARIANTS) if method not in NOT_TO_THE_END]
+# What trains on all tokens, what matters most first. The last ones take the rate of what they vary.
+TO_THE_END = [ADAMW, APOLLO, MINI, MUON, OFFICIAL, GALORE, ADAFACTOR, RANK_8, RANK_1, *FULL_VARIANTS]
+SWEEPS = {"sweep": ("fifth", [*TUNED]), "full": ("full", [method for method in TO_THE_END if method in TUNED])}
 _LATER_STAGES: Mapping[str, tuple[list[str], str]] = {
-    "limiter": ([APOLLO, MINI, *LIMITERS], "fifth"),
     "full": (TO_THE_END, "full"),
+    "limiter": ([APOLLO, MINI, *LIMITERS], "fifth"),
     "refresh": ([APOLLO, *REFRESHES], "half"),
 }
 
 Found = Mapping[float, float]  # losses by log2 of the rate over the first one
 
 
-def next_index(found: Found) -> float | None:
+def next_index(found: Found, runs: int = SWEEP_RUNS, start: float = 0.0) -> float | None:
     """Where a sweep goes next, in log2 of the first rate; None once it has a worse rate on each side and enough runs.
 
     >>> next_index({}), next_index({0: 2.1}), next_index({0: 2.1, 1: 2.0}), next_index({0: 2.1, 1: 2.2})
@@ -53,7 +54,7 @@ def next_index(found: Found) -> float | None:
     (0.5, -0.5)
     """
     if not found:
-        return 0.0
+        return start
     best = min(found, key=lambda index: found[index])
     if len(found) >= MOST_SWEEP_RUNS:
         return None
@@ -61,7 +62,7 @@ def next_index(found: Found) -> float | None:
         return best + 1
     if best == min(found):
         return best - 1
-    if len(found) >= SWEEP_RUNS:
+    if len(found) >= runs:
         return None
     below, above = max(i for i in found if i < best), min(i for i in found if i > best)
     nearer = (above, below) if found[above] <= found[below] else (below, above)
@@ -69,9 +70,9 @@ def next_index(found: Found) -> float | None:
     return between[0] if between else (best + nearer[0]) / 2
 
 
-def best_index(found: Found) -> float | None:
+def best_index(found: Found, runs: int = SWEEP_RUNS) -> float | None:
     """The index of the best rate of a finished sweep; None of an unfinished one."""
-    return min(found, key=lambda index: found[index]) if found and next_index(found) is None else None
+    return min(found, key=lambda index: found[index]) if found and next_index(found, runs) is None else None
 
 
 def rate_at(method: str, index: float, model: str) -> float:
@@ -100,46 +101,68 @@ def loss_of(row: Row) -> float:
     return math.inf if loss is None else loss
 
 
-def sweep_of(rows: Iterable[Row], method: str, template: Job) -> dict[float, float]:
-    """The losses of a method's sweep."""
-    of_sweep = asdict(replace(template, method=method, length="fifth", seed=0, vocabulary=VOCABULARY))
+def sweep_of(rows: Iterable[Row], method: str, template: Job, length: str = "fifth") -> dict[float, float]:
+    """The losses of a method's sweep, by index."""
+    of_sweep = asdict(replace(template, method=method, length=length, seed=0, vocabulary=VOCABULARY))
     del of_sweep["rate"]
     first = rate_at(method, 0, template.model)
     return {index_of(first, row["rate"]): loss_of(row) for row in rows if of_sweep.items() <= row.items()}
 
 
-def best_rate(rows: Iterable[Row], method: str, template: Job) -> float | None:
-    """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
+def next_rate(rows: Iterable[Row], method: str, template: Job, length: str) -> float | None:
+    """Where a tuned method's sweep on a fifth or on all of the tokens goes next; None once it is finished, or while it
+    cannot begin."""
+    rows = list(rows)
+    runs, start = SWEEP_RUNS, 0.0
+    if length == "full":
+        best = best_index(sweep_of(rows, method, template))
+        if best is None:
+            return None
+        runs, start = FULL_RUNS, best - 1
+        if seeds_of(method, rows, template) != SEEDS:
+            runs = 1
+    found = sweep_of(rows, method, template, length)
+    index = None if runs == 1 and found else next_index(found, runs, start)
+    return None if index is None else rate_at(method, index, template.model)
+
+
+def best_rate(rows: Iterable[Row], method: str, template: Job, length: str = "fifth") -> float | None:
+    """The best rate of a method, or of what a variant varies, on all tokens or else on a fifth; None while its sweep is
+    unfinished."""
+    rows = list(rows)
     base = VARIANTS[method].base
-    index = best_index(sweep_of(rows, base, template))
+    if length == "full":
+        runs = FULL_RUNS if seeds_of(base, rows, template) == SEEDS else 1
+        found = sweep_of(rows, base, template, length)
+        index = best_index(found, runs) if runs > 1 else next(iter(found), None)
+    else:
+        index = best_index(sweep_of(rows, base, template))
     return None if index is None else rate_at(base, index, template.model)
 
 
 def jobs(stage: str, rows: Iterable[Row], template: Job) -> Iterator[Job]:
     """The runs of a stage that can be told from ``rows``, in their order. ``template`` has model and batch."""
     rows = list(rows)
+    if stage in SWEEPS:
+        length, methods = SWEEPS[stage]
+        for method in methods:
+            if (rate := next_rate(rows, method, template, length)) is not None:
+                yield replace(template, method=method, rate=rate, length=length, vocabulary=VOCABULARY)
     for method, length, vocabulary, seed in _runs(stage, rows, template):
-        if stage == "sweep":
-            index = next_index(sweep_of(rows, method, template))
-            rate = None if index is None else rate_at(method, index, template.model)
-        else:
-            rate = best_rate(rows, method, template)
-        if rate is not None:
+        if (rate := best_rate(rows, method, template, length)) is not None:
             yield replace(template, method=method, rate=rate, length=length, seed=seed, vocabulary=vocabulary)
 
 
 def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str, int, int]]:
     """Method, length, vocabulary and seed."""
-    if stage == "sweep":
-        yield from ((method, "fifth", VOCABULARY, 0) for method in TUNED)
-    elif stage == "embeddings":
+    if stage == "embeddings":
         candidates = [method for options in OPTIONS.values() for method in options]
         yield from ((method, "fifth", VOCABULARY, 0) for method in candidates)
         options = [best for option in OPTIONS if (best := best_of(option, rows, template))]
         for seed, (vocabulary, length) in itertools.product(SEEDS, VOCABULARIES.items()):
             kept = [method for method in (FAST_MINI, *options) if seed in seeds_of(method, rows, template)]
             yield from ((method, length, vocabulary, seed) for method in kept)
-    else:
+    elif stage in _LATER_STAGES:
         methods, length = _LATER_STAGES[stage]
         for seed in SEEDS:
             kept = [method for method in methods if seed in seeds_of(method, rows, template)]
@@ -159,7 +182,9 @@ def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
 
 def seeds_of(method: str, rows: Iterable[Row], template: Job) -> tuple[int, ...]:
     """The seeds that a method runs with: one if its best loss on a fifth of the tokens is out of reach of AdamW's, or
-    of that of what it varies."""
+    an option's of that of what it varies."""
+    if method in (*LIMITERS, *REFRESHES, *FULL_VARIANTS):
+        return SEEDS
     losses = []
     rows = list(rows)
     for name in (method, ADAMW if method in TUNED else VARIANTS[method].base):

@@ -75,9 +75,9 @@ def difference(runs: BySeed, base: BySeed) -> Difference | None:
 
 
 def together(found: Iterable[Difference | None]) -> Difference | None:
-    """All runs of several differences as one; None if one of them is missing."""
+    """All runs of several differences as one; None if one of them is missing or has a single run."""
     differences = list(found)
-    if not all(differences):
+    if not all(each and each.seeds > 1 for each in differences):
         return None
     return Difference.of(percent for each in differences if each for percent in each.percents)
 

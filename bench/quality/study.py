@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ..results_file import Row
 from .plan import (
+    FULL_RUNS,
     MOST_SWEEP_RUNS,
     SEEDS,
     SWEEP_RUNS,
     VOCABULARY,
-    best_index,
     best_of,
     best_rate,
     rate_at,
@@ -28,13 +28,19 @@ from .statistics import Difference, difference
 
 
 class Study:
-    """The rows of one model on one machine. ``times`` are the rows of ``step_time.py``, by method."""
+    """The rows of one model on one machine. ``times`` are those of ``step_time.py`` by method, ``tunings`` those of
+    ``fine_tuning.py``."""
 
     def __init__(
-        self, rows: Iterable[Row], times: Mapping[str, Row] | None = None, model: str = SMALL, machine: str = ""
+        self,
+        rows: Iterable[Row],
+        times: Mapping[str, Row] | None = None,
+        model: str = SMALL,
+        machine: str = "",
+        tunings: Iterable[Row] = (),
     ) -> None:
         self.rows = [row for row in rows if row["model"] == model]
-        self.times, self.machine = times or {}, machine
+        self.times, self.machine, self.tunings = times or {}, machine, list(tunings)
         first = self.rows[0] if self.rows else {}
         shared = {name: first[name] for name in ("batch", "sequence", "tokens_a_weight", "data") if name in first}
         self.template = Job("", 0.0, model=model, **shared)
@@ -50,25 +56,29 @@ class Study:
     @classmethod
     def read(cls, folder: Path, model: str = SMALL) -> Study:
         """The study in a machine's folder of results. Files that are not there yet have no rows."""
-        file, times = (_read(folder / f"{name}.json") for name in ("quality", "quality_step_time"))
-        return cls(file["rows"], {row["id"]: row for row in times["rows"]}, model, file["machine"]["name"])
+        file, times, tunings = (_read(folder / f"quality{name}.json") for name in ("", "_step_time", "_fine_tuning"))
+        by_method = {row["id"]: row for row in times["rows"]}
+        return cls(file["rows"], by_method, model, file["machine"]["name"], tunings["rows"])
 
-    def sweep(self, method: str) -> dict[float, float]:
+    def sweep(self, method: str, length: str = "fifth") -> dict[float, float]:
         """The losses of a method's sweep by rate, ascending; infinite where a run diverged."""
-        found = sweep_of(self.rows, method, self.template)
+        found = sweep_of(self.rows, method, self.template, length)
         return {rate_at(method, index, self.template.model): found[index] for index in sorted(found)}
 
-    def sweep_end(self, method: str) -> str:
+    def sweep_end(self, method: str, length: str = "fifth") -> str:
         """How a sweep ended: "yes" if its best rate has a worse one on both sides, else why not."""
-        found = sweep_of(self.rows, method, self.template)
-        best = best_index(found)
+        found = self.sweep(method, length)
+        best = self.rate(method, length)
         if best is None:
-            return f"unfinished, {len(found)} of {SWEEP_RUNS} runs or more"
-        return "yes" if min(found) < best < max(found) else f"no, after {MOST_SWEEP_RUNS} runs"
+            return f"unfinished, {len(found)} of {SWEEP_RUNS if length == 'fifth' else FULL_RUNS} runs or more"
+        if min(found) < best < max(found):
+            return "yes"
+        return f"no, after {MOST_SWEEP_RUNS} runs" if len(found) >= MOST_SWEEP_RUNS else "no, it is out of reach"
 
-    def rate(self, method: str) -> float | None:
-        """The best rate of a method, or of what a variant varies; None while its sweep is unfinished."""
-        return best_rate(self.rows, method, self.template)
+    def rate(self, method: str, length: str = "full") -> float | None:
+        """The best rate of a method, or of what a variant varies, on all tokens or else on a fifth; None while its
+        sweep is unfinished."""
+        return best_rate(self.rows, method, self.template, length)
 
     def best_of(self, option: str) -> str | None:
         """The variant that stands for an option of embeddings and head; None until all have run with seed 0."""
@@ -76,7 +86,7 @@ class Study:
 
     def runs(self, method: str, length: str = "full", vocabulary: int = VOCABULARY) -> dict[int, Row]:
         """The runs at the best rate by seed."""
-        wanted = (method, length, vocabulary, self.rate(method))
+        wanted = (method, length, vocabulary, self.rate(method, length))
         keys = ("method", "length", "vocabulary", "rate")
         found = {row["seed"]: row for row in self.rows if tuple(row[key] for key in keys) == wanted}
         return {seed: found[seed] for seed in SEEDS if seed in found}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..report_tables import table
 from ..results_file import Row, folder_name
-from .methods import ADAMW, FAST_ADAMW, FAST_MINI, TUNED
+from .fine_tuning import table as tuned
+from .methods import ADAMW, FAST_MINI, TUNED
 from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
@@ -21,16 +22,15 @@ Runs = tuple[str, str, int]  # method, length, vocabulary
 
 
 def main(study: Study) -> str:
-    """Every tuned method at its best rate on all tokens, and the variants that ran to the end too."""
+    """Methods and variants on all tokens, each at its best rate there."""
     lines = []
     for method in TO_THE_END:
         runs = study.runs(method)
-        against = ["" if method == base else _compared(study.difference(method, base)) for base in (ADAMW, FAST_ADAMW)]
-        cells = [_rate(study.rate(method)), _losses(runs), *against]
+        against = "" if method == ADAMW else _compared(study.difference(method, ADAMW))
+        cells = [_rate(study.rate(method)), _losses(runs), against]
         cells += ["" if method == ADAMW else _tokens(study, method), _bytes(runs), _time(study, method)]
         lines.append([method, *cells])
-    heads = ["best rate", "held-out loss", *(f"against {base}, %" for base in (ADAMW, FAST_ADAMW))]
-    heads += ["tokens to AdamW's loss", "state, bytes", "step time"]
+    heads = ["best rate", "held-out loss", "against AdamW, %", "tokens to AdamW's loss", "state, bytes", "step time"]
     shown = _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in TO_THE_END])
     without = [f"{name}: {row['skipped']}" for name, row in study.times.items() if "skipped" in row]
     if not study.times:
@@ -39,17 +39,26 @@ def main(study: Study) -> str:
 
 
 def sweeps(study: Study) -> str:
-    """All losses of each sweep; the lowest is bold."""
+    """All losses of each sweep, on a fifth and on all of the tokens; the lowest is bold."""
+    heads = ["a worse rate on both sides", "rate: held-out loss"]
+    made = [table(["", *heads], _sweeps(study, "fifth")), "On all tokens:", table(["", *heads], _sweeps(study, "full"))]
+    return "\n\n".join(made)
+
+
+def _sweeps(study: Study, length: str) -> list[list[str]]:
     lines = []
     for method in TUNED:
-        found = study.sweep(method)
+        found = study.sweep(method, length)
+        if length == "full" and not found and method not in TO_THE_END:
+            continue
         lowest = min(found.values(), default=math.inf)
         shown = [
             f"{rate:g}: {f'**{loss:.3f}**' if loss == lowest else f'{loss:.3f}' if math.isfinite(loss) else 'diverged'}"
             for rate, loss in found.items()
         ]
-        lines.append([method, str(len(found)), study.sweep_end(method), ", ".join(shown)])
-    return table(["", "runs", "a worse rate on both sides", "rate: held-out loss"], lines)
+        end = study.sweep_end(method, length) if length == "fifth" or method in TO_THE_END else "not asked for"
+        lines.append([method, end, ", ".join(shown)])
+    return lines
 
 
 def embeddings(study: Study) -> str:
@@ -109,6 +118,12 @@ def _variants(study: Study, variants: Iterable[str], length: str) -> str:
     return _with_missing(study, ["held-out loss", "against the default, %"], lines, wanted)
 
 
+def fine_tuning(study: Study) -> str:
+    """Fine-tuning of the study's model on C++."""
+    rows = [row for row in study.tunings if row["model"] == study.template.model]
+    return tuned(rows) if rows else "Missing: `python -m bench.quality.fine_tuning` measures it."
+
+
 def measured(study: Study) -> str:
     """What the rows were measured with."""
     if not study.rows:
@@ -136,6 +151,7 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "embeddings": embeddings,
     "limiter": limiter,
     "refresh": refresh,
+    "fine-tuning": fine_tuning,
     "measured": measured,
 }
 
@@ -145,7 +161,7 @@ def _with_missing(study: Study, heads: Sequence[str], lines: Sequence[Sequence[s
     unfinished: dict[str, None] = {}
     lacking: dict[str, int] = {}
     for method, length, vocabulary in wanted:
-        if study.rate(method) is None:
+        if study.rate(method, length) is None:
             unfinished[VARIANTS[method].base] = None
         elif missing := study.missing(method, length, vocabulary):
             lacking[method] = lacking.get(method, 0) + missing

@@ -13,7 +13,7 @@ from apollo_triton import APOLLOAdamW, apollo_param_groups
 from apollo_triton.core.settings import AUTO
 
 from .experiments import CarriedMomentum, FlooredLimiter, RowMomentum
-from .methods import APOLLO, FACTOR, FAST_MINI, MINI, RATE_FACTOR, TUNED, Build, Together, apollo, mini
+from .methods import APOLLO, FACTOR, FAST_MINI, MINI, RATE_FACTOR, TUNED, Build, Together, apollo, int8, mini
 
 
 class Variant(NamedTuple):
@@ -91,6 +91,14 @@ REFRESHES = {
         "momentum carried": apollo(make=CarriedMomentum),
     }.items()
 }
+# Variants on all tokens, with one rate for all weights.
+_FULL = {
+    f"{APOLLO}, all moments 8-bit": Variant(apollo(state_bits=8), APOLLO),
+    f"{APOLLO}, int8 weights": Variant(int8(apollo()), APOLLO),
+    f"{MINI}, embeddings {BY_ROW}": Variant(_embeddings(1.0, second_moment="row"), MINI),
+    f"{MINI}, embeddings {BY_ROW_8BIT}": Variant(_embeddings(1.0, second_moment="row", state_bits=8), MINI),
+}
+FULL_VARIANTS = [*_FULL]
 # All that a run can train, and what it varies; a tuned method varies itself.
 VARIANTS = {name: Variant(method.build, name) for name, method in TUNED.items()}
 VARIANTS |= {
@@ -98,4 +106,4 @@ VARIANTS |= {
     for builds in EMBEDDINGS.values()
     for name, build in builds.items()
 }
-VARIANTS |= LIMITERS | REFRESHES
+VARIANTS |= LIMITERS | REFRESHES | _FULL
