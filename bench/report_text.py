@@ -110,8 +110,8 @@ def counted(machine: Machine) -> str:
     parts = ["## Counted, the same everywhere"]
     if rows := machine.rows("launches"):
         about = (
-            "Distinct bytes per parameter, by the tests' recorder: bfloat16, matrices of 512 x 384 and 384 x 512; dense "
-            "ones, parts of embeddings, of 512 x 512 and 64 x 4096."
+            "Distinct bytes per parameter, by the tests' recorder: bfloat16, matrices of 512 x 384 and 384 x 512; "
+            "dense ones, parts of embeddings, of 512 x 512 and 64 x 4096."
         )
         parts += [about, launches(rows)]
     if rows := machine.rows("codegen"):

@@ -40,6 +40,10 @@ BLOCK_COLUMNS = 256
 SEGMENT = 16384  # columns whose squares one program adds up: all of a row, except where it is longer than any embedding
 SEGMENTS = 256  # of a row at most, since each program of the step adds up those of its rows again
 LARGEST = tl.constexpr(1 << 30)
+# What the table's row of a matrix has no room for, int64: the elements of a whole row, of which a part may be here, and
+# if M is 8-bit the addresses of its absmaxes and of the table of ``dynamic_code``. As arguments they would be too many.
+ROW_FIELDS = tl.constexpr(3)
+ROW_LENGTH, ABSMAX, CODE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def segments(columns: int) -> int:
@@ -115,8 +119,8 @@ def row_sums_kernel(
 
 @triton.jit(do_not_specialize=["step"])
 def dense_rows_kernel(
-    p_table, p_gradients, p_programs, p_row_lengths, p_parts, p_row_parts, p_previous, p_absmax, p_code, p_skipped,
-    p_gradient_scale, step, step_size, decay, p_step, keep1, keep2, eps,
+    p_table, p_row_fields, p_gradients, p_programs, p_parts, p_row_parts, p_previous, p_skipped, p_gradient_scale,
+    step, step_size, decay, p_step, keep1, keep2, eps,
     WEIGHT_DTYPE: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, SEGMENT: tl.constexpr,
     SEGMENTS: tl.constexpr, NORM_PROGRAMS: tl.constexpr,
@@ -125,13 +129,12 @@ def dense_rows_kernel(
     W <- W - lr wd W.
 
     One program updates one block of a parameter's elements, wherever its rows end. Reads G, and reads and writes W and
-    M. The program that has a row's first element writes its V. ``p_row_lengths`` float32 ``[matrices]`` has the
-    elements of a whole row, of which a part may be here. If STATE is uint8, ``p_absmax`` int64 ``[matrices, 1]`` has
-    the addresses of the absmaxes of M, and ``p_code`` is the table of ``dynamic_code``.
+    M. The program that has a row's first element writes its V. ``p_row_fields``: int64 ``[matrices, ROW_FIELDS]``.
     """
     program = tl.program_id(0)
     matrix = tl.load(p_programs + program)
     p_row = p_table + matrix.to(tl.int64) * FIELDS
+    p_row_fields += matrix * ROW_FIELDS
     columns = tl.load(p_row + COLUMNS)
     elements = tl.load(p_row + ROWS) * columns
     p_W = tl.load(p_row + WEIGHT).to(tl.pointer_type(WEIGHT_DTYPE))
@@ -163,7 +166,8 @@ def dense_rows_kernel(
     G = tl.load(p_G, mask=mask, other=0.0).to(tl.float32)
     W = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)
     if STATE == tl.uint8:
-        p_absmax = tl.load(p_absmax + matrix).to(tl.pointer_type(tl.float32)) + first // CODES + o_block
+        p_code = tl.load(p_row_fields + CODE).to(tl.pointer_type(tl.float32))
+        p_absmax = tl.load(p_row_fields + ABSMAX).to(tl.pointer_type(tl.float32)) + first // CODES + o_block
         m_block = first + o_block * CODES < elements
         absmax = tl.load(p_absmax, mask=m_block, other=0.0)
         M = tl.load(p_code + tl.load(p_M, mask=mask, other=0).to(tl.int32)) * absmax[:, None, None]
@@ -186,7 +190,7 @@ def dense_rows_kernel(
         tl.store(p_skipped + matrix, tl.load(p_skipped + matrix) + tl.where(moves, 0, 1))
     t, h, decay = step_numbers(step, step_size, decay, p_step)
     M += keep1 * (G - M)
-    V += keep2 * (squared_row / tl.load(p_row_lengths + matrix) - V)
+    V += keep2 * (squared_row / tl.load(p_row_fields + ROW_LENGTH).to(tl.float32) - V)
     W -= h * (M * (1.0 / (tl.sqrt(V) + eps)))
     W -= decay * W
     is_finite = tl.broadcast_to(tl.abs(squared_norm), [BLOCK // CODES]) < float("inf")  # as a block: see apply_kernel

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...core import gpu
-from ...core.moments_8bit import dynamic_code
 from ...core.settings import Settings
 from ...kernels import dense as dense_kernels
 from ...kernels import dense_rows as kernels
@@ -71,18 +70,15 @@ def rows_of(table: Table, sums: RowSums) -> list[Tensor]:
 
 def adamw(table: Table, settings: Settings, scalars: StepScalars, sums: RowSums) -> None:
     """One step of a table. ``sums`` are those of each whole gradient and of its whole rows."""
-    is_8bit = table.absmaxes is not None
     gpu.launch(
         kernels.dense_rows_kernel,
         (table.tile_programs.shape[0],),
         table.device,
         table.addresses,
+        table.row_fields,
         table.gradients,
         table.tile_programs,
-        table.row_lengths,
         *sums,
-        table.absmaxes,
-        dynamic_code(True, table.device) if is_8bit else None,
         table.skipped,
         scalars.gradient_scale,
         *step_arguments(settings, scalars),

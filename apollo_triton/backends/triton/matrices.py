@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.geometry import Geometry
-from ...core.moments_8bit import whole_blocks
+from ...core.moments_8bit import dynamic_code, whole_blocks
 from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
@@ -60,7 +60,7 @@ class Table(Channels):
     and ``first`` the first such index. ``gradients`` int64 ``[matrices]``: their addresses. ``root_scales`` float32
     ``[matrices, 2]``: what multiplies s before the limiter and after it, sqrt(scale) and 1 as ``scale_front`` asks;
     none of dense ones. ``by_rows``: whether dense ones have one second moment a row; then a row is a channel, all rows'
-    sums have ``row_parts`` parts, and ``row_lengths`` float32 ``[matrices]`` are those of the whole, unsharded rows.
+    sums have ``row_parts`` parts, and ``row_fields`` int64 ``[matrices, 3]`` has what kernels/dense_rows.py says.
     ``tile_programs`` int32: the index of the matrix of each program of ``apply``. ``norm_programs`` int32 ``[programs,
     2]``: matrix and part. ``projections``: the buffers that hold P, if P is in memory. ``split``: how many programs of
     ``sketch`` share the channels of one program of ``rescale``, above 1 where moments are 8-bit. ``skipped`` int32
@@ -204,11 +204,12 @@ class Table(Channels):
         self.skipped = torch.zeros(self.matrices, dtype=torch.int32, device=self.device)
         self.previous = torch.empty(self.matrices, dtype=torch.float32, device=self.device)
         self.root_scales = self._on_device(torch.tensor(root_scales, dtype=torch.float32, device="cpu"))
-        if self.by_rows:
-            lengths = [math.prod(member.parameter.shape[1:]) for member in self.members]
-            self.row_lengths = self._on_device(torch.tensor(lengths, dtype=torch.float32, device="cpu"))
         self.channel_programs = self._on_device(owners_of(channel_programs))
-        self.absmaxes = self._absmax_addresses() if self.state_dtype == torch.uint8 else None
+        self.absmaxes = None
+        if self.by_rows:
+            self.row_fields = self._row_fields()
+        elif self.state_dtype == torch.uint8:
+            self.absmaxes = self._absmax_addresses()
         clips = settings.max_grad_norm is not None
         if self.is_sum_sharded or (clips and not self.is_dense):  # lengths of what is added up to a matrix's norm
             counts = [geometry.channels for geometry in self.geometries for _ in range(geometry.matrices)]
@@ -222,12 +223,21 @@ class Table(Channels):
         )
         return rows
 
+    def _row_fields(self) -> Tensor:
+        """The length of each matrix's whole, unsharded rows, and where its 8-bit M has its absmaxes and its code."""
+        code = dynamic_code(True, self.device).data_ptr() if self.state_dtype == torch.uint8 else 0
+        rows = []
+        for member in self.members:
+            absmax = member.local_state(ABSMAXES[0]).data_ptr() if code else 0
+            rows.append([math.prod(member.parameter.shape[1:]), absmax, code])
+        return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
+
     def _absmax_addresses(self) -> Tensor:
-        """Of each matrix's 8-bit M and, except where it is one a row, V."""
+        """Of each matrix's 8-bit M and V."""
         rows = []
         for member, geometry in zip(self.members, self.geometries, strict=True):
             for position in range(geometry.matrices):
-                absmaxes = (member.local_state(name) for name in ABSMAXES if name in member.state)
+                absmaxes = (member.local_state(name) for name in ABSMAXES)
                 rows.append([absmax.data_ptr() + 4 * position * absmax.shape[-1] for absmax in absmaxes])
         return self._on_device(torch.tensor(rows, dtype=torch.int64, device="cpu"))
 
