@@ -3,7 +3,7 @@
 A block of 256 moments may end within a channel. A program therefore owns as many channels as fill whole blocks, and
 makes two passes over them: channel by channel for the factors, then block by block to store the moments.
 
-``p_code`` is the address of the table of ``dynamic_code``: 1 KiB, which stays in cache.
+``p_code`` is the address of ``code_and_thresholds``: 2 KiB, which stay in cache.
 """
 
 import triton
@@ -34,8 +34,8 @@ def magnitudes(values):
 def quantized(values, absmax, p_code):
     """uint8 indices of float32 ``values``. ``absmax`` broadcasts to them: a scalar, or one value for each block.
 
-    Eight steps of a binary search find the last entry that is not above x. One comparison, with the midpoint of it and
-    the next entry, decides between the two.
+    Eight steps of a binary search count the thresholds below x. They decide ties too: a search among the entries needs
+    a comparison with the middle of two at its end, and took a seventh more instructions.
     """
     is_normal = (absmax >= _LEAST_NORMAL) & (absmax < float("inf"))
     # div_rn rounds as PyTorch does; a plain division is approximate on NVIDIA. The products below are not added to
@@ -45,11 +45,8 @@ def quantized(values, absmax, p_code):
     index = tl.zeros(x.shape, tl.int32)
     for step in tl.static_range(8):
         ahead = index + (128 >> step)
-        index = tl.where(tl.load(p_code + ahead) <= x, ahead, index)
-    following = tl.minimum(index + 1, BLOCK - 1)
-    middle = (tl.load(p_code + index) + tl.load(p_code + following)) * 0.5
-    is_above = (x > middle) | ((x == middle) & (index % 2 == 1))  # ties to the even index
-    return tl.where(is_above, following, index).to(tl.uint8)
+        index = tl.where(tl.load(p_code + (BLOCK - 1) + ahead) < x, ahead, index)
+    return index.to(tl.uint8)
 
 
 @triton.jit

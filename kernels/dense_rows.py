@@ -41,7 +41,7 @@ SEGMENT = 16384  # columns whose squares one program adds up: all of a row, exce
 SEGMENTS = 256  # of a row at most, since each program of the step adds up those of its rows again
 LARGEST = tl.constexpr(1 << 30)
 # What the table's row of a matrix has no room for, int64: the elements of a whole row, of which a part may be here, and
-# if M is 8-bit the addresses of its absmaxes and of the table of ``dynamic_code``. As arguments they would be too many.
+# if M is 8-bit the addresses of its absmaxes and of ``code_and_thresholds``. As arguments they would be too many.
 ROW_FIELDS = tl.constexpr(3)
 ROW_LENGTH, ABSMAX, CODE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

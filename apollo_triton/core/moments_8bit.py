@@ -69,6 +69,12 @@ def _thresholds(signed: bool, device: torch.device) -> Tensor:
     return middles.to(device)
 
 
+@cache
+def code_and_thresholds(signed: bool, device: torch.device) -> Tensor:
+    """``[511]``, for kernels: ``dynamic_code``, and behind it the thresholds."""
+    return torch.cat((dynamic_code(signed, device), _thresholds(signed, device)))
+
+
 def quantize_blockwise(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise: the indices, uint8 in the shape of ``values``, and the absmaxes, float32 ``[ceil(elements / 256)]``.
 

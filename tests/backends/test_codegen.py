@@ -34,10 +34,10 @@ CHOSEN = {
 MOST_PER_ELEMENT = {"sketch": 8.9, "apply": 24, "apply_int8": 58, "dense": 44, "squared_norm": 6}
 # A program of rows divides 64-bit integers once, which dense's does not, and streams 14 bytes: an H200 has 91 for them.
 # Of bfloat16 moments it streams 10 bytes, which leave 65, and of 8-bit ones 8, which leave 52. To round them takes
-# more: 75 and, with codes found by eight comparisons, 133. These two are bound by instructions there.
+# more: 75 and, with codes found by eight comparisons, 115. These two are bound by instructions there.
 MOST_PER_ELEMENT |= {"row_sums": 6, "dense_rows": 56}
 MOST_PER_ELEMENT_STOCHASTIC = {"dense": 80, "dense_rows": 80}
-MOST_PER_ELEMENT_8BIT = {"dense_rows": 140}
+MOST_PER_ELEMENT_8BIT = {"dense_rows": 120}
 # Of 16-bit weights and gradients, rounded to nearest or stochastically.
 MOST_OF_APPLY = {"sm_100": (15, 27), "sm_90": (16, 28), "sm_89": (16, 28), "sm_80": (16, 28), "gfx942": (28, 44)}
 # The same of products with a half-precision gradient, by the highest rank. At rank 256 two halves share a tile of P:

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from kernel_cases import DEVICE
 from tiers import pairs
 
-from apollo_triton.core.moments_8bit import BLOCK, dequantize_blockwise, dynamic_code, quantize_blockwise
+from apollo_triton.core.moments_8bit import (
+    BLOCK,
+    code_and_thresholds,
+    dequantize_blockwise,
+    dynamic_code,
+    quantize_blockwise,
+)
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
@@ -257,7 +263,7 @@ def run_kernels(values, signed):
     """q, absmax and values of the kernels; checks that nothing was written beyond the end."""
     count = values.numel()
     blocks = -(-count // BLOCK)
-    code = dynamic_code(signed, DEVICE)
+    code = code_and_thresholds(signed, torch.device(DEVICE))
     q = torch.full((count + BLOCK,), SENTINEL, dtype=torch.uint8, device=DEVICE)
     absmax = torch.full((blocks + 2,), float(SENTINEL), device=DEVICE)
     back = torch.full((count + BLOCK,), float(SENTINEL), device=DEVICE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...core.geometry import Geometry
-from ...core.moments_8bit import dynamic_code, whole_blocks
+from ...core.moments_8bit import code_and_thresholds, whole_blocks
 from ...core.scale import scale_of
 from ...core.settings import Settings
 from ...core.streams import Uses
@@ -225,7 +225,7 @@ class Table(Channels):
 
     def _row_fields(self) -> Tensor:
         """The length of each matrix's whole, unsharded rows, and where its 8-bit M has its absmaxes and its code."""
-        code = dynamic_code(True, self.device).data_ptr() if self.state_dtype == torch.uint8 else 0
+        code = code_and_thresholds(True, self.device).data_ptr() if self.state_dtype == torch.uint8 else 0
         rows = []
         for member in self.members:
             absmax = member.local_state(ABSMAXES[0]).data_ptr() if code else 0

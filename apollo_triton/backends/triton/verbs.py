@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ...core import gpu
-from ...core.moments_8bit import dynamic_code
+from ...core.moments_8bit import code_and_thresholds
 from ...core.settings import Settings
 from ...kernels import apply as apply_kernels
 from ...kernels import blockwise as blockwise_kernels
@@ -58,7 +58,7 @@ def rescale(table: Channels, settings: Settings, scalars: StepScalars, sketch: S
             table.addresses,
             table.absmaxes,
             table.channel_programs,
-            *(dynamic_code(signed, table.device) for signed in (True, False)),
+            *(code_and_thresholds(signed, table.device) for signed in (True, False)),
             *sums,
             table.scratch(table.channels),
             *out,
