@@ -33,7 +33,7 @@ class DenseKeys:
     """What groups of dense weights have of their own: learning rates, no decay of norms and biases, and how the state
     of embeddings and head is kept.
 
-    Raises ValueError for a value that is not allowed, and TypeError for an unknown key in ``embeddings``.
+    Raises ValueError for a value or key that is not allowed, and TypeError for an unknown key in ``embeddings``.
     """
 
     dense_lr: float | Tensor | None = None
@@ -62,8 +62,6 @@ class DenseKeys:
         keys: dict[str, Any] = {} if lr is None else {"lr": lr}
         if group in (HEADS, EMBEDDINGS):
             keys |= embedding_keys(self.embeddings)
-            if "rank" in keys:
-                keys.setdefault("scale", chosen_scale(keys.get("proj", LOW_RANK_DEFAULTS["proj"])))
         return keys | ({"weight_decay": 0.0} if group == VECTORS and not self.decay_vectors else {})
 
     def notes(self, found: Coverage, of_names: bool) -> Iterator[str]:
@@ -83,7 +81,7 @@ class DenseKeys:
         if elsewhere:
             yield (
                 f"embeddings={shown(self.embeddings)} has no effect on {listed(elsewhere, 3)}, which target_modules "
-                "makes low-rank with the matrices; leave it out there, or give embeddings a rank"
+                "makes low-rank with the matrices; take them out of target_modules to keep them dense"
             )
 
 
@@ -113,8 +111,8 @@ def apollo_param_groups(
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
         embeddings: how the state of embeddings and head is kept. None: as that of all that is dense. "8bit": both
             moments in 8 bits. "rows": one second moment for each row, a token's. "rows-8bit": that, and the first
-            moment in 8 bits. An integer is a rank, with which they are low-rank with a factor for each row. A mapping
-            has keys of a group, e.g. ``{"second_moment": "row", "state_dtype": "bfloat16"}``.
+            moment in 8 bits. A mapping has keys of a dense group, e.g. ``{"state_dtype": "bfloat16"}``. A rank is
+            refused: it makes the loss 5 to 20 % worse.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``. ``scale`` is "auto" unless given,
             or 1 for ``proj="svd"``.
 

@@ -19,7 +19,7 @@ from ..core.coverage_notes import no_match, notes
 from ..core.embeddings import MARK
 from ..core.kinds import MATRIX, weights_of
 from ..core.messages import shown, warn
-from ..core.param_groups import LOW_RANK, DenseKeys, chosen_scale, dense_reasons, split_by_kind
+from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
 from ..core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
@@ -95,9 +95,7 @@ class Split:
         made, names = [], {*taken}
         for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
-            foreign = [*DENSE_DEFAULTS] if "rank" in part else []
-            if part["name"] != LOW_RANK:  # embeddings of a rank have keys of their own
-                foreign += LOW_RANK_DEFAULTS
+            foreign = DENSE_DEFAULTS if "rank" in part else LOW_RANK_DEFAULTS
             part |= {"name": _unlike(name, names)} | {key: value for key, value in shared.items() if key not in foreign}
             names.add(part["name"])
             if not _is_named(group):
