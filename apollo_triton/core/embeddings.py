@@ -35,9 +35,9 @@ def checked_embeddings(embeddings: Any) -> str | dict[str, Any] | None:
         for name in embeddings:
             if name in _LOW_RANK_KEYS:
                 raise ValueError(
-                    f"{given}: {name!r} is a key of low-rank groups, and a rank for embeddings and head makes the loss 5 "
-                    "to 20 % worse (docs/quality.md); leave it out, or name these weights in target_modules, or write "
-                    "the groups yourself"
+                    f"{given}: {name!r} is a key of low-rank groups, and a rank for embeddings and head makes the loss "
+                    "5 to 20 % worse (docs/quality.md); leave it out, or name these weights in target_modules, or "
+                    "write the groups yourself"
                 )
             if name not in CHECKS:
                 raise TypeError(f"{given}: {unknown_option(str(name), {*CHECKS} - _LOW_RANK_KEYS)}")
