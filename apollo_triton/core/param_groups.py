@@ -70,14 +70,13 @@ class DenseKeys:
         weights = found.weights
         dense = {weights[key].kind for key, reason in found.reasons.items() if reason}
         elsewhere = [name for key, name in found.low_rank.items() if weights[key].kind in (EMBEDDING, HEAD)]
+        by_name = " by its name" if of_names else ""
         if self.embedding_lr is not None and EMBEDDING not in dense:
-            nothing = "no parameter has an embedding's name" if of_names else "no weight of the model is an embedding"
-            yield f"embedding_lr={self.embedding_lr!r} has no effect: {nothing}"
+            yield f"embedding_lr={self.embedding_lr!r} has no effect: no dense weight is an embedding{by_name}"
         if self.embeddings is None:
             return
         if not elsewhere and dense.isdisjoint((EMBEDDING, HEAD)):
-            nothing = "no parameter has the name" if of_names else "no weight of the model is that"
-            yield f"embeddings={shown(self.embeddings)} has no effect: {nothing} of an embedding or a head"
+            yield f"embeddings={shown(self.embeddings)} has no effect: no weight is an embedding or a head{by_name}"
         if elsewhere:
             yield (
                 f"embeddings={shown(self.embeddings)} has no effect on {listed(elsewhere, 3)}, which target_modules "

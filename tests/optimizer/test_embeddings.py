@@ -136,12 +136,15 @@ def test_an_int8_head_needs_to_be_a_target():
 
 
 def test_other_ways_to_the_constructor():
-    """A subclass or a group of one's own that loses the argument, and groups that are added later."""
+    """A subclass that loses the argument, a group of one's own whose keys win over it, and groups that are added
+    later."""
     optimizer = QAPOLLOAdamW(make_model().named_parameters(), rank=4, embeddings="rows")
     assert grouped(optimizer, "second_moment")["head"] == [["lm_head.weight"], "row"]
-    decayed = [{"params": [*make_model().named_parameters()], "weight_decay": 0.5, "scale_type": "tensor"}]
-    found = grouped(APOLLOAdamW(decayed, rank=4, embeddings="rows"), "weight_decay", "scale_type", "second_moment")
-    assert found["head"] == [["lm_head.weight"], 0.5, None, "row"]
+    keys = {"weight_decay": 0.5, "scale_type": "tensor", "state_bits": 32}
+    own = [{"params": [*make_model().named_parameters()]} | keys]
+    found = grouped(APOLLOAdamW(own, rank=4, embeddings="8bit"), "weight_decay", "scale_type", "state_bits")
+    assert found["head"] == [["lm_head.weight"], 0.5, None, 8]
+    assert found["dense"] == [["router.weight"], 0.5, None, 32]
     small = nn.ModuleDict({"up": nn.Linear(WIDTH, 32), "wte": nn.Embedding(8, 8)})
     optimizer = APOLLOAdamW.mini(small, embeddings="rows")
     optimizer.add_param_group({"params": [("lm_head.weight", nn.Parameter(torch.ones(32, 16)))]})
