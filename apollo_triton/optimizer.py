@@ -85,7 +85,7 @@ class APOLLOAdamW(Optimizer):
             here, and 1 in groups with a rank of their own. ``rank_above_width`` takes a rank that inflates the state.
         dense_lr, embedding_lr: learning rates of what ``rank`` leaves dense, and of embeddings. By default ``lr``.
         decay_vectors: whether the norms and biases that ``rank`` leaves dense decay.
-        embeddings: how the state of embeddings and head is kept: None, a name, a rank, or keys of a group, as in
+        embeddings: how the state of embeddings and head is kept: None, a name, or keys of a dense group, as in
             ``apollo_param_groups``. It needs ``rank`` and names.
 
     State of a low-rank parameter: ``step``, ``seed``, ``exp_avg`` and ``exp_avg_sq`` ``[channels, rank]``,

@@ -21,8 +21,9 @@ from .reference import dense_8bit
 def backend_of(parameter: Tensor, settings: Settings, state: Mapping[str, Any], is_implicit: bool = False) -> Backend:
     """Which backend updates a parameter, and why; ``is_implicit`` if its gradient comes as its two factors.
 
-    It is the device's backend, with two exceptions: bitsandbytes updates dense 8-bit moments, and the kernels that take
-    the factors need int8 groups that fit a tile. Raises ValueError where the backend cannot be had.
+    It is the device's backend, with two exceptions: bitsandbytes updates dense 8-bit moments, if they are one an
+    element, and the kernels that take the factors need int8 groups that fit a tile. Raises ValueError where the backend
+    cannot be had.
     """
     backend = device_backend(parameter, settings.backend)
     is_bitsandbytes = geometry_of(parameter, settings) is None and not has_row_moments(parameter, settings)

@@ -1,4 +1,4 @@
-"""``embeddings=``: how the state of embeddings and head is kept, by a name, a rank, or keys of a group.
+"""``embeddings=``: how the state of embeddings and head is kept, by a name or by keys of a dense group.
 
 Both are half of a small model, and nearly all of what APOLLO-Mini keeps of any. The argument puts them into groups of
 their own, whose keys are these. ``CHOICES`` is the one place that knows the names.
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .messages import shown
-from .settings import AUTO, CHECKS, check_value
+from .settings import CHECKS, LOW_RANK_DEFAULTS, check_value
 from .spelling import unknown_option
 
-Embeddings = int | str | Mapping[str, Any] | None  # in this order Lightning's command line makes a number of "16"
+Embeddings = str | Mapping[str, Any] | None
 
 # What each name adds to the groups of embeddings and head. Whatever a name leaves open is as for the other weights.
 CHOICES: dict[str, dict[str, Any]] = {
@@ -25,32 +25,35 @@ CHOICES: dict[str, dict[str, Any]] = {
 MARK = "embeddings"
 # How moments of dense weights are kept. ``load_state_dict`` converts one into the other.
 FORM_KEYS = ("second_moment", "state_dtype", "state_bits", "min_8bit_size")
+_LOW_RANK_KEYS = {"rank", *LOW_RANK_DEFAULTS}
 
 
-def checked_embeddings(embeddings: Any) -> str | int | dict[str, Any] | None:
+def checked_embeddings(embeddings: Any) -> str | dict[str, Any] | None:
     """The argument, of a mapping a dictionary of its own. Raises ValueError or TypeError for what is not allowed."""
     if isinstance(embeddings, Mapping):
+        given = f"{MARK}={shown(dict(embeddings))}"
         for name in embeddings:
+            if name in _LOW_RANK_KEYS:
+                raise ValueError(
+                    f"{given}: {name!r} is a key of low-rank groups, and a rank for embeddings and head makes the loss "
+                    "5 to 20 % worse (docs/quality.md); leave it out, or name these weights in target_modules, or "
+                    "write the groups yourself"
+                )
             if name not in CHECKS:
-                raise TypeError(f"{MARK}={shown(dict(embeddings))}: {unknown_option(str(name), CHECKS)}")
+                raise TypeError(f"{given}: {unknown_option(str(name), {*CHECKS} - _LOW_RANK_KEYS)}")
         for name, value in embeddings.items():
-            check_value(name, value, f"{MARK}={shown(dict(embeddings))}")
-    is_rank = isinstance(embeddings, int) and not isinstance(embeddings, bool) and embeddings >= 1
+            check_value(name, value, given)
     is_name = isinstance(embeddings, str) and embeddings in CHOICES
-    if not (embeddings is None or is_rank or is_name or (isinstance(embeddings, Mapping) and embeddings)):
-        is_text = isinstance(embeddings, str) and embeddings.isdigit()
+    if not (embeddings is None or is_name or (isinstance(embeddings, Mapping) and embeddings)):
         raise ValueError(
-            f"Invalid {MARK}: {shown(embeddings)} (allowed: None, {', '.join(map(repr, CHOICES))}, an integer of 1 or "
-            "more, which is a rank, or a mapping of keys of a group)"
-            f"{'; it is a string: convert it' if is_text else ''}"
+            f"Invalid {MARK}: {shown(embeddings)} (allowed: None, {', '.join(map(repr, CHOICES))}, or a mapping of "
+            "keys of a dense group)"
         )
     return dict(embeddings) if isinstance(embeddings, Mapping) else embeddings
 
 
 def embedding_keys(embeddings: Embeddings) -> dict[str, Any]:
     """The keys of the groups of embeddings and head for a checked argument.
-
-    A rank keeps a factor for each row, whatever the shape: of a table a row is a token.
 
     >>> embedding_keys("rows")
     {'second_moment': 'row', 'embeddings': 'rows'}
@@ -61,7 +64,5 @@ def embedding_keys(embeddings: Embeddings) -> dict[str, Any]:
         return {}
     if isinstance(embeddings, str):
         return CHOICES[embeddings] | {MARK: embeddings}
-    if isinstance(embeddings, int):
-        return {"rank": embeddings, "scale": AUTO, "scale_type": "channel", "proj_type": "right", MARK: embeddings}
     # As one text: torch.distributed.checkpoint would take a dictionary in a group apart.
     return {**embeddings, MARK: ", ".join(f"{name}={value}" for name, value in sorted(embeddings.items()))}

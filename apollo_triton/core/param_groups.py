@@ -33,7 +33,7 @@ class DenseKeys:
     """What groups of dense weights have of their own: learning rates, no decay of norms and biases, and how the state
     of embeddings and head is kept.
 
-    Raises ValueError for a value that is not allowed, and TypeError for an unknown key in ``embeddings``.
+    Raises ValueError for a value or key that is not allowed, and TypeError for an unknown key in ``embeddings``.
     """
 
     dense_lr: float | Tensor | None = None
@@ -62,8 +62,6 @@ class DenseKeys:
         keys: dict[str, Any] = {} if lr is None else {"lr": lr}
         if group in (HEADS, EMBEDDINGS):
             keys |= embedding_keys(self.embeddings)
-            if "rank" in keys:
-                keys.setdefault("scale", chosen_scale(keys.get("proj", LOW_RANK_DEFAULTS["proj"])))
         return keys | ({"weight_decay": 0.0} if group == VECTORS and not self.decay_vectors else {})
 
     def notes(self, found: Coverage, of_names: bool) -> Iterator[str]:
@@ -72,18 +70,17 @@ class DenseKeys:
         weights = found.weights
         dense = {weights[key].kind for key, reason in found.reasons.items() if reason}
         elsewhere = [name for key, name in found.low_rank.items() if weights[key].kind in (EMBEDDING, HEAD)]
+        by_name = " by its name" if of_names else ""
         if self.embedding_lr is not None and EMBEDDING not in dense:
-            nothing = "no parameter has an embedding's name" if of_names else "no weight of the model is an embedding"
-            yield f"embedding_lr={self.embedding_lr!r} has no effect: {nothing}"
+            yield f"embedding_lr={self.embedding_lr!r} has no effect: no dense weight is an embedding{by_name}"
         if self.embeddings is None:
             return
         if not elsewhere and dense.isdisjoint((EMBEDDING, HEAD)):
-            nothing = "no parameter has the name" if of_names else "no weight of the model is that"
-            yield f"embeddings={shown(self.embeddings)} has no effect: {nothing} of an embedding or a head"
+            yield f"embeddings={shown(self.embeddings)} has no effect: no weight is an embedding or a head{by_name}"
         if elsewhere:
             yield (
                 f"embeddings={shown(self.embeddings)} has no effect on {listed(elsewhere, 3)}, which target_modules "
-                "makes low-rank with the matrices; leave it out there, or give embeddings a rank"
+                "makes low-rank with the matrices; take them out of target_modules to keep them dense"
             )
 
 
@@ -113,8 +110,8 @@ def apollo_param_groups(
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
         embeddings: how the state of embeddings and head is kept. None: as that of all that is dense. "8bit": both
             moments in 8 bits. "rows": one second moment for each row, a token's. "rows-8bit": that, and the first
-            moment in 8 bits. An integer is a rank, with which they are low-rank with a factor for each row. A mapping
-            has keys of a group, e.g. ``{"second_moment": "row", "state_dtype": "bfloat16"}``.
+            moment in 8 bits. A mapping has keys of a dense group, e.g. ``{"state_dtype": "bfloat16"}``. A rank is
+            refused: it makes the loss 5 to 20 % worse.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``. ``scale`` is "auto" unless given,
             or 1 for ``proj="svd"``.
 

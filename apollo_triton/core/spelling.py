@@ -52,7 +52,7 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
         near = _nearest(key, FIELD_NAMES)
         if (key in ("amsgrad", "maximize", "differentiable") and value) or key == "learning_rate":
             notes.append(f"{key!r} does nothing ({_ELSEWHERE[key]})")
-        elif key == SPLIT_KEYS[-1] and "name" in group:
+        elif key == "embeddings" and "name" in group:
             pass  # of a group that ``embeddings=`` has made
         elif key in SPLIT_KEYS:
             notes.append(

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..core.embeddings import FORM_KEYS, MARK
-from ..core.messages import shown
 from ..core.module_names import unwrapped
 from .differences import given_names
 
@@ -25,29 +24,30 @@ class _Place(NamedTuple):
 
 
 def keeps_otherwise(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether the groups were made with another ``embeddings=``."""
+    """Whether the groups, both dense, were made with another ``embeddings=``."""
     marks = [group.get(MARK) for group in (saved, own)]
-    theirs, ours = (mark if isinstance(mark, (str, int)) else None for mark in marks)  # a file may hold anything
-    return theirs != ours
+    theirs, ours = (mark if isinstance(mark, str) else None for mark in marks)  # a file may hold anything
+    return theirs != ours and not _is_low_rank(saved) and not _is_low_rank(own)
 
 
 def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[Mapping[str, Any]]:
     """The groups of a checkpoint with their parameters as ``groups`` has them. Each keeps the settings of the group in
     which its first parameter was saved.
 
-    They are returned as they are, if they are as many, if ``embeddings=`` is the same, and where names are missing or
-    are others.
+    They are returned as they are, if they are as many, if ``embeddings=`` is the same, if a parameter is low-rank in
+    one of the two alone, and where names are missing or are others.
     """
     saved_names, own_names = _names(saved_groups), _names(groups)
     if len(saved_groups) == len(groups) or not saved_names or {*saved_names} != {*own_names}:
         return list(saved_groups)
-    if not any(keeps_otherwise(saved_names[name].group, place.group) for name, place in own_names.items()):
+    pairs = [(saved_names[name].group, place.group) for name, place in own_names.items()]
+    if any(_is_low_rank(saved) != _is_low_rank(own) for saved, own in pairs):
+        return list(saved_groups)
+    if not any(keeps_otherwise(saved, own) for saved, own in pairs):
         return list(saved_groups)
     made: list[Mapping[str, Any]] = []
     for own in groups:
         places = [saved_names[name] for name in _names([own])]
-        for place in places:
-            check_ranks(place.group, own)
         made.append(
             {
                 **places[0].group,
@@ -62,26 +62,14 @@ def with_own_form(saved: Mapping[str, Any], group: Group, own: Group) -> None:
     """Give ``group``, which is made of ``saved``, what says how its moments are kept, if ``embeddings=`` differs."""
     if not keeps_otherwise(saved, own):
         return
-    check_ranks(saved, own)
     for name in ("name", MARK, *FORM_KEYS):
         group.pop(name, None)
         if name in own:
             group[name] = own[name]
 
 
-def check_ranks(saved: Mapping[str, Any], own: Group) -> None:
-    """Raise ValueError if moments are of a projection in one of the two groups, and not in the other."""
-    if keeps_otherwise(saved, own) and _rank(saved) != _rank(own):
-        theirs, ours = ("dense weights" if rank is None else f"rank {shown(rank)}" for rank in map(_rank, (saved, own)))
-        raise ValueError(
-            f"state_dict: it was saved with embeddings={shown(saved.get(MARK))}, and the optimizer was made with "
-            f"embeddings={shown(own.get(MARK))}: moments of {theirs} cannot become those of {ours}; make the optimizer "
-            "as it was, or load the weights alone, and begin with a fresh one"
-        )
-
-
-def _rank(group: Mapping[str, Any]) -> Any:
-    return group.get("rank")
+def _is_low_rank(group: Mapping[str, Any]) -> bool:
+    return group.get("rank") is not None
 
 
 def _names(groups: Sequence[Any]) -> dict[str, _Place]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..core.coverage import Coverage, coverage_of
 from ..core.coverage_notes import no_match, notes
-from ..core.embeddings import MARK
+from ..core.embeddings import MARK, embedding_keys
 from ..core.kinds import MATRIX, weights_of
 from ..core.messages import shown, warn
-from ..core.param_groups import LOW_RANK, DenseKeys, chosen_scale, dense_reasons, split_by_kind
+from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
 from ..core.settings import DENSE_DEFAULTS, LOW_RANK_DEFAULTS, check_value
 from ..core.targets import DEFAULT_TARGETS, Targets
 from .checks import lost_shape
@@ -84,7 +84,8 @@ class Split:
     def parts(self, group: Group, taken: Collection[str]) -> tuple[list[Group], dict[Tensor, str]]:
         """The groups that a given one becomes, and why its dense weights are dense. ``taken``: names of other groups.
 
-        A group keeps its own keys, except that those of low-rank groups are left out of dense ones, and the reverse.
+        A group keeps its own keys, except that those of low-rank groups are left out of dense ones, and the reverse,
+        and that ``embeddings=``, which is said of fewer weights, wins over them.
         """
         group = _with_list(group)
         named = self._named(group)
@@ -95,10 +96,9 @@ class Split:
         made, names = [], {*taken}
         for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
-            foreign = [*DENSE_DEFAULTS] if "rank" in part else []
-            if part["name"] != LOW_RANK:  # embeddings of a rank have keys of their own
-                foreign += LOW_RANK_DEFAULTS
+            foreign = DENSE_DEFAULTS if "rank" in part else LOW_RANK_DEFAULTS
             part |= {"name": _unlike(name, names)} | {key: value for key, value in shared.items() if key not in foreign}
+            part |= embedding_keys(self.dense.embeddings) if MARK in part else {}
             names.add(part["name"])
             if not _is_named(group):
                 del part["param_names"]

@@ -15,6 +15,7 @@ LLAMA_SIZES = "60M", "130M", "350M", "1B", "7B", "13B"
 LARGER_SIZES = "33B", "70B", "405B"
 DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
 DEMO_METHODS = "adamw", "apollo", "mini"
+EMBEDDINGS = "8bit", "rows", "rows-8bit"
 
 
 def convert(parser: ArgumentParser) -> None:
@@ -79,9 +80,8 @@ def memory(parser: ArgumentParser) -> None:
     )
     add(
         "--embeddings",
-        type=_name_or_rank,
-        metavar="HOW",
-        help="how APOLLO keeps the state of embeddings and head: a name or a rank, as in APOLLOAdamW(embeddings=...)",
+        choices=EMBEDDINGS,
+        help="how APOLLO keeps the state of embeddings and head, as APOLLOAdamW(embeddings=...) (default: AdamW's)",
     )
     add(
         "--single-card",
@@ -107,10 +107,6 @@ def memory(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("options of --single-card").add_argument
     add("--batch", type=int, help="sequences a step (default: 1)")
     add("--sequence", type=int, help="tokens a sequence (default: 256)")
-
-
-def _name_or_rank(text: str) -> str | int:
-    return int(text) if text.isdigit() else text
 
 
 def validate(parser: ArgumentParser) -> None:

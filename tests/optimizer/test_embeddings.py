@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from embedding_models import VOCABULARY, WIDTH, make_model, train
+from embedding_models import WIDTH, make_model, train
 from torch import nn
 from warned import warnings_of
 
@@ -57,24 +57,6 @@ def test_a_tied_head_is_an_embedding(make):
     assert found["embeddings"] == [["wte.weight"], "row"]
 
 
-@pytest.mark.parametrize("value", [4, {"rank": 4, "scale_type": "channel", "proj_type": "right"}])
-def test_a_rank_keeps_a_factor_for_each_row(value):
-    """The rank of the matrices, or Mini's one factor for a tensor, or for a table with fewer rows than columns a factor
-    for each column."""
-    model = make_model()
-    model["types"] = nn.Embedding(2, WIDTH)
-    optimizer = APOLLOAdamW.mini(model, embeddings=value)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    for group in optimizer.param_groups:
-        if group["name"] in ("head", "embeddings"):
-            assert (group["rank"], group["scale_type"], group["scale"]) == (4, "channel", "auto")
-    shapes = [tuple(optimizer.state[model[name].weight]["exp_avg"].shape) for name in ("wte", "lm_head", "types", "up")]
-    assert shapes == [(VOCABULARY, 4), (VOCABULARY, 4), (2, 4), (32, 1)]
-    assert optimizer.summary().rows[0].rank == 1
-
-
 @MADE
 def test_a_mapping_has_keys_of_a_group(make):
     """Keys that are dropped, and a dtype by its name, as command lines and YAML have it."""
@@ -91,15 +73,13 @@ def test_a_mapping_has_keys_of_a_group(make):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("row", r"Invalid embeddings: 'row' \(allowed: None, '8bit', 'rows', 'rows-8bit', an integer of 1 or more"),
-        ("16", r"Invalid embeddings: '16' .* it is a string: convert it"),
+        ("row", r"Invalid embeddings: 'row' \(allowed: None, '8bit', 'rows', 'rows-8bit', or a mapping of keys"),
+        (16, "Invalid embeddings: 16"),
         (True, "Invalid embeddings: True"),
-        (0, "Invalid embeddings: 0"),
-        (4.0, "Invalid embeddings: 4.0"),
         ({}, r"Invalid embeddings: \{\}"),
         ({"second_moment": "rows"}, r"embeddings=\{'second_moment': 'rows'\}: Invalid second_moment: 'rows' \(allowed"),
-        ({"rank": 4, "second_moment": "row"}, "second_moment='row' is for dense groups"),
-        (64, "rank 64 is above its projected width 16"),
+        ({"rank": 4}, r"embeddings=\{'rank': 4\}: 'rank' is a key of low-rank groups, and .* 5 to 20 % worse"),
+        ({"lr": 1e-3, "scale": 2.0}, "'scale' is a key of low-rank groups"),
     ],
 )
 def test_values_that_are_not_allowed(make, value, message):
@@ -146,24 +126,29 @@ def test_a_table_of_one_row_keeps_a_second_moment_for_each_element():
     assert optimizer.state[model.position_embeddings]["exp_avg_sq"].shape == (1, 5, 7)
 
 
-def test_an_int8_head_needs_a_rank():
-    """AdamW does not train int8 weights, whatever its moments are."""
+def test_an_int8_head_needs_to_be_a_target():
+    """AdamW does not train int8 weights, whatever its moments are. The way out that docs/options.md names."""
     model = quantize_model(make_model(), target_modules=["lm_head"], group_size=WIDTH)
     with pytest.raises(ValueError, match=r"lm_head.weight.* is int8 and its group has no 'rank'"):
         APOLLOAdamW.mini(model, embeddings="rows")
-    assert grouped(APOLLOAdamW.mini(model, embeddings=4), "rank")["head"] == [["lm_head.weight"], 4]
+    optimizer = APOLLOAdamW.mini(model, embeddings="rows", target_modules=["auto", "lm_head"])
+    assert "lm_head.weight" in grouped(optimizer)["low-rank"][0]
 
 
 def test_other_ways_to_the_constructor():
-    """A subclass or a group of one's own that loses the argument, and groups that are added later."""
+    """A subclass that loses the argument, a group of one's own whose keys win over it, and groups that are added
+    later."""
     optimizer = QAPOLLOAdamW(make_model().named_parameters(), rank=4, embeddings="rows")
     assert grouped(optimizer, "second_moment")["head"] == [["lm_head.weight"], "row"]
-    decayed = [{"params": [*make_model().named_parameters()], "weight_decay": 0.5, "scale_type": "tensor"}]
-    found = grouped(APOLLOAdamW(decayed, rank=4, embeddings=8), "weight_decay", "scale_type", "rank")
-    assert found["head"] == [["lm_head.weight"], 0.5, "channel", 8]
-    optimizer = APOLLOAdamW.mini(nn.ModuleDict({"up": nn.Linear(WIDTH, 32), "wte": nn.Embedding(8, 8)}), embeddings=4)
+    keys = {"weight_decay": 0.5, "scale_type": "tensor", "state_bits": 32}
+    own = [{"params": [*make_model().named_parameters()]} | keys]
+    found = grouped(APOLLOAdamW(own, rank=4, embeddings="8bit"), "weight_decay", "scale_type", "state_bits")
+    assert found["head"] == [["lm_head.weight"], 0.5, None, 8]
+    assert found["dense"] == [["router.weight"], 0.5, None, 32]
+    small = nn.ModuleDict({"up": nn.Linear(WIDTH, 32), "wte": nn.Embedding(8, 8)})
+    optimizer = APOLLOAdamW.mini(small, embeddings="rows")
     optimizer.add_param_group({"params": [("lm_head.weight", nn.Parameter(torch.ones(32, 16)))]})
-    assert grouped(optimizer, "rank")["head"] == [["lm_head.weight"], 4]
+    assert grouped(optimizer, "second_moment")["head"] == [["lm_head.weight"], "row"]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -180,11 +165,11 @@ def test_it_trains_as_groups_by_hand(name):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("value", "gradients"), [("rows", "freed"), (4, "none")])
-def test_layer_wise_updates_take_it_too(value, gradients):
+@pytest.mark.parametrize("gradients", ["freed", "none"])
+def test_layer_wise_updates_take_it_too(gradients):
     """Hooks that read another group's settings: the same weights as by step()."""
     models = [make_model() for _ in range(2)]
-    optimizers = [APOLLOAdamW.mini(model, embeddings=value) for model in models]
+    optimizers = [APOLLOAdamW.mini(model, embeddings="rows") for model in models]
     handle = attach_layerwise(models[1], optimizers[1], gradients=gradients)
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer)
@@ -211,7 +196,6 @@ def test_state_of_llama_counted_by_hand(size):
         "8bit": 2 * (table + 4 * table // 256),
         "rows": 4 * table + 4 * tokens,
         "rows-8bit": table + 4 * table // 256 + 4 * tokens,
-        16: 4 * 2 * 16 * tokens + 4,  # moments of 16 numbers a row, and an update norm
     }
     model = meta_model(size)
     for embeddings, expected in of_table.items():
@@ -236,11 +220,11 @@ def test_the_summary_says_how_the_state_is_kept():
 @pytest.mark.parametrize("backend", [pytest.param("interpreter", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize(
     "embeddings",
-    ["rows", pytest.param({"weight_decay": 0.5}, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)],
+    ["rows", pytest.param({"weight_decay": 0.5}, marks=pytest.mark.full)],
 )
 def test_embeddings_and_head_share_launches(backend, embeddings, monkeypatch):
     """Launches for each of the two groups. Four are for the matrices of two orientations, two for all other dense
-    weights, and two for embeddings and head together, which have one orientation if they are low-rank."""
+    weights, and two for embeddings and head together."""
     launched = []
     monkeypatch.setattr(gpu, "launch", lambda kernel, *arguments, **constants: launched.append(kernel))
     model = make_model()

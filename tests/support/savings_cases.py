@@ -42,7 +42,7 @@ class Saving:
     gradients: str = "kept"
     int8: bool = False
     state_bits: int = 32
-    embeddings: str | int | None = None
+    embeddings: str | None = None
 
 
 ROWS = {

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import apollo_triton
+from apollo_triton.core.embeddings import CHOICES
 from apollo_triton.tools import options
 from apollo_triton.tools.demo.training import LABELS, SIZES
 from apollo_triton.tools.llama import LARGER, named_sizes
@@ -51,6 +52,7 @@ def test_help_and_wrong_arguments_do_not_wait_for_torch(arguments, status, said)
 
 def test_the_names_in_the_help_are_those_of_the_modules():
     assert named_sizes() == options.LLAMA_SIZES
+    assert (*CHOICES,) == options.EMBEDDINGS
     assert tuple(LARGER) == options.LARGER_SIZES
     assert tuple(SIZES) == options.DEMO_SIZES
     assert tuple(LABELS) == options.DEMO_METHODS

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.embeddings import checked_embeddings
 from ...core.kinds import EMBEDDING, HEAD, MATRIX, OTHER
 from ...core.module_names import without_indices
 from ...optimizer import APOLLOAdamW
@@ -82,7 +81,7 @@ class Report:
     rank: int
     coverage: Coverage
     methods: dict[str, Memory]
-    embeddings: str | int | None = None
+    embeddings: str | None = None
 
     @property
     def how(self) -> str:
@@ -96,10 +95,6 @@ def run(options: argparse.Namespace) -> int:
         _refuse(options, "batch", "sequence", reason="only --single-card runs a step")
     if options.rank is not None and options.rank < 1:
         raise ValueError(f"--rank {options.rank}: it must be an integer of 1 or more")
-    try:
-        checked_embeddings(options.embeddings)
-    except ValueError as error:
-        raise ValueError(f"--embeddings {options.embeddings}: {error}") from None
     if options.gpus is None:
         _refuse(
             options, *MANY_CARDS_ONLY, reason="without --gpus nothing is sharded and no step runs", way_out="add --gpus"
