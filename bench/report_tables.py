@@ -58,11 +58,13 @@ def difference(runs: dict[str, dict[int, Row]], variant: str) -> str:
 
 
 def provenance(machine: Machine) -> str:
-    """The memory of a machine, and the versions and commits of its figures."""
+    """The memory of a machine, and the versions and commits of its figures. Files of docs/quality.md are left out: each
+    of their rows has its own."""
+    files = {name: file for name, file in machine.files.items() if "versions" in file}
     commits: dict[str, list[str]] = {}
-    for name, file in machine.files.items():
+    for name, file in files.items():
         commits.setdefault(f"{file.get('commit', 'unknown')} (source {file.get('source', 'unknown')})", []).append(name)
-    file = next(iter(machine.files.values()))
+    file = next(iter(files.values()))
     versions = ", ".join(f"{name} {value}" for name, value in file["versions"].items() if value)
     memory = file["machine"].get("memory_GiB")
     parts = [f"{', '.join(names)} at {commit}" for commit, names in commits.items()]

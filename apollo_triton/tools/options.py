@@ -13,7 +13,7 @@ STEPS, BATCH, SEQUENCE, LEARNING_RATE = 600, 8, 128, 3e-3
 # Names that modules which import torch define. A test compares them.
 LLAMA_SIZES = "60M", "130M", "350M", "1B", "7B", "13B"
 LARGER_SIZES = "33B", "70B", "405B"
-DEMO_SIZES = ("tiny", "1M", *LLAMA_SIZES)
+DEMO_SIZES = ("tiny", "0.3M", "1M", *LLAMA_SIZES)
 DEMO_METHODS = "adamw", "apollo", "mini"
 EMBEDDINGS = "8bit", "rows", "rows-8bit"
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apollo_triton.tools.demo.corpus import Corpus
-from apollo_triton.tools.demo.training import SIZES, Run, RunConfig, Size, make_model
+from apollo_triton.tools.demo.training import Run, RunConfig, make_model
 
 from ..contenders import state_bytes
 from ..pretrain_data import load_tokens
@@ -28,7 +28,6 @@ from .variants import VARIANTS
 
 # The model that two cores can train to 20 tokens a weight: 0.305 million weights beside embeddings and head.
 SMALL = "0.3M"
-SIZES[SMALL] = Size(96, 224, 3, 3)
 SEQUENCE = 128
 BATCH = 16  # sequences of SEQUENCE tokens; the paper's sizes take the batch of the command line
 TOKENS_A_WEIGHT = 20

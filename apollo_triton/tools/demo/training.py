@@ -34,8 +34,8 @@ class Size(NamedTuple):
     heads: int
 
 
-# Two sizes for CPUs, and the paper's (its table 11, except the vocabulary).
-SIZES = {"tiny": Size(32, 88, 2, 2), "1M": Size(192, 528, 2, 6)} | {
+# Three sizes for CPUs, and the paper's (its table 11, except the vocabulary).
+SIZES = {"tiny": Size(32, 88, 2, 2), "0.3M": Size(96, 224, 3, 3), "1M": Size(192, 528, 2, 6)} | {
     name: Size(shape["hidden"], shape["intermediate"], shape["layers"], shape["heads"])
     for name, shape in paper_figures()["llama"].items()
 }
