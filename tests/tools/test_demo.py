@@ -205,7 +205,7 @@ def test_a_folder_of_text_is_read_recursively(tmp_path, capsys):
         (["--sequence", "5000"], "argparse.py: too little text"),
         (["--data", os.devnull], f"--data: {os.devnull} is a pipe or a device; a file is needed"),
         (["--sequence", "0"], "--sequence 0"),
-        (["--model", "2M"], "allowed: tiny, 1M, 60M"),
+        (["--model", "2M"], "allowed: tiny, 0.3M, 1M, 60M"),
         (["--methods", "adamw,sgd"], "'sgd' is not a method (allowed: adamw, apollo, mini)"),
         (["--lr", "-1"], "--lr -1.0: a learning rate is a finite number, 0 or more"),
         (["--lr", "nan"], "0 or more"),
