@@ -19,7 +19,7 @@ from ..core.settings import Settings
 from .member import Param, find_shard
 from .state import state_without_memory
 
-SMALLEST = "rows-8bit"  # of what ``embeddings=`` takes without a rank
+SMALLEST = "rows-8bit"  # of what ``embeddings=`` takes
 LEAST_SHARE = 0.1  # of the state: what saves less is not worth a sentence
 MOST_RANK = 256  # the default of APOLLOAdamW.apollo
 
