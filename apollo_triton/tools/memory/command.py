@@ -238,9 +238,10 @@ def _details(report: Report) -> str:
     rows.append(["total, GB", *(f"{memory.total / GB:.3f}" for memory in memories)])
     coverage = report.coverage
     share = coverage.state / memories[-1].state if memories[-1].state else 0.0
+    dtype = f", in {report.state_dtype}" if report.embeddings is None else ""
     sentence = (
         f"GB = 1e9 bytes. State alone: {memories[0].state / GB:.3f} GB with AdamW, whose moments are {report.dtype} "
-        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini, in {report.state_dtype}, "
+        f"like the weights; {memories[-1].state / GB:.3f} GB with APOLLO-Mini{dtype}, "
         f"{'nearly all' if share > 0.9 else f'{share:.0%}'} of it for what is not projected ({coverage.kinds})."
     )
     sentence += report.how
