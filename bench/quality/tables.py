@@ -131,7 +131,6 @@ def measured(study: Study) -> str:
     versions = {f"{name} {version}" for row in study.rows for name, version in row["versions"].items() if version}
     texts = {f"{row['text']['fingerprint']} at {row['vocabulary']}" for row in study.rows}
     packages = {f"{name} {row['text'][name]}" for row in study.rows for name in TEXT if row["text"].get(name)}
-    hours = sum(row["seconds"] for row in study.rows) / 3600
     lines = {
         "Versions": versions,
         "Packages that are the text": packages,
@@ -141,7 +140,7 @@ def measured(study: Study) -> str:
     }
     listed = [wrapped(f"- {name}: {', '.join(sorted(found))}.") for name, found in lines.items()]
     path = f"../bench/results/{folder_name({'name': study.machine})}/quality.json"
-    ran = f"{len(study.rows):,} runs ([rows]({path})), {hours:.1f} hours of one core together, on {study.machine}."
+    ran = f"{len(study.rows):,} runs ([rows]({path})), on {study.machine}."
     return "\n".join([wrapped(ran), "", *listed])
 
 
