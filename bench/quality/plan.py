@@ -4,7 +4,7 @@
 2. "embeddings": Mini with other state of embeddings and head, at three vocabularies, three seeds.
 3. "limiter": without it, and with a floor, three seeds.
 4. "full": each method on all tokens, from half of its best rate on, ``FULL_RUNS`` rates with seed 0; then the other
-   seeds at the best. Longer runs have lower best rates, and not each method's fell alike.
+   seeds at the best. The best rate of a short run need not be that of a long one.
 5. "refresh": APOLLO with other refreshes, on half of the tokens, so that there are several, three seeds.
 """
 
