@@ -55,6 +55,8 @@ def next_index(found: Found, runs: int = SWEEP_RUNS, start: float = 0.0) -> floa
     """
     if not found:
         return start
+    if runs == 1:
+        return None
     best = min(found, key=lambda index: found[index])
     if len(found) >= MOST_SWEEP_RUNS:
         return None
@@ -101,42 +103,47 @@ def loss_of(row: Row) -> float:
     return math.inf if loss is None else loss
 
 
+def _with_seed_0(rows: Iterable[Row], template: Job, length: str = "fifth") -> list[Row]:
+    """The runs of all methods and rates with seed 0 at the usual vocabulary."""
+    wanted = asdict(replace(template, length=length, seed=0, vocabulary=VOCABULARY))
+    del wanted["rate"], wanted["method"]
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def sweep_of(rows: Iterable[Row], method: str, template: Job, length: str = "fifth") -> dict[float, float]:
     """The losses of a method's sweep, by index."""
-    of_sweep = asdict(replace(template, method=method, length=length, seed=0, vocabulary=VOCABULARY))
-    del of_sweep["rate"]
     first = rate_at(method, 0, template.model)
-    return {index_of(first, row["rate"]): loss_of(row) for row in rows if of_sweep.items() <= row.items()}
+    runs = [row for row in _with_seed_0(rows, template, length) if row["method"] == method]
+    return {index_of(first, row["rate"]): loss_of(row) for row in runs}
+
+
+def _sweep_runs(rows: Iterable[Row], method: str, template: Job, length: str) -> int:
+    """How many runs a tuned method's sweep has."""
+    if length != "full":
+        return SWEEP_RUNS
+    return FULL_RUNS if seeds_of(method, rows, template) == SEEDS else 1
 
 
 def next_rate(rows: Iterable[Row], method: str, template: Job, length: str) -> float | None:
     """Where a tuned method's sweep on a fifth or on all of the tokens goes next; None once it is finished, or while it
     cannot begin."""
-    rows = list(rows)
-    runs, start = SWEEP_RUNS, 0.0
+    rows, start = list(rows), 0.0
     if length == "full":
         best = best_index(sweep_of(rows, method, template))
         if best is None:
             return None
-        runs, start = FULL_RUNS, best - 1
-        if seeds_of(method, rows, template) != SEEDS:
-            runs = 1
+        start = best - 1
     found = sweep_of(rows, method, template, length)
-    index = None if runs == 1 and found else next_index(found, runs, start)
+    index = next_index(found, _sweep_runs(rows, method, template, length), start)
     return None if index is None else rate_at(method, index, template.model)
 
 
 def best_rate(rows: Iterable[Row], method: str, template: Job, length: str = "fifth") -> float | None:
     """The best rate of a method, or of what a variant varies, on all tokens or else on a fifth; None while its sweep is
     unfinished."""
-    rows = list(rows)
-    base = VARIANTS[method].base
-    if length == "full":
-        runs = FULL_RUNS if seeds_of(base, rows, template) == SEEDS else 1
-        found = sweep_of(rows, base, template, length)
-        index = best_index(found, runs) if runs > 1 else next(iter(found), None)
-    else:
-        index = best_index(sweep_of(rows, base, template))
+    rows, base = list(rows), VARIANTS[method].base
+    found = sweep_of(rows, base, template, "full" if length == "full" else "fifth")
+    index = best_index(found, _sweep_runs(rows, base, template, length))
     return None if index is None else rate_at(base, index, template.model)
 
 
@@ -171,12 +178,8 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
 
 def best_of(option: str, rows: Iterable[Row], template: Job) -> str | None:
     """The variant that stands for an option of embeddings and head: the best with seed 0; None until all have run."""
-    wanted = asdict(replace(template, length="fifth", seed=0, vocabulary=VOCABULARY))
-    del wanted["rate"], wanted["method"]
     variants = OPTIONS[option]
-    losses = {
-        row["method"]: loss_of(row) for row in rows if row["method"] in variants and wanted.items() <= row.items()
-    }
+    losses = {row["method"]: loss_of(row) for row in _with_seed_0(rows, template) if row["method"] in variants}
     return min(losses, key=lambda name: losses[name]) if len(losses) == len(variants) else None
 
 
@@ -185,10 +188,9 @@ def seeds_of(method: str, rows: Iterable[Row], template: Job) -> tuple[int, ...]
     an option's of that of what it varies."""
     if method in (*LIMITERS, *REFRESHES, *FULL_VARIANTS):
         return SEEDS
-    losses = []
-    rows = list(rows)
-    for name in (method, ADAMW if method in TUNED else VARIANTS[method].base):
-        wanted = asdict(replace(template, method=name, length="fifth", seed=0, vocabulary=VOCABULARY))
-        del wanted["rate"]
-        losses.append(min((loss_of(row) for row in rows if wanted.items() <= row.items()), default=0.0))
-    return SEEDS if losses[0] <= (1 + OUT_OF_REACH) * losses[1] else SEEDS[:1]
+    short = _with_seed_0(rows, template)
+    base = ADAMW if method in TUNED else VARIANTS[method].base
+    own, others = (
+        min((loss_of(row) for row in short if row["method"] == name), default=0.0) for name in (method, base)
+    )
+    return SEEDS if own <= (1 + OUT_OF_REACH) * others else SEEDS[:1]

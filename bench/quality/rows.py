@@ -34,9 +34,6 @@ class Rows:
     def __contains__(self, job: Named) -> bool:
         return job.name in self._rows
 
-    def __getitem__(self, job: Named) -> Row:
-        return self._rows[job.name]
-
     def all(self) -> Iterable[Row]:
         return self._rows.values()
 

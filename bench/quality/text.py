@@ -21,7 +21,6 @@ PACKAGES = ("torch", "sympy", "networkx", "numpy")
 # Of each text. At a vocabulary of 8192, a run of the small model takes 6 million tokens of 4 bytes.
 MEGABYTES = 30.0
 PYTHON, CPP = "Python", "C++"
-BYTES = 256  # a vocabulary of this size: each byte is a token
 
 
 @functools.cache
@@ -34,7 +33,7 @@ def corpus(vocabulary: int, language: str = PYTHON) -> Corpus:
 
 @functools.cache
 def tokenizer(vocabulary: int) -> Any:
-    """The byte-level BPE of ``vocabulary`` tokens, trained on Python."""
+    """The byte-level BPE of ``vocabulary`` tokens, trained on Python. At 256 each byte is a token."""
     return train_tokenizer(_split(PYTHON)[0][:TOKENIZER_BYTES], vocabulary)
 
 
