@@ -10,7 +10,7 @@ from typing import Any
 from apollo_triton.tools.pictures import log_ticks, move, picture, shifts, styles
 
 from .methods import ADAMW, TUNED
-from .plan import SEEDS, TO_THE_END
+from .plan import MORE_SEEDS, SEEDS, TO_THE_END
 from .study import Study
 
 MOST_ABOVE = 8.0  # percent: the sweeps' panel ends there
@@ -39,8 +39,8 @@ def draw(study: Study, path: Path) -> None:
     about = (
         f"LLaMA of {row['tokens'] / row['tokens_a_weight'] / 1e6:.2f} M weights beside embeddings and head, vocabulary "
         f"{row['vocabulary']}, {row['tokens'] / 1e6:.1f} M tokens of Python; bars: 95 % intervals of the difference to "
-        f"AdamW with the same seed, {len(SEEDS)} seeds; marks of about equal state side by side; sweeps: one "
-        f"seed, faint on a fifth of the tokens; {study.machine}"
+        f"AdamW with the same seed, {len(SEEDS)} or {len((*SEEDS, *MORE_SEEDS))} seeds; marks of about equal state "
+        f"side by side; sweeps: one seed, faint on a fifth of the tokens; {study.machine}"
     )
     title = "Held-out loss against AdamW, each method at its own best rate"
     with picture(path, title, about, 5.2, ncols=2, width_ratios=[3, 2]) as (figure, (panel, sweeps)):

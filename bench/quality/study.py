@@ -13,6 +13,7 @@ from pathlib import Path
 from ..results_file import Row
 from .plan import (
     FULL_RUNS,
+    MORE_SEEDS,
     MOST_SWEEP_RUNS,
     SEEDS,
     SWEEP_RUNS,
@@ -89,11 +90,11 @@ class Study:
         wanted = (method, length, vocabulary, self.rate(method, length))
         keys = ("method", "length", "vocabulary", "rate")
         found = {row["seed"]: row for row in self.rows if tuple(row[key] for key in keys) == wanted}
-        return {seed: found[seed] for seed in SEEDS if seed in found}
+        return {seed: found[seed] for seed in (*SEEDS, *MORE_SEEDS) if seed in found}
 
     def missing(self, method: str, length: str, vocabulary: int) -> int:
         """How many runs of a method are not there yet."""
-        seeds = seeds_of(method, self.rows, self.template)
+        seeds = seeds_of(method, self.rows, self.template, length)
         return len(set(seeds) - set(self.runs(method, length, vocabulary)))
 
     def difference(

@@ -22,7 +22,17 @@ from bench.quality import draw as draw_module
 from bench.quality import page, plan, run, statistics, step_time
 from bench.quality.draw import compared, draw, label
 from bench.quality.methods import ADAMW, APOLLO, FAST_ADAMW, FAST_MINI, MINI, TUNED
-from bench.quality.plan import FULL_RUNS, MOST_SWEEP_RUNS, SEEDS, SWEEP_RUNS, TO_THE_END, best_index, next_index
+from bench.quality.plan import (
+    CLOSE,
+    FULL_RUNS,
+    MORE_SEEDS,
+    MOST_SWEEP_RUNS,
+    SEEDS,
+    SWEEP_RUNS,
+    TO_THE_END,
+    best_index,
+    next_index,
+)
 from bench.quality.rows import Rows, read
 from bench.quality.run import Job
 from bench.quality.statistics import Difference, difference, share_to_loss, together
@@ -31,7 +41,7 @@ from bench.quality.tables import TABLES
 from bench.quality.variants import LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 ROOT = Path(__file__).parents[2]
-MUON = "Muon"  # a method without variants
+PEER = "Adafactor"  # a method without variants, of three seeds
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +111,19 @@ def test_the_whole_study_has_every_run_at_the_best_rate_and_none_twice(rows):
     rate of the short runs."""
     assert len({row["id"] for row in rows}) == len(rows)
     study = Study(rows)
+    more = dict.fromkeys(CLOSE, (*SEEDS, *MORE_SEEDS))
     for method in TO_THE_END:
-        assert tuple(study.runs(method)) == SEEDS
+        assert tuple(study.runs(method)) == (more["full"] if method in CLOSE["full"] else SEEDS)
         sweep = study.sweep(VARIANTS[method].base, "full")
         assert sweep[study.rate(method)] == min(sweep.values())
         assert 2 * study.rate(method) == pytest.approx(study.rate(method, "fifth"), rel=0.01)
     options = [study.best_of(option) for option in OPTIONS]
     for variants, length in ((options, "fifth"), (LIMITERS, "fifth"), (REFRESHES, "half")):
         for variant in variants:
-            assert tuple(study.runs(variant, length)) == SEEDS
+            assert tuple(study.runs(variant, length)) == (more[length] if variant in CLOSE.get(length, ()) else SEEDS)
+    assert all(tuple(study.runs(each, "tenth", 8192)) == more["tenth"] for each in CLOSE["tenth"])
+    assert {*CLOSE["full"]} <= {*TO_THE_END}
+    assert {*CLOSE["fifth"]} <= {FAST_MINI, *options}
     assert all(len(study.sweep(method)) == SWEEP_RUNS for method in TUNED)
     assert all(len(study.sweep(method, "full")) == FULL_RUNS for method in TO_THE_END if method in TUNED)
     assert {study.sweep_end(method, "full") for method in TO_THE_END if method in TUNED} == {"yes"}
@@ -127,10 +141,10 @@ def test_what_is_out_of_reach_has_one_seed_and_nothing_is_missing():
     """Seeds that are spent on what is far behind; a line that says they are missing; an option that is measured by
     AdamW instead of by what it varies."""
     option = OPTIONS["8-bit"][0]
-    study = Study(whole_study(lambda job: loss_of(job) * {MUON: 1.06, option: 1.02}.get(job.method, 1.0)))
-    assert (len(study.runs(MUON)), len(study.runs(option, "fifth"))) == (1, 3)
+    study = Study(whole_study(lambda job: loss_of(job) * {PEER: 1.06, option: 1.02}.get(job.method, 1.0)))
+    assert (len(study.runs(PEER)), len(study.runs(option, "fifth"))) == (1, 6)
     study = Study(whole_study(lambda job: loss_of(job) * (1.045 if job.method.startswith(FAST_MINI) else 1.0)))
-    assert len(study.runs(option, "fifth")) == 3
+    assert len(study.runs(option, "fifth")) == 6
     study = Study(whole_study(lambda job: loss_of(job) * (1.06 if job.method == option else 1.0)))
     assert len(study.runs(option, "fifth")) == 1
     assert not any("Missing runs" in table(study) for table in TABLES.values())
@@ -201,14 +215,15 @@ def changed(rows, method, losses, length="full"):
 
 def test_the_main_table_says_what_the_rows_say(rows):
     """A base of other seeds, bytes or rates of another method, a step time that stands with the wrong one."""
-    rows = changed(changed(rows, ADAMW, [2.0, 4.0, 8.0]), MUON, [2.0 * 1.01, 4.0 * 1.02, 8.0 * 1.03])
-    rate = Study(rows).rate(MUON)
-    times = {ADAMW: {"times AdamW": 1.0}, MUON: {"times AdamW": 2.5}, APOLLO: {"skipped": "it failed"}}
+    rows = changed(changed(rows, ADAMW, [2.0, 4.0, 8.0, 16.0, 16.0, 16.0]), PEER, [2.0 * 1.01, 4.0 * 1.02, 8.0 * 1.03])
+    rate = Study(rows).rate(PEER)
+    times = {ADAMW: {"times AdamW": 1.0}, PEER: {"times AdamW": 2.5}, APOLLO: {"skipped": "it failed"}}
     table = TABLES["main"](Study(rows, times))
-    size = next(row["state_bytes"] for row in rows if row["method"] == MUON)
-    # The mean of 2.02, 4.08 and 8.24 is 4.78; 4.303 times their standard deviation over sqrt(3) is 7.872.
+    size = next(row["state_bytes"] for row in rows if row["method"] == PEER)
+    # Of the seeds that both have. The mean of 2.02, 4.08 and 8.24 is 4.78; 4.303 times their standard deviation over
+    # sqrt(3) is 7.872.
     expected = [f"{rate:g}", "4.780 ± 7.872", "+2.00 ± 2.48, no difference seen", "not reached by 3 of 3 seeds"]
-    shown = cells(table, MUON)
+    shown = cells(table, PEER)
     assert shown == [*expected, f"{size:,}", "2.50"]
     assert cells(table, ADAMW)[2:4] == ["", ""]
     assert table.endswith(f"Missing step times: {APOLLO}: it failed.")
@@ -217,33 +232,33 @@ def test_the_main_table_says_what_the_rows_say(rows):
 def test_a_faster_method_has_its_share_of_tokens(rows):
     """Half-way AdamW has 3.0 and at the end 2.0. A method that ends at 1.5 has 2.5 half-way, and 2.0 at three
     quarters."""
-    rows = changed(changed(rows, ADAMW, [2.0] * 3), MUON, [1.5] * 3)
-    assert cells(TABLES["main"](Study(rows)), MUON)[2:4] == ["-25.00 ± 0.00, better", "75 %"]
+    rows = changed(changed(rows, ADAMW, [2.0] * 6), PEER, [1.5] * 3)
+    assert cells(TABLES["main"](Study(rows)), PEER)[2:4] == ["-25.00 ± 0.00, better", "75 %"]
 
 
 def test_what_is_missing_is_an_empty_cell_and_named(rows):
     """A mean of the seeds that are there, as if they were all; a run at another rate than the best in its place; a best
     rate of an unfinished sweep."""
-    rows = changed(rows, ADAMW, [2.0, 2.0, 2.0])
-    rows = changed(rows, MUON, [2.2, 2.2, 2.2])
-    lacks = [row for row in rows if (row["method"], row["length"]) != (MUON, "full") or row["seed"] == 0]
-    table = TABLES["main"](Study([*lacks, row_of(Job(MUON, 0.123, "full", seed=2), 0.1)]))
-    assert cells(table, MUON)[1:3] == ["2.200 (1 seed)", "+10.00 (1 seed)"]
-    assert f"Missing runs: 2, of {MUON} (2)." in table
-    last = next(row for row in lacks if (row["method"], row["length"]) == (MUON, "full"))
+    rows = changed(rows, ADAMW, [2.0] * 6)
+    rows = changed(rows, PEER, [2.2, 2.2, 2.2])
+    lacks = [row for row in rows if (row["method"], row["length"]) != (PEER, "full") or row["seed"] == 0]
+    table = TABLES["main"](Study([*lacks, row_of(Job(PEER, 0.123, "full", seed=2), 0.1)]))
+    assert cells(table, PEER)[1:3] == ["2.200 (1 seed)", "+10.00 (1 seed)"]
+    assert f"Missing runs: 2, of {PEER} (2)." in table
+    last = next(row for row in lacks if (row["method"], row["length"]) == (PEER, "full"))
     table = TABLES["main"](Study([row for row in lacks if row is not last]))
-    assert set(cells(table, MUON)) == {""}
-    assert f"Missing: the end of the sweep of {MUON}." in table
+    assert set(cells(table, PEER)) == {""}
+    assert f"Missing: the end of the sweep of {PEER}." in table
 
 
 def test_a_run_that_diverged_says_so_in_every_table(rows):
-    rows = changed(rows, MUON, [2.0, None, 2.0])
-    sweep = [row for row in rows if (row["method"], row["length"]) == (MUON, "fifth")]
+    rows = changed(rows, PEER, [2.0, None, 2.0])
+    sweep = [row for row in rows if (row["method"], row["length"]) == (PEER, "fifth")]
     rows[rows.index(max(sweep, key=lambda row: row["rate"]))]["held_out_loss"] = None
     study = Study(rows)
-    assert cells(TABLES["main"](study), MUON)[1:3] == ["diverged with seed 1", ""]
-    assert cells(TABLES["sweeps"](study), MUON)[1].endswith(": diverged")
-    assert MUON not in compared(study)
+    assert cells(TABLES["main"](study), PEER)[1:3] == ["diverged with seed 1", ""]
+    assert cells(TABLES["sweeps"](study), PEER)[1].endswith(": diverged")
+    assert PEER not in compared(study)
 
 
 def test_variants_are_compared_with_what_they_vary_on_as_many_tokens(rows):
@@ -267,7 +282,7 @@ def test_options_of_embeddings_are_compared_at_their_vocabulary(rows):
             if (row["method"], row["vocabulary"]) == (option, vocabulary):
                 row["held_out_loss"] = base[row["seed"]]["held_out_loss"] * factor
     shown = cells(TABLES["embeddings"](Study(rows)), "by row")
-    assert (shown[0], shown[2]) == ("+0.60 ± 0.00, no", "+0.40 ± 0.00, yes")
+    assert (shown[0], shown[2]) == ("+0.60 ± 0.00 (6 seeds), no", "+0.40 ± 0.00 (6 seeds), yes")
     assert shown[4:] == [f"{size:,}"] * 3
     fewer = [row for row in rows if (row["method"], row["vocabulary"]) != (option, 256)]
     assert cells(TABLES["embeddings"](Study(fewer)), "by row")[3] == ""
@@ -286,13 +301,13 @@ def test_differences_together_are_those_of_all_runs():
 
 
 def test_losses_of_other_text_are_refused(rows):
-    other = row_of(Job(MUON, 0.5), 1.0) | {"text": {"fingerprint": "another"}}
+    other = row_of(Job(PEER, 0.5), 1.0) | {"text": {"fingerprint": "another"}}
     with pytest.raises(SystemExit, match="vocabulary 2048 have different texts, text 2048 and another"):
         Study([*rows, other])
 
 
 def test_rows_of_another_model_are_another_study(rows):
-    assert len(Study([*rows, row_of(Job(MUON, 0.5, model="60M"), 1.0)]).rows) == len(rows)
+    assert len(Study([*rows, row_of(Job(PEER, 0.5, model="60M"), 1.0)]).rows) == len(rows)
 
 
 @pytest.mark.slow
@@ -341,7 +356,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_write_leaves_the_rows_as_they_were(results, monkeypatch):
-    job, other = Job(MUON, 0.5), Job(MUON, 0.25)
+    job, other = Job(PEER, 0.5), Job(PEER, 0.25)
     results.add(job, row_of(job, 2.0))
     before = results.path.read_text()
 
@@ -361,17 +376,17 @@ def test_an_interrupted_write_leaves_the_rows_as_they_were(results, monkeypatch)
 
 
 def test_a_row_that_is_not_there_is_answered_with_others(results):
-    job = Job(MUON, 0.5)
+    job = Job(PEER, 0.5)
     results.add(job, row_of(job, 2.0))
     with pytest.raises(
-        SystemExit, match=f"--row 'Muon, rate 9': there is no such row; there are, for example: {job.name}"
+        SystemExit, match=f"--row 'Adafactor, rate 9': there is no such row; there are, for example: {job.name}"
     ):
-        program.run_again("Muon, rate 9", results, "cpu")
+        program.run_again("Adafactor, rate 9", results, "cpu")
 
 
 def test_a_row_is_run_again_as_it_was_and_compared(results, monkeypatch, capsys):
     """Another batch, seed or model than the row's; a difference that is not told; rows of other machines not found."""
-    job = Job(MUON, 0.5, "half", 2, 256, "60M", 512, 64, 2.0)
+    job = Job(PEER, 0.5, "half", 2, 256, "60M", 512, 64, 2.0)
     folder = results.path.parent.with_name("another machine")
     folder.mkdir()
     (folder / "quality.json").write_text(json.dumps({"rows": [row_of(job, 2.0)]}))
