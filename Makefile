@@ -8,7 +8,7 @@ INSTALLED = $(VENV)/.installed-$(1)
 # Programs that pin a transformers of their own: each in a folder that only its test puts on the path.
 TOOLS := $(patsubst tests/integration/programs/%.txt,$(VENV)/tools/%/.installed,$(wildcard tests/integration/programs/*.txt))
 
-.PHONY: demo test test-all quick quick-tests lint types tests smoke docs bench bench-gpu gpu-check clean
+.PHONY: demo test test-all quick quick-tests lint types tests smoke docs bench bench-gpu quality gpu-check clean
 ARGS ?=
 
 demo: $(call INSTALLED,demo)
@@ -55,6 +55,13 @@ bench: $(call INSTALLED,bench)
 
 bench-gpu: $(call INSTALLED,bench)
 	$(RUN) -m bench --gpu $(ARGS)
+
+# docs/quality.md from nothing: hours. It goes on where it was.
+quality: $(call INSTALLED,bench)
+	$(RUN) -m bench.quality
+	$(RUN) -m bench.quality.fine_tuning
+	$(RUN) -m bench.quality.step_time
+	$(RUN) -m bench.quality.page
 
 # For a GPU that is lent for a quarter of an hour. Everywhere: make gpu-check ARGS=--rehearse
 gpu-check: $(call INSTALLED,bench)

@@ -51,20 +51,13 @@ def test_rows_of_other_circumstances_do_not_count(results, changed, monkeypatch)
     assert "one" not in results(settings=settings, fresh=changed == "fresh")
 
 
-def test_an_interrupted_write_leaves_the_file_as_it_was(results, monkeypatch):
+def test_an_interrupted_write_leaves_the_file_as_it_was(results, interrupted_writes):
     first = results()
     first.add("one", ms=1.0)
     before = first.path.read_text()
 
-    def interrupted(self, text, **options):
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            first.add("two", ms=2.0)
+    with interrupted_writes(), pytest.raises(KeyboardInterrupt):
+        first.add("two", ms=2.0)
     assert first.path.read_text() == before
     first.path.write_text(before[:40])  # and one that is not whole is measured again
     assert not results().rows

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from bench.quality.methods import TUNED
 from bench.quality.plan import STAGES, jobs
 from bench.quality.run import LENGTHS, Job
+from bench.quality.study import Study
 from bench.quality.variants import VARIANTS
 
 TEMPLATE = Job("", 0.0)
 ORDER = list(VARIANTS)
 STEPS = 1000
+PEER = "Adafactor"  # a method without variants, of three seeds
 
 
 def row_of(job: Job, loss: float | None, curve: dict[int, float] | None = None, **more):
@@ -44,3 +46,14 @@ def whole_study(loss=loss_of):
         while wanted := [job for job in jobs(stage, list(rows.values()), TEMPLATE) if job.name not in rows]:
             rows |= {job.name: row_of(job, loss(job)) for job in wanted}
     return list(rows.values())
+
+
+def changed(rows, method, losses, length="full"):
+    """The rows with these losses of a method at its best rate, by seed."""
+    runs = Study(rows).runs(method, length).values()
+    return [
+        row_of(Job(**{name: row[name] for name in TEMPLATE.__dataclass_fields__}), losses[row["seed"]])
+        if row in runs
+        else row
+        for row in rows
+    ]
