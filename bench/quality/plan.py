@@ -3,8 +3,8 @@
 1. "sweep": each tuned method on a fifth of the tokens, ``SWEEP_RUNS`` rates, seed 0.
 2. "embeddings": Mini with other state of embeddings and head, at three vocabularies, three seeds.
 3. "limiter": without it, and with a floor, three seeds.
-4. "full": each method on all tokens, from half of its best rate on, ``FULL_RUNS`` rates with seed 0; then the other
-   seeds at the best. The best rate of a short run need not be that of a long one.
+4. "full": each method on all tokens, from half of its best rate on, ``FULL_RUNS`` rates with seed 0; then other seeds
+   at the best. The best rate of a short run need not be that of a long one.
 5. "refresh": APOLLO with other refreshes, on half of the tokens, so that there are several, three seeds.
 
 What the page's first sentences compare, ``CLOSE``, has more seeds: equal methods differ by up to 5 % from seed to seed.
@@ -47,8 +47,8 @@ SWEEP_RUNS = 5  # of each method: three around the best rate, a factor of 2 apar
 FULL_RUNS = 3  # on all tokens: the best rate and one on each side, a factor of 2 apart
 MOST_SWEEP_RUNS = 9  # of a method whose best rate was guessed badly
 STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
-# What is so far behind after seed 0 on a fifth of the tokens, as a share of the loss, runs no other seed: three would
-# not change what is said of it.
+# What is so far behind after seed 0 on a fifth of the tokens, as a share of the loss, runs no other seed at its best
+# rate: three would not change what is said of it.
 OUT_OF_REACH = 0.05
 FAST = [FAST_ADAMW, FAST_APOLLO, FAST_MINI]
 # What trains on all tokens, what matters most first. The last ones take the rate of what they vary.
@@ -80,8 +80,6 @@ def next_index(found: Found, runs: int = SWEEP_RUNS, start: float = 0.0) -> floa
     """
     if not found:
         return start
-    if runs == 1:
-        return None
     best = min(found, key=lambda index: found[index])
     if len(found) >= MOST_SWEEP_RUNS:
         return None
@@ -142,11 +140,9 @@ def sweep_of(rows: Iterable[Row], method: str, template: Job, length: str = "fif
     return {index_of(first, row["rate"]): loss_of(row) for row in runs}
 
 
-def _sweep_runs(rows: Iterable[Row], method: str, template: Job, length: str) -> int:
+def _sweep_runs(length: str) -> int:
     """How many runs a tuned method's sweep has."""
-    if length != "full":
-        return SWEEP_RUNS
-    return FULL_RUNS if in_reach(method, rows, template) else 1
+    return FULL_RUNS if length == "full" else SWEEP_RUNS
 
 
 def next_rate(rows: Iterable[Row], method: str, template: Job, length: str) -> float | None:
@@ -159,7 +155,7 @@ def next_rate(rows: Iterable[Row], method: str, template: Job, length: str) -> f
             return None
         start = best - 1
     found = sweep_of(rows, method, template, length)
-    index = next_index(found, _sweep_runs(rows, method, template, length), start)
+    index = next_index(found, _sweep_runs(length), start)
     return None if index is None else rate_at(method, index, template.model)
 
 
@@ -168,7 +164,7 @@ def best_rate(rows: Iterable[Row], method: str, template: Job, length: str = "fi
     unfinished."""
     rows, base = list(rows), VARIANTS[method].base
     found = sweep_of(rows, base, template, "full" if length == "full" else "fifth")
-    index = best_index(found, _sweep_runs(rows, base, template, length))
+    index = best_index(found, _sweep_runs(length))
     return None if index is None else rate_at(base, index, template.model)
 
 

@@ -74,7 +74,7 @@ class Study:
             return f"unfinished, {len(found)} of {SWEEP_RUNS if length == 'fifth' else FULL_RUNS} runs or more"
         if min(found) < best < max(found):
             return "yes"
-        return f"no, after {MOST_SWEEP_RUNS} runs" if len(found) >= MOST_SWEEP_RUNS else "no, it is out of reach"
+        return f"no, after {MOST_SWEEP_RUNS} runs"
 
     def rate(self, method: str, length: str = "full") -> float | None:
         """The best rate of a method, or of what a variant varies, on all tokens or else on a fifth; None while its
