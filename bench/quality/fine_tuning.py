@@ -263,7 +263,9 @@ def _shown(values: list[float], form: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        "python -m bench.quality.fine_tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     if not (CHECKPOINT / "run.json").exists():
         rate = best_rate(Rows().all(), FAST_ADAMW, Job("", 0.0))

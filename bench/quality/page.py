@@ -55,11 +55,15 @@ def write(study: Study, page: Path = PAGE) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.quality.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="a machine's results: print, write no page")
     parser.add_argument("--model", choices=SIZES, default=SMALL, help="with --results, a LLaMA's size (%(default)s)")
     options = parser.parse_args()
     if options.results:
+        if not (options.results / "quality.json").exists():
+            parser.error(f"--results {options.results}: there is no quality.json")
         study = Study.read(options.results, options.model)
         print("\n\n".join(f"## {name}\n\n{table(study)}" for name, table in TABLES.items()))
         return
