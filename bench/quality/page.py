@@ -42,7 +42,7 @@ def pictured(study: Study) -> str:
     """The line that shows the picture, if there is anything to draw."""
     if not compared(study):
         return "Missing: the picture, which needs AdamW's runs on all tokens and another method's."
-    return "![Difference to AdamW over the size of the state, and the sweeps of learning rates](quality.png)"
+    return "![Each method's difference to AdamW's loss, beside its optimizer state](quality.png)"
 
 
 def write(study: Study, page: Path = PAGE) -> None:

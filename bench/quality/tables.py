@@ -195,6 +195,8 @@ def _compared(found: Difference | None) -> str:
     """A difference and its verdict. One seed has no interval, and so no verdict."""
     if found is None:
         return ""
+    if not any(found.percents):
+        return f"the same losses{_of_seeds(found.seeds)}"
     return _percent(found) + ("" if found.seeds == 1 else f", {found.verdict}")
 
 
@@ -222,6 +224,8 @@ def _tokens(study: Study, method: str) -> str:
     reached = [share for share in shares if share is not None]
     if not seeds:
         return ""
+    if not reached:
+        return f"not reached{_of_seeds(len(seeds))}"
     if len(reached) < len(seeds):
         return f"not reached by {len(seeds) - len(reached)} of {len(seeds)} seeds"
     return f"{100 * sum(reached) / len(reached):.0f} %{_of_seeds(len(seeds))}"
