@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from ..report_tables import table
 from ..results_file import Row, folder_name
 from .fine_tuning import table as tuned
-from .methods import ADAMW, FAST_MINI, TUNED
-from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
+from .methods import ADAMW, FAST_ADAMW, FAST_MINI, TUNED
+from .plan import FAST, SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
 from .text import PACKAGES as TEXT
@@ -94,6 +94,16 @@ def _short(variant: str) -> str:
     return variant.removeprefix(f"{FAST_MINI}, ")
 
 
+def faster(study: Study) -> str:
+    """AdamW, APOLLO and Mini with four times the rate for embeddings and head, against AdamW with that."""
+    lines = []
+    for method in FAST:
+        against = "" if method == FAST_ADAMW else _compared(study.difference(method, FAST_ADAMW))
+        lines.append([method, _losses(study.runs(method)), against])
+    heads = ["held-out loss", "against AdamW with it, %"]
+    return _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in FAST])
+
+
 def variants(study: Study) -> str:
     """Variants on all tokens against what they vary."""
     return _variants(study, FULL_VARIANTS, "full")
@@ -151,6 +161,7 @@ def measured(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {
     "main": main,
+    "faster": faster,
     "variants": variants,
     "sweeps": sweeps,
     "embeddings": embeddings,
