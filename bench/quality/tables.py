@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..report_tables import table
 from ..results_file import Row, folder_name
 from .fine_tuning import table as tuned
-from .methods import ADAMW, FAST_ADAMW, FAST_MINI, TUNED
+from .methods import ADAMW, APOLLO, FAST_ADAMW, FAST_MINI, MINI, TUNED
 from .plan import FAST, SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
@@ -94,14 +94,18 @@ def _short(variant: str) -> str:
     return variant.removeprefix(f"{FAST_MINI}, ")
 
 
-def faster(study: Study) -> str:
-    """AdamW, APOLLO and Mini with four times the rate for embeddings and head, against AdamW with that."""
+def rates(study: Study) -> str:
+    """AdamW, APOLLO and Mini with one rate and with four times it for embeddings and head, each against AdamW with the
+    same."""
     lines = []
-    for method in FAST:
-        against = "" if method == FAST_ADAMW else _compared(study.difference(method, FAST_ADAMW))
-        lines.append([method, _losses(study.runs(method)), against])
-    heads = ["held-out loss", "against AdamW with it, %"]
-    return _with_missing(study, heads, lines, [(method, "full", VOCABULARY) for method in FAST])
+    for plain, fast in zip((ADAMW, APOLLO, MINI), FAST, strict=True):
+        found = [study.difference(plain, ADAMW), study.difference(fast, FAST_ADAMW)]
+        against = [""] * 3 if plain == ADAMW else [_compared(each) for each in (*found, together(found))]
+        losses = [_losses(study.runs(method)) for method in (plain, fast)]
+        lines.append([plain, losses[0], against[0], losses[1], *against[1:], _compared(study.difference(fast, plain))])
+    heads = ["one rate: loss", "against AdamW, %", "embeddings x4: loss", "against AdamW with it, %"]
+    heads += ["both together, %", "x4 against one rate, %"]
+    return _with_missing(study, heads, lines, [(each, "full", VOCABULARY) for each in (ADAMW, APOLLO, MINI, *FAST)])
 
 
 def variants(study: Study) -> str:
@@ -160,8 +164,8 @@ def measured(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
+    "rates": rates,
     "main": main,
-    "faster": faster,
     "variants": variants,
     "sweeps": sweeps,
     "embeddings": embeddings,
