@@ -152,18 +152,22 @@ def test_rows_that_may_not_be_tokens_keep_their_second_moments(make, embeddings)
             assert optimizer.state[parameter]["exp_avg_sq"].shape == shape, name
 
 
-@MADE
-def test_they_are_named_once_with_the_way_out(make):
-    """A user who believes that all is kept by row; a warning of what gains nothing, or in every run."""
-    (text,) = warnings_of(make, make_others(), embeddings="rows-8bit")
+@pytest.mark.parametrize(
+    ("make", "of"),
+    [(APOLLOAdamW.apollo, lambda model: model), (APOLLOAdamW, nn.Module.named_parameters)],
+    ids=["model", "names"],
+)
+def test_they_are_named_once_with_the_way_out(make, of):
+    """A user who believes that all is kept by row; a warning of what gains nothing, of what is frozen, or in every
+    run."""
+    (text,) = warnings_of(make, of(make_others()), rank=4, embeddings="rows-8bit")
     names = text[len("embeddings='rows-8bit' has no effect on ") :].partition(":")[0]
     assert {*names.split(", ")} == {"pos_embedding", "patch_embed.weight", "unembed.W_U"}
     assert text.endswith("put them into a group of their own with {'second_moment': 'row', 'state_bits': 8}")
     model = make_others()
     for name in ("pos_embedding", "patch_embed.weight", "unembed.W_U"):
         model.get_parameter(name).requires_grad_(False)
-    assert not warnings_of(make, model, embeddings="rows")
-    assert not warnings_of(make, make_model(), embeddings="rows")
+    assert not warnings_of(make, of(model), rank=4, embeddings="rows")
 
 
 @MADE
