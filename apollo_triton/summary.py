@@ -172,7 +172,7 @@ def summary_of(
                 gradient_bytes=0 if tensor in implicit else gradient_bytes,
                 backend=_backend(param, group, state, shard, on_device, tensor in implicit),
             )
-            trained.append(Counted(param, kind, is_low_rank, row.state_bytes))
+            trained.append(Counted(param, kind, is_low_rank, row.state_bytes, tensor in reasons))
             if row.backend.name == "triton":
                 on_kernels.append((param, shard))
         rows.append(row)

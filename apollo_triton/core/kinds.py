@@ -151,6 +151,19 @@ def _is_product(name: str, parameter: Tensor, module: nn.Module | None) -> bool:
     return (is_stack or parameter.dim() == 2) and is_weight_name(name)
 
 
+def has_token_rows(name: str, tensor: Tensor) -> bool:
+    """Whether the rows of an embedding or a head are known to be tokens: it is the ``weight`` of a module, as
+    ``nn.Embedding`` and ``nn.Linear`` have it, a matrix of more than one row.
+
+    Of a parameter with another name, as TransformerLens' ``unembed.W_U [width, tokens]``, the tokens may be the
+    columns. A kernel of a convolution that makes embeddings of an image has no tokens at all.
+
+    >>> [has_token_rows(name, nn.Linear(4, 9).weight) for name in ("wte.weight", "unembed.W_U", "pos_embed")]
+    [True, False, False]
+    """
+    return plain_name(name).rpartition(".")[2] == "weight" and tensor.dim() == 2 and tensor.shape[0] > 1
+
+
 def is_linear(module: nn.Module | None) -> bool:
     """Whether "all-linear" may take the module: nn.Linear, and the Conv1D of transformers, which is one as well."""
     return isinstance(module, nn.Linear) or any(

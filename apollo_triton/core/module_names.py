@@ -26,6 +26,8 @@ _WEIGHTS = re.compile(
     r"weight|proj|kernel|^w(_|\d|[a-z]?$)|^v\d|^[qkvor]$|(^|_)(gate|up|down|fc\d?|experts?)(_|$)", re.IGNORECASE
 )
 _EXPERTS = re.compile(r"(^|_)experts?(_|$)")
+# What PEFT and torchtune call the parts of an adapter: `lora_A`, `lora_embedding_B`, `hada_w1_a`, `lokr_w2`, `oft_R`.
+_ADAPTERS = re.compile(r"lora_|^(hada|lokr|oft)_")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original\d*$")
 # Modules that wrap another one under its own name: PEFT's, torch.compile's, DDP's, FSDP1's, activation checkpointing's.
 _WRAPPERS = frozenset(
@@ -78,6 +80,17 @@ def is_bias_name(name: str) -> bool:
     """
     words = "_".join(name.split(".")[-2:]).split("_")
     return not {"bias", "biases"}.isdisjoint(words)
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a parameter is an adapter's, which stands under the name of the layer that it adapts.
+
+    >>> [is_adapter_name(name) for name in ("wte.lora_embedding_A.default", "lm_head.lora_B.default.weight")]
+    [True, True]
+    >>> [is_adapter_name(name) for name in ("wte.base_layer.weight", "lm_head.modules_to_save.default.weight")]
+    [False, False]
+    """
+    return any(map(_ADAPTERS.search, name.split(".")))
 
 
 def is_weight_name(name: str) -> bool:

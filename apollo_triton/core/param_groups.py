@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .coverage import Coverage, coverage
 from .coverage_notes import no_match, notes
-from .embeddings import Embeddings, checked_embeddings, embedding_keys
-from .kinds import EMBEDDING, HEAD, VECTOR
+from .embeddings import MARK, Embeddings, checked_embeddings, embedding_keys, is_by_row, is_concerned, is_table
+from .kinds import EMBEDDING, HEAD, VECTOR, Weight
 from .messages import listed, shown, warn
 from .settings import AUTO, CHECKS, LOW_RANK_DEFAULTS, check_value
 from .spelling import SPLIT_KEYS, unknown_option
@@ -19,7 +19,9 @@ from .targets import DEFAULT_TARGETS, Targets
 
 # The names of groups, in their order. Without ``embeddings=`` the head is in the dense one. Its own group stands where
 # that one would, so that the parameters of most models keep their order, by which ``torch.optim`` keeps state.
-LOW_RANK, DENSE, HEADS, EMBEDDINGS, VECTORS = "low-rank", "dense", "head", "embeddings", "norms and biases"
+# "other embeddings" are those that the argument is not about.
+LOW_RANK, DENSE, HEADS, EMBEDDINGS = "low-rank", "dense", "head", "embeddings"
+OTHER_EMBEDDINGS, VECTORS = "other embeddings", "norms and biases"
 
 
 def chosen_scale(proj: str) -> float | str:
@@ -57,31 +59,51 @@ class DenseKeys:
     def of(self, group: str) -> dict[str, Any]:
         """The keys of the group of this name."""
         lr = self.dense_lr
-        if group == EMBEDDINGS and self.embedding_lr is not None:
+        if group in (EMBEDDINGS, OTHER_EMBEDDINGS) and self.embedding_lr is not None:
             lr = self.embedding_lr
         keys: dict[str, Any] = {} if lr is None else {"lr": lr}
         if group in (HEADS, EMBEDDINGS):
             keys |= embedding_keys(self.embeddings)
         return keys | ({"weight_decay": 0.0} if group == VECTORS and not self.decay_vectors else {})
 
+    def takes(self, weight: Weight) -> bool:
+        """Whether ``embeddings=`` is about a dense weight."""
+        return is_concerned(self.embeddings, weight.kind, weight.name, weight.tensor)
+
     def notes(self, found: Coverage, of_names: bool) -> Iterator[str]:
         """What to say of arguments about embeddings and head that do less than they say. ``of_names``: names are all
         that is known."""
-        weights = found.weights
-        dense = {weights[key].kind for key, reason in found.reasons.items() if reason}
-        elsewhere = [name for key, name in found.low_rank.items() if weights[key].kind in (EMBEDDING, HEAD)]
+        dense = [found.weights[key] for key, reason in found.reasons.items() if reason]
+        elsewhere = [name for key, name in found.low_rank.items() if found.weights[key].kind in (EMBEDDING, HEAD)]
         by_name = " by its name" if of_names else ""
-        if self.embedding_lr is not None and EMBEDDING not in dense:
+        if self.embedding_lr is not None and not any(weight.kind == EMBEDDING for weight in dense):
             yield f"embedding_lr={self.embedding_lr!r} has no effect: no dense weight is an embedding{by_name}"
         if self.embeddings is None:
             return
-        if not elsewhere and dense.isdisjoint((EMBEDDING, HEAD)):
-            yield f"embeddings={shown(self.embeddings)} has no effect: no weight is an embedding or a head{by_name}"
+        unlike = [weight for weight in dense if self._has_unknown_rows(weight)]
+        if not elsewhere and not unlike and not any(map(self.takes, dense)):
+            of_rows = " of more than one row" if is_by_row(self.embeddings) else ""
+            yield (
+                f"embeddings={shown(self.embeddings)} has no effect: no weight is an embedding or a head"
+                f"{of_rows}{by_name}"
+            )
+        if names := [weight.name for weight in unlike if weight.tensor.requires_grad]:
+            keys = {name: value for name, value in embedding_keys(self.embeddings).items() if name != MARK}
+            yield (
+                f"embeddings={shown(self.embeddings)} has no effect on {listed(names, 3)}: only rows of a matrix "
+                "called 'weight' are sure to be tokens, as those of nn.Embedding and nn.Linear; if rows of these are "
+                f"tokens too, put them into a group of their own with {shown(keys)}"
+            )
         if elsewhere:
             yield (
                 f"embeddings={shown(self.embeddings)} has no effect on {listed(elsewhere, 3)}, which target_modules "
                 "makes low-rank with the matrices; take them out of target_modules to keep them dense"
             )
+
+    def _has_unknown_rows(self, weight: Weight) -> bool:
+        """Whether ``embeddings=`` asks for a second moment a row, and passes over rows of a dense embedding or head."""
+        is_passed_over = is_table(weight.kind, weight.name) and not self.takes(weight)
+        return is_by_row(self.embeddings) and is_passed_over and weight.tensor.dim() > 1 and weight.tensor.shape[0] > 1
 
 
 def apollo_param_groups(
@@ -95,7 +117,7 @@ def apollo_param_groups(
     embeddings: Embeddings = None,
     **group_keys: Any,
 ) -> list[dict[str, Any]]:
-    """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to four more of the others.
+    """A parameter group with a ``rank`` of the targeted weights of ``model``, and up to five more of the others.
 
     Args:
         model: any module.
@@ -110,14 +132,16 @@ def apollo_param_groups(
         decay_vectors: whether norms and biases decay too. Else their group has a ``weight_decay`` of 0.
         embeddings: how the state of embeddings and head is kept. None: as that of all that is dense. "8bit": both
             moments in 8 bits. "rows": one second moment for each row, a token's. "rows-8bit": that, and the first
-            moment in 8 bits. A mapping has keys of a dense group, e.g. ``{"state_dtype": "bfloat16"}``. A rank is
-            refused: it makes the loss 5 to 20 % worse.
+            moment in 8 bits. These two are for matrices called ``weight``, and a warning names what else there is. A
+            mapping has keys of a dense group, e.g. ``{"state_dtype": "bfloat16"}``. A rank is refused: it makes the
+            loss 5 to 20 % worse.
         group_keys: further keys of the low-rank group, e.g. ``scale_type="tensor"``. ``scale`` is "auto" unless given,
             or 1 for ``proj="svd"``.
 
     Returns groups under the names, in ``group["name"]``, "low-rank", "dense" (the head, what is too narrow, what is not
     targeted), "embeddings", and "norms and biases". With ``embeddings`` the head is in a group "head", before that of
-    the embeddings, and ``group["embeddings"]`` of both has the argument. A group without parameters is left out.
+    the embeddings, and ``group["embeddings"]`` of both has the argument. Embeddings that it is not about are in "other
+    embeddings" then, and such a head is in "dense". A group without parameters is left out.
 
     The low-rank weights of a module that is named are its own parameters of two or more dimensions, including expert
     tensors ``[experts, rows, columns]``. Biases (also tables of them), norms, embeddings, 1-D convolutions and
@@ -174,10 +198,11 @@ def groups_of_model(
 def split_by_kind(
     named: Sequence[tuple[str, Tensor]], found: Coverage, low_rank_keys: dict[str, Any], dense: DenseKeys
 ) -> list[dict[str, Any]]:
-    """Named parameters as groups: low-rank, dense, head, embeddings, norms and biases, in this order."""
+    """Named parameters as groups: low-rank, dense, head, embeddings, other embeddings, norms and biases, in this
+    order."""
     groups: dict[str, dict[str, Any]] = {
         name: {"params": [], "param_names": [], "name": name} | (low_rank_keys if name == LOW_RANK else dense.of(name))
-        for name in (LOW_RANK, DENSE, HEADS, EMBEDDINGS, VECTORS)
+        for name in (LOW_RANK, DENSE, HEADS, EMBEDDINGS, OTHER_EMBEDDINGS, VECTORS)
     }
     for name, parameter in named:
         group = groups[_group_of(parameter, found, dense)]
@@ -191,8 +216,8 @@ def _group_of(parameter: Tensor, found: Coverage, dense: DenseKeys) -> str:
     if not found.reasons[id(parameter)]:
         return LOW_RANK
     if weight.kind == EMBEDDING:
-        return EMBEDDINGS
-    if weight.kind == HEAD and dense.embeddings is not None:
+        return EMBEDDINGS if dense.embeddings is None or dense.takes(weight) else OTHER_EMBEDDINGS
+    if weight.kind == HEAD and dense.takes(weight):
         return HEADS
     return VECTORS if weight.kind == VECTOR else DENSE
 

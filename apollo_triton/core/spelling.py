@@ -37,7 +37,7 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     help_text = _ELSEWHERE.get(name, "")
-    if not help_text and (near := _nearest(name, known)):
+    if not help_text and (near := nearest(name, known)):
         help_text = f"did you mean {near!r}?"
     return f"unknown option {name!r} ({help_text or 'allowed: ' + ', '.join(sorted(known))})"
 
@@ -49,7 +49,7 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
     for key, value in group.items():
         if not isinstance(key, str) or key in FIELD_NAMES or key in _OTHERS_KEYS:
             continue
-        near = _nearest(key, FIELD_NAMES)
+        near = nearest(key, FIELD_NAMES)
         if (key in ("amsgrad", "maximize", "differentiable") and value) or key == "learning_rate":
             notes.append(f"{key!r} does nothing ({_ELSEWHERE[key]})")
         elif key == "embeddings" and "name" in group:
@@ -68,7 +68,8 @@ def unread_keys(group: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that was most likely meant; "" if none is near."""
     near = next(iter(difflib.get_close_matches(name.lower(), list(known), 1, cutoff=0.75)), "")
     return near if len(name) > 4 or abs(len(name) - len(near)) < 2 else ""  # "eta" is not "betas"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.dtensors import is_dtensor
 from ..core.moments_8bit import BLOCK, absmax_count
 from ..core.settings import Settings
-from .member import geometry_of
+from .member import geometry_of, has_row_moments
 from .sharding import local_shard, moment_cuts
 
 # Moments of lower ranks stay in ``state_dtype``: 8 bits would save little of them (9.5 MB of 7B's 54 GB with AdamW) and
@@ -54,6 +54,8 @@ def obstacle_anywhere(parameter: Tensor, settings: Settings) -> str:
     geometry = geometry_of(parameter, settings)
     if parameter.dim() < 2:
         return "it has one dimension"
+    if settings.second_moment == "row" and not has_row_moments(parameter, settings):
+        return "it is one row, and its group has second_moment='row'"  # which needs no bitsandbytes
     if geometry is not None and (settings.rank or 0) < LEAST_RANK:
         return f"its rank is below {LEAST_RANK}"
     elements = parameter.numel()

@@ -32,13 +32,15 @@ def keeps_otherwise(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
 
 def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[Mapping[str, Any]]:
     """The groups of a checkpoint with their parameters as ``groups`` has them. Each keeps the settings of the group in
-    which its first parameter was saved.
+    which its first parameter was saved, under its own name.
 
-    They are returned as they are, if they are as many, if ``embeddings=`` is the same, if a parameter is low-rank in
+    They are returned as they are, if they hold the same, if ``embeddings=`` is the same, if a parameter is low-rank in
     one of the two alone, and where names are missing or are others.
     """
     saved_names, own_names = _names(saved_groups), _names(groups)
-    if len(saved_groups) == len(groups) or not saved_names or {*saved_names} != {*own_names}:
+    if not saved_names or {*saved_names} != {*own_names}:
+        return list(saved_groups)
+    if [{*_names([group])} for group in saved_groups] == [{*_names([group])} for group in groups]:
         return list(saved_groups)
     pairs = [(saved_names[name].group, place.group) for name, place in own_names.items()]
     if any(_is_low_rank(saved) != _is_low_rank(own) for saved, own in pairs):
@@ -51,6 +53,7 @@ def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]
         made.append(
             {
                 **places[0].group,
+                **({"name": own["name"]} if "name" in own else {}),
                 "params": [place.group["params"][place.offset] for place in places],
                 "param_names": [place.group["param_names"][place.offset] for place in places],
             }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.coverage import narrowness
 from ..core.coverage_notes import abridged
-from ..core.embeddings import CHOICES
+from ..core.embeddings import CHOICES, is_concerned
 from ..core.geometry import Geometry
 from ..core.kinds import EMBEDDING, HEAD, MATRIX
 from ..core.messages import readable_bytes
@@ -25,12 +25,14 @@ MOST_RANK = 256  # the default of APOLLOAdamW.apollo
 
 
 class Counted(NamedTuple):
-    """A weight that is trained, its kind, and the bytes of its state on this rank."""
+    """A weight that is trained, its kind, and the bytes of its state on this rank. ``is_split``: whether its group is
+    one that the optimizer has made, for which ``embeddings=`` is an argument."""
 
     param: Param
     kind: str
     is_low_rank: bool
     state_bytes: int
+    is_split: bool
 
 
 class Saving(NamedTuple):
@@ -126,15 +128,21 @@ def _half_the_moments(weights: Sequence[Counted], settings: Mapping[int, Setting
 
 
 def _rows_of_tables(weights: Sequence[Counted], settings: Mapping[int, Settings]) -> Saving:
-    """To keep the moments of embeddings and heads by row and in 8 bits."""
-    saved = 0
+    """To keep the moments of embeddings and heads by row and in 8 bits: by ``embeddings=``, or in a group by hand."""
+    saved, tables = 0, []
     for weight in weights:
-        if weight.kind in (EMBEDDING, HEAD) and not weight.is_low_rank:
+        if is_concerned(SMALLEST, weight.kind, weight.param.name, weight.param.tensor) and not weight.is_low_rank:
             smaller = replace(settings[weight.param.group], **CHOICES[SMALLEST])
-            saved += max(0, weight.state_bytes - state_bytes(weight.param, smaller))
-    return Saving(
-        saved, f"{_held(weights)}embeddings={SMALLEST!r} keeps a byte an element, which saves {readable_bytes(saved)}"
-    )
+            if (less := weight.state_bytes - state_bytes(weight.param, smaller)) > 0:
+                saved += less
+                tables.append(weight)
+    way = f"embeddings={SMALLEST!r} keeps"
+    if not all(weight.is_split for weight in tables):
+        way = (
+            f"{_names(tables)} in a group of {'their' if len(tables) > 1 else 'its'} own with {CHOICES[SMALLEST]} keep"
+        )
+        way += "" if len(tables) > 1 else "s"
+    return Saving(saved, f"{_held(weights)}{way} a byte an element, which saves {readable_bytes(saved)}")
 
 
 def _held(weights: Sequence[Counted]) -> str:

@@ -13,7 +13,7 @@ from warned import warnings_of
 from apollo_triton import apollo_param_groups
 from apollo_triton.core.coverage import coverage
 from apollo_triton.core.coverage_notes import no_match, notes
-from apollo_triton.core.kinds import CONVOLUTION_1D, EMBEDDING, HEAD, MATRIX, OTHER, VECTOR, weights_of
+from apollo_triton.core.kinds import CONVOLUTION_1D, EMBEDDING, HEAD, MATRIX, OTHER, VECTOR, has_token_rows, weights_of
 from apollo_triton.core.targets import Targets
 
 # --- what PyTorch multiplies
@@ -278,3 +278,22 @@ def test_auto_in_a_list_is_auto_and_the_rest(llama):
     assert not warnings_of(apollo_param_groups, llama, rank=4, target_modules=["auto", "lm_head"])
     both = apollo_param_groups(llama, rank=4, target_modules=["auto", "lm_head"])[0]["param_names"]
     assert both == [*plain, "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.embed_tokens.weight", (9, 4), True),
+        ("module._orig_mod.lm_head.weight", (9, 4), True),
+        ("base_model.model.lm_head.modules_to_save.default.weight", (9, 4), True),
+        ("wte.parametrizations.weight.original", (9, 4), True),
+        ("token_type_embeddings.weight", (1, 4), False),
+        ("patch_embed.proj.weight", (9, 3, 2, 2), False),
+        ("wte.weight", (36,), False),  # as FSDP1 flattens it
+        ("unembed.W_U", (4, 9), False),
+        ("head_weight", (4, 9), False),
+    ],
+)
+def test_which_rows_are_tokens(name, shape, expected):
+    """A name by which a wrapper hides a table; a kernel, or a raw parameter whose tokens may be its columns."""
+    assert has_token_rows(name, torch.empty(shape)) == expected

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from embedding_models import WIDTH, make_model, train
+from embedding_models import WIDTH, make_model, make_others, train
 from torch import nn
 from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, QAPOLLOAdamW, apollo_param_groups, attach_layerwise, quantize_model
 from apollo_triton.core import gpu
-from apollo_triton.core.embeddings import CHOICES
+from apollo_triton.core.embeddings import CHOICES, KEYS
+from apollo_triton.core.settings import CHECKS, LOW_RANK_DEFAULTS, Settings
 from apollo_triton.tools.llama import meta_model
 
 MAKERS = {
@@ -80,6 +81,7 @@ def test_a_mapping_has_keys_of_a_group(make):
         ({"second_moment": "rows"}, r"embeddings=\{'second_moment': 'rows'\}: Invalid second_moment: 'rows' \(allowed"),
         ({"rank": 4}, r"embeddings=\{'rank': 4\}: 'rank' is a key of low-rank groups, and .* 5 to 20 % worse"),
         ({"lr": 1e-3, "scale": 2.0}, "'scale' is a key of low-rank groups"),
+        ({"seed": 1}, "'seed' is not for embeddings and head alone .allowed: betas, .* give it to the optimizer"),
     ],
 )
 def test_values_that_are_not_allowed(make, value, message):
@@ -90,8 +92,108 @@ def test_values_that_are_not_allowed(make, value, message):
 def test_unknown_keys_and_two_rates():
     with pytest.raises(TypeError, match=r"unknown option 'second_momnt' \(did you mean 'second_moment'\?\)"):
         APOLLOAdamW.mini(make_model(), embeddings={"second_momnt": "row"})
+    with pytest.raises(
+        TypeError, match=r"unknown option 'foo' \(allowed: betas, correct_bias, eps, lr, min_8bit_size,"
+    ):
+        APOLLOAdamW.mini(make_model(), embeddings={"foo": 1})
     with pytest.raises(ValueError, match="both give a learning rate; leave one out"):
         APOLLOAdamW.mini(make_model(), embeddings={"lr": 1e-3}, embedding_lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("8-bit", "8bit"), ("row", "rows"), ("Rows", "rows"), ("rows-8-bit", "rows-8bit"), ("rows_8bit", "rows-8bit")],
+)
+def test_a_name_that_is_nearly_one(given, meant):
+    with pytest.raises(ValueError, match=rf"or a mapping of keys of a dense group\); did you mean '{meant}'\?$"):
+        apollo_param_groups(make_model(), 4, embeddings=given)
+    with pytest.raises(ValueError, match=r"or a mapping of keys of a dense group\)$"):
+        apollo_param_groups(make_model(), 4, embeddings="adafactor")
+
+
+def test_every_key_of_a_group_is_taken_or_refused():
+    """A key that is taken and does nothing: the seed of a projection, or what is one for the whole optimizer."""
+    values = vars(Settings.of(APOLLOAdamW([nn.Parameter(torch.ones(2))]).param_groups[0])) | {"rank": 4}
+    for name in CHECKS:
+        if name in KEYS:
+            apollo_param_groups(make_model(), 4, embeddings={name: values[name]})
+        else:
+            kind = "a key of low-rank groups" if name in ("rank", *LOW_RANK_DEFAULTS) else "not for embeddings and head"
+            with pytest.raises(ValueError, match=f"'{name}' is {kind}"):
+                apollo_param_groups(make_model(), 4, embeddings={name: values[name]})
+
+
+OTHERS = ["pos_embed", "pos_embedding", "patch_embed.weight"]
+ADAPTERS = ["wte.lora_embedding_A.default", "lm_head.lora_B.default.weight"]
+
+
+@MADE
+@pytest.mark.parametrize("embeddings", ["rows", "rows-8bit", {"second_moment": "row", "weight_decay": 0.5}])
+@pytest.mark.filterwarnings("ignore:embeddings=")
+def test_rows_that_may_not_be_tokens_keep_their_second_moments(make, embeddings):
+    """One second moment for a feature of all tokens, where these are the columns: steps 8 times AdamW's for rare
+    tokens. One for a kernel of a convolution. Adapters that are taken for tables, or a rate that they lose."""
+    optimizer = make(make_others(), embeddings=embeddings, embedding_lr=0.25)
+    found = grouped(optimizer, "lr", "second_moment", "embeddings", "weight_decay")
+    assert {*found["embeddings"][0]} == {"wte.weight"}
+    assert {*found["head"][0]} == {"lm_head.weight"}
+    assert {*found["other embeddings"][0]} == {*OTHERS, ADAPTERS[0]}
+    assert found["other embeddings"][1:] == [0.25, None, None, 0.0]
+    assert {*found["dense"][0]} == {"router.weight", "unembed.W_U", ADAPTERS[1]}
+    assert found["dense"][2:] == [None, None, 0.0]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups[1:]:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            is_by_row = name in ("wte.weight", "lm_head.weight")
+            shape = (256, 1) if is_by_row else parameter.shape
+            assert optimizer.state[parameter]["exp_avg_sq"].shape == shape, name
+
+
+@pytest.mark.parametrize(
+    ("make", "of"),
+    [(APOLLOAdamW.apollo, lambda model: model), (APOLLOAdamW, nn.Module.named_parameters)],
+    ids=["model", "names"],
+)
+def test_they_are_named_once_with_the_way_out(make, of):
+    """A user who believes that all is kept by row; a warning of what gains nothing, of what is frozen, or in every
+    run."""
+    (text,) = warnings_of(make, of(make_others()), rank=4, embeddings="rows-8bit")
+    names = text[len("embeddings='rows-8bit' has no effect on ") :].partition(":")[0]
+    assert {*names.split(", ")} == {"pos_embedding", "patch_embed.weight", "unembed.W_U"}
+    assert text.endswith("put them into a group of their own with {'second_moment': 'row', 'state_bits': 8}")
+    model = make_others()
+    for name in ("pos_embedding", "patch_embed.weight", "unembed.W_U"):
+        model.get_parameter(name).requires_grad_(False)
+    assert not warnings_of(make, of(model), rank=4, embeddings="rows")
+
+
+@MADE
+@pytest.mark.parametrize("embeddings", ["8bit", {"state_dtype": "bfloat16"}])
+def test_forms_that_need_no_rows_are_for_all_but_adapters(make, embeddings):
+    """Embeddings that lose the argument since they are no tables of tokens."""
+    optimizer = make(make_others(), embeddings=embeddings)
+    found = grouped(optimizer)
+    assert {*found["embeddings"][0]} == {"wte.weight", *OTHERS}
+    assert {*found["head"][0]} == {"lm_head.weight", "unembed.W_U"}
+    assert {*found["other embeddings"][0]} == {ADAPTERS[0]}
+    assert {*found["dense"][0]} == {"router.weight", ADAPTERS[1]}
+    assert not warnings_of(make, make_others(), embeddings=embeddings)
+
+
+def test_without_it_other_embeddings_are_with_the_embeddings():
+    """Groups that move in every run, so that no older checkpoint fits."""
+    found = grouped(APOLLOAdamW.mini(make_others()))
+    assert [*found] == ["low-rank", "dense", "embeddings", "norms and biases"]
+    assert {*found["embeddings"][0]} == {"wte.weight", *OTHERS, ADAPTERS[0]}
+
+
+def test_groups_that_are_added_later_go_by_the_same_rule():
+    optimizer = APOLLOAdamW.mini(make_model(), embeddings="rows")
+    optimizer.add_param_group({"params": [("unembed.W_U", nn.Parameter(torch.ones(WIDTH, 99)))]})
+    assert grouped(optimizer, "second_moment")["dense 2"] == [["unembed.W_U"], None]
 
 
 def test_an_argument_without_effect_is_refused_or_warned_of():
@@ -105,7 +207,7 @@ def test_an_argument_without_effect_is_refused_or_warned_of():
     encoder = nn.ModuleDict({"up": nn.Linear(WIDTH, 32)})
     for make, of in ((APOLLOAdamW.apollo, lambda model: model), (APOLLOAdamW, nn.Module.named_parameters)):
         (text,) = warnings_of(make, of(encoder), rank=4, embeddings="rows")
-        assert "embeddings='rows' has no effect: no" in text
+        assert "embeddings='rows' has no effect: no weight is an embedding or a head of more than one row" in text
         (text,) = warnings_of(make, of(model), rank=4, embeddings="rows", target_modules=["auto", "lm_head"])
         assert "embeddings='rows' has no effect on lm_head.weight, which target_modules makes low-rank" in text
         assert not warnings_of(make, of(model), rank=4, embeddings="rows")
@@ -122,7 +224,7 @@ def test_a_table_of_one_row_keeps_a_second_moment_for_each_element():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert grouped(optimizer)["embeddings"] == [["position_embeddings", "wte.weight"]]
+    assert grouped(optimizer)["other embeddings"] == [["position_embeddings"]]
     assert optimizer.state[model.position_embeddings]["exp_avg_sq"].shape == (1, 5, 7)
 
 

@@ -11,6 +11,7 @@ from kernel_cases import drawn
 from torch import nn
 
 from apollo_triton import APOLLOAdamW
+from apollo_triton.backends.reference import dense_8bit
 from apollo_triton.core.moments_8bit import dequantize_blockwise, quantize_blockwise
 
 ROW = {"second_moment": "row"}
@@ -111,6 +112,32 @@ def test_the_checkpoints_own_form_wins():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make("element", "float32")[0].load_state_dict(make(None, "float32", 1)[0].state_dict())
+
+
+def test_8_bits_need_no_bitsandbytes_in_such_a_group(monkeypatch):
+    """A table of one row, which has no second moment a row, and so went to bitsandbytes at the first step."""
+    monkeypatch.setattr(dense_8bit, "obstacle", lambda device: "it is not installed")
+    named = {"table": (9, 64), "positions": (1, 9, 64), "row": (1, 4096), "norm": (4096,)}
+    named = {name: nn.Parameter(drawn(shape, 1)) for name, shape in named.items()}
+    optimizer = APOLLOAdamW([{"params": [*named.items()], **ROW, "state_bits": 8, "min_8bit_size": 2}])
+    train(optimizer, named, 1)
+    assert [name for name, parameter in named.items() if "exp_avg_q" in optimizer.state[parameter]] == ["table"]
+    assert optimizer.state[named["positions"]]["exp_avg_sq"].shape == (1, 9, 64)
+
+
+def test_8_bit_moments_of_one_row_load_as_floats(bitsandbytes):
+    """A checkpoint of a version that kept them in 8 bits, which the next step would refuse."""
+    weight = nn.Parameter(drawn((1, 9, 64), 1))
+    optimizer = APOLLOAdamW([{"params": [("row", weight)], "state_bits": 8, "min_8bit_size": 2}])
+    train(optimizer, {"row": weight}, 1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= ROW
+    other = APOLLOAdamW([{"params": [("row", weight)], **ROW, "state_bits": 8, "min_8bit_size": 2}])
+    with pytest.warns(UserWarning, match="it is one row, and its group has second_moment='row'"):
+        other.load_state_dict(saved)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(other.state[weight][name].flatten(), floats(optimizer.state[weight], name).flatten())
+    train(other, {"row": weight}, 1)
 
 
 def test_low_rank_groups_do_not_take_it():

@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from apollo_triton import APOLLOAdamW, attach_layerwise, quantize_model
 from apollo_triton.backends.reference import dense_8bit
 from apollo_triton.core import gpu
+from apollo_triton.core.embeddings import CHOICES
 from apollo_triton.core.messages import readable_bytes
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -382,7 +383,32 @@ ADVICE = {
         {"rank": 4, "embeddings": "rows-8bit"},
         "embeddings='rows-8bit' keeps a byte an element",
     ),
+    "tables in a group by hand": (
+        lambda **keys: APOLLOAdamW(by_hand(transformer(embed_tokens=nn.Embedding(512, WIDTH)), **keys)),
+        {},
+        CHOICES["rows-8bit"],
+        "embed_tokens.weight, lm_head.weight in a group of their own with {'second_moment': 'row', 'state_bits': 8} "
+        "keep a byte an element",
+    ),
+    "tables of AdamW": (
+        lambda **keys: APOLLOAdamW(
+            [{"params": named({"wte.weight": (512, 64)}), **keys}, {"params": named({"unembed.W_U": (64, 90)})}]
+        ),
+        {},
+        CHOICES["rows-8bit"],
+        "wte.weight in a group of its own with {'second_moment': 'row', 'state_bits': 8} keeps a byte an element",
+    ),
 }
+
+
+def by_hand(model, **of_tables):
+    """A group with a rank, one of embedding and head, and one of the rest."""
+    groups = {"matrix": {"rank": 4}, "table": of_tables, "rest": {}}
+    found = {name: {"params": [], **keys} for name, keys in groups.items()}
+    for name, parameter in model.named_parameters():
+        is_table = name.startswith(("embed", "lm_head"))
+        found["table" if is_table else "matrix" if "layers" in name else "rest"]["params"].append((name, parameter))
+    return [group for group in found.values() if group["params"]]
 
 
 @pytest.mark.filterwarnings("ignore:.* targeted weights are")

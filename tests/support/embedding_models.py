@@ -19,6 +19,19 @@ def make_model(tied=False, narrow=True):
     return model
 
 
+def make_others():
+    """Embeddings and heads whose rows may not be tokens, beside those of ``make_model`` and adapters of both."""
+    model = make_model()
+    model["unembed"] = nn.ParameterDict({"W_U": nn.Parameter(torch.randn(WIDTH, VOCABULARY))})  # TransformerLens
+    model["patch_embed"] = nn.Conv2d(3, WIDTH, 4, bias=False)
+    model.register_parameter("pos_embed", nn.Parameter(torch.randn(1, 9, WIDTH)))
+    model.register_parameter("pos_embedding", nn.Parameter(torch.randn(9, WIDTH)))
+    # as PEFT has them
+    model["wte"].lora_embedding_A = nn.ParameterDict({"default": nn.Parameter(torch.randn(2, VOCABULARY))})
+    model["lm_head"].lora_B = nn.ModuleDict({"default": nn.Linear(2, VOCABULARY, bias=False)})
+    return model
+
+
 def loss_of(model, seed=0):
     tokens = torch.randint(VOCABULARY, (8,), generator=torch.Generator().manual_seed(seed))
     x = model["wte"](tokens)
