@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .messages import shown
-from .settings import CHECKS, LOW_RANK_DEFAULTS, check_value
+from .settings import CHECKS, LOW_RANK_DEFAULTS, check_value, complete_group
 from .spelling import unknown_option
 
 Embeddings = str | Mapping[str, Any] | None
@@ -64,5 +64,7 @@ def embedding_keys(embeddings: Embeddings) -> dict[str, Any]:
         return {}
     if isinstance(embeddings, str):
         return CHOICES[embeddings] | {MARK: embeddings}
+    keys = dict(embeddings)
+    complete_group(keys)  # a dtype and its name are the same argument, which one mark says
     # As one text: torch.distributed.checkpoint would take a dictionary in a group apart.
-    return {**embeddings, MARK: ", ".join(f"{name}={value}" for name, value in sorted(embeddings.items()))}
+    return {**keys, MARK: ", ".join(f"{name}={value}" for name, value in sorted(keys.items()))}
