@@ -153,18 +153,19 @@ def warn_of_groups(
         '{"base_lrs": [group["initial_lr"] for group in optimizer.param_groups]})'
     )
     new = {key: (group, own) for group, own in zip(regrouped, groups, strict=True) for key in group["params"]}
-    lost: dict[str, list[str]] = {}
+    lost: dict[tuple[str, str], list[str]] = {}
     for group in saved:
         for key, name in zip(group["params"], group["param_names"], strict=True):
             kept, own = new[key]
-            differing = [each for each in _OF_MERGED if _text(group, each) != _text(kept, each)]
-            theirs = ", ".join(f"{each} {_text(group, each)} (now {_text(kept, each)})" for each in differing)
-            if theirs:
-                lost.setdefault(f"{theirs}, to the group {shown(own.get('name'))}", []).append(name)
-    for text, names in lost.items():
+            texts = [(each, _text(group, each), _text(kept, each)) for each in _OF_MERGED]
+            changed = [f"{each} {theirs} (now {ours})" for each, theirs, ours in texts if theirs != ours]
+            if changed:
+                lost.setdefault((shown(own.get("name")), ", ".join(changed)), []).append(name)
+    for (name, text), names in lost.items():
         warn(
-            f"load_state_dict: {listed(names, _NAMED)} came from a group with {text}. To keep what it "
-            "had, give this run embeddings= too, which makes a group of their own: {'second_moment': 'element'} changes nothing else"
+            f"load_state_dict: the group {name} takes {listed(names, _NAMED)}, saved with other settings: {text}. To "
+            "keep those, give this run embeddings= too, which makes a group apart: {'second_moment': 'element'} "
+            "changes nothing else"
         )
 
 

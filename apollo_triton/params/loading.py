@@ -35,8 +35,8 @@ _SAME_GROUPS = (
     "build the groups as they were saved: the same model, target_modules, rank, embeddings, and order of the groups"
 )
 _MIXED = (
-    "set_optimizer_state_dict mixes this run's groups with those of a checkpoint that has another embeddings=; give the "
-    "dictionary to optimizer.load_state_dict(...), which converts it"
+    "set_optimizer_state_dict mixes this run's groups with those of a checkpoint that has another embeddings=; give "
+    "the dictionary to optimizer.load_state_dict(...), which converts it"
 )
 # ``torch.optim`` writes its own default into every group that it copies or loads, though our step knows no such thing.
 FOREIGN_KEY = "differentiable"
