@@ -97,7 +97,7 @@ class Split:
         found = self._coverage(group, named)
         if self.dense.embeddings is not None and not _is_named(group) and any(each.dim() > 1 for _, each in named):
             warn(
-                f"{MARK}={shown(self.dense.embeddings)} goes by names, and a group is added without names: its "
+                f"embeddings={shown(self.dense.embeddings)} goes by names, and a group is added without names: its "
                 "matrices are taken as if the argument was not given; give (name, parameter) pairs"
             )
         shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name", MARK)}
