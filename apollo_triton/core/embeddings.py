@@ -15,7 +15,7 @@ from torch import Tensor
 from .kinds import EMBEDDING, HEAD, has_token_rows
 from .messages import shown
 from .module_names import is_adapter_name
-from .settings import CHECKS, LOW_RANK_DEFAULTS, check_value
+from .settings import CHECKS, LOW_RANK_DEFAULTS, check_value, complete_group
 from .spelling import nearest, unknown_option
 
 Embeddings = str | Mapping[str, Any] | None
@@ -77,8 +77,10 @@ def embedding_keys(embeddings: Embeddings) -> dict[str, Any]:
         return {}
     if isinstance(embeddings, str):
         return CHOICES[embeddings] | {MARK: embeddings}
+    keys = dict(embeddings)
+    complete_group(keys)  # a dtype and its name are the same argument, which one mark says
     # As one text: torch.distributed.checkpoint would take a dictionary in a group apart.
-    return {**embeddings, MARK: ", ".join(f"{name}={value}" for name, value in sorted(embeddings.items()))}
+    return {**keys, MARK: ", ".join(f"{name}={value}" for name, value in sorted(keys.items()))}
 
 
 def is_concerned(embeddings: Embeddings, kind: str, name: str, tensor: Tensor) -> bool:

@@ -27,7 +27,7 @@ _WEIGHTS = re.compile(
 )
 _EXPERTS = re.compile(r"(^|_)experts?(_|$)")
 # What PEFT and torchtune call the parts of an adapter: `lora_A`, `lora_embedding_B`, `hada_w1_a`, `lokr_w2`, `oft_R`.
-_ADAPTERS = re.compile(r"lora_|^(hada|lokr|oft)_")
+_ADAPTERS = re.compile(r"(^|_)lora_|^(hada|lokr|oft)_")
 _PARAMETRIZED = re.compile(r"parametrizations\.(\w+)\.original\d*$")
 # Modules that wrap another one under its own name: PEFT's, torch.compile's, DDP's, FSDP1's, activation checkpointing's.
 _WRAPPERS = frozenset(

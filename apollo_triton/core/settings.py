@@ -174,6 +174,11 @@ def complete_group(group: dict[str, Any]) -> None:
             group.setdefault(name, default)
 
 
+def dtype_of(value: Any) -> torch.dtype | None:
+    """The dtype that a ``state_dtype`` stands for, which may be its name; None for what is none."""
+    return _DTYPES.get(value) if isinstance(value, str) else value if isinstance(value, torch.dtype) else None
+
+
 class Check(NamedTuple):
     """What a hyperparameter may be: as a test, in words, and how the error for a wrong value begins."""
 

@@ -5,12 +5,15 @@ The checkpoint's settings win, as in ``torch.optim``, and state goes by the orde
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..core.embeddings import FORM_KEYS
 from ..core.messages import listed, shown, warn
 from ..core.module_names import unwrapped
 from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Settings
@@ -25,6 +28,10 @@ OF_THE_RUN = ("backend", "capturable")
 # Schedulers change these from step to step, so a difference says nothing. What a scheduler begins with is
 # ``initial_lr``, which is compared where both have it.
 _SCHEDULED = ("lr", "weight_decay")
+# What a parameter has of its group, and loses if that joins another: not how its moments are kept.
+_OF_MERGED = tuple(
+    name for name in (*FIELD_NAMES, "initial_lr") if name not in (*OF_THE_RUN, *FORM_KEYS, "rank", *LOW_RANK_DEFAULTS)
+)
 _SHOWN = 6
 _NAMED = 3
 
@@ -116,6 +123,54 @@ def warn_of_second_moments(found: Sequence[tuple[Param, Settings, str]]) -> None
         )
 
 
+def warn_of_dtypes(found: Sequence[tuple[Param, Settings, Mapping[str, Any], torch.dtype | None]]) -> None:
+    """Warn of float moments whose group had another ``state_dtype`` in the checkpoint, as another ``embeddings=`` has
+    it. With each come its saved state, and that dtype."""
+    changed: dict[tuple[str, str], list[Param]] = {}
+    for param, settings, saved, was in found:
+        is_float = not is_8bit(param.tensor, settings, saved) and not is_8bit(param.tensor, settings, {})
+        if is_float and was not in (None, settings.state_dtype) and saved["exp_avg"].dtype != settings.state_dtype:
+            names = [str(dtype).removeprefix("torch.") for dtype in (saved["exp_avg"].dtype, settings.state_dtype)]
+            changed.setdefault((names[0], names[1]), []).append(param)
+    for (theirs, ours), params in changed.items():
+        kept = "Their values are the same" if ours == "float32" else "They are rounded to it"
+        warn(
+            f"load_state_dict: the moments of {_listed(params)} were saved in {theirs}, and become {ours}, as "
+            f"state_dtype={ours!r} keeps them. {kept}"
+        )
+
+
+def warn_of_groups(
+    saved: Sequence[Mapping[str, Any]], regrouped: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Warn if a checkpoint had other groups, once of what another number does to a scheduler, and once of settings that
+    parameters lose because they share a group with others now."""
+    if len(saved) == len(regrouped) and all(map(operator.is_, saved, regrouped)):
+        return
+    if len(saved) != len(groups):
+        warn(
+            f"load_state_dict: the checkpoint has {len(saved)} parameter groups and the optimizer {len(groups)}, since "
+            "embeddings= is not the same. The state of a scheduler has a rate for each group, and does not fit: make "
+            "the scheduler, load the optimizer, then scheduler.load_state_dict(saved | "
+            '{"base_lrs": [group["initial_lr"] for group in optimizer.param_groups]})'
+        )
+    new = {key: (group, own) for group, own in zip(regrouped, groups, strict=True) for key in group["params"]}
+    lost: dict[tuple[str, str], list[str]] = {}
+    for group in saved:
+        for key, name in zip(group["params"], group["param_names"], strict=True):
+            kept, own = new[key]
+            texts = [(each, _text(group, each), _text(kept, each)) for each in _OF_MERGED]
+            changed = [f"{each} {theirs} (now {ours})" for each, theirs, ours in texts if theirs != ours]
+            if changed:
+                lost.setdefault((shown(own.get("name")), ", ".join(changed)), []).append(name)
+    for (name, text), names in lost.items():
+        warn(
+            f"load_state_dict: the group {name} takes {listed(names, _NAMED)}, saved with other settings: {text}. To "
+            "keep those, give this run embeddings= too, which makes a group apart: {'second_moment': 'element'} "
+            "changes nothing else"
+        )
+
+
 def warn_of_blocks(found: Sequence[Param]) -> None:
     """Warn of sharded weights whose new moments stay floats because blocks of 8-bit ones would span ranks."""
     warn(
@@ -127,6 +182,16 @@ def warn_of_blocks(found: Sequence[Param]) -> None:
 
 def _listed(params: Sequence[Param]) -> str:
     return listed([param.label for param in params], _NAMED)
+
+
+def _text(group: Mapping[str, Any], name: str) -> str:
+    """A setting as a message has it, alike for alike numbers. It was saved in a group that may hold anything."""
+    value = group.get(name)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = float(value)
+    return shown(tuple(value) if isinstance(value, list) else value)
 
 
 def given_names(group: dict[str, Any]) -> list[str] | None:

@@ -14,9 +14,18 @@ import torch
 from torch import Tensor
 
 from ..core.messages import shown
-from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group
+from ..core.settings import DENSE_DEFAULTS, FIELD_NAMES, LOW_RANK_DEFAULTS, Settings, complete_group, dtype_of
 from .checks import check_parameter
-from .differences import OF_THE_RUN, given_names, warn_of_forms, warn_of_names, warn_of_second_moments, warn_of_settings
+from .differences import (
+    OF_THE_RUN,
+    given_names,
+    warn_of_dtypes,
+    warn_of_forms,
+    warn_of_groups,
+    warn_of_names,
+    warn_of_second_moments,
+    warn_of_settings,
+)
 from .member import Param, find_shard, params_of
 from .regrouping import regrouped, with_own_form
 from .saved_state import check_saved_state, check_values, copied, loaded_state, second_moment_of, was_8bit
@@ -24,6 +33,10 @@ from .saved_state import check_saved_state, check_values, copied, loaded_state, 
 _ADVICE = "give what optimizer.state_dict() returned"
 _SAME_GROUPS = (
     "build the groups as they were saved: the same model, target_modules, rank, embeddings, and order of the groups"
+)
+_MIXED = (
+    "set_optimizer_state_dict mixes this run's groups with those of a checkpoint that has another embeddings=; give "
+    "the dictionary to optimizer.load_state_dict(...), which converts it"
 )
 # ``torch.optim`` writes its own default into every group that it copies or loads, though our step knows no such thing.
 FOREIGN_KEY = "differentiable"
@@ -65,6 +78,7 @@ def read_state_dict(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> L
         )
     keys = _keys(state_dict["state"], saved_groups)
     params = list(params_of(new_groups))
+    dtypes = _saved_dtypes(state_dict["param_groups"])
     found = []
     for key, param in zip(keys, params, strict=True):
         with _naming(param):
@@ -73,19 +87,21 @@ def read_state_dict(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> L
             if isinstance(saved, Mapping) and not saved:
                 continue  # it has had no gradient yet
             check_saved_state(param, saved, settings[param.group])
-            found.append((param, saved, find_shard(param, settings[param.group])))
+            found.append((param, saved, find_shard(param, settings[param.group]), dtypes[key]))
     state: dict[Any, Any] = {}
-    for param, saved, shard in found:  # gathers DTensors, on all ranks alike: so values are looked at after it
+    for param, saved, shard, was in found:  # gathers DTensors, on all ranks alike: so values are looked at after it
         with _naming(param):
-            state[param.tensor] = loaded_state(param, saved, settings[param.group], shard)
-    for param, _, _ in found:
+            state[param.tensor] = loaded_state(param, saved, settings[param.group], shard, was)
+    for param, *_ in found:
         with _naming(param):
             check_values(param, state[param.tensor])
-    warn_of_forms([(param, settings[param.group], was_8bit(saved)) for param, saved, _ in found])
-    forms = [(param, second_moment_of(saved, param, settings[param.group])) for param, saved, _ in found]
+    warn_of_forms([(param, settings[param.group], was_8bit(saved)) for param, saved, *_ in found])
+    warn_of_dtypes([(param, settings[param.group], saved, was) for param, saved, _, was in found])
+    forms = [(param, second_moment_of(saved, param, settings[param.group])) for param, saved, *_ in found]
     warn_of_second_moments([(param, settings[param.group], form) for param, form in forms])
     for key in set(state_dict["state"]) - set(keys):
         state[key] = copied(state_dict["state"][key], f"state_dict: its state {shown(key)}")
+    warn_of_groups(state_dict["param_groups"], saved_groups, groups)
     warn_of_settings(new_groups, groups)
     return Loaded(new_groups, state)
 
@@ -175,7 +191,7 @@ def _check_names(saved_groups: Sequence[Mapping[str, Any]], new_groups: list[Gro
         if "param_names" in saved and not (is_list and len(names) == len(saved["params"])):
             raise ValueError(
                 f"state_dict, parameter group {index}: 'param_names' is {shown(names)} (allowed: a name for each of "
-                f"its {len(saved['params'])} params, or no such key)"
+                f"its {len(saved['params'])} params, or no such key). {_MIXED}"
             )
     saved_names = [given_names(dict(saved)) for saved in saved_groups]
     own_names = [given_names(group) for group in groups]
@@ -214,6 +230,11 @@ def _keys(state: Mapping[Any, Any], saved_groups: Sequence[Mapping[str, Any]]) -
             "load it with the groups that it was saved with"
         )
     return list(keys)
+
+
+def _saved_dtypes(saved_groups: Sequence[Mapping[str, Any]]) -> dict[Any, torch.dtype | None]:
+    """The ``state_dtype`` that each key's group had in the checkpoint. None if it is unknown."""
+    return {key: dtype_of(saved.get("state_dtype")) for saved in saved_groups for key in saved["params"]}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ optimizer's own argument wins, and a run that is short of memory can be resumed 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,8 +32,9 @@ def keeps_otherwise(saved: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
 
 
 def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[Mapping[str, Any]]:
-    """The groups of a checkpoint with their parameters as ``groups`` has them. Each keeps the settings of the group in
-    which its first parameter was saved, under its own name.
+    """The groups of a checkpoint with their parameters and names as ``groups`` has them. Each keeps the settings of one
+    group of the checkpoint, in which most of its parameters were. What comes to it from a group of embeddings does not
+    count.
 
     They are returned as they are, if they hold the same, if ``embeddings=`` is the same, if a parameter is low-rank in
     one of the two alone, and where names are missing or are others.
@@ -52,7 +54,7 @@ def regrouped(saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group]
         places = [saved_names[name] for name in _names([own])]
         made.append(
             {
-                **places[0].group,
+                **_settings_of(places, own),
                 **({"name": own["name"]} if "name" in own else {}),
                 "params": [place.group["params"][place.offset] for place in places],
                 "param_names": [place.group["param_names"][place.offset] for place in places],
@@ -69,6 +71,14 @@ def with_own_form(saved: Mapping[str, Any], group: Group, own: Group) -> None:
         group.pop(name, None)
         if name in own:
             group[name] = own[name]
+
+
+def _settings_of(places: Sequence[_Place], own: Group) -> Mapping[str, Any]:
+    """The saved group whose settings parameters from several have together, as a head that comes back to "dense"."""
+    groups = [place.group for place in places]
+    candidates = [group for group in groups if not keeps_otherwise(group, own)] or groups
+    counts = Counter(map(id, candidates))
+    return max(candidates, key=lambda group: counts[id(group)])
 
 
 def _is_low_rank(group: Mapping[str, Any]) -> bool:

@@ -72,18 +72,22 @@ def check_saved_state(param: Param, saved: Any, settings: Settings) -> None:
     check_seed(param, saved, _number(saved.get("seed")))
 
 
-def loaded_state(param: Param, saved: Mapping[str, Any], settings: Settings, shard: LocalShard) -> dict[str, Any]:
+def loaded_state(
+    param: Param, saved: Mapping[str, Any], settings: Settings, shard: LocalShard, was: torch.dtype | None = None
+) -> dict[str, Any]:
     """A copy of a checked state: on the parameter's device, sharded if the parameter is, in the dtypes of a step.
 
     ``step`` becomes float32 on the host. Moments are 8-bit if those of a new state would be, and second ones of rows
-    float32. Else they get the group's ``state_dtype``, except if all are bfloat16 already. ``torch.optim`` would cast
-    all to the parameter's dtype. Keys that are not ours are copied.
+    float32. Else they get the group's ``state_dtype``, except if all are bfloat16 already because the file was cast:
+    ``was``, the ``state_dtype`` under which they were saved, is not another. ``torch.optim`` would cast all to the
+    parameter's dtype. Keys that are not ours are copied.
 
     Where a ``DTensor`` has other placements it is gathered, so every rank must call this for the same parameters.
     """
     saved = with_codes_named(saved)
     was_row, is_row = (second_moment_of(saved, param, settings) == "row", has_row_moments(param.tensor, settings))
     kept = {saved[name].dtype for name in MOMENTS[: 1 if was_row else 2] if name in saved} == {torch.bfloat16}
+    kept &= was != torch.bfloat16  # else they are what that group asked for, and this one asks for its own
     saved = _in_form(saved, param, settings)
     new = expected_tensors(param.tensor, settings, {})
     rounded = [name for name in MOMENTS if name in saved and name not in new]  # from float32, not ``state_dtype``

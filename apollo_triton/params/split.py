@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.coverage import Coverage, coverage_of
 from ..core.coverage_notes import no_match, notes
-from ..core.embeddings import MARK, embedding_keys
+from ..core.embeddings import FORM_KEYS, MARK, embedding_keys
 from ..core.kinds import MATRIX, weights_of
 from ..core.messages import shown, warn
 from ..core.param_groups import DenseKeys, chosen_scale, dense_reasons, split_by_kind
@@ -68,6 +68,8 @@ class Split:
         if given and all(isinstance(group, dict) and "rank" in group for group in given):
             warn(f"rank={self.rank} has no effect: every parameter group has a 'rank' of its own")
         split = [(group, self._coverage(group, named)) for group in given if (named := self._named(group))]
+        if self.dense.embeddings is not None and not all(_is_named(group) for group, _ in split):
+            self._refuse_nameless(MARK, self.dense.embeddings)
         found = Coverage([weight for _, each in split for weight in each.of_modules])
         for _, each in split:
             found.weights |= each.weights
@@ -85,20 +87,29 @@ class Split:
         """The groups that a given one becomes, and why its dense weights are dense. ``taken``: names of other groups.
 
         A group keeps its own keys, except that those of low-rank groups are left out of dense ones, and the reverse,
-        and that ``embeddings=``, which is said of fewer weights, wins over them.
+        and that ``embeddings=``, which is said of fewer weights, wins over them. A group that it made elsewhere keeps
+        its mark, since it keeps the form. Without names nothing is known to be an embedding.
         """
         group = _with_list(group)
         named = self._named(group)
         if not named:
             return [{**self.keys, **group} if group.get("rank") is not None else group], {}
         found = self._coverage(group, named)
+        if self.dense.embeddings is not None and not _is_named(group) and any(each.dim() > 1 for _, each in named):
+            warn(
+                f"embeddings={shown(self.dense.embeddings)} goes by names, and a group is added without names: its "
+                "matrices are taken as if the argument was not given; give (name, parameter) pairs"
+            )
         shared = {key: value for key, value in group.items() if key not in ("params", "param_names", "name", MARK)}
         made, names = [], {*taken}
         for part in split_by_kind(named, found, self._low_rank_keys(group), self.dense):
             name = f"{group['name']}, {part['name']}" if "name" in group else part["name"]
             foreign = DENSE_DEFAULTS if "rank" in part else LOW_RANK_DEFAULTS
-            part |= {"name": _unlike(name, names)} | {key: value for key, value in shared.items() if key not in foreign}
-            part |= embedding_keys(self.dense.embeddings) if MARK in part else {}
+            is_marked = MARK in group and "rank" not in part
+            replaced = FORM_KEYS if is_marked and MARK in part else ()
+            own = embedding_keys(self.dense.embeddings) if MARK in part else {MARK: group[MARK]} if is_marked else {}
+            kept = {key: value for key, value in shared.items() if key not in foreign and key not in replaced}
+            part |= {"name": _unlike(name, names)} | kept | own
             names.add(part["name"])
             if not _is_named(group):
                 del part["param_names"]
@@ -132,21 +143,20 @@ class Split:
             check_value(name, value)
         if _is_named(group):
             weights = weights_of(named)
-        elif by_name := self._by_name():
-            raise ValueError(
-                f"{by_name} goes by names, and there are parameters without names; pass model.named_parameters(), or "
-                "use APOLLOAdamW.apollo(model, ...)"
-            )
+        elif self.target_modules != DEFAULT_TARGETS:
+            self._refuse_nameless("target_modules", self.target_modules)
         else:  # as if each were the weight of a module that is called by its number
             weights = weights_of([(f"{name}.weight", tensor) for name, tensor in named])
             weights = [weight._replace(name=weight.module_name, module_name="") for weight in weights]
         return coverage_of(weights, Targets(None, self.target_modules), keys.pop("rank"), keys)
 
-    def _by_name(self) -> str:
-        """The argument that needs names to mean anything; "" if none was given."""
-        if self.target_modules != DEFAULT_TARGETS:
-            return f"target_modules={shown(self.target_modules)}"
-        return "" if self.dense.embeddings is None else f"{MARK}={shown(self.dense.embeddings)}"
+    @staticmethod
+    def _refuse_nameless(name: str, value: Any) -> None:
+        """Raise ValueError for an argument that needs names to mean anything."""
+        raise ValueError(
+            f"{name}={shown(value)} goes by names, and there are parameters without names; give (name, parameter) "
+            "pairs, as model.named_parameters() does, or a group with 'rank': None, which is dense"
+        )
 
     def _check_effect(self, has_rank: bool) -> None:
         """Raise ValueError for arguments that have no effect without ``rank``; ``has_rank``: a group has its own."""

@@ -253,6 +253,19 @@ def test_other_ways_to_the_constructor():
     assert grouped(optimizer, "second_moment")["head"] == [["lm_head.weight"], "row"]
 
 
+def test_groups_without_names_are_added_as_without_it():
+    """A layer that can be added without the argument and not with it. A bias alone is no reason to warn."""
+    added = []
+    for embeddings in (None, "rows"):
+        optimizer = APOLLOAdamW.mini(make_model(), embeddings=embeddings)
+        before, layer = len(optimizer.param_groups), nn.Linear(WIDTH, 32)
+        texts = warnings_of(optimizer.add_param_group, {"params": list(layer.parameters())})
+        added.append([(group["name"], group.get("rank")) for group in optimizer.param_groups[before:]])
+        assert [("embeddings='rows' goes by names" in text) for text in texts] == ([True] if embeddings else [])
+        assert not warnings_of(optimizer.add_param_group, {"params": [nn.Parameter(torch.ones(4))]})
+    assert added[0] == added[1] == [("low-rank 2", 1), ("norms and biases 2", None)]
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_it_trains_as_groups_by_hand(name):
     """Keys that stand in a group, and the step reads others."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from embedding_models import make_model, make_others, train
+from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import lr_scheduler
 from warned import warnings_of
 
 from apollo_triton import APOLLOAdamW, apollo_param_groups
@@ -133,6 +140,161 @@ def fill(optimizer):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             parameter.grad = torch.full_like(parameter, 1.0 + sum(map(ord, name)) % 97)
     optimizer.step()
+
+
+BFLOAT16 = {"state_dtype": "bfloat16"}
+ROWS = {"second_moment": "row"} | BFLOAT16
+
+
+@pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("saved", "asked"),
+    [
+        pytest.param(*pair, marks=() if None in pair else pytest.mark.full)
+        for pair in itertools.permutations([None, "rows", "rows-8bit", BFLOAT16, ROWS], 2)
+        if any(isinstance(each, dict) for each in pair)
+    ],
+)
+def test_the_dtype_of_the_run_wins(saved, asked, narrow):
+    """Moments that stay bfloat16 in a group that says float32, second moments that leave float32 for bfloat16, and a
+    change that nothing says."""
+    _, optimizer = trained(saved, narrow=narrow)
+    model = make_model(narrow=narrow)
+    other = APOLLOAdamW.mini(model, lr=1e-2, embeddings=asked)
+    texts = warnings_of(other.load_state_dict, optimizer.state_dict())
+    for group in other.param_groups:
+        assert group["state_dtype"] == (
+            "bfloat16" if "state_dtype=bfloat16" in group.get("embeddings", "") else "float32"
+        )
+        for parameter in group["params"]:
+            state = other.state[parameter]
+            of_rows = state["exp_avg_sq"].shape != parameter.shape
+            for name, is_float32 in (("exp_avg", False), ("exp_avg_sq", of_rows)):
+                assert name not in state or state[name].dtype == (
+                    torch.float32 if is_float32 else getattr(torch, group["state_dtype"])
+                )
+    became = [text for text in texts if re.search("(become|8-bit moments of .* become) b?float", text)]
+    rounds_to_8_bits = any("rounded to 8 bits" in text for text in texts)
+    assert len(became) == (0 if (saved in (BFLOAT16, ROWS) and asked in (BFLOAT16, ROWS)) or rounds_to_8_bits else 1)
+    assert all("lm_head.weight, wte.weight" in text for text in became)
+
+
+@pytest.mark.parametrize("saved", ["rows", pytest.param("8bit", marks=pytest.mark.full)])
+def test_a_state_dtype_of_all_groups_stays_the_checkpoint_s(saved):
+    """A head that is float32 in a group of bfloat16, or embeddings that are bfloat16 in a group of float32."""
+    model = make_model()
+    train(model, optimizer := APOLLOAdamW.mini(model, embeddings=saved, state_dtype=torch.bfloat16))
+    other = APOLLOAdamW.mini(make_model())
+    texts = warnings_of(other.load_state_dict, optimizer.state_dict())
+    assert any("state_dtype 'bfloat16' (asked for: 'float32') in parameter groups 0, 1, 3" in text for text in texts)
+    for group in other.param_groups:
+        expected = torch.float32 if group["name"] == "embeddings" else torch.bfloat16
+        assert group["state_dtype"] == str(expected).removeprefix("torch.")
+        assert {other.state[parameter]["exp_avg"].dtype for parameter in group["params"]} == {expected}
+
+
+def test_a_dtype_and_its_name_are_one_argument():
+    """A resumed run whose groups count as made with another argument."""
+    marks = [
+        {group.get("embeddings") for group in APOLLOAdamW.mini(make_model(), embeddings=given).param_groups}
+        for given in (BFLOAT16, {"state_dtype": torch.bfloat16})
+    ]
+    assert marks[0] == marks[1]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_head_that_joins_the_dense_group_does_not_bring_its_settings(is_first):
+    """A router that gets the head's rate and decay because the head comes first in the model, and a head whose own are
+    lost in silence."""
+    names = ["lm_head", "wte", "norm", "up", "down", "router"]
+    model, plain = (
+        nn.ModuleDict({name: each[name] for name in (names if is_first else names[::-1])})
+        for each in (make_model(), make_model())
+    )
+    given = {"lr": 1e-4, "weight_decay": 0.3, "betas": (0.5, 0.9)}
+    train(model, optimizer := APOLLOAdamW.mini(model, lr=1e-2, embeddings=given))
+    other = APOLLOAdamW.mini(plain, lr=1e-2)
+    texts = warnings_of(other.load_state_dict, optimizer.state_dict())
+    (dense,) = (group for group in other.param_groups if group["name"] == "dense")
+    assert (dense["lr"], dense["weight_decay"], dense["betas"]) == (1e-2, 0.0, (0.9, 0.999))
+    (text,) = (text for text in texts if "other settings" in text)
+    assert "the group 'dense' takes lm_head.weight, saved with" in text
+    for part in ("lr 0.0001 (now 0.01)", "weight_decay 0.3 (now 0.0)", "betas (0.5, 0.9) (now (0.9, 0.999))"):
+        assert part in text
+    other = APOLLOAdamW.mini(plain, lr=1e-2, embeddings={"second_moment": "element"})
+    assert not any("other settings" in text for text in warnings_of(other.load_state_dict, optimizer.state_dict()))
+    (head,) = (group for group in other.param_groups if group["name"] == "head")
+    assert (head["lr"], head["weight_decay"], head["betas"]) == (1e-4, 0.3, (0.5, 0.9))
+
+
+SCHEDULERS = {
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
+    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20),
+    "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 10),
+    "step": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.5),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(
+        optimizer, [10 * group["lr"] for group in optimizer.param_groups], total_steps=20
+    ),
+    "warm-up": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3), lr_scheduler.CosineAnnealingLR(optimizer, 20)],
+        [3],
+    ),
+}
+
+
+def rates(optimizer):
+    return {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(None, "rows"), pytest.param("rows", None, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_is_brought_along_by_the_line_that_the_warning_has(name, saved, asked):
+    """Rates that shift by a group, or a step that raises in torch: the rates of the run without a break."""
+    model = make_model()
+    optimizer = APOLLOAdamW.mini(model, lr=1e-3, embeddings=saved, embedding_lr=1e-4)
+    scheduler, expected = SCHEDULERS[name](optimizer), []
+    for step in range(6):
+        if step == 4:
+            states_of_both = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+        optimizer.step()
+        scheduler.step()
+        expected.append(rates(optimizer))
+    optimizer = APOLLOAdamW.mini(make_model(), lr=1e-3, embeddings=asked, embedding_lr=1e-4)
+    scheduler = SCHEDULERS[name](optimizer)
+    text = next(text for text in warnings_of(optimizer.load_state_dict, states_of_both[0]) if "scheduler" in text)
+    assert f"has {5 if saved else 4} parameter groups and the optimizer {5 if asked else 4}" in text
+    line = text[text.index("scheduler.load_state_dict(") :]
+    exec(line, {"scheduler": scheduler, "optimizer": optimizer, "saved": states_of_both[1]})
+    for each in expected[4:]:
+        optimizer.step()
+        scheduler.step()
+        assert rates(optimizer) == pytest.approx(each)
+
+
+def test_what_torch_has_mixed_is_refused_with_the_way_out():
+    """set_optimizer_state_dict, which names no cause, and a dictionary that then is loaded as it is."""
+    model, optimizer = trained("rows")
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions())
+    other = APOLLOAdamW.mini(model, lr=1e-2)
+    with pytest.raises(ValueError, match=r"another embeddings=; give the dictionary to optimizer.load_state_dict\("):
+        set_optimizer_state_dict(model, other, copy.deepcopy(state))
+    other.load_state_dict(state)
+    assert len(other.state) == len(optimizer.state)
+
+
+@pytest.mark.parametrize("asked", [None, "8bit"])
+def test_marked_groups_that_the_constructor_splits(asked):
+    """Groups of rows without the mark of rows, which a resumed run would not convert, or with another's mark."""
+    low_rank, *dense = apollo_param_groups(make_model(), 4, embeddings="rows")
+    del low_rank["rank"]
+    optimizer = APOLLOAdamW([low_rank, *dense], rank=4, embeddings=asked, dense_lr=1e-3)
+    marked = [group for group in optimizer.param_groups if "embeddings" in group]
+    assert [group["param_names"] for group in marked] == [["lm_head.weight"], ["wte.weight"]]
+    for group in marked:
+        assert (group["embeddings"], group.get("second_moment")) == (
+            ("rows", "row") if asked is None else ("8bit", None)
+        )
 
 
 def test_a_projection_cannot_be_converted():
