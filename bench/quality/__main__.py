@@ -12,12 +12,14 @@ rows in the results file and are not run again. docs/quality.md is made of them 
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import multiprocessing
 import os
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import fields
+from pathlib import Path
 
 from apollo_triton.tools.demo.training import SIZES
 
@@ -28,8 +30,8 @@ from .rows import Rows, of_every_machine
 from .run import BATCH, SEQUENCE, SMALL, TOKENS_A_WEIGHT, Job, row_of
 
 
-def run_missing(stages: list[str], rows: Rows, template: Job, device: str, workers: int, seconds: float) -> None:
-    """Run what the stages lack, several at a time. No run starts after ``seconds``."""
+def run_missing(stages: list[str], rows: Rows, template: Job, device: str, workers: int, seconds: float) -> int:
+    """Run what the stages lack, several at a time. No run starts after ``seconds``. Returns how many failed."""
     ends = time.monotonic() + seconds
     running: dict[Future[Row], Job] = {}
     failed: set[Job] = set()
@@ -41,7 +43,7 @@ def run_missing(stages: list[str], rows: Rows, template: Job, device: str, worke
                 for job in itertools.islice(free, workers - len(running)):
                     running[pool.submit(row_of, job, device)] = job
             if not running:
-                return
+                return len(failed)
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(done)
                 if error := done.exception():
@@ -58,7 +60,7 @@ def shown(row: Row) -> str:
     return f"{'diverged' if loss is None else f'{loss:.4f}'} in {row['seconds']:.0f} s"
 
 
-# How far apart runs end that differ in rounding alone, as on another processor, at most: seen up to 1.5 %.
+# How far apart runs end that differ in rounding alone, as on another processor, at most: seen up to 2 %.
 ROUNDING = 0.03
 
 
@@ -66,9 +68,13 @@ def run_again(name: str, rows: Rows, device: str) -> int:
     """Run a row of this machine, or else of another one, again and compare. Returns 0 if the losses are as close as
     those of runs that differ in rounding alone."""
     every = of_every_machine() | {row["id"]: row for row in rows.all()}
+    if not every:
+        raise SystemExit(f"--row {name!r}: no results have been written yet beside {rows.path.parent}")
     if name not in every:
-        close = [known for known in every if name.partition(",")[0] in known]
-        raise SystemExit(f"--row {name!r}: there is no such row; there are, for example: {'; '.join(close[:5])}")
+        method = name.partition(",")[0].lower()
+        same = [known for known in every if known.lower().startswith(method)]
+        close = difflib.get_close_matches(name, same or every, 3, cutoff=0.0)
+        raise SystemExit("\n  ".join([f"--row {name!r}: there is no such row; the nearest are", *close]))
     known = every[name]
     job = Job(**{field.name: known[field.name] for field in fields(Job)})
     print(f"in the file: {shown(known)}, commit {known['commit']}, {known['versions']}", flush=True)
@@ -86,31 +92,52 @@ def run_again(name: str, rows: Rows, device: str) -> int:
     return 0 if abs(away) <= ROUNDING else 1
 
 
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    return int(positive(str(int(text))))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
-    parser.add_argument("--row", metavar="NAME", help="run this row again and compare")
+    parser.add_argument("--row", metavar="NAME", help="run this row again and compare; an id of quality.json")
     parser.add_argument("--model", choices=SIZES, default=SMALL, help="a LLaMA's size (%(default)s)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"sequences of {SEQUENCE} tokens a step (%(default)s)")
-    parser.add_argument("--tokens-a-weight", type=float, default=TOKENS_A_WEIGHT, help="of a full run (%(default)s)")
+    parser.add_argument(
+        "--batch", type=count, default=BATCH, help=f"sequences of {SEQUENCE} tokens a step (%(default)s)"
+    )
+    parser.add_argument("--tokens-a-weight", type=positive, default=TOKENS_A_WEIGHT, help="of a full run (%(default)s)")
     parser.add_argument(
         "--data", default="", help="a file or folder of text (default: Python of packages that torch brings)"
     )
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--workers", type=int, help="runs at a time (default: one a core, one on a GPU)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many seconds")
+    parser.add_argument("--device", default=default_device(), help="where to train (%(default)s)")
+    parser.add_argument("--workers", type=count, help="runs at a time (default: one a core, one on a GPU)")
+    parser.add_argument(
+        "--seconds", type=positive, default=float("inf"), help="start no run after so many (default: no limit)"
+    )
     options = parser.parse_args()
+    if options.data and not Path(options.data).exists():
+        parser.error(f"--data {options.data}: there is no such file or folder")
     rows = Rows(options.device)
-    if options.row:
+    if options.row is not None:
         return run_again(options.row, rows, options.device)
     workers = options.workers or (1 if options.device.startswith("cuda") else os.cpu_count() or 1)
     given = {name: getattr(options, name) for name in ("model", "batch", "tokens_a_weight", "data")}
     template = Job("", 0.0, **given)
-    run_missing(options.stages, rows, template, options.device, workers, options.seconds)
+    failed = run_missing(options.stages, rows, template, options.device, workers, options.seconds)
     print(f"written to {rows.path}")
-    return 0
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

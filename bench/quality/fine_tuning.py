@@ -2,8 +2,8 @@
 
     python -m bench.quality.fine_tuning    # ten minutes of one core; it goes on where it was, and prints the table
 
-The model is that of AdamW with embeddings at four times the rate, its best full run with seed 0. Its folder,
-``runs/quality-checkpoint``, is what ``examples/finetune_sft.py`` takes too, with texts to try:
+The model is that of AdamW with embeddings at four times the rate: a full run with seed 0, at the best rate of short
+runs. Its folder, ``runs/quality-checkpoint``, is what ``examples/finetune_sft.py`` takes too, with texts to try:
 
     python examples/finetune_sft.py --model runs/quality-checkpoint --data runs/quality-checkpoint/cpp.txt \\
         --first-text runs/quality-checkpoint/python.txt --method lora --lr 3e-3
@@ -263,7 +263,9 @@ def _shown(values: list[float], form: str) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        "python -m bench.quality.fine_tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
     if not (CHECKPOINT / "run.json").exists():
         rate = best_rate(Rows().all(), FAST_ADAMW, Job("", 0.0))

@@ -42,7 +42,7 @@ def pictured(study: Study) -> str:
     """The line that shows the picture, if there is anything to draw."""
     if not compared(study):
         return "Missing: the picture, which needs AdamW's runs on all tokens and another method's."
-    return "![Difference to AdamW over the size of the state, and the sweeps of learning rates](quality.png)"
+    return "![Each method's difference to AdamW's loss, beside its optimizer state](quality.png)"
 
 
 def write(study: Study, page: Path = PAGE) -> None:
@@ -55,11 +55,15 @@ def write(study: Study, page: Path = PAGE) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.quality.page", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="a machine's results: print, write no page")
     parser.add_argument("--model", choices=SIZES, default=SMALL, help="with --results, a LLaMA's size (%(default)s)")
     options = parser.parse_args()
     if options.results:
+        if not (options.results / "quality.json").exists():
+            parser.error(f"--results {options.results}: there is no quality.json")
         study = Study.read(options.results, options.model)
         print("\n\n".join(f"## {name}\n\n{table(study)}" for name, table in TABLES.items()))
         return

@@ -56,7 +56,7 @@ TO_THE_END = [ADAMW, APOLLO, MINI, MUON, *FAST, OFFICIAL, GALORE, ADAFACTOR, RAN
 _OPTIONS = (FAST_MINI, *(f"{FAST_MINI}, {option}" for option in ("8-bit", BY_ROW, BY_ROW_8BIT)))
 # What has more seeds, by the length of its runs.
 CLOSE: Mapping[str, tuple[str, ...]] = {
-    "full": (ADAMW, APOLLO, MINI, MUON, FAST_ADAMW, FAST_APOLLO),
+    "full": (ADAMW, APOLLO, MINI, *FAST),
     "fifth": _OPTIONS,
     "tenth": _OPTIONS,
 }

@@ -74,7 +74,9 @@ def measure(methods: Iterable[str], model: str, device: str, rounds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.quality.step_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--model", choices=SIZES, default=SMALL, help="a LLaMA's size (%(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each that are timed (%(default)s)")

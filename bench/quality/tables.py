@@ -14,7 +14,7 @@ from .plan import SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
 from .text import PACKAGES as TEXT
-from .variants import LIMITERS, OPTIONS, REFRESHES, VARIANTS
+from .variants import FULL_VARIANTS, LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 LIMIT = 0.5  # percent of a loss: what an option for embeddings and head may cost
 
@@ -94,6 +94,11 @@ def _short(variant: str) -> str:
     return variant.removeprefix(f"{FAST_MINI}, ")
 
 
+def variants(study: Study) -> str:
+    """Variants on all tokens against what they vary."""
+    return _variants(study, FULL_VARIANTS, "full")
+
+
 def limiter(study: Study) -> str:
     """Other limiters against the default one, a fifth of the tokens."""
     return _variants(study, LIMITERS, "fifth")
@@ -115,7 +120,7 @@ def _variants(study: Study, variants: Iterable[str], length: str) -> str:
         wanted.append((variant, length, VOCABULARY))
         runs = study.runs(variant, length)
         lines.append([variant, _losses(runs), _compared(study.difference(variant, base, length))])
-    return _with_missing(study, ["held-out loss", "against the default, %"], lines, wanted)
+    return _with_missing(study, ["held-out loss", "against what it varies, %"], lines, wanted)
 
 
 def fine_tuning(study: Study) -> str:
@@ -146,6 +151,7 @@ def measured(study: Study) -> str:
 
 TABLES: dict[str, Callable[[Study], str]] = {
     "main": main,
+    "variants": variants,
     "sweeps": sweeps,
     "embeddings": embeddings,
     "limiter": limiter,
@@ -195,6 +201,8 @@ def _compared(found: Difference | None) -> str:
     """A difference and its verdict. One seed has no interval, and so no verdict."""
     if found is None:
         return ""
+    if not any(found.percents):
+        return f"the same losses{_of_seeds(found.seeds)}"
     return _percent(found) + ("" if found.seeds == 1 else f", {found.verdict}")
 
 
@@ -222,6 +230,8 @@ def _tokens(study: Study, method: str) -> str:
     reached = [share for share in shares if share is not None]
     if not seeds:
         return ""
+    if not reached:
+        return f"not reached{_of_seeds(len(seeds))}"
     if len(reached) < len(seeds):
         return f"not reached by {len(seeds) - len(reached)} of {len(seeds)} seeds"
     return f"{100 * sum(reached) / len(reached):.0f} %{_of_seeds(len(seeds))}"

@@ -41,13 +41,38 @@ def test_an_interrupted_write_leaves_the_rows_as_they_were(results, interrupted_
     assert list(read(results.path)) == [job.name]
 
 
-def test_a_row_that_is_not_there_is_answered_with_others(results):
-    job = Job(PEER, 0.5)
-    results.add(job, row_of(job, 2.0))
-    with pytest.raises(
-        SystemExit, match=f"--row 'Adafactor, rate 9': there is no such row; there are, for example: {job.name}"
-    ):
-        program.run_again("Adafactor, rate 9", results, "cpu")
+def test_a_row_that_is_not_there_is_answered_with_the_nearest(results):
+    """The first ones of the file, or none because of a capital letter."""
+    with pytest.raises(SystemExit, match="--row 'x': no results have been written yet"):
+        program.run_again("x", results, "cpu")
+    wanted = Job(PEER, 0.5, seed=2)
+    for job in (Job(ADAMW, 0.5, seed=2), Job(PEER, 0.25, "fifth"), Job(PEER, 0.25), Job(PEER, 0.5), wanted):
+        results.add(job, row_of(job, 2.0))
+    asked = wanted.name.lower().replace("full", "fulll")
+    with pytest.raises(SystemExit, match=f"there is no such row; the nearest are\n  {wanted.name}\n") as raised:
+        program.run_again(asked, results, "cpu")
+    assert ADAMW not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--batch 0", "--batch: 0 is not above 0"),
+        ("--batch 1.5", "--batch: invalid count value: '1.5'"),
+        ("--tokens-a-weight -1", "--tokens-a-weight: -1 is not above 0"),
+        ("--seconds nan", "--seconds: nan is not above 0"),
+        ("--workers 0", "--workers: 0 is not above 0"),
+        ("--data /nowhere", "--data /nowhere: there is no such file or folder"),
+        ("--row=", "--row '': no results"),
+    ],
+)
+def test_wrong_arguments_start_no_run(results, monkeypatch, capsys, arguments, said):
+    """Hours of training that nobody asked for: an empty name of a row, or a size of nothing."""
+    monkeypatch.setattr("sys.argv", ["quality", *arguments.split()])
+    monkeypatch.setattr(program, "run_missing", None)
+    with pytest.raises(SystemExit) as raised:
+        program.main()
+    assert said in capsys.readouterr().err + str(raised.value)
 
 
 def test_a_row_is_run_again_as_it_was_and_compared(results, monkeypatch, capsys):
