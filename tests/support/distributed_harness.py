@@ -214,6 +214,7 @@ def _rank(
     os.dup2(output, 1)
     os.dup2(output, 2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    faulthandler.enable(file=2, all_threads=True)  # a crash in native code shows where each thread was
     try:
         import torch
         import torch.distributed as dist
