@@ -86,8 +86,9 @@ def embedding_keys(embeddings: Embeddings) -> dict[str, Any]:
 def is_concerned(embeddings: Embeddings, kind: str, name: str, tensor: Tensor) -> bool:
     """Whether the argument is about a dense weight: an embedding or a head and, for a second moment a row, one whose
     rows are known to be tokens."""
-    by_row = is_by_row(embeddings)
-    return embeddings is not None and is_table(kind, name) and (has_token_rows(name, tensor) or not by_row)
+    return (
+        embeddings is not None and is_table(kind, name) and (has_token_rows(name, tensor) or not is_by_row(embeddings))
+    )
 
 
 def is_table(kind: str, name: str) -> bool:

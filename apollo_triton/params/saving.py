@@ -138,10 +138,8 @@ def _rows_of_tables(weights: Sequence[Counted], settings: Mapping[int, Settings]
                 tables.append(weight)
     way = f"embeddings={SMALLEST!r} keeps"
     if not all(weight.is_split for weight in tables):
-        way = (
-            f"{_names(tables)} in a group of {'their' if len(tables) > 1 else 'its'} own with {CHOICES[SMALLEST]} keep"
-        )
-        way += "" if len(tables) > 1 else "s"
+        whose, keep = ("their", "keep") if len(tables) > 1 else ("its", "keeps")
+        way = f"{_names(tables)} in a group of {whose} own with {CHOICES[SMALLEST]} {keep}"
     return Saving(saved, f"{_held(weights)}{way} a byte an element, which saves {readable_bytes(saved)}")
 
 

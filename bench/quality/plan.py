@@ -39,7 +39,7 @@ from .run import SMALL, Job
 from .variants import BY_ROW, BY_ROW_8BIT, FULL_VARIANTS, LIMITERS, OPTIONS, REFRESHES, VARIANTS
 
 SEEDS = (0, 1, 2)
-MORE_SEEDS = (3, 4, 5)
+MORE_SEEDS = (*SEEDS, 3, 4, 5)  # of what is close
 VOCABULARY = 2048
 # Vocabularies, and how long runs are there: at 8192 the head alone takes as long as all else at 2048, twice.
 VOCABULARIES = {256: "fifth", VOCABULARY: "fifth", 8192: "tenth"}
@@ -50,13 +50,13 @@ STAGES = ("sweep", "embeddings", "limiter", "full", "refresh")
 # An option of embeddings and head that is so far behind with seed 0, as a share of the loss, runs no other seed: three
 # would not change what is said of it.
 OUT_OF_REACH = 0.05
-FAST = [FAST_ADAMW, FAST_APOLLO, FAST_MINI]
+FAST_METHODS = (FAST_ADAMW, FAST_APOLLO, FAST_MINI)
 # What trains on all tokens, what matters most first. The last ones take the rate of what they vary.
-TO_THE_END = [ADAMW, APOLLO, MINI, MUON, *FAST, OFFICIAL, GALORE, ADAFACTOR, RANK_8, RANK_1, *FULL_VARIANTS]
+TO_THE_END = [ADAMW, APOLLO, MINI, MUON, *FAST_METHODS, OFFICIAL, GALORE, ADAFACTOR, RANK_8, RANK_1, *FULL_VARIANTS]
 _OPTIONS = (FAST_MINI, *(f"{FAST_MINI}, {option}" for option in ("8-bit", BY_ROW, BY_ROW_8BIT)))
 # What has more seeds, by the length of its runs.
 CLOSE: Mapping[str, tuple[str, ...]] = {
-    "full": (ADAMW, APOLLO, MINI, *FAST),
+    "full": (ADAMW, APOLLO, MINI, *FAST_METHODS),
     "fifth": _OPTIONS,
     "tenth": _OPTIONS,
 }
@@ -193,7 +193,7 @@ def _runs(stage: str, rows: list[Row], template: Job) -> Iterator[tuple[str, str
         lengths = {VOCABULARY: length}
     else:
         return
-    for seed, (vocabulary, length) in itertools.product((*SEEDS, *MORE_SEEDS), lengths.items()):
+    for seed, (vocabulary, length) in itertools.product(MORE_SEEDS, lengths.items()):
         kept = [method for method in methods if seed in seeds_of(method, rows, template, length)]
         yield from ((method, length, vocabulary, seed) for method in kept)
 
@@ -209,7 +209,7 @@ def seeds_of(method: str, rows: Iterable[Row], template: Job, length: str) -> tu
     """The seeds that a method runs with at its best rate."""
     if any(method in variants for variants in OPTIONS.values()) and not in_reach(method, rows, template):
         return SEEDS[:1]
-    return (*SEEDS, *MORE_SEEDS) if method in CLOSE.get(length, ()) else SEEDS
+    return MORE_SEEDS if method in CLOSE.get(length, ()) else SEEDS
 
 
 def in_reach(option: str, rows: Iterable[Row], template: Job) -> bool:

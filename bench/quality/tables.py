@@ -10,7 +10,7 @@ from ..report_tables import table
 from ..results_file import Row, folder_name
 from .fine_tuning import table as tuned
 from .methods import ADAMW, APOLLO, FAST_ADAMW, FAST_MINI, MINI, TUNED
-from .plan import FAST, SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
+from .plan import FAST_METHODS, SEEDS, TO_THE_END, VOCABULARIES, VOCABULARY
 from .statistics import Difference, mean_and_margin, share_to_loss, together
 from .study import Study
 from .text import PACKAGES as TEXT
@@ -98,14 +98,15 @@ def rates(study: Study) -> str:
     """AdamW, APOLLO and Mini with one rate and with four times it for embeddings and head, each against AdamW with the
     same."""
     lines = []
-    for plain, fast in zip((ADAMW, APOLLO, MINI), FAST, strict=True):
+    for plain, fast in zip((ADAMW, APOLLO, MINI), FAST_METHODS, strict=True):
         found = [study.difference(plain, ADAMW), study.difference(fast, FAST_ADAMW)]
         against = [""] * 3 if plain == ADAMW else [_compared(each) for each in (*found, together(found))]
         losses = [_losses(study.runs(method)) for method in (plain, fast)]
         lines.append([plain, losses[0], against[0], losses[1], *against[1:], _compared(study.difference(fast, plain))])
     heads = ["one rate: loss", "against AdamW, %", "embeddings x4: loss", "against AdamW with it, %"]
     heads += ["both together, %", "x4 against one rate, %"]
-    return _with_missing(study, heads, lines, [(each, "full", VOCABULARY) for each in (ADAMW, APOLLO, MINI, *FAST)])
+    wanted = (ADAMW, APOLLO, MINI, *FAST_METHODS)
+    return _with_missing(study, heads, lines, [(each, "full", VOCABULARY) for each in wanted])
 
 
 def variants(study: Study) -> str:
